@@ -1,0 +1,415 @@
+"""The run folder: the only maker of paths, and the only place that publishes.
+
+    runs/demo/
+      run.json                      who made the run, when, for which pipeline
+      requests/0001.json            what was asked: config, code, resources (see `kdhpc.cluster`)
+      submissions/0001.json ...     what was submitted
+      code/3f9a.../                 kdhpc and configs as they were when submitted
+      logs/0001/0_3.log             one log a task; failures/0001/... one file a failed shard
+      2-sample-truth/train/00017.json            the record: immutable, first writer wins
+      2-sample-truth/train/00017.9c41d2aa.arrow  its data, written whole before the record
+      8-merge/results.h5            the newest merge
+
+A shard is done when its record exists and its data has the recorded size. Readers list records,
+never data files.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kdhpc.errors import DamagedError, InputError
+from kdhpc.shards import Pipeline, Shard, Stage
+
+RECORD_FIELDS = {"key", "data", "bytes", "sha256", "rows", "recipe", "fields", "inputs", "nonce"}
+DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a stage's `run` leaves behind: a file or folder, made by `Work.new_path`."""
+
+    path: Path
+    rows: int
+    stats: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Numbers worth keeping in the record, such as a final loss."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """A published shard."""
+
+    key: str
+    data: Path
+    num_bytes: int
+    sha256: str
+    rows: int
+    recipe: str
+    fields: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    row_range: tuple[int, int] | None
+    code: str
+    attempt: Mapping[str, Any]
+    stats: Mapping[str, Any]
+    nonce: str
+
+    @property
+    def seconds(self) -> float:
+        return float(self.attempt["seconds"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scan:
+    """All records of a run, read once."""
+
+    records: Mapping[str, Record]
+    damaged: Mapping[str, str]
+    """By shard key, what is wrong with its record or data."""
+
+
+class RunFolder:
+    """Paths and files of one run."""
+
+    def __init__(self, path: Path, pipeline: Pipeline) -> None:
+        self.path = path
+        self.pipeline = pipeline
+
+    def stage_dir(self, stage: str) -> Path:
+        return self.path / self.pipeline.folder(stage)
+
+    def record_path(self, key: str) -> Path:
+        stage, arm, name = key.split("/")
+        return self.stage_dir(stage) / arm / f"{name}.json"
+
+    def scratch_path(self, key: str) -> Path:
+        """Where a shard keeps what its next attempt can use, such as checkpoints."""
+        stage, arm, name = key.split("/")
+        return self.stage_dir(stage) / arm / f"{name}.checkpoints"
+
+    def alias_path(self, stage: Stage) -> Path | None:
+        return self.stage_dir(stage.name) / stage.alias if stage.alias else None
+
+    def scan(self) -> Scan:
+        """Every record and whether its data is there, in one walk over the run's folder."""
+        records: dict[str, Record] = {}
+        damaged: dict[str, str] = {}
+        for stage in self.pipeline.stages:
+            for arm in _entries(self.stage_dir(stage.name)):
+                if not arm.is_dir():
+                    continue
+                entries = _entries(Path(arm.path))
+                present = {entry.name: entry for entry in entries}
+                for entry in entries:
+                    if not entry.name.endswith(".json") or entry.name.startswith("."):
+                        continue
+                    key = f"{stage.name}/{arm.name}/{entry.name.removesuffix('.json')}"
+                    try:
+                        record = read_record(Path(entry.path), key)
+                        data = present.get(record.data.name)
+                        found = None if data is None else _size(data)
+                        if found != record.num_bytes:
+                            what = "is missing" if found is None else f"has {found} bytes"
+                            raise DamagedError(
+                                f"{record.data}: {what}, its record says {record.num_bytes}"
+                            )
+                        records[key] = record
+                    except DamagedError as error:
+                        damaged[key] = str(error)
+        return Scan(records=records, damaged=damaged)
+
+    def quarantine(self, key: str) -> None:
+        """Move a damaged record aside, so that the shard can be made again; nothing is deleted."""
+        path = self.record_path(key)
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
+
+
+def read_record(path: Path, key: str) -> Record:
+    """Read one record.
+
+    Raises:
+        DamagedError: if it is not whole or speaks of another shard.
+    """
+    try:
+        raw = json.loads(path.read_bytes())
+        if missing := RECORD_FIELDS - raw.keys():
+            raise DamagedError(f"{path}: a record without {', '.join(sorted(missing))}")
+        data = raw["data"]
+        if raw["key"] != key or "/" in data or data in {"", ".", ".."}:
+            raise DamagedError(f"{path}: a record of {raw['key']} with data {data!r}")
+        return Record(
+            key=key,
+            data=path.parent / data,
+            num_bytes=int(raw["bytes"]),
+            sha256=str(raw["sha256"]),
+            rows=int(raw["rows"]),
+            recipe=str(raw["recipe"]),
+            fields=dict(raw["fields"]),
+            inputs=dict(raw["inputs"]),
+            row_range=tuple(raw["row_range"]) if raw.get("row_range") else None,
+            code=str(raw["code"]),
+            attempt={**raw["attempt"], "seconds": float(raw["attempt"]["seconds"])},
+            stats=dict(raw["stats"]),
+            nonce=str(raw["nonce"]),
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedError(f"{path}: not a readable record ({error})") from error
+
+
+def _entries(path: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as found:
+            return sorted(found, key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return []
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    if not entry.is_dir():
+        return entry.stat().st_size
+    return sum(_size(inner) for inner in _entries(Path(entry.path)))
+
+
+def sha256_of(path: Path) -> str:
+    """Digest of a file, or of the names and digests of all files below a folder."""
+    if path.is_dir():
+        files = sorted(inner for inner in path.rglob("*") if inner.is_file())
+        lines = [f"{inner.relative_to(path)} {sha256_of(inner)}\n" for inner in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(record: Record) -> None:
+    """Read the data of a record again, every byte.
+
+    Raises:
+        DamagedError: naming the file, if it is missing or its digest differs.
+    """
+    try:
+        found = sha256_of(record.data)
+    except OSError as error:
+        raise DamagedError(f"{record.data}: cannot be read ({error.strerror})") from error
+    if found != record.sha256:
+        raise DamagedError(
+            f"{record.data}: its bytes differ from what was published "
+            f"(sha256 {found[:12]}, expected {record.sha256[:12]}); run sweep.py again to remake it"
+        )
+
+
+def write_once(path: Path, value: Any) -> bool:
+    """Create a JSON file that must not exist; whoever is first wins.
+
+    Written and synced under another name, then linked: nobody ever sees half of it. The test of
+    EEXIST against the content serves file servers that answer a repeated request with a failure.
+
+    Returns:
+        Whether the file is now this one.
+    """
+    text = json.dumps(value, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        _write_synced(temporary, text, "x")
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return path.read_text() == text
+        except OSError as error:
+            if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS}:
+                raise
+            try:
+                _write_synced(path, text, "x")
+            except FileExistsError:
+                return path.read_text() == text
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+    return True
+
+
+def _write_synced(path: Path, text: str, mode: str) -> None:
+    with path.open(mode) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(path: Path) -> None:
+    for inner in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if inner.is_file():
+            with inner.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _sync_folder(inner)
+    _sync_folder(path.parent)
+
+
+class Work:
+    """What a stage sees while it runs one shard: its config, its inputs, where to write.
+
+    Raises `DamagedError` when an input is not what its record says.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: Any,
+        scan: Scan,
+        *,
+        code: str = "",
+        should_stop: Callable[[], bool] = lambda: False,
+        progress: Callable[[float], None] = lambda fraction: None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.run = run
+        self.config = config
+        self.should_stop = should_stop
+        self.progress = progress
+        self.rank = rank
+        self.world_size = world_size
+        self._scan = scan
+        self._code = code
+        self._verified: set[str] = set()
+
+    def record(self, key: str) -> Record:
+        """The record of an input shard.
+
+        Raises:
+            DamagedError: if it is not there or its data differs from it.
+        """
+        record = self._scan.records.get(key)
+        if record is None:
+            record = read_record(self.run.record_path(key), key)
+        if key not in self._verified:
+            verify(record)
+            self._verified.add(key)
+        return record
+
+    def input(self, key: str) -> Path:
+        """Data of an input shard, its digest checked at the first read."""
+        return self.record(key).data
+
+    def new_path(self, shard: Shard, suffix: str = "") -> Path:
+        """A name of this attempt's own, beside the record to come."""
+        record_path = self.run.record_path(shard.key)
+        record_path.parent.mkdir(parents=True, exist_ok=True)
+        return record_path.with_name(f"{shard.name}.{secrets.token_hex(4)}{suffix}")
+
+    def publish(self, shard: Shard, written: Written, started_at: float) -> bool:
+        """Make one attempt's output the shard's, unless another attempt was first.
+
+        The loser's data is deleted. Returns whether this attempt won.
+        """
+        _sync_tree(written.path)
+        path = self.run.record_path(shard.key)
+        num_bytes = (
+            sum(f.stat().st_size for f in written.path.rglob("*") if f.is_file())
+            if written.path.is_dir()
+            else written.path.stat().st_size
+        )
+        record = {
+            "key": shard.key,
+            "data": written.path.name,
+            "bytes": num_bytes,
+            "sha256": sha256_of(written.path),
+            "rows": written.rows,
+            "row_range": shard.rows,
+            "recipe": shard.recipe,
+            "fields": dict(shard.arm.fields),
+            "inputs": dict(shard.arm.inputs),
+            "code": self._code,
+            "attempt": attempt_facts(started_at),
+            "stats": dict(written.stats),
+            "nonce": secrets.token_hex(8),
+        }
+        won = write_once(path, record)
+        if not won:
+            remove(written.path)
+        stage = self.run.pipeline.stage(shard.stage)
+        alias = self.run.alias_path(stage)
+        if alias is not None:
+            point_alias(alias, read_record(path, shard.key).data)
+        return won
+
+
+def point_alias(alias: Path, target: Path) -> None:
+    """Let a fixed name stand for `target`, replaced whole: who has the old file open keeps it."""
+    temporary = alias.with_name(f".{alias.name}.{secrets.token_hex(4)}")
+    try:
+        os.link(target, temporary)
+    except OSError as error:
+        if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS}:
+            raise
+        shutil.copyfile(target, temporary)
+    os.replace(temporary, alias)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def attempt_facts(started_at: float) -> dict[str, Any]:
+    """Where, when and under which job this process runs, for a record's provenance."""
+    return {
+        "host": socket.gethostname(),
+        "node": os.environ.get("SLURMD_NODENAME", ""),
+        "pid": os.getpid(),
+        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "python": ".".join(str(part) for part in sys.version_info[:3]),
+        "started": round(started_at, 3),
+        "seconds": round(time.time() - started_at, 3),
+    }
+
+
+@contextlib.contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full or unwritable disk into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL_ERRNOS:
+            raise DamagedError(f"{where}: the disk is full; free some space and run again") from error
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            raise DamagedError(f"{where}: cannot be written ({error.strerror})") from error
+        raise
+
+
+def open_run(path: Path, pipeline: Pipeline) -> RunFolder:
+    """An existing run.
+
+    Raises:
+        InputError: if there is none, or if others may write to it (what lies there is run as code).
+    """
+    if not (path / "run.json").is_file():
+        raise InputError(f"{path}: no run here; expected a folder that sweep.py made")
+    mode = path.stat()
+    if mode.st_uid != os.getuid() or mode.st_mode & stat.S_IWOTH:
+        raise InputError(f"{path}: belongs to or may be written by others; its code would run as you")
+    return RunFolder(path, pipeline)

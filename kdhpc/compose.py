@@ -1,0 +1,138 @@
+"""From what is typed to a config: presets, `extends:`, overrides, and back to plain data.
+
+A bare word is a preset of `configs/`, `a.b=value` an override; later ones win. The only module that
+knows omegaconf.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from kdhpc.errors import InputError
+
+CONFIGS_DIR = Path(__file__).resolve().parents[1] / "configs"
+
+T = TypeVar("T")
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in CONFIGS_DIR.glob("*.yaml"))
+
+
+def cluster_names() -> list[str]:
+    return sorted(path.stem for path in (CONFIGS_DIR / "cluster").glob("*.yaml"))
+
+
+def compose(words: list[str]) -> dict[str, Any]:
+    """Merge presets and overrides, left to right, presets first.
+
+    Raises:
+        InputError: for an unknown preset or cluster, unreadable YAML, or a malformed override.
+    """
+    presets = [word for word in words if "=" not in word]
+    overrides = _dotlist([word for word in words if "=" in word])
+    merged = OmegaConf.create()
+    for name in presets:
+        merged = _merge(merged, _preset(name))
+    cluster = str(OmegaConf.select(_merge(merged, overrides), "cluster", default="auto"))
+    if cluster != "auto":
+        path = CONFIGS_DIR / "cluster" / f"{cluster}.yaml"
+        if cluster not in cluster_names():
+            raise InputError(
+                f"cluster={cluster}: no file {path}; expected auto or one of "
+                f"{', '.join(cluster_names())}"
+            )
+        merged = _merge(merged, _load(path))
+    values = OmegaConf.to_container(_merge(merged, overrides))
+    return cast(dict[str, Any], values)
+
+
+def build(config_class: type[T], values: dict[str, Any]) -> T:
+    """A frozen config from plain values.
+
+    Raises:
+        InputError: for an unknown key (with a suggestion), a wrong type or a missing value.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(config_class), OmegaConf.create(values))
+        built = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise InputError(_one_line(error, values)) from error
+    return cast(T, built)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config as JSON-ready values; `build` is its inverse."""
+    values: dict[str, Any] = dataclasses.asdict(config)
+    return values
+
+
+def to_yaml(config: Any) -> str:
+    """A config as YAML, every field written out."""
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+
+
+def difference(old: Any, new: Any, path: str = "") -> list[str]:
+    """Fields in which two plain configs differ, as `a.b: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            line
+            for key in keys
+            for line in difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if old == new else [f"{path}: {old} -> {new}"]
+
+
+def _merge(*parts: DictConfig) -> DictConfig:
+    try:
+        return cast(DictConfig, OmegaConf.merge(*parts))
+    except OmegaConfBaseException as error:
+        raise InputError(_one_line(error, {})) from error
+
+
+def _preset(name: str, trail: tuple[str, ...] = ()) -> DictConfig:
+    if name not in preset_names():
+        from difflib import get_close_matches
+
+        close = get_close_matches(name, preset_names(), n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise InputError(f"no preset {name!r}; expected one of {', '.join(preset_names())}.{hint}")
+    if name in trail:
+        raise InputError(f"configs/{name}.yaml: extends itself through {' > '.join(trail)}")
+    loaded = _load(CONFIGS_DIR / f"{name}.yaml")
+    base = loaded.pop("extends", None)
+    return loaded if base is None else _merge(_preset(str(base), (*trail, name)), loaded)
+
+
+def _load(path: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
+        raise InputError(f"{path}: not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, DictConfig):
+        raise InputError(f"{path}: expected keys and values, got a list")
+    return loaded
+
+
+def _dotlist(overrides: list[str]) -> DictConfig:
+    for text in overrides:
+        if not text.partition("=")[0].strip():
+            raise InputError(f"{text!r}: expected key=value")
+    try:
+        return OmegaConf.from_dotlist(overrides)
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise InputError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from error
+
+
+def _one_line(error: OmegaConfBaseException, values: dict[str, Any]) -> str:
+    key = getattr(error, "full_key", None) or ""
+    message = str(error).split("\n")[0]
+    if "$VALUE" in message:  # omegaconf 2.4 leaves its placeholder for items of a tuple
+        given = OmegaConf.select(OmegaConf.create(values), key.split("[")[0], default=None)
+        message = f"{given} does not fit: {message.rpartition(' ')[2]} expected"
+    return f"{key}: {message}" if key else message

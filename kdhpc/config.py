@@ -1,0 +1,432 @@
+"""Everything that can be chosen: frozen dataclasses, one docstring a field, checks in one place.
+
+YAML in `configs/` holds choices only; `kdhpc.compose` merges it into these classes.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kdhpc.errors import InputError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A Llama model, without its vocabulary (always the truth's) and context (`length`)."""
+
+    layers: int
+    """Number of transformer layers."""
+    hidden: int
+    """Width of the residual stream."""
+    heads: int
+    """Query heads; the head size is hidden / heads."""
+    kv_heads: int
+    """Key and value heads; divides `heads`."""
+    ffn: int
+    """Width of the gated feed-forward layer."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a model is trained: AdamW with warm-up, constant rate and linear decay, on DeepSpeed."""
+
+    learning_rate: float = 5e-4
+    """Peak rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
+    eps: float = 1e-6
+    """Added to AdamW's denominator."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    gradient_clip: float = 1.0
+    """Largest global gradient norm; 0 leaves gradients alone."""
+    batch_sequences: int = 64
+    """Global batch in sequences, whatever the number of ranks."""
+    micro_batch_sequences: int = 64
+    """Sequences that one rank holds at once; sets memory. Gradients are accumulated over the rest."""
+    epochs: float = 5.0
+    """Length of the learning-rate schedule in passes over the data."""
+    stop_after_epochs: float | None = None
+    """Where in that schedule training stops and the model is taken; at its end if not given."""
+    warmup_fraction: float = 0.01
+    """Part of the schedule with a linearly rising rate."""
+    decay_fraction: float = 0.2
+    """Last part of the schedule, in which the rate falls linearly to zero."""
+    dtype: Dtype = "float32"
+    """Of weights and activations; float16 needs a GPU and uses a static loss scale."""
+    loss_scale: float = 1024.0
+    """Static loss scale, used with float16 only."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also weights."""
+    nodes: int = 1
+    """Nodes that train together."""
+    ranks_per_node: int = 1
+    """Processes a node, one a GPU (or CPU rank)."""
+    checkpoint_every_steps: int = 0
+    """Steps between checkpoints, from which a killed training goes on; 0 means none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """The ground-truth model p*."""
+
+    model: str = "train"
+    """`train` (a small model trained in the run), a Hugging Face folder or hub id, a `.gguf` file, or
+    `package:NAME/FILE` for a file that an installed Python package ships."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub id."""
+    corpus: str = "python-docs"
+    """Text for `model: train`: `python-docs` (the documentation inside the installed Python), a
+    `.txt`, `.jsonl` or `.parquet` file, or a hub id of a data set."""
+    text_column: str = "text"
+    """Column of the corpus that holds the text."""
+    tokenizer: str = "model"
+    """`bytes` (for `model: train`), `model` (the one that comes with it), or a folder with a
+    tokenizer.json, which must then equal the model's."""
+    shape: Shape | None = None
+    """Architecture for `model: train`."""
+    training: Training | None = None
+    """Recipe for `model: train`."""
+    train_sequences: int = 0
+    """Windows of `length` tokens in one epoch of `model: train`; 0 means the whole corpus once."""
+    dtype: Dtype = "float32"
+    """In which p* is stored and sampled."""
+    fingerprint: str = ""
+    """Identity of the model or corpus (sha256 or commit); filled in when a run is submitted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model trained in the run: its architecture and recipe."""
+
+    shape: Shape
+    """Its architecture."""
+    training: Training
+    """Its recipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How sequences are drawn."""
+
+    train_sequences: int
+    """Sequences in D and in every D'_tau."""
+    eval_sequences: int
+    """Sequences in every evaluation set."""
+    shard_sequences: int
+    """Sequences a shard, a multiple of `batch_rows`: the unit of loss (aim at 2-10 minutes)."""
+    batch_rows: int = 64
+    """Rows decoded together. Part of the result: another batch shape rounds differently."""
+    draw: Literal["inverse_cdf", "gumbel"] = "inverse_cdf"
+    """Exact draws both: `inverse_cdf` uses one uniform a token and is fastest; `gumbel` uses one a
+    vocabulary entry and keeps ids comparable across kernels."""
+    truncations: tuple[str, ...] = ()
+    """Further selective teachers beside the taus, at temperature 1: `top_k=50`, `top_p=0.9`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How samples are scored."""
+
+    shard_sequences: int
+    """Sequences a shard."""
+    batch_rows: int = 64
+    """Rows scored together; sets memory."""
+    head_tokens: int = 4096
+    """Positions whose logits over the whole vocabulary are in memory at once."""
+    dtype: Dtype = "float32"
+    """Of the model's body; logits and log-softmax are always float32."""
+    per_token: bool = False
+    """Keep the log-probability of every token too (4 bytes each)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """Estimates for planning, in units a second a task; measured seconds replace them as they come."""
+
+    sample: float = 20000.0
+    """Tokens sampled."""
+    train: float = 20000.0
+    """Tokens trained on."""
+    score: float = 50000.0
+    """Tokens scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResources:
+    """What one task of a stage asks of Slurm; what is not given comes from `slurm` itself."""
+
+    partition: str | None = None
+    """Partition."""
+    time_min: int | None = None
+    """Time limit in minutes."""
+    mem_gb: float | None = None
+    """Memory a node."""
+    cpus_per_task: int | None = None
+    """Cores a process."""
+    gpus_per_node: int | None = None
+    """GPUs a node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm:
+    """Your cluster. Nothing here changes results, so all of it may change between two launches."""
+
+    account: str | None = None
+    """Account to charge."""
+    partition: str | None = None
+    """Partition; Slurm's default if not given."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Node features."""
+    exclude: str | None = None
+    """Nodes to avoid."""
+    time_min: int = 60
+    """Time limit of a task in minutes."""
+    mem_gb: float = 4.0
+    """Memory a node."""
+    cpus_per_task: int = 1
+    """Cores a process; at least `threads`."""
+    gpus_per_node: int = 0
+    """GPUs a node for stages that use a device."""
+    stages: dict[str, StageResources] = field(default_factory=dict)
+    """By stage name, what differs from the above."""
+    gate: StageResources = field(default_factory=lambda: StageResources(time_min=10, mem_gb=1.0))
+    """The small job after each array that submits what has become ready."""
+    max_parallel: int = 64
+    """Tasks of one array that run at once."""
+    max_array: int | None = None
+    """Tasks of one array; the cluster's MaxArraySize if not given."""
+    max_submit: int | None = None
+    """Jobs, array tasks counted singly, that this run may have in the queue; no limit if not given."""
+    task_min: float = 10.0
+    """Work packed into one task, in minutes, by measured or estimated speed."""
+    canary: int = 2
+    """Tasks of a large stage that are tried first; if they fail alike, the rest is not started."""
+    max_attempts: int = 3
+    """Failed attempts of a shard before it waits for `rerun.py`."""
+    signal_s: int = 60
+    """Seconds before the time limit at which a task is told to stop."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before the work: modules, conda, container prefix."""
+    scratch: str | None = None
+    """Node-local folder for just-in-time caches; the system's temporary folder if not given."""
+    advance_from: Literal["gate", "login"] = "gate"
+    """`login` where compute nodes may not submit: keep `sweep.py --watch` running there instead."""
+    mail_user: str | None = None
+    """Address for a mail when the run ends or stops."""
+    on_end: str | None = None
+    """Program called with (run folder, `complete` or `stopped`) when the run ends or stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every run has, whatever its pipeline."""
+
+    pipeline: str = "language"
+    """`language`, or `module:NAME` of a `Pipeline` elsewhere."""
+    name: str = "run"
+    """Folder of the run inside `runs_dir`."""
+    seed: int = 0
+    """Of all random numbers of the run."""
+    runs_dir: str = "runs"
+    """Where runs are kept; on a cluster, a file system that all nodes share."""
+    cluster: str = "auto"
+    """`local`, `slurm`, a name in configs/cluster/, or `auto`: Slurm where `sbatch` works."""
+    executor: Literal["auto", "local", "slurm"] = "auto"
+    """What runs the tasks; set by the cluster's YAML."""
+    small: bool = False
+    """Whether the run may start on this machine by itself where there is no Slurm."""
+    local_workers: int = 0
+    """Tasks at once on this machine; 0 means one a core."""
+    threads: int = 1
+    """Threads a process, under every executor. Part of the result: sums round differently."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models run; `auto` takes a GPU if the task sees one."""
+    slurm: Slurm = field(default_factory=Slurm)
+    """Your cluster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig(RunConfig):
+    """The language-model experiment."""
+
+    seeds: int = 1
+    """Teachers, each with its own students; a student of seed s uses the teacher of seed s."""
+    taus: tuple[float, ...]
+    """Temperatures at which the teacher is sampled."""
+    prompt: str = "The"
+    """Start of every sequence; never scored."""
+    length: int
+    """Tokens of a sequence, the prompt included."""
+    eos: Literal["learn", "mask"] = "learn"
+    """Whether the end-of-sequence token is trained and scored, or neither."""
+    truth: Truth
+    """p*."""
+    sampling: Sampling
+    """Corpora and evaluation sets."""
+    teacher: Model
+    """p'."""
+    students: dict[str, Model]
+    """p'' by size name."""
+    scoring: Scoring
+    """Likelihoods."""
+    throughput: Throughput = field(default_factory=Throughput)
+    """For estimates."""
+
+
+def checked(config: LanguageConfig) -> LanguageConfig:
+    """The same config if every value is possible.
+
+    Raises:
+        InputError: naming the key, its value, what is expected.
+    """
+    check_run(config)
+    for problem in _problems(config):
+        raise InputError(problem)
+    return config
+
+
+def check_run(config: RunConfig) -> None:
+    """Check what every run has.
+
+    Raises:
+        InputError: naming the key, its value, what is expected.
+    """
+    name = config.name
+    if not name or name in {".", ".."} or "/" in name or "\0" in name or name.startswith("-"):
+        raise InputError(
+            f"name={name!r}: expected the name of one folder inside {config.runs_dir}, without '/'"
+        )
+    for key in ("threads",):
+        if getattr(config, key) < 1:
+            raise InputError(f"{key}={getattr(config, key)}: expected at least 1")
+    if config.local_workers < 0:
+        raise InputError(f"local_workers={config.local_workers}: expected 0 (one a core) or more")
+    slurm = config.slurm
+    for key in ("time_min", "cpus_per_task", "max_parallel", "max_attempts", "task_min", "mem_gb"):
+        if not getattr(slurm, key) > 0:
+            raise InputError(f"slurm.{key}={getattr(slurm, key)}: expected more than 0")
+
+
+def _problems(config: LanguageConfig) -> Iterator[str]:
+    def at_least(low: float, *keys: str) -> Iterator[str]:
+        for key in keys:
+            value: object = config
+            for part in key.split("."):
+                value = value[part] if isinstance(value, dict) else getattr(value, part)
+            if not (isinstance(value, int | float) and value >= low and math.isfinite(value)):
+                yield f"{key}={value}: expected a number of at least {low:g}"
+
+    yield from at_least(1, "seeds", "length", "sampling.batch_rows", "sampling.shard_sequences")
+    yield from at_least(1, "sampling.train_sequences", "sampling.eval_sequences")
+    yield from at_least(1, "scoring.batch_rows", "scoring.shard_sequences", "scoring.head_tokens")
+    if not config.taus:
+        yield "taus=[]: expected at least one temperature, such as taus=[1.0,0.8]"
+    for tau in config.taus:
+        if not (math.isfinite(tau) and tau > 0):
+            yield f"taus={list(config.taus)}: expected every tau to be a number above 0, got {tau}"
+    if len(set(config.taus)) < len(config.taus):
+        yield f"taus={list(config.taus)}: a temperature stands there twice"
+    if config.length < 2:
+        yield f"length={config.length}: expected at least 2 tokens, one of prompt and one drawn"
+    if not config.prompt:
+        yield "prompt='': expected at least one token to start from"
+    rows, per_shard = config.sampling.batch_rows, config.sampling.shard_sequences
+    if per_shard % rows:
+        yield (
+            f"sampling.shard_sequences={per_shard}: expected a multiple of "
+            f"sampling.batch_rows={rows}, so that shards do not change the batches"
+        )
+    if not config.students:
+        yield "students={}: expected at least one size"
+    for text in config.sampling.truncations:
+        name, _, value = text.partition("=")
+        if name not in {"top_k", "top_p"} or not _is_number(value, whole=name == "top_k"):
+            yield f"sampling.truncations: expected top_k=50 or top_p=0.9, got {text!r}"
+    if config.truth.model == "train":
+        if config.truth.shape is None or config.truth.training is None:
+            yield "truth.model=train: expected truth.shape and truth.training too"
+        if config.truth.tokenizer not in {"bytes"}:
+            yield (
+                f"truth.tokenizer={config.truth.tokenizer}: truth.model=train trains on bytes; "
+                "expected truth.tokenizer=bytes"
+            )
+        if config.truth.tokenizer == "bytes" and len(config.prompt.encode()) >= config.length:
+            yield f"prompt={config.prompt!r}: expected fewer than length={config.length} tokens"
+    elif config.truth.tokenizer == "bytes":
+        yield (
+            f"truth.tokenizer=bytes: differs from the tokenizer of {config.truth.model}, which the "
+            "students share; expected truth.tokenizer=model"
+        )
+    for size in config.students:
+        if not size.replace("_", "").replace("-", "").isalnum():
+            yield f"students.{size}: expected a name of letters, digits, - and _"
+    for key, model in models(config).items():
+        yield from _model_problems(key, model, config)
+
+
+def _is_number(text: str, *, whole: bool) -> bool:
+    convert: Callable[[str], float] = int if whole else float
+    try:
+        number = convert(text)
+    except ValueError:
+        return False
+    return number >= 1 if whole else 0 < number <= 1
+
+
+def models(config: LanguageConfig) -> dict[str, Model]:
+    """Every model that the run trains, by its key in the config."""
+    found = {"teacher": config.teacher}
+    found |= {f"students.{size}": model for size, model in config.students.items()}
+    truth = config.truth
+    if truth.model == "train" and truth.shape is not None and truth.training is not None:
+        found = {"truth": Model(shape=truth.shape, training=truth.training)} | found
+    return found
+
+
+def _model_problems(key: str, model: Model, config: LanguageConfig) -> Iterator[str]:
+    shape, training = model.shape, model.training
+    for name in ("layers", "hidden", "heads", "kv_heads", "ffn"):
+        if getattr(shape, name) < 1:
+            yield f"{key}.shape.{name}={getattr(shape, name)}: expected at least 1"
+            return
+    if shape.hidden % shape.heads or (shape.hidden // shape.heads) % 2:
+        yield (
+            f"{key}.shape: hidden={shape.hidden} over heads={shape.heads} must give an even head size"
+        )
+    if shape.heads % shape.kv_heads:
+        yield f"{key}.shape: kv_heads={shape.kv_heads} must divide heads={shape.heads}"
+    if not training.learning_rate > 0:
+        yield f"{key}.training.learning_rate={training.learning_rate}: expected more than 0"
+    if not training.epochs > 0:
+        yield f"{key}.training.epochs={training.epochs}: expected more than 0"
+    stop = training.stop_after_epochs
+    if stop is not None and not 0 < stop <= training.epochs:
+        yield f"{key}.training.stop_after_epochs={stop}: expected at most epochs={training.epochs}"
+    if not 1 <= training.zero_stage <= 3:
+        yield (
+            f"{key}.training.zero_stage={training.zero_stage}: expected 1, 2 or 3 "
+            "(DeepSpeed's stage 0 silently takes another optimizer with bfloat16)"
+        )
+    if training.dtype == "float16" and config.device == "cpu":
+        yield f"{key}.training.dtype=float16: needs a GPU; expected bfloat16 or float32 on a CPU"
+    world, micro = training.nodes * training.ranks_per_node, training.micro_batch_sequences
+    if world < 1 or micro < 1 or training.batch_sequences % (world * micro):
+        yield (
+            f"{key}.training.batch_sequences={training.batch_sequences}: expected a multiple of "
+            f"micro_batch_sequences={micro} times {world} ranks"
+        )
+    if key != "truth" and training.batch_sequences > config.sampling.train_sequences:
+        yield (
+            f"{key}.training.batch_sequences={training.batch_sequences}: expected at most "
+            f"sampling.train_sequences={config.sampling.train_sequences}"
+        )

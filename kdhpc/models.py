@@ -1,0 +1,169 @@
+"""Load, make and save models: the only module that knows transformers, devices and dtypes."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from kdhpc.config import Shape
+from kdhpc.errors import DamagedError, InputError
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+END_OF_TEXT = "<|endoftext|>"
+
+
+def pick_device(device: str) -> torch.device:
+    """Where to run: `cpu`, `cuda`, or `auto` for a GPU if this process sees one.
+
+    Raises:
+        InputError: for `cuda` where there is none.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device=cuda: no GPU is visible to this process; expected auto or cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+
+
+def set_threads(threads: int) -> None:
+    """Threads of this process: a part of the result, so always the config's number.
+
+    Intra-op threads may be set at any time, inter-op threads only once a process.
+    """
+    torch.set_num_threads(threads)
+    with contextlib.suppress(RuntimeError):
+        torch.set_num_interop_threads(1)
+
+
+def new_model(shape: Shape, *, vocab_size: int, length: int, eos: int, seed: int) -> PreTrainedModel:
+    """A Llama model with fresh float32 weights on the CPU, the same for every number of ranks."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=length,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        initializer_range=shape.init_std,
+        tie_word_embeddings=True,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        pad_token_id=None,
+        attn_implementation="sdpa",
+        dtype=torch.float32,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def load_model(path: Path, *, dtype: str, device: torch.device) -> PreTrainedModel:
+    """A checkpoint folder (safetensors) as a model that only infers.
+
+    Raises:
+        DamagedError: if it is not one.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DamagedError(f"{path}: not a model checkpoint ({error})") from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer inside a checkpoint folder."""
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def save_model(model: PreTrainedModel, tokenizer_path: Path, path: Path) -> None:
+    """Write a checkpoint folder that `AutoModelForCausalLM.from_pretrained` loads, tokenizer included."""
+    model.save_pretrained(path)
+    load_tokenizer(tokenizer_path).save_pretrained(path)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """A tokenizer of 257 ids: end of text, then the 256 bytes."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as tokenizer_models
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {END_OF_TEXT: 0} | {symbol: 1 + i for i, symbol in enumerate(alphabet)}
+    tokenizer = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
+    )
+
+
+def convert_gguf(path: Path, out: Path, *, dtype: str) -> None:
+    """Dequantise a GGUF file into an ordinary checkpoint folder with its tokenizer."""
+    from transformers import GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=DTYPES[dtype],
+    )
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
+
+
+def copy_model(source: str, revision: str, out: Path, *, dtype: str) -> None:
+    """Save a Hugging Face folder or (already fetched) hub id as a checkpoint folder of ours."""
+    options: dict[str, Any] = {"revision": revision, "local_files_only": True}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], use_safetensors=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"truth.model={source}: not a model with a tokenizer ({error})") from error
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Ids of the prompt, with nothing added.
+
+    Raises:
+        InputError: if the tokenizer makes no token of it.
+    """
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise InputError(f"prompt={prompt!r}: the tokenizer makes no token of it")
+    return ids
+
+
+@contextlib.contextmanager
+def exact_matmuls() -> Iterator[None]:
+    """Float32 products in float32 on every device, whatever the process was set to."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,59 @@
+"""Random numbers that depend on what they are for, never on who draws them or when.
+
+Every stream has a name (`truth/train`, `teacher/s0/tau0.8/train`) and every sequence its own
+counter, so a draw is a pure function of (run seed, stream, sequence index, position).
+"""
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def _philox(seed: int, stream: str, sequence_index: int, lane: int = 0) -> np.random.Philox:
+    key = np.frombuffer(hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:16], dtype=np.uint64)
+    # The lowest counter word is left to the generator, which counts blocks of four numbers in it.
+    return np.random.Philox(key=key, counter=np.array([0, lane, sequence_index, 0], np.uint64))
+
+
+def uniforms(
+    seed: int, stream: str, sequence_indices: range, num_positions: int
+) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1) with 53 random bits, one a sequence and position.
+
+    Returns:
+        [N, num_positions] float64, row n belonging to the n-th of `sequence_indices`.
+    """
+    rows = [_philox(seed, stream, i).random_raw(num_positions) for i in sequence_indices]
+    return (np.stack(rows) >> np.uint64(11)) * 2.0**-53
+
+
+def gumbels(
+    seed: int, stream: str, sequence_indices: range, position: int, num_tokens: int
+) -> NDArray[np.float64]:
+    """Standard Gumbel noise for every entry of the vocabulary at one position.
+
+    Returns:
+        [N, num_tokens] float64.
+    """
+    rows = [
+        _philox(seed, stream, i, lane=1 + position).random_raw(num_tokens)
+        for i in sequence_indices
+    ]
+    # The half keeps the argument of the logarithm inside (0, 1).
+    u = ((np.stack(rows) >> np.uint64(11)) + 0.5) * 2.0**-53
+    return np.asarray(-np.log(-np.log(u)))
+
+
+def permutation(seed: int, stream: str, epoch: int, num_items: int) -> NDArray[np.int64]:
+    """The order of `num_items` items in `epoch`, the same for every number of ranks.
+
+    Returns:
+        [num_items] int64.
+    """
+    return np.argsort(_philox(seed, stream, epoch).random_raw(num_items), kind="stable")
+
+
+def integer_seed(seed: int, stream: str) -> int:
+    """A 63-bit seed for generators that take one, such as `torch.manual_seed`."""
+    return int(_philox(seed, stream, 0).random_raw()) >> 1

@@ -1,0 +1,341 @@
+"""File formats: token shards (Arrow), score shards and merged results (HDF5), text corpora.
+
+A token shard opens without this project:
+`datasets.load_dataset("arrow", data_files="runs/demo/2-sample-truth/train/*.arrow", split="train")`
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdhpc.errors import DamagedError, InputError
+
+ROW_COLUMNS = {"length": np.int32, "log_prob_sum": np.float64, "log_prob_tau_sum": np.float64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Sequences and what their sampler thought of them."""
+
+    ids: NDArray[np.uint16]
+    """[N, L] token ids, the prompt first; what lies beyond a row's length is 0 and means nothing."""
+    length: NDArray[np.int32]
+    """[N] tokens in the row: prompt, drawn tokens, and the end-of-sequence token if it was drawn."""
+    log_prob_sum: NDArray[np.float64]
+    """[N] nats: the sampler's own log-probability at temperature 1 of the counted tokens."""
+    log_prob_tau_sum: NDArray[np.float64]
+    """[N] nats: the same under the distribution that was drawn from (tau, truncation)."""
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+
+def write_samples(path: Path, samples: Samples, metadata: Mapping[str, str]) -> None:
+    """Write a token shard as one Arrow record batch and read it back.
+
+    Raises:
+        DamagedError: if what is read differs.
+    """
+    import pyarrow as pa
+
+    width = samples.ids.shape[1]
+    columns = {"ids": pa.FixedSizeListArray.from_arrays(pa.array(samples.ids.reshape(-1)), width)}
+    for name, dtype in ROW_COLUMNS.items():
+        columns[name] = pa.array(getattr(samples, name).astype(dtype))
+    table = pa.table(columns).replace_schema_metadata(dict(metadata))
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    again = read_samples([path])
+    if not (np.array_equal(again.ids, samples.ids) and np.array_equal(again.length, samples.length)):
+        raise DamagedError(f"{path}: reads back differently from what was written")
+
+
+def read_samples(paths: Sequence[Path]) -> Samples:
+    """Token shards, one after the other; a single one is mapped into memory, not copied.
+
+    Raises:
+        DamagedError: naming a file that is not a token shard.
+    """
+    parts = [_read_sample_shard(path) for path in paths]
+    if len(parts) == 1:
+        return parts[0]
+    return Samples(
+        ids=np.concatenate([part.ids for part in parts]),
+        length=np.concatenate([part.length for part in parts]),
+        log_prob_sum=np.concatenate([part.log_prob_sum for part in parts]),
+        log_prob_tau_sum=np.concatenate([part.log_prob_tau_sum for part in parts]),
+    )
+
+
+def _read_sample_shard(path: Path) -> Samples:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_stream(source).read_all()
+        ids = table["ids"].combine_chunks()
+        flat = ids.flatten().to_numpy()
+        rows = {name: table[name].combine_chunks().to_numpy() for name in ROW_COLUMNS}
+        return Samples(ids=flat.reshape(len(table), -1), **rows)
+    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+        raise DamagedError(f"{path}: not a token shard ({error})") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Log-probabilities of sequences under one model."""
+
+    log_prob_sum: NDArray[np.float64]
+    """[N] nats, over the counted tokens: no prompt, no padding, and by `eos` no end token."""
+    num_tokens: NDArray[np.int32]
+    """[N] counted tokens."""
+    token_log_prob: NDArray[np.float32] | None = None
+    """[N, L] nats, NaN where a token is not counted; only where asked for."""
+
+
+def write_scores(path: Path, scores: Scores) -> None:
+    """Write a score shard and read it back.
+
+    Raises:
+        DamagedError: if what is read differs.
+    """
+    import h5py
+
+    with h5py.File(path, "w", locking=False) as file:
+        _put_scores(file, scores)
+    if not np.array_equal(read_scores(path).log_prob_sum, scores.log_prob_sum):
+        raise DamagedError(f"{path}: reads back differently from what was written")
+
+
+def read_scores(path: Path) -> Scores:
+    """Read a score shard.
+
+    Raises:
+        DamagedError: naming a file that is not one.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return _get_scores(file)
+    except (OSError, KeyError) as error:
+        raise DamagedError(f"{path}: not a score shard ({error})") from error
+
+
+def _put_scores(group: Any, scores: Scores) -> None:
+    arrays = {"log_prob_sum": scores.log_prob_sum, "num_tokens": scores.num_tokens}
+    if scores.token_log_prob is not None:
+        arrays["token_log_prob"] = scores.token_log_prob
+    for name, array in arrays.items():
+        group.create_dataset(name, data=array, fletcher32=True, chunks=_chunks(array))
+
+
+def _chunks(array: NDArray[Any]) -> tuple[int, ...]:
+    """Chunks of about 1 MiB, whole rows; checksums need chunks."""
+    row_bytes = max(1, array[:1].nbytes)
+    return (max(1, min(len(array), 2**20 // row_bytes)), *array.shape[1:])
+
+
+def _get_scores(group: Any) -> Scores:
+    token = group.get("token_log_prob")
+    return Scores(
+        log_prob_sum=group["log_prob_sum"][:],
+        num_tokens=group["num_tokens"][:],
+        token_log_prob=None if token is None else token[:],
+    )
+
+
+def join_scores(parts: Sequence[Scores]) -> Scores:
+    """Score shards, one after the other."""
+    tokens = [part.token_log_prob for part in parts if part.token_log_prob is not None]
+    return Scores(
+        log_prob_sum=np.concatenate([part.log_prob_sum for part in parts]),
+        num_tokens=np.concatenate([part.num_tokens for part in parts]),
+        token_log_prob=np.concatenate(tokens) if tokens else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """A merged run: `/scores/<sampler>/<scorer>`, `/models/<name>`, and where they came from."""
+
+    scores: Mapping[tuple[str, str], Scores]
+    """By (sampler, scorer); the scorer `self` is the sampler's own opinion while it drew."""
+    models: Mapping[str, Mapping[str, Any]]
+    """Facts of every model: tau, size, seed, parameters, final loss."""
+    recipe: str
+    """Of the merge."""
+    complete: bool
+    """Whether nothing that was planned is missing."""
+    provenance: Mapping[str, str]
+    """Config, hosts, versions; outside the logical digest."""
+
+
+def write_results(
+    path: Path,
+    scores: Iterator[tuple[str, str, Scores]],
+    models: Mapping[str, Mapping[str, Any]],
+    *,
+    recipe: str,
+    complete: bool,
+    provenance: Mapping[str, str],
+) -> str:
+    """Write a merged file, one pair of sampler and scorer in memory at a time, and read it back.
+
+    Returns:
+        The logical digest.
+
+    Raises:
+        DamagedError: if the digest of what is read differs from that of what was written.
+    """
+    import h5py
+
+    digests = []
+    with h5py.File(path, "w", locking=False) as file:
+        file.attrs["recipe"], file.attrs["complete"] = recipe, complete
+        for sampler, scorer, part in scores:
+            _put_scores(file.create_group(f"scores/{sampler}/{scorer}"), part)
+            digests.append(_scores_digest(sampler, scorer, part))
+        for name, facts in models.items():
+            file.create_group(f"models/{name}").attrs.update(facts)
+            digests.append(_model_digest(name, facts))
+        file.create_group("provenance").attrs.update(provenance)
+    expected = _combine(digests, recipe, complete)
+    if logical_digest(path) != expected:
+        raise DamagedError(f"{path}: reads back differently from what was written")
+    return expected
+
+
+def read_results(path: Path) -> Results:
+    """Read a merged file.
+
+    Raises:
+        DamagedError: naming a file that is not one.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            scores = {
+                (sampler, scorer): _get_scores(group)
+                for sampler, scorers in file.get("scores", {}).items()
+                for scorer, group in scorers.items()
+            }
+            models = {name: _attributes(group) for name, group in file.get("models", {}).items()}
+            return Results(
+                scores=scores,
+                models=models,
+                recipe=str(file.attrs["recipe"]),
+                complete=bool(file.attrs["complete"]),
+                provenance=_attributes(file["provenance"]),
+            )
+    except (OSError, KeyError) as error:
+        raise DamagedError(f"{path}: not a merged results file ({error})") from error
+
+
+def _attributes(group: Any) -> dict[str, Any]:
+    return {
+        name: value.item() if isinstance(value, np.generic) else value
+        for name, value in group.attrs.items()
+    }
+
+
+def logical_digest(path: Path) -> str:
+    """sha256 over what a merged file says: scores, models, recipe, completeness, not provenance.
+
+    Raises:
+        DamagedError: naming a file that is not a merged one.
+    """
+    results = read_results(path)
+    digests = [_scores_digest(*pair, scores) for pair, scores in results.scores.items()]
+    digests += [_model_digest(name, facts) for name, facts in results.models.items()]
+    return _combine(digests, results.recipe, results.complete)
+
+
+def _scores_digest(sampler: str, scorer: str, scores: Scores) -> str:
+    found = hashlib.sha256(f"{sampler}/{scorer}".encode())
+    for array in (scores.log_prob_sum, scores.num_tokens, scores.token_log_prob):
+        if array is not None:
+            found.update(f"{array.dtype.str}{array.shape}".encode())
+            found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
+def _model_digest(name: str, facts: Mapping[str, Any]) -> str:
+    text = "".join(f"{key}={facts[key]!r}\n" for key in sorted(facts))
+    return hashlib.sha256(f"{name}\n{text}".encode()).hexdigest()
+
+
+def _combine(digests: list[str], recipe: str, complete: bool) -> str:
+    return hashlib.sha256("\n".join([*sorted(digests), recipe, str(complete)]).encode()).hexdigest()
+
+
+def read_corpus(source: str, text_column: str) -> list[str]:
+    """Documents of a corpus: `python-docs`, a local text, JSONL or Parquet file, or a hub id.
+
+    A text file is cut at blank lines, so that short documents have an end to learn.
+
+    Raises:
+        InputError: if it cannot be read or has no such column.
+    """
+    import datasets
+
+    if source == "python-docs":
+        from pydoc_data import topics
+
+        texts = [topics.topics[name] for name in sorted(topics.topics)]
+        return [part for text in texts for part in _paragraphs(text)]
+    kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    path = Path(source)
+    datasets.disable_progress_bars()
+    try:
+        if path.suffix in kinds:
+            found = datasets.load_dataset(
+                kinds[path.suffix],
+                data_files=str(path),
+                split="train",
+                **({"sample_by": "paragraph"} if path.suffix == ".txt" else {}),
+            )
+        else:
+            found = datasets.load_dataset(source, split="train")
+    except Exception as error:  # datasets raises its own, pyarrow's and the hub's errors
+        raise InputError(f"truth.corpus={source}: cannot be read ({error})") from error
+    if text_column not in found.column_names:
+        raise InputError(
+            f"truth.text_column={text_column}: {source} has the columns "
+            f"{', '.join(found.column_names)}"
+        )
+    return [str(text) for text in found[text_column] if text]
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [part.strip("\n") for part in text.split("\n\n") if part.strip()]
+
+
+def corpus_fingerprint(source: str) -> str:
+    """sha256 of a local corpus, found without reading it as a data set; hub ids stand for themselves.
+
+    Raises:
+        InputError: for a local file that is not there.
+    """
+    if source == "python-docs":
+        from pydoc_data import topics
+
+        text = "\0".join(topics.topics[name] for name in sorted(topics.topics))
+        return hashlib.sha256(text.encode()).hexdigest()
+    path = Path(source)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    looks_local = path.suffix in {".txt", ".jsonl", ".json", ".parquet"} or source.startswith(
+        (".", "~", os.sep)
+    )
+    if looks_local:
+        raise InputError(f"truth.corpus={source}: no such file")
+    return f"hub:{source}"
