@@ -17,6 +17,7 @@ never data files.
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from kdhpc.errors import DamagedError, InputError
-from kdhpc.shards import Pipeline, Shard, Stage
+from kdhpc.shards import Pipeline, Plan, Shard, Stage
 
 RECORD_FIELDS = {"key", "data", "bytes", "sha256", "rows", "recipe", "fields", "inputs", "nonce"}
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
@@ -85,6 +86,11 @@ class RunFolder:
     def __init__(self, path: Path, pipeline: Pipeline) -> None:
         self.path = path
         self.pipeline = pipeline
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Four hexadecimal digits that tell runs of one name apart."""
+        return str(json.loads((self.path / "run.json").read_text())["identity"])
 
     def stage_dir(self, stage: str) -> Path:
         return self.path / self.pipeline.folder(stage)
@@ -275,6 +281,7 @@ class Work:
         self,
         run: RunFolder,
         config: Any,
+        plan: Plan,
         scan: Scan,
         *,
         code: str = "",
@@ -285,6 +292,7 @@ class Work:
     ) -> None:
         self.run = run
         self.config = config
+        self.plan = plan
         self.should_stop = should_stop
         self.progress = progress
         self.rank = rank
@@ -395,7 +403,9 @@ def disk_errors(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in DISK_FULL_ERRNOS:
-            raise DamagedError(f"{where}: the disk is full; free some space and run again") from error
+            raise DamagedError(
+                f"{where}: the disk is full; free some space and run again"
+            ) from error
         if isinstance(error, PermissionError) or error.errno == errno.EROFS:
             raise DamagedError(f"{where}: cannot be written ({error.strerror})") from error
         raise
@@ -411,5 +421,7 @@ def open_run(path: Path, pipeline: Pipeline) -> RunFolder:
         raise InputError(f"{path}: no run here; expected a folder that sweep.py made")
     mode = path.stat()
     if mode.st_uid != os.getuid() or mode.st_mode & stat.S_IWOTH:
-        raise InputError(f"{path}: belongs to or may be written by others; its code would run as you")
+        raise InputError(
+            f"{path}: belongs to or may be written by others; its code would run as you"
+        )
     return RunFolder(path, pipeline)

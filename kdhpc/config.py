@@ -94,8 +94,6 @@ class Truth:
     """Architecture for `model: train`."""
     training: Training | None = None
     """Recipe for `model: train`."""
-    train_sequences: int = 0
-    """Windows of `length` tokens in one epoch of `model: train`; 0 means the whole corpus once."""
     dtype: Dtype = "float32"
     """In which p* is stored and sampled."""
     fingerprint: str = ""

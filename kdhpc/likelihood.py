@@ -7,7 +7,9 @@ from transformers import PreTrainedModel
 from kdhpc.models import exact_matmuls
 
 
-def counted(length: Tensor, width: int, *, num_prompt: int, ended: Tensor, count_eos: bool) -> Tensor:
+def counted(
+    length: Tensor, width: int, *, num_prompt: int, ended: Tensor, count_eos: bool
+) -> Tensor:
     """Which tokens are trained on and scored.
 
     Args:

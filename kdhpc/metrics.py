@@ -22,7 +22,11 @@ def per_token(log_prob_sum: NDArray[Any], num_tokens: NDArray[Any], axis: int = 
 
 
 def bootstrap(
-    arrays: Sequence[NDArray[Any]], statistic: Any = per_token, *, resamples: int = 1000, seed: int = 0
+    arrays: Sequence[NDArray[Any]],
+    statistic: Any = per_token,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> Interval:
     """95 % percentile interval of a statistic over sequences, which are drawn together (paired).
 

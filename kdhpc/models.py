@@ -52,7 +52,9 @@ def set_threads(threads: int) -> None:
         torch.set_num_interop_threads(1)
 
 
-def new_model(shape: Shape, *, vocab_size: int, length: int, eos: int, seed: int) -> PreTrainedModel:
+def new_model(
+    shape: Shape, *, vocab_size: int, length: int, eos: int, seed: int
+) -> PreTrainedModel:
     """A Llama model with fresh float32 weights on the CPU, the same for every number of ranks."""
     config = LlamaConfig(
         vocab_size=vocab_size,

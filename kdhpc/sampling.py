@@ -43,8 +43,9 @@ class Selector:
             chosen = chosen.masked_fill(chosen < least, -torch.inf)
         if self.top_p < 1.0:
             ordered, order = chosen.sort(dim=1, descending=True)
-            before = ordered.double().softmax(dim=1).cumsum(dim=1) - ordered.double().softmax(dim=1)
-            dropped = (before >= self.top_p).scatter(1, order, before >= self.top_p)
+            probability = ordered.double().softmax(dim=1)
+            late = probability.cumsum(dim=1) - probability >= self.top_p
+            dropped = torch.zeros_like(late).scatter(1, order, late)
             chosen = chosen.masked_fill(dropped, -torch.inf)
         return chosen
 
@@ -174,7 +175,9 @@ class LlamaDecoder:
                 enable_gqa=self.heads != self.kv_heads,
             )
             x = x + functional.linear(mixed.reshape(rows, -1), layer["out"])
-            gate, up = functional.linear(self._norm(x, layer["norm2"]), layer["gate_up"]).chunk(2, -1)
+            gate, up = functional.linear(self._norm(x, layer["norm2"]), layer["gate_up"]).chunk(
+                2, -1
+            )
             x = x + functional.linear(functional.silu(gate) * up, layer["down"])
         return functional.linear(self._norm(x, self.final_norm).float(), self.head)
 

@@ -37,8 +37,7 @@ def gumbels(
         [N, num_tokens] float64.
     """
     rows = [
-        _philox(seed, stream, i, lane=1 + position).random_raw(num_tokens)
-        for i in sequence_indices
+        _philox(seed, stream, i, lane=1 + position).random_raw(num_tokens) for i in sequence_indices
     ]
     # The half keeps the argument of the logarithm inside (0, 1).
     u = ((np.stack(rows) >> np.uint64(11)) + 0.5) * 2.0**-53

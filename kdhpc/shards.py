@@ -133,8 +133,10 @@ class Stage:
     """Unit of `Shard.work`, such as tokens."""
     plan: Callable[[Any, Plan], list[Shard]]
     """Shards from the config and the plan of the earlier stages; pure, no disk access."""
-    run: "Callable[[Shard, Work], Written]"
-    """Does one shard; heavy imports stand inside it."""
+    run: "Callable[[Shard, Work], Written | None]"
+    """Does one shard; heavy imports stand inside it. None when told to stop, and on ranks above 0."""
+    rate: Callable[[Any], float] = lambda config: 1.0
+    """Work that one task does in a second, by estimate; measured seconds replace it."""
     uses_device: bool = True
     """Whether its tasks ask for the GPUs of the cluster config."""
     alias: str | None = None

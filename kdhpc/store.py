@@ -52,7 +52,9 @@ def write_samples(path: Path, samples: Samples, metadata: Mapping[str, str]) -> 
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     again = read_samples([path])
-    if not (np.array_equal(again.ids, samples.ids) and np.array_equal(again.length, samples.length)):
+    if not (
+        np.array_equal(again.ids, samples.ids) and np.array_equal(again.length, samples.length)
+    ):
         raise DamagedError(f"{path}: reads back differently from what was written")
 
 

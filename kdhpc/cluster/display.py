@@ -1,0 +1,109 @@
+"""What the launch scripts print: plans, status, and one line for an error."""
+
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from kdhpc.cluster.status import Status
+from kdhpc.errors import KdhpcError
+from kdhpc.shards import Pipeline, Plan
+
+
+def command(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a launch script: errors on purpose become one line and their exit code."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KdhpcError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped; type the same command to go on", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 42 s, 3 min, 2.5 h, 4.1 d."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people."""
+    for exponent, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
+        if num_bytes >= 1000**exponent:
+            return f"{num_bytes / 1000**exponent:.1f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def plan_table(
+    pipeline: Pipeline, plan: Plan, config: Any, num_tasks: dict[str, int], resources: dict[str, str]
+) -> Table:
+    """The pipeline with its shards, tasks, hours and bytes."""
+    table = Table(title=f"{config.name}: {len(plan.shards)} shards", title_justify="left", box=None)
+    for name in ("stage", "reads", "writes"):
+        table.add_column(name, overflow="fold")
+    for name in ("shards", "tasks", "task-hours", "on disk"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("a task asks for", overflow="fold")
+    for stage in pipeline.stages:
+        shards = plan.stage(stage.name)
+        hours = sum(s.work * s.arm.nodes * s.arm.ranks_per_node for s in shards)
+        hours /= stage.rate(config) * 3600
+        table.add_row(
+            pipeline.folder(stage.name),
+            stage.reads,
+            stage.writes,
+            str(len(shards)),
+            str(num_tasks[stage.name]),
+            f"{hours:.3g}",
+            size(sum(s.num_bytes for s in shards)),
+            resources[stage.name],
+        )
+    return table
+
+
+def status_view(status: Status) -> Group:
+    """A run as a table, then what is wrong with it."""
+    table = Table(title=f"{status.run} ({status.executor})", title_justify="left", box=None)
+    table.add_column("stage", no_wrap=True)
+    for name in ("done", "running", "queued", "failed", "missing"):
+        table.add_column(name, justify="right")
+    for stage in status.stages:
+        style = "red" if stage.failed else ("green" if stage.done == stage.planned else "")
+        table.add_row(
+            stage.folder,
+            f"{stage.done}/{stage.planned}",
+            *(str(n or "") for n in (stage.running, stage.queued, stage.failed, stage.missing)),
+            style=style,
+        )
+    parts: list[Any] = [table]
+    parts += [Text(f"  {line}", style="cyan") for line in status.live]
+    if status.eta_s is not None:
+        parts.append(Text(f"about {duration(status.eta_s)} left at this pace"))
+    if status.waiting:
+        found = ", ".join(f"{count} {reason}" for reason, count in status.waiting.items())
+        parts.append(Text(f"waiting in the queue: {found}"))
+    parts += [Text(note) for note in status.notes]
+    for cause in status.causes:
+        count = f"{len(cause.shards)} shards" if len(cause.shards) > 1 else cause.shards[0]
+        first = f" (first: {cause.shards[0]})" if len(cause.shards) > 1 else ""
+        parts.append(Text(f"{cause.kind} in {count}{first}: {cause.message}", style="red"))
+        parts += [Text(f"    {line}", style="dim") for line in cause.last_lines]
+        parts.append(Text(f"  log: {cause.log}\n  what to do: {cause.advice}"))
+    for key, reason in status.damaged.items():
+        parts.append(Text(f"DAMAGED {key}: {reason}; run sweep.py again to remake it", style="red"))
+    return Group(*parts)
+
+
+def console() -> Console:
+    """Standard output; wide enough for a log file too."""
+    found = Console()
+    return found if found.is_terminal else Console(width=160)

@@ -1,0 +1,107 @@
+"""Classes of failure and what is done about each: one table.
+
+A failure is retried by itself only if trying again can help; everything else waits for `rerun.py` or
+another `sweep.py`, which start a fresh budget of attempts.
+"""
+
+import errno
+import hashlib
+import re
+import traceback
+from dataclasses import dataclass
+
+from kdhpc.artifacts import DISK_FULL_ERRNOS
+from kdhpc.errors import DamagedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedy:
+    """What the next attempt does differently."""
+
+    retry: bool
+    time_factor: float = 1.0
+    mem_factor: float = 1.0
+    avoid_node: bool = False
+    free_with_progress: bool = False
+    """Costs no attempt if the shard or its task got further since the last one."""
+    advice: str = ""
+    """For people, when it is not retried any more."""
+
+
+REMEDIES = {
+    "TIMEOUT": Remedy(
+        retry=True,
+        time_factor=1.5,
+        free_with_progress=True,
+        advice="give it more time: rerun.py RUN slurm.time_min=...",
+    ),
+    "STOPPED": Remedy(retry=True, free_with_progress=True, advice="run sweep.py again"),
+    "PREEMPTED": Remedy(retry=True, free_with_progress=True, advice="run sweep.py again"),
+    "NODE_FAIL": Remedy(
+        retry=True, avoid_node=True, free_with_progress=True, advice="slurm.exclude=NODE"
+    ),
+    "OOM": Remedy(
+        retry=True, mem_factor=1.5, advice="give it more memory: rerun.py RUN slurm.mem_gb=..."
+    ),
+    "LOST": Remedy(retry=True, advice="look at its log, then rerun.py RUN"),
+    "EXCEPTION": Remedy(retry=True, advice="look at the traceback; mend it, then rerun.py RUN"),
+    "DISK_FULL": Remedy(retry=False, advice="free some space, then rerun.py RUN"),
+    "LAUNCH": Remedy(retry=False, advice="check setup and partition, then rerun.py RUN"),
+    "CANCELLED": Remedy(retry=False, advice="run sweep.py or rerun.py RUN when you want it again"),
+}
+
+SLURM_STATES = {
+    "TIMEOUT": "TIMEOUT",
+    "DEADLINE": "TIMEOUT",
+    "OUT_OF_MEMORY": "OOM",
+    "NODE_FAIL": "NODE_FAIL",
+    "BOOT_FAIL": "NODE_FAIL",
+    "PREEMPTED": "PREEMPTED",
+    "CANCELLED": "CANCELLED",
+    "REVOKED": "CANCELLED",
+}
+
+STOPPED_EXIT_CODE = 75
+"""Exit code of a task that was told to stop and did so between shards or at a checkpoint."""
+
+
+def of_exception(error: BaseException) -> tuple[str, str, str]:
+    """Class, message and fingerprint of an exception.
+
+    The fingerprint covers the type and the places in the code, not values, so that the same bug in a
+    thousand shards counts as one.
+    """
+    kind = "EXCEPTION"
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        kind = "OOM"
+    elif isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
+        kind = "DISK_FULL"
+    elif isinstance(error, DamagedError) and isinstance(error.__cause__, OSError):
+        kind = "DISK_FULL" if error.__cause__.errno == errno.ENOSPC else kind
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{frame.filename.rpartition('/')[2]}:{frame.name}" for frame in frames]
+    text = "\n".join([type(error).__name__, *places])
+    message = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+    return kind, message, hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def of_slurm(state: str, exit_code: str, *, started: bool) -> tuple[str, str]:
+    """Class and message of a task that left the queue without output.
+
+    Args:
+        state: sacct's State, such as `CANCELLED by 1000`; empty when accounting says nothing.
+        exit_code: sacct's ExitCode, such as `0:9`.
+        started: whether the task got as far as kdhpc's own code.
+    """
+    word = re.split(r"[ +]", state)[0]
+    if word in SLURM_STATES:
+        return SLURM_STATES[word], f"Slurm says {state}"
+    if exit_code.startswith(f"{STOPPED_EXIT_CODE}:"):
+        return "STOPPED", "was told to stop and did"
+    if word and not started:
+        return "LAUNCH", f"never reached kdhpc's code (Slurm says {state}, exit code {exit_code})"
+    if word == "FAILED" and exit_code.endswith(":9"):
+        return "LOST", "killed by signal 9 (out of memory, or by somebody)"
+    if word:
+        return "LOST", f"left no output (Slurm says {state}, exit code {exit_code})"
+    return "LOST", "left the queue without output; accounting says nothing of it"

@@ -1,0 +1,196 @@
+"""What was asked, what was submitted, what failed: immutable JSON files in the run folder.
+
+    requests/0001.json          somebody typed sweep, rerun or cancel: config, code, which shards
+    submissions/0001.json       intent: which shards go into which task; claimed by whoever links it
+    submissions/0001.job.json   what became of it: job ids, or that it was given up
+    failures/0001/<shard>.json  one failed shard of one submission
+"""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdhpc.artifacts import write_once
+from kdhpc.errors import DamagedError
+
+ORPHAN_AGE_S = 120.0
+"""An intent without a job this old was left by a launcher that died."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What somebody asked for."""
+
+    number: int
+    kind: str
+    """`sweep`, `rerun` or `cancel`."""
+    time: float
+    config: Mapping[str, Any]
+    code: str
+    """Digest of the code snapshot that new submissions run."""
+    executor: str
+    """`local` or `slurm`."""
+    stage: str | None = None
+    """For rerun: only this stage."""
+    keys: tuple[str, ...] | None = None
+    """For rerun: only these shards."""
+    resources: Mapping[str, Any] = field(default_factory=dict)
+    """For rerun: fields of `slurm` that replace the config's."""
+
+    def covers(self, key: str) -> bool:
+        """Whether this request asks for a shard, whatever became of it before."""
+        if self.kind == "cancel":
+            return False
+        if self.keys is not None:
+            return key in self.keys
+        return self.stage is None or key.startswith(f"{self.stage}/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """An array: one stage, the shards of each task."""
+
+    number: int
+    request: int
+    name: str
+    """Unique in the whole cluster; how a job is found when sbatch's answer was lost."""
+    stage: str
+    tasks: tuple[tuple[str, ...], ...]
+    """Shard keys by array index; never changed afterwards."""
+    resources: Mapping[str, Any]
+    code: str
+    time: float
+    host: str
+    pid: int
+
+    @property
+    def keys(self) -> Iterator[str]:
+        for task in self.tasks:
+            yield from task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What became of a submission."""
+
+    job_id: str | None
+    """None if it was given up, or ran locally."""
+    gate_id: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why one shard of one submission has no output."""
+
+    key: str
+    kind: str
+    """Failure class; see `failures.py`."""
+    message: str
+    fingerprint: str = ""
+    """Equal for failures with the same cause."""
+    submission: int
+    log: str = ""
+    node: str = ""
+    time: float = 0.0
+
+
+class Ledger:
+    """The three folders of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def log_path(self, number: int, task: int) -> Path:
+        return self.path / "logs" / f"{number:04d}" / f"{task}.log"
+
+    def requests(self) -> list[Request]:
+        """All requests, oldest first."""
+        found = []
+        for _, raw in self._read("requests", r"(\d+)\.json"):
+            raw["keys"] = tuple(raw["keys"]) if raw["keys"] is not None else None
+            found.append(Request(**raw))
+        return found
+
+    def submissions(self) -> list[Submission]:
+        """All submissions, oldest first."""
+        found = []
+        for _, raw in self._read("submissions", r"(\d+)\.json"):
+            raw["tasks"] = tuple(tuple(task) for task in raw["tasks"])
+            found.append(Submission(**raw))
+        return found
+
+    def jobs(self) -> dict[int, Job]:
+        """By submission number, what became of it."""
+        return {n: Job(**raw) for n, raw in self._read("submissions", r"(\d+)\.job\.json")}
+
+    def failures(self) -> list[Failure]:
+        """All failures, oldest first."""
+        found = []
+        for number in sorted(os.listdir(self.path / "failures"), key=int):
+            found += [
+                Failure(**raw) for _, raw in self._read(f"failures/{number}", r"()[^.].*\.json")
+            ]
+        return sorted(found, key=lambda failure: failure.submission)
+
+    def add_request(self, request: Request) -> bool:
+        """Claim the request's number. Returns whether it is ours."""
+        return write_once(self.path / f"requests/{request.number:04d}.json", asdict(request))
+
+    def claim(self, submission: Submission) -> bool:
+        """Claim the submission's number. Returns whether it is ours."""
+        path = self.path / f"submissions/{submission.number:04d}.json"
+        return write_once(path, asdict(submission))
+
+    def settle(self, number: int, job: Job) -> bool:
+        """Say what became of a submission, once."""
+        return write_once(self.path / f"submissions/{number:04d}.job.json", asdict(job))
+
+    def add_failure(self, failure: Failure) -> bool:
+        """Record a failure; the first word on a shard of a submission stays."""
+        name = failure.key.replace("/", "__")
+        folder = self.path / "failures" / f"{failure.submission:04d}"
+        return write_once(folder / f"{name}.json", asdict(failure))
+
+    def _read(self, folder: str, pattern: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        found = []
+        for entry in os.scandir(self.path / folder):
+            match = re.fullmatch(pattern, entry.name)
+            if match is None:
+                continue
+            try:
+                raw = json.loads(Path(entry.path).read_text())
+            except (OSError, ValueError) as error:
+                raise DamagedError(f"{entry.path}: not a readable record ({error})") from error
+            if not isinstance(raw, dict):
+                raise DamagedError(f"{entry.path}: not a readable record")
+            found.append((int(match[1] or 0), raw))
+        return iter(sorted(found, key=lambda item: item[0]))
+
+
+def make(path: Path) -> Ledger:
+    """The ledger of a run folder, its folders created."""
+    for name in ("requests", "submissions", "failures", "logs", "code", "progress"):
+        (path / name).mkdir(parents=True, exist_ok=True)
+    return Ledger(path)
+
+
+def launcher_gone(submission: Submission) -> bool:
+    """Whether whoever claimed this intent, and never settled it, is no more."""
+    if time.time() - submission.time > ORPHAN_AGE_S:
+        return True
+    if submission.host != socket.gethostname():
+        return False
+    with contextlib.suppress(PermissionError):
+        try:
+            os.kill(submission.pid, 0)
+        except ProcessLookupError:
+            return True
+    return False

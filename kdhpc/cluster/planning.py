@@ -1,0 +1,102 @@
+"""What a launch would do, without doing it: tasks, resources, and Slurm's own opinion of them."""
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kdhpc.cluster import slurm
+from kdhpc.cluster.advance import LOCAL_TASK_S, final_resources
+from kdhpc.cluster.decide import Batch, Policy, Situation, decide
+from kdhpc.config import RunConfig
+from kdhpc.errors import InputError
+from kdhpc.shards import Pipeline, Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """By stage, what would be submitted."""
+
+    num_tasks: dict[str, int]
+    resources: dict[str, str]
+    refused: tuple[str, ...]
+    """What `sbatch --test-only` says against the scripts."""
+
+
+def preview(pipeline: Pipeline, plan: Plan, config: RunConfig, executor: str) -> Preview:
+    """Pack every stage as if all before it were done."""
+    rates = {stage.name: 1.0 / stage.rate(config) for stage in pipeline.stages}
+    on_slurm = executor == "slurm"
+    policy = Policy(
+        task_s=config.slurm.task_min * 60 if on_slurm else LOCAL_TASK_S,
+        max_array=config.slurm.max_array or (slurm.max_array_size() if on_slurm else 10**9),
+        max_tasks=10**9,
+    )
+    num_tasks: dict[str, int] = {}
+    resources: dict[str, str] = {}
+    refused: dict[str, None] = {}
+    done: set[str] = set()
+    for stage in pipeline.stages:
+        wanted = {shard.key for shard in plan.stage(stage.name)}
+        others = frozenset(plan.shards) - wanted
+        situation = Situation(done=frozenset(done), active=others - done, seconds_per_work=rates)
+        batches = decide(pipeline, plan, situation, policy).batches
+        done |= wanted
+        num_tasks[stage.name] = sum(len(batch.tasks) for batch in batches)
+        resources[stage.name] = _words(batches[0], config, stage.uses_device) if on_slurm else (
+            f"{config.threads} thread{'s' * (config.threads > 1)}"
+        )
+        if on_slurm:
+            for batch in batches[:1]:
+                said = slurm.check_script(_script(pipeline, batch, config, stage.uses_device))
+                if said:
+                    refused[said] = None
+    return Preview(num_tasks=num_tasks, resources=resources, refused=tuple(refused))
+
+
+def _words(batch: Batch, config: RunConfig, uses_device: bool) -> str:
+    wanted = final_resources(config.slurm, batch, uses_device)
+    words = [
+        f"{batch.nodes} x {batch.ranks_per_node} ranks"
+        if batch.nodes * batch.ranks_per_node > 1
+        else "",
+        f"{wanted['cpus_per_task']} cores",
+        f"{wanted['gpus_per_node']} GPUs a node" if wanted["gpus_per_node"] else "",
+        f"{wanted['mem_gb']:g} GB",
+        f"{wanted['time_min']:g} min",
+        f"on {wanted['partition']}" if wanted["partition"] else "",
+    ]
+    return ", ".join(word for word in words if word)
+
+
+def _script(pipeline: Pipeline, batch: Batch, config: RunConfig, uses_device: bool) -> str:
+    folder = Path(tempfile.gettempdir())
+    first = replace(batch, tasks=batch.tasks[: config.slurm.max_parallel])
+    return slurm.script(
+        folder=folder,
+        name=f"{batch.stage}.{config.name}.dry-run",
+        command="true",
+        num_tasks=len(first.tasks),
+        resources=final_resources(config.slurm, batch, uses_device),
+    )
+
+
+def check_partitions(config: RunConfig) -> None:
+    """Check that every partition in the config exists.
+
+    Raises:
+        InputError: naming key, value and the partitions that there are.
+    """
+    there = slurm.partitions()
+    wanted = {
+        "slurm.partition": config.slurm.partition,
+        "slurm.gate.partition": config.slurm.gate.partition,
+    }
+    for stage, resources in config.slurm.stages.items():
+        wanted[f"slurm.stages.{stage}.partition"] = resources.partition
+    for key, names in wanted.items():
+        for name in (names or "").split(","):
+            if name and name not in there:
+                raise InputError(
+                    f"{key}={name}: no such partition; expected one of {', '.join(sorted(there))}"
+                )
+

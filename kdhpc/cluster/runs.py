@@ -1,0 +1,378 @@
+"""Open a run: from a config to a folder that a request stands in, with code that will not change.
+
+Relaunching with another config is refused only if a published record's recipe would change.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kdhpc import compose
+from kdhpc.artifacts import RunFolder, Scan, disk_errors, open_run, write_once
+from kdhpc.cluster import ledger as ledgers
+from kdhpc.cluster.ledger import Request
+from kdhpc.cluster.task import load_pipeline
+from kdhpc.config import LanguageConfig, RunConfig, checked, check_run
+from kdhpc.errors import BusyError, InputError
+from kdhpc.shards import Pipeline, Plan
+
+PROJECT_DIR = Path(compose.__file__).resolve().parents[1]
+SNAPSHOT = ("kdhpc", "configs", "slurm")
+
+
+def from_words(words: list[str]) -> tuple[Pipeline, RunConfig]:
+    """Pipeline and checked config from what was typed.
+
+    Raises:
+        InputError: for anything that cannot be.
+    """
+    values = compose.compose(words or ["demo"])
+    name = str(values.get("pipeline", "language"))
+    try:
+        pipeline = load_pipeline(name)
+    except (KeyError, ImportError, AttributeError) as error:
+        raise InputError(f"pipeline={name}: no such pipeline; expected language") from error
+    config = compose.build(pipeline.config, values)
+    return pipeline, check(config)
+
+
+def check(config: Any) -> Any:
+    """The config, if all its values are possible."""
+    if isinstance(config, LanguageConfig):
+        return checked(config)
+    check_run(config)
+    return config
+
+
+def folder(path: Path, pipeline: Pipeline | None = None) -> RunFolder:
+    """An existing run folder.
+
+    Raises:
+        InputError: if it is none.
+    """
+    if pipeline is None:
+        run = open_run(path, _NO_PIPELINE)
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return open_run(path, load_pipeline(_manifest(run.path)["pipeline"]))
+        raise InputError(f"{path}/run.json: not readable; expected what sweep.py wrote")
+    return open_run(path, pipeline)
+
+
+_NO_PIPELINE = Pipeline(name="", config=RunConfig, stages=())
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((path / "run.json").read_text())
+    return found
+
+
+def find(name: str, runs_dir: str = "runs") -> RunFolder:
+    """A run by its name in the runs folder, or by its path.
+
+    Raises:
+        InputError: if there is none.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        path = Path(runs_dir) / name
+    if not path.is_dir():
+        there = sorted(p.parent.name for p in Path(runs_dir).glob("*/run.json"))
+        expected = f"one of {', '.join(there)}" if there else "the path of a run"
+        raise InputError(f"{name}: no run of this name in {runs_dir}/; expected {expected}")
+    return folder(path.resolve())
+
+
+def current(run: RunFolder) -> tuple[RunConfig, Plan]:
+    """Config of the last request, and its plan."""
+    requests = ledgers.Ledger(run.path).requests()
+    if not requests:
+        raise InputError(f"{run.path}: a run without a request; run sweep.py again")
+    config = compose.build(run.pipeline.config, dict(requests[-1].config))
+    return config, run.pipeline.plan(config)
+
+
+def pick_executor(config: RunConfig, slurm_here: bool) -> str:
+    """`local` or `slurm`.
+
+    Raises:
+        InputError: if Slurm is asked for and not there, or the run is too large to start here.
+    """
+    if config.executor == "slurm" and not slurm_here:
+        raise InputError(
+            f"cluster={config.cluster}: no working sbatch here; load Slurm's module, or use cluster=local"
+        )
+    if config.executor != "auto":
+        return config.executor
+    if slurm_here:
+        return "slurm"
+    if not config.small:
+        raise InputError(
+            f"{config.name}: no working sbatch here, and this run is too large to start on this "
+            "machine by itself; load Slurm's module, or say cluster=local"
+        )
+    return "local"
+
+
+def resolve_inputs(config: RunConfig, download: bool = True) -> RunConfig:
+    """Find the model and corpus that the run starts from, and write their identity into the config.
+
+    Hub files are fetched here, on the login node: compute nodes need no network.
+
+    Raises:
+        InputError: for what is missing.
+    """
+    if not isinstance(config, LanguageConfig):
+        return config
+    from kdhpc import store
+    from kdhpc.stages.train import resolve_model
+
+    truth = config.truth
+    if truth.model == "train":
+        found = store.corpus_fingerprint(truth.corpus)
+        if found.startswith("hub:") and download:
+            store.read_corpus(truth.corpus, truth.text_column)
+    else:
+        source = Path(resolve_model(truth.model))
+        if source.suffix == ".gguf" or source.is_dir():
+            found = _fingerprint(source, truth.model)
+        elif str(source).startswith((".", "/", "~")) or truth.model.count("/") != 1:
+            raise InputError(f"truth.model={truth.model}: no such file or folder, and no hub id")
+        else:
+            found = _fetch(truth.model, truth.revision) if download else truth.fingerprint
+    if truth.fingerprint and truth.fingerprint != found:
+        raise InputError(
+            f"truth.fingerprint={truth.fingerprint[:12]}: what is here now has {found[:12]}; "
+            "it changed since, or is another one"
+        )
+    return dataclasses.replace(config, truth=dataclasses.replace(truth, fingerprint=found))
+
+
+def _fingerprint(source: Path, name: str) -> str:
+    if not source.exists():
+        raise InputError(f"truth.model={name}: no such file")
+    files = [source] if source.is_file() else sorted(source.glob("*.*"))
+    if source.is_dir() and not (
+        (source / "config.json").is_file()
+        and (source / "tokenizer.json").is_file()
+        and any(source.glob("*.safetensors"))
+    ):
+        raise InputError(
+            f"truth.model={name}: expected a folder with config.json, tokenizer.json and *.safetensors"
+        )
+    found = hashlib.sha256()
+    for file in files:
+        if file.suffix in {".json", ".safetensors", ".gguf"}:
+            with file.open("rb") as opened:
+                found.update(hashlib.file_digest(opened, "sha256").digest())
+    return found.hexdigest()
+
+
+def _fetch(model: str, revision: str) -> str:
+    """Download a hub model with progress. Returns its commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    try:
+        path = snapshot_download(model, revision=revision, allow_patterns=patterns)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise InputError(
+            f"truth.model={model}: not in the cache and cannot be fetched "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from error
+    return f"commit:{Path(path).name}"
+
+
+def check_prompt(config: RunConfig) -> None:
+    """Check the prompt against the tokenizer of a local model, without loading the model.
+
+    Raises:
+        InputError: if it makes no token or leaves no room, or if `truth.tokenizer` differs.
+    """
+    if not isinstance(config, LanguageConfig) or config.truth.model == "train":
+        return
+    from kdhpc.stages.train import resolve_model
+
+    own = Path(resolve_model(config.truth.model)) / "tokenizer.json"
+    if config.truth.tokenizer != "model":
+        given = Path(config.truth.tokenizer) / "tokenizer.json"
+        if not given.is_file():
+            raise InputError(f"truth.tokenizer={config.truth.tokenizer}: no tokenizer.json there")
+        if own.is_file() and given.read_bytes() != own.read_bytes():
+            raise InputError(
+                f"truth.tokenizer={config.truth.tokenizer}: differs from the tokenizer of "
+                f"{config.truth.model}; students share the truth's, expected truth.tokenizer=model"
+            )
+    if own.is_file():
+        from tokenizers import Tokenizer
+
+        ids = Tokenizer.from_file(str(own)).encode(config.prompt, add_special_tokens=False).ids
+        if not 0 < len(ids) < config.length:
+            raise InputError(
+                f"prompt={config.prompt!r}: is {len(ids)} tokens of length={config.length}; "
+                "expected at least one and fewer than that"
+            )
+
+
+def changed_recipes(plan: Plan, scan: Scan) -> list[str]:
+    """Field by field, what a new plan would change under published records."""
+    lines: dict[str, None] = {}
+    for key, record in scan.records.items():
+        shard = plan.shards.get(key)
+        if shard is None or shard.recipe == record.recipe:
+            continue
+        found = compose.difference(dict(record.fields), json.loads(json.dumps(shard.arm.fields)))
+        if shard.rows != record.row_range:
+            found.append(f"rows of {key}: {record.row_range} -> {shard.rows}")
+        for line in found:
+            lines.setdefault(f"{shard.stage}: {line}")
+    return list(lines)
+
+
+def open_for(pipeline: Pipeline, config: RunConfig, plan: Plan) -> RunFolder:
+    """Make the run's folder, or open it and check that nothing published would change.
+
+    Raises:
+        InputError: for a changed recipe, field by field.
+        DamagedError: if the folder cannot be written.
+    """
+    path = (Path(config.runs_dir) / config.name).expanduser().resolve()
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not (path / "run.json").exists():
+            path.mkdir(mode=0o700, exist_ok=True)
+            ledgers.make(path)
+            manifest = {
+                "pipeline": config.pipeline,
+                "identity": secrets.token_hex(2),
+                "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            }
+            write_once(path / "run.json", manifest)
+    run = open_run(path, pipeline)
+    check_unchanged(run, config, plan)
+    return run
+
+
+def check_unchanged(run: RunFolder, config: RunConfig, plan: Plan) -> None:
+    """Refuse a plan that would change a published record.
+
+    Raises:
+        InputError: with every field that differs.
+    """
+    changed = changed_recipes(plan, run.scan())
+    if changed:
+        raise InputError(
+            f"{run.path}: published results were made with other settings: {'; '.join(changed[:6])}; "
+            f"go back to those, or choose another name (name={config.name}-2)"
+        )
+
+
+def add_request(
+    run: RunFolder,
+    config: RunConfig,
+    *,
+    kind: str,
+    executor: str,
+    stage: str | None = None,
+    keys: tuple[str, ...] | None = None,
+    resources: Mapping[str, Any] | None = None,
+) -> Request:
+    """Write down what was asked for, with a snapshot of the code that will do it."""
+    ledger = ledgers.make(run.path)
+    with disk_errors(run.path):
+        code = snapshot(run)
+        while True:
+            request = Request(
+                number=max((r.number for r in ledger.requests()), default=0) + 1,
+                kind=kind,
+                time=time.time(),
+                config=compose.plain(config),
+                code=code,
+                executor=executor,
+                stage=stage,
+                keys=keys,
+                resources=dict(resources or {}),
+            )
+            if ledger.add_request(request):
+                return request
+
+
+def snapshot(run: RunFolder) -> str:
+    """Copy kdhpc, configs and slurm/ once into the run, under the digest of their content."""
+    sources = _sources(run)
+    found = hashlib.sha256()
+    for name, path in sources.items():
+        found.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
+    digest = found.hexdigest()[:12]
+    target = run.path / "code" / digest
+    if not target.is_dir():
+        temporary = run.path / "code" / f".{digest}.{secrets.token_hex(4)}"
+        for name, path in sources.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, temporary / name)
+        try:
+            temporary.rename(target)
+        except OSError:  # another launcher was first
+            shutil.rmtree(temporary)
+    return digest
+
+
+def _sources(run: RunFolder) -> dict[str, Path]:
+    """Files of a snapshot by relative name; for a pipeline from elsewhere, its module too."""
+    wanted = {".py", ".yaml", ".sh"}
+    files = [
+        path
+        for name in SNAPSHOT
+        for path in sorted((PROJECT_DIR / name).rglob("*"))
+        if path.suffix in wanted and path.is_file()
+    ]
+    sources = {str(path.relative_to(PROJECT_DIR)): path for path in files}
+    module_name = _manifest(run.path)["pipeline"].partition(":")[0]
+    module = sys.modules.get(module_name)
+    if module is not None and module.__file__ and not module_name.startswith("kdhpc"):
+        sources[module_name.replace(".", "/") + ".py"] = Path(module.__file__)
+    return sources
+
+
+@contextlib.contextmanager
+def launcher_lock(run: RunFolder) -> Iterator[None]:
+    """One local launcher a run; the lock goes with the process.
+
+    Raises:
+        BusyError: if another process holds it.
+    """
+    with disk_errors(run.path), (run.path / "launcher.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise BusyError(
+                f"{run.path}: process {file.read().strip() or '?'} is working on this run; "
+                "watch it with status.py"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def is_locked(run: RunFolder) -> bool:
+    """Whether a local launcher is working on the run now."""
+    try:
+        with (run.path / "launcher.lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True

@@ -1,0 +1,166 @@
+"""What runs inside a job: `python -m kdhpc.cluster.task RUN SUBMISSION [TASK]`.
+
+Does the shards of one task, one after the other, and publishes each. Every start is an attempt; a
+shard that is published already is passed over. USR2 and SIGTERM only set a flag.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from kdhpc import compose
+from kdhpc.artifacts import RunFolder, Work, disk_errors
+from kdhpc.cluster import failures
+from kdhpc.cluster.ledger import Failure, Ledger, Submission
+from kdhpc.shards import Pipeline, Shard
+
+PROGRESS_EVERY_S = 2.0
+
+
+def load_pipeline(name: str) -> Pipeline:
+    """A pipeline by name, or by `module:NAME` for one that lives elsewhere."""
+    if ":" not in name:
+        from kdhpc.pipeline import PIPELINES
+
+        return PIPELINES[name]
+    module, _, attribute = name.partition(":")
+    found: Pipeline = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+class _StopFlag:
+    """Set by the signals that Slurm sends before it kills."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, self._set)
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        self.is_set = True
+        print(f"told to stop by {signal.Signals(number).name}", flush=True)
+
+
+def _rank() -> tuple[int, int]:
+    """Rank and world size: from srun, or from the local executor."""
+    rank = int(os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0")))
+    world_size = int(os.environ.get("SLURM_NTASKS", os.environ.get("WORLD_SIZE", "1")))
+    if world_size > 1 and "SLURM_PROCID" in os.environ:
+        from kdhpc.cluster import slurm
+
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        os.environ["MASTER_ADDR"] = slurm.first_node_address(os.environ["SLURM_JOB_NODELIST"])
+        # Below the ephemeral range, and another one for a requeued attempt.
+        seed = int(os.environ["SLURM_JOB_ID"]) * 7 + int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        os.environ["MASTER_PORT"] = str(10000 + seed % 20000)
+    return rank, world_size
+
+
+def _progress_writer(path: Path) -> Callable[[str], Callable[[float], None]]:
+    last = [0.0]
+
+    def of(key: str) -> Callable[[float], None]:
+        def write(fraction: float) -> None:
+            if time.monotonic() - last[0] < PROGRESS_EVERY_S:
+                return
+            last[0] = time.monotonic()
+            temporary = path.with_suffix(".tmp")
+            with contextlib.suppress(OSError):  # progress is for people; it must not stop work
+                temporary.write_text(json.dumps({"key": key, "fraction": round(fraction, 4)}))
+                os.replace(temporary, path)
+
+        return write
+
+    return of
+
+
+def run_task(path: Path, number: int, index: int) -> int:
+    """Do one task. Returns the exit code: 0, 1 if a shard failed, 75 if told to stop."""
+    manifest = json.loads((path / "run.json").read_text())
+    pipeline = load_pipeline(manifest["pipeline"])
+    ledger = Ledger(path)
+    submission = next(s for s in ledger.submissions() if s.number == number)
+    request = next(r for r in ledger.requests() if r.number == submission.request)
+    config = compose.build(pipeline.config, dict(request.config))
+    plan = pipeline.plan(config)
+    run = RunFolder(path, pipeline)
+    rank, world_size = _rank()
+    stop = _StopFlag()
+    progress = _progress_writer(path / "progress" / f"{number:04d}-{index}.json")
+    work = Work(
+        run,
+        config,
+        plan,
+        run.scan(),
+        code=submission.code,
+        should_stop=lambda: stop.is_set,
+        rank=rank,
+        world_size=world_size,
+    )
+    code = 0
+    for key in submission.tasks[index]:
+        if stop.is_set:
+            return failures.STOPPED_EXIT_CODE
+        if run.record_path(key).exists():
+            print(f"{key}: is there already", flush=True)
+            continue
+        if rank == 0:
+            work.progress = progress(key)
+        result = _attempt(plan.shards[key], work, ledger, submission, index)
+        code = result or code
+        if result == failures.STOPPED_EXIT_CODE:
+            return result
+    return code
+
+
+def _attempt(shard: Shard, work: Work, ledger: Ledger, submission: Submission, index: int) -> int:
+    started = time.time()
+    print(f"{shard.key}: started", flush=True)
+    try:
+        with disk_errors(work.run.record_path(shard.key)):
+            written = work.run.pipeline.stage(shard.stage).run(shard, work)
+            if written is None:
+                if work.rank > 0:
+                    return 0
+                print(f"{shard.key}: stopped; the next attempt goes on from here", flush=True)
+                return failures.STOPPED_EXIT_CODE
+            won = work.publish(shard, written, started)
+    except Exception as error:
+        traceback.print_exc()
+        kind, message, fingerprint = failures.of_exception(error)
+        failure = Failure(
+            key=shard.key,
+            kind=kind,
+            message=message,
+            fingerprint=fingerprint,
+            submission=submission.number,
+            log=str(ledger.log_path(submission.number, index)),
+            node=os.environ.get("SLURMD_NODENAME", ""),
+            time=time.time(),
+        )
+        with contextlib.suppress(OSError):  # on a full disk the log line has to do
+            ledger.add_failure(failure)
+        print(f"{shard.key}: failed: {message}", flush=True)
+        return 1
+    outcome = "published" if won else "another attempt was first"
+    print(f"{shard.key}: {outcome} after {time.time() - started:.1f} s", flush=True)
+    return 0
+
+
+def main() -> None:
+    """Command line of a job step."""
+    path, number = Path(sys.argv[1]), int(sys.argv[2])
+    index = sys.argv[3] if len(sys.argv) > 3 else os.environ["SLURM_ARRAY_TASK_ID"]
+    sys.exit(run_task(path, number, int(index)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""The experiment, in order. Read this first.
+
+Each stage reads what the ones before it wrote; `python launch/sweep.py --dry-run` prints the same
+order with its shards, and a run's folders are numbered by it.
+"""
+
+from kdhpc.config import LanguageConfig
+from kdhpc.shards import Pipeline
+from kdhpc.stages.merge import MERGE
+from kdhpc.stages.sample import SAMPLE_STUDENTS, SAMPLE_TEACHER, SAMPLE_TRUTH
+from kdhpc.stages.score import SCORE
+from kdhpc.stages.train import TRAIN_ON_TRUTH, TRAIN_STUDENTS, TRUTH
+
+LANGUAGE = Pipeline(
+    name="language",
+    config=LanguageConfig,
+    stages=(
+        TRUTH,  # p*: trained on a corpus, converted, or brought in
+        SAMPLE_TRUTH,  # D and truth's evaluation set
+        TRAIN_ON_TRUTH,  # the teacher p' from scratch, and the direct students
+        SAMPLE_TEACHER,  # D'_tau for every tau
+        TRAIN_STUDENTS,  # a student p'' on each D'_tau
+        SAMPLE_STUDENTS,  # evaluation sets of students and teachers
+        SCORE,  # log p* over model samples, log p'' over truth's
+        MERGE,  # results.h5
+    ),
+)
+
+PIPELINES = {pipeline.name: pipeline for pipeline in (LANGUAGE,)}

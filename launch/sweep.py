@@ -1,0 +1,111 @@
+#!/usr/bin/env python
+"""Plan and submit a run. Typed again, it submits only what is missing and not already queued.
+
+    python launch/sweep.py [PRESET ...] [key=value ...] [--dry-run] [--watch]
+
+Without a preset it runs `demo`. Examples:
+
+    python launch/sweep.py paper --dry-run
+    python launch/sweep.py demo name=second taus=[1.0,0.7]
+    python launch/sweep.py paper cluster=mysite slurm.mem_gb=64
+"""
+
+import argparse
+import time
+
+from rich.live import Live
+
+from kdhpc.artifacts import RunFolder
+from kdhpc.cluster import local, planning, runs, slurm
+from kdhpc.cluster.advance import advance
+from kdhpc.cluster.display import command, console, plan_table, status_view
+from kdhpc.cluster.gate import tell
+from kdhpc.cluster.status import Status, look, status_of
+from kdhpc.config import RunConfig
+from kdhpc.errors import InputError
+from kdhpc.shards import Plan
+
+WATCH_EVERY_S = 5.0
+
+
+def main(arguments: list[str]) -> int:
+    """Compose, plan, show, submit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="PRESET|key=value")
+    parser.add_argument("--dry-run", action="store_true", help="stop after the plan")
+    parser.add_argument("--watch", action="store_true", help="stay, with a live display")
+    options = parser.parse_intermixed_args(arguments)
+
+    pipeline, config = runs.from_words(options.words)
+    executor = runs.pick_executor(config, slurm_here=slurm.available())
+    if options.dry_run:
+        plan = pipeline.plan(config)
+        found = planning.preview(pipeline, plan, config, executor)
+        console().print(plan_table(pipeline, plan, config, found.num_tasks, found.resources))
+        print(f"runs with cluster={executor} in {config.runs_dir}/{config.name}; nothing was written")
+        if found.refused:
+            raise InputError(f"Slurm would refuse: {'; '.join(found.refused)}")
+        return 0
+
+    if executor == "slurm":
+        planning.check_partitions(config)
+    runs.check_prompt(config)
+    config = runs.resolve_inputs(config)
+    plan = pipeline.plan(config)
+    run = runs.open_for(pipeline, config, plan)
+    if executor == "local":
+        with runs.launcher_lock(run):
+            return _local(run, config, plan)
+    for key in run.scan().damaged:
+        run.quarantine(key)
+    runs.add_request(run, config, kind="sweep", executor=executor)
+    advance(run, config, plan)
+    if options.watch:
+        return _watch(run, config, plan)
+    _, status = look(run)
+    console().print(status_view(status))
+    print(f"follow it: squeue --me; python launch/status.py {run.path}")
+    return 0
+
+
+def _local(run: RunFolder, config: RunConfig, plan: Plan) -> int:
+    for key in run.scan().damaged:
+        run.quarantine(key)
+    runs.add_request(run, config, kind="sweep", executor="local")
+    out = console()
+    with Live(console=out, refresh_per_second=4, transient=True) as live:
+        state = local.run_all(
+            run,
+            config,
+            plan,
+            on_change=lambda state, active: live.update(
+                status_view(status_of(run, config, plan, state, local_running=active))
+            ),
+        )
+    status = status_of(run, config, plan, state)
+    out.print(status_view(status))
+    tell(run.path, state)
+    return _exit_code(status)
+
+
+def _watch(run: RunFolder, config: RunConfig, plan: Plan) -> int:
+    """Stay until nothing is queued; where gates may not submit, this loop does it."""
+    out = console()
+    with Live(console=out, refresh_per_second=1, transient=True) as live:
+        while True:
+            state = advance(run, config, plan)
+            status = status_of(run, config, plan, state)
+            live.update(status_view(status))
+            if not state.situation.active and not state.decision.batches:
+                break
+            time.sleep(WATCH_EVERY_S)
+    out.print(status_view(status))
+    return _exit_code(status)
+
+
+def _exit_code(status: Status) -> int:
+    return 0 if status.complete else 1
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,13 @@
+# Runs one process of a job: bash environment.sh CODE PYTHON ARGUMENTS...
+# Every process of every job comes through here, on the compute node. Put here what `slurm.setup` in
+# the cluster's YAML cannot say; what you change is copied into a run at the next submission.
+export PYTHONPATH="$1${PYTHONPATH:+:$PYTHONPATH}"
+shift
+threads="${SLURM_CPUS_PER_TASK:-1}"
+export OMP_NUM_THREADS="$threads" MKL_NUM_THREADS="$threads" OPENBLAS_NUM_THREADS="$threads"
+# Just-in-time caches are written by many nodes at once: keep them off the shared file system.
+scratch="${KDHPC_SCRATCH:-${TMPDIR:-/tmp}}/kdhpc-$(id -u)-${SLURM_JOB_ID:-local}"
+export TRITON_CACHE_DIR="$scratch/triton" TORCHINDUCTOR_CACHE_DIR="$scratch/inductor"
+# Compute nodes need no network.
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+exec "$@"
