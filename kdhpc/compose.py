@@ -71,6 +71,12 @@ def plain(config: Any) -> dict[str, Any]:
     return values
 
 
+def merged(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Plain values with others on top, key by key."""
+    found = OmegaConf.to_container(_merge(OmegaConf.create(values), OmegaConf.create(more)))
+    return cast(dict[str, Any], found)
+
+
 def to_yaml(config: Any) -> str:
     """A config as YAML, every field written out."""
     return OmegaConf.to_yaml(OmegaConf.create(plain(config)))

@@ -29,7 +29,7 @@ def counted(
 
 @torch.inference_mode()
 def token_log_probs(model: PreTrainedModel, ids: Tensor, *, head_tokens: int) -> Tensor:
-    """log p(token | tokens before it) for every token but the first of each row.
+    """Log p(token | tokens before it) for every token but the first of each row.
 
     The body runs in the model's dtype; logits and log-softmax are float32, for `head_tokens`
     positions at a time. Rows are padded on the right; attention is causal, so padding is never seen.

@@ -30,7 +30,9 @@ WATCH_EVERY_S = 5.0
 
 def main(arguments: list[str]) -> int:
     """Compose, plan, show, submit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("words", nargs="*", metavar="PRESET|key=value")
     parser.add_argument("--dry-run", action="store_true", help="stop after the plan")
     parser.add_argument("--watch", action="store_true", help="stay, with a live display")
@@ -42,7 +44,9 @@ def main(arguments: list[str]) -> int:
         plan = pipeline.plan(config)
         found = planning.preview(pipeline, plan, config, executor)
         console().print(plan_table(pipeline, plan, config, found.num_tasks, found.resources))
-        print(f"runs with cluster={executor} in {config.runs_dir}/{config.name}; nothing was written")
+        print(
+            f"runs with cluster={executor} in {config.runs_dir}/{config.name}; nothing was written"
+        )
         if found.refused:
             raise InputError(f"Slurm would refuse: {'; '.join(found.refused)}")
         return 0

@@ -309,13 +309,17 @@ def gate_resources(limits: Slurm, array_id: str) -> dict[str, Any]:
         "partition": limits.partition, "account": limits.account, "qos": limits.qos,
         "time_min": 10, "mem_gb": 1.0, "cpus_per_task": 1, "setup": limits.setup,
     }  # fmt: skip
-    return plain | given | {
-        "nodes": 1,
-        "ranks_per_node": 1,
-        "max_parallel": 1,
-        "signal_s": 30,
-        "dependency": f"afterany:{array_id}",
-    }
+    return (
+        plain
+        | given
+        | {
+            "nodes": 1,
+            "ranks_per_node": 1,
+            "max_parallel": 1,
+            "signal_s": 30,
+            "dependency": f"afterany:{array_id}",
+        }
+    )
 
 
 def _submit(run: RunFolder, ledger: Ledger, state: State, batch: Batch) -> bool:

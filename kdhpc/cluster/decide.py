@@ -112,7 +112,12 @@ def decide(pipeline: Pipeline, plan: Plan, situation: Situation, policy: Policy)
 def _blocked(plan: Plan, situation: Situation, policy: Policy) -> dict[str, str]:
     blocked = dict(situation.damaged)
     for key, failures in situation.failures.items():
-        if key in situation.done or key in situation.active or key not in plan.shards or not failures:
+        if (
+            key in situation.done
+            or key in situation.active
+            or key not in plan.shards
+            or not failures
+        ):
             continue
         last = failures[-1]
         remedy = REMEDIES[last.kind]

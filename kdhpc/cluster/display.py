@@ -44,7 +44,11 @@ def size(num_bytes: float) -> str:
 
 
 def plan_table(
-    pipeline: Pipeline, plan: Plan, config: Any, num_tasks: dict[str, int], resources: dict[str, str]
+    pipeline: Pipeline,
+    plan: Plan,
+    config: Any,
+    num_tasks: dict[str, int],
+    resources: dict[str, str],
 ) -> Table:
     """The pipeline with its shards, tasks, hours and bytes."""
     table = Table(title=f"{config.name}: {len(plan.shards)} shards", title_justify="left", box=None)

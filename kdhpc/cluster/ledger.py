@@ -1,9 +1,9 @@
 """What was asked, what was submitted, what failed: immutable JSON files in the run folder.
 
-    requests/0001.json          somebody typed sweep, rerun or cancel: config, code, which shards
-    submissions/0001.json       intent: which shards go into which task; claimed by whoever links it
-    submissions/0001.job.json   what became of it: job ids, or that it was given up
-    failures/0001/<shard>.json  one failed shard of one submission
+requests/0001.json          somebody typed sweep, rerun or cancel: config, code, which shards
+submissions/0001.json       intent: which shards go into which task; claimed by whoever links it
+submissions/0001.job.json   what became of it: job ids, or that it was given up
+failures/0001/<shard>.json  one failed shard of one submission
 """
 
 import contextlib

@@ -1,15 +1,17 @@
 """Run a plan in processes of this machine: the same tasks as on Slurm, with a loop for the gates."""
 
+import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from kdhpc.artifacts import RunFolder
 from kdhpc.cluster import failures
@@ -20,22 +22,64 @@ from kdhpc.config import RunConfig
 from kdhpc.shards import Plan
 
 
-@dataclass
-class _Task:
-    submission: Submission
-    processes: list[subprocess.Popen[bytes]]
-    log: IO[bytes]
+class _Worker:
+    """A process that does tasks, one at a time (see `task.serve`)."""
 
-    def ended(self) -> bool:
-        codes = [process.poll() for process in self.processes]
-        if any(codes):  # one rank died: end the others, like srun --kill-on-bad-exit
-            self.stop()
-        return all(code is not None for code in codes)
+    def __init__(self, run: RunFolder, code: str, environment: Mapping[str, str]) -> None:
+        self.run, self.code = run, code
+        home = run.path / "code" / code
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "kdhpc.cluster.task", str(run.path), "--serve"],
+            cwd=home,
+            env={**_outside_slurm(), **environment, "PYTHONPATH": _python_path(home)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self.answers = cast(IO[bytes], self.process.stdout)
+        os.set_blocking(self.answers.fileno(), False)
+
+    def send(self, number: int, log: Path) -> None:
+        pipe = cast(IO[bytes], self.process.stdin)
+        with contextlib.suppress(BrokenPipeError):  # it died; `exit_code` says so
+            pipe.write(json.dumps([number, 0, str(log)]).encode() + b"\n")
+            pipe.flush()
+
+    def exit_code(self) -> int | None:
+        """Of the task that was sent: None while it runs; negative if a signal killed the process."""
+        answer = self.answers.readline()
+        return int(answer) if answer else self.process.poll()
 
     def stop(self) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+        """Ask for an end at the next shard or checkpoint."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def close(self) -> None:
+        """Let it go once its task is done."""
+        with contextlib.suppress(BrokenPipeError):
+            cast(IO[bytes], self.process.stdin).close()
+        self.process.wait()
+        self.answers.close()
+
+
+@dataclass
+class _Task:
+    """A submission under way: one worker a rank."""
+
+    submission: Submission
+    workers: list[_Worker]
+    codes: dict[int, int]
+
+    def ended(self) -> bool:
+        for rank, worker in enumerate(self.workers):
+            if rank not in self.codes and (code := worker.exit_code()) is not None:
+                self.codes[rank] = code
+        if any(self.codes.values()):  # a rank died: end the others, like srun --kill-on-bad-exit
+            for rank, worker in enumerate(self.workers):
+                if rank not in self.codes:
+                    worker.process.kill()
+        return len(self.codes) == len(self.workers)
 
 
 def run_all(
@@ -49,7 +93,7 @@ def run_all(
 
     Ctrl-C lets tasks stop at the next shard or checkpoint; typed again, sweep goes on.
     """
-    workers = config.local_workers or len(os.sched_getaffinity(0))
+    num_workers = config.local_workers or len(os.sched_getaffinity(0))
     ledger = Ledger(run.path)
     tasks: list[_Task] = []
     policy = Policy(
@@ -59,31 +103,41 @@ def run_all(
         per_array=0,
         max_attempts=config.slurm.max_attempts,
     )
+    spare: list[_Worker] = []
     try:
         while True:
             for task in [task for task in tasks if task.ended()]:
                 tasks.remove(task)
                 _finish(task, run, ledger)
+                alive = [worker for worker in task.workers if worker.process.poll() is None]
+                if len(task.workers) == 1 and alive:
+                    spare += alive
+                else:
+                    for worker in task.workers:
+                        worker.close()
             active = frozenset(key for task in tasks for key in task.submission.keys)
-            state = observe(
-                run, config, plan, local_active=active, policy=policy, with_queue=False
-            )
+            state = observe(run, config, plan, local_active=active, policy=policy, with_queue=False)
             on_change(state, active)
-            free = workers - len(tasks)
             batches = state.decision.batches
             if not tasks and not batches:
                 return state
-            for batch in batches[:free]:
-                tasks.append(_start(run, ledger, state, batch, config))
+            for batch in batches[: num_workers - len(tasks)]:
+                tasks.append(_start(run, ledger, state, batch, config, spare))
             _wait(tasks)
     except BaseException:
         for task in tasks:
-            task.stop()
-        for task in tasks:
-            for process in task.processes:
-                process.wait()
-            _finish(task, run, ledger)
+            for worker in task.workers:
+                worker.stop()
+        while tasks:
+            _wait(tasks)
+            for task in [task for task in tasks if task.ended()]:
+                tasks.remove(task)
+                spare += task.workers
+                _finish(task, run, ledger)
         raise
+    finally:
+        for worker in spare:
+            worker.close()
 
 
 def _wait(tasks: list[_Task], limit_s: float = 0.5) -> None:
@@ -93,7 +147,12 @@ def _wait(tasks: list[_Task], limit_s: float = 0.5) -> None:
 
 
 def _start(
-    run: RunFolder, ledger: Ledger, state: State, batch: Batch, config: RunConfig
+    run: RunFolder,
+    ledger: Ledger,
+    state: State,
+    batch: Batch,
+    config: RunConfig,
+    spare: list[_Worker],
 ) -> _Task:
     number = max((s.number for s in ledger.submissions()), default=0) + 1
     submission = Submission(
@@ -109,57 +168,51 @@ def _start(
         pid=os.getpid(),
     )
     ledger.claim(submission)
-    home = run.path / "code" / submission.code
-    log_path = ledger.log_path(number, 0)
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    log = log_path.open("ab")
+    log = ledger.log_path(number, 0)
+    log.parent.mkdir(parents=True, exist_ok=True)
     world_size = batch.nodes * batch.ranks_per_node
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "kdhpc.cluster.task", str(run.path), str(number), "0"],
-            cwd=home,
-            env=_environment(home, config, rank, world_size),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        for rank in range(world_size)
-    ]
-    return _Task(submission=submission, processes=processes, log=log)
+    if world_size == 1 and spare:
+        workers = [spare.pop()]
+    else:
+        port = 10000 + (os.getpid() * 7 + number) % 20000
+        workers = [
+            _Worker(run, submission.code, _environment(config.threads, rank, world_size, port))
+            for rank in range(world_size)
+        ]
+    for worker in workers:
+        worker.send(number, log)
+    return _Task(submission=submission, workers=workers, codes={})
 
 
-def _environment(home: Path, config: RunConfig, rank: int, world_size: int) -> dict[str, str]:
-    """What slurm/environment.sh sets on a cluster."""
-    threads = str(config.threads)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-    path = [str(home), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment |= dict.fromkeys(
-        ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads
-    )
-    environment |= {
-        "PYTHONPATH": os.pathsep.join(path),
+def _outside_slurm() -> dict[str, str]:
+    """This environment without a surrounding job, whose ranks are not ours."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+
+
+def _python_path(home: Path) -> str:
+    return os.pathsep.join([str(home), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _environment(threads: int, rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What slurm/environment.sh and srun set on a cluster."""
+    return dict.fromkeys(
+        ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)
+    ) | {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
     }
-    if world_size > 1:
-        environment |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(10000 + os.getpid() % 20000),
-        }
-    return environment
 
 
 def _finish(task: _Task, run: RunFolder, ledger: Ledger) -> None:
     """Settle a submission; say what became of shards that left no output and no word."""
-    task.log.close()
     number = task.submission.number
-    codes = [process.returncode for process in task.processes]
-    worst = next((code for code in codes if code), 0)
+    worst = next((code for code in task.codes.values() if code), 0)
     known = {(failure.submission, failure.key) for failure in ledger.failures()}
     for key in task.submission.keys:
         if run.record_path(key).exists() or (number, key) in known:

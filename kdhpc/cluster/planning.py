@@ -3,7 +3,9 @@
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from kdhpc import compose
 from kdhpc.cluster import slurm
 from kdhpc.cluster.advance import LOCAL_TASK_S, final_resources
 from kdhpc.cluster.decide import Batch, Policy, Situation, decide
@@ -42,8 +44,10 @@ def preview(pipeline: Pipeline, plan: Plan, config: RunConfig, executor: str) ->
         batches = decide(pipeline, plan, situation, policy).batches
         done |= wanted
         num_tasks[stage.name] = sum(len(batch.tasks) for batch in batches)
-        resources[stage.name] = _words(batches[0], config, stage.uses_device) if on_slurm else (
-            f"{config.threads} thread{'s' * (config.threads > 1)}"
+        resources[stage.name] = (
+            _words(batches[0], config, stage.uses_device)
+            if on_slurm
+            else (f"{config.threads} thread{'s' * (config.threads > 1)}")
         )
         if on_slurm:
             for batch in batches[:1]:
@@ -100,3 +104,22 @@ def check_partitions(config: RunConfig) -> None:
                     f"{key}={name}: no such partition; expected one of {', '.join(sorted(there))}"
                 )
 
+
+def resource_overrides(words: list[str], config: RunConfig) -> dict[str, Any]:
+    """Fields of `slurm` from `slurm.key=value` words.
+
+    Raises:
+        InputError: for any other key, or a value that does not fit.
+    """
+    for word in words:
+        if not word.startswith("slurm.") or "=" not in word:
+            raise InputError(f"{word}: rerun takes resources only, such as slurm.mem_gb=64")
+    values = compose.compose(words).get("slurm", {})
+    changed = compose.build(type(config), compose.merged(compose.plain(config), {"slurm": values}))
+    wanted = {name: getattr(changed.slurm, name) for name in values}
+    for name, value in wanted.items():
+        if name in {"time_min", "mem_gb", "cpus_per_task"} and not value > 0:
+            raise InputError(f"slurm.{name}={value}: expected more than 0")
+        if name in {"stages", "gate", "max_attempts", "advance_from", "canary"}:
+            raise InputError(f"slurm.{name}: not a resource of a task; change it with sweep.py")
+    return wanted

@@ -22,7 +22,7 @@ from kdhpc.artifacts import RunFolder, Scan, disk_errors, open_run, write_once
 from kdhpc.cluster import ledger as ledgers
 from kdhpc.cluster.ledger import Request
 from kdhpc.cluster.task import load_pipeline
-from kdhpc.config import LanguageConfig, RunConfig, checked, check_run
+from kdhpc.config import LanguageConfig, RunConfig, check_run, checked
 from kdhpc.errors import BusyError, InputError
 from kdhpc.shards import Pipeline, Plan
 

@@ -23,7 +23,12 @@ from kdhpc.errors import ClusterError
 ANSWER_LIMIT_S = 60.0
 """How long a lost submission is looked for before it counts as never made."""
 LOST_ANSWERS = ("socket timed out", "unable to contact", "connection refused", "communication")
-OVER_LIMIT = ("qosmaxsubmit", "assocmaxsubmit", "maxsubmitjob", "job violates accounting/qos policy")
+OVER_LIMIT = (
+    "qosmaxsubmit",
+    "assocmaxsubmit",
+    "maxsubmitjob",
+    "job violates accounting/qos policy",
+)
 ENDING = {"COMPLETING", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 
 
@@ -180,7 +185,9 @@ def script(
     """
     executor = ArrayExecutor(folder=folder)
     log = "%a" if num_tasks is not None else "gate"
-    scratch = [f"export KDHPC_SCRATCH={shlex.quote(path)}" for path in [resources["scratch"]] if path]
+    scratch = [
+        f"export KDHPC_SCRATCH={shlex.quote(path)}" for path in [resources["scratch"]] if path
+    ]
     wanted = {
         "job_name": name,
         "partition": resources.get("partition"),

@@ -93,9 +93,7 @@ def look(run: RunFolder) -> tuple[State, Status]:
 def _local_active(run: RunFolder) -> frozenset[str]:
     ledger = Ledger(run.path)
     jobs = ledger.jobs()
-    return frozenset(
-        key for s in ledger.submissions() if s.number not in jobs for key in s.keys
-    )
+    return frozenset(key for s in ledger.submissions() if s.number not in jobs for key in s.keys)
 
 
 def status_of(
@@ -136,7 +134,9 @@ def status_of(
                 seconds_left=sum(s.work for s in left) * situation.seconds_per_work[stage.name],
             )
         )
-    codes = sorted({record.code for key, record in state.scan.records.items() if key in plan.shards})
+    codes = sorted(
+        {record.code for key, record in state.scan.records.items() if key in plan.shards}
+    )
     if len(codes) > 1:
         notes += (f"results were made by {len(codes)} versions of the code: {', '.join(codes)}",)
     if situation.stopped:
@@ -236,7 +236,8 @@ def _training(run: RunFolder, key: str) -> str:
         return ""
     try:
         found = json.loads(last[0])
-        return f" step {found['step']} loss {found['loss']:.4f} {found['tokens_per_s']:.0f} tokens/s"
+        return (
+            f" step {found['step']} loss {found['loss']:.4f} {found['tokens_per_s']:.0f} tokens/s"
+        )
     except (ValueError, KeyError):
         return ""
-

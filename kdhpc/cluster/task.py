@@ -1,7 +1,10 @@
-"""What runs inside a job: `python -m kdhpc.cluster.task RUN SUBMISSION [TASK]`.
+"""What runs inside a job: `python -m kdhpc.cluster.task RUN SUBMISSION`.
 
 Does the shards of one task, one after the other, and publishes each. Every start is an attempt; a
 shard that is published already is passed over. USR2 and SIGTERM only set a flag.
+
+The local executor keeps the process for more tasks (`task RUN --serve`), so that torch is imported
+once a core and not once a task.
 """
 
 import contextlib
@@ -155,11 +158,29 @@ def _attempt(shard: Shard, work: Work, ledger: Ledger, submission: Submission, i
     return 0
 
 
+def serve(path: Path) -> None:
+    """Do tasks as they come: each a line of JSON [submission, task, log] on standard input.
+
+    Answers with a line: the exit code. Everything else that is printed goes to the task's log.
+    """
+    with os.fdopen(os.dup(1), "w") as answers:
+        for line in sys.stdin:
+            number, index, log_path = json.loads(line)
+            with open(log_path, "ab") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            code = run_task(path, number, index)
+            sys.stdout.flush()
+            print(code, file=answers, flush=True)
+
+
 def main() -> None:
     """Command line of a job step."""
-    path, number = Path(sys.argv[1]), int(sys.argv[2])
-    index = sys.argv[3] if len(sys.argv) > 3 else os.environ["SLURM_ARRAY_TASK_ID"]
-    sys.exit(run_task(path, number, int(index)))
+    path = Path(sys.argv[1])
+    if sys.argv[2] == "--serve":
+        serve(path)
+        return
+    sys.exit(run_task(path, int(sys.argv[2]), int(os.environ["SLURM_ARRAY_TASK_ID"])))
 
 
 if __name__ == "__main__":

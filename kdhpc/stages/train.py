@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdhpc import arms
 from kdhpc.artifacts import Work, Written
-from kdhpc.config import LanguageConfig, Model, Shape, Training
+from kdhpc.config import LanguageConfig, Model, Shape
 from kdhpc.shards import Arm, Plan, Shard, Stage
 
 if TYPE_CHECKING:

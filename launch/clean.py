@@ -1,0 +1,46 @@
+#!/usr/bin/env python
+"""List, then delete, what a run does not need: data without a record, checkpoints of finished
+trainings, damaged records that were put aside, progress files, logs of a complete run.
+
+    python launch/clean.py RUN [--yes]
+
+Without --yes it only lists. It refuses while the run is active.
+"""
+
+import argparse
+
+from kdhpc.artifacts import remove
+from kdhpc.cluster import housekeeping, runs
+from kdhpc.cluster.display import command, size
+from kdhpc.cluster.status import look
+from kdhpc.errors import BusyError
+
+
+def main(arguments: list[str]) -> int:
+    """List or delete."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("run")
+    parser.add_argument("--runs-dir", default="runs")
+    parser.add_argument("--yes", action="store_true", help="delete what is listed")
+    options = parser.parse_args(arguments)
+    run = runs.find(options.run, options.runs_dir)
+    state, status = look(run)
+    if state.situation.active or runs.is_locked(run):
+        raise BusyError(f"{run.path}: is active; clean it when nothing runs, or cancel.py it first")
+    found = housekeeping.unneeded(run, state.scan, complete=status.complete)
+    for path, why in found.items():
+        print(f"{path.relative_to(run.path)}  {why}")
+    total = sum(housekeeping.bytes_of(path) for path in found)
+    if options.yes:
+        for path in found:
+            remove(path)
+    print(
+        f"{len(found)} entries, {size(total)}" + ("; deleted" if options.yes else "; --yes deletes")
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""Run again what failed or is missing, with other resources if given.
+
+    python launch/rerun.py RUN [--stage S] [--shards 3,17-20] [slurm.mem_gb=64 ...]
+
+Shards are numbered from 0 within their stage, in the order of the plan. Published results stay.
+"""
+
+import argparse
+
+from kdhpc.artifacts import RunFolder
+from kdhpc.cluster import local, planning, runs
+from kdhpc.cluster.advance import advance
+from kdhpc.cluster.display import command, console, status_view
+from kdhpc.cluster.ledger import Ledger
+from kdhpc.cluster.status import look, status_of
+from kdhpc.errors import InputError
+from kdhpc.shards import Plan
+
+
+def main(arguments: list[str]) -> int:
+    """Choose shards, write the request, advance."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("run")
+    parser.add_argument("words", nargs="*", metavar="slurm.key=value")
+    parser.add_argument("--runs-dir", default="runs")
+    parser.add_argument("--stage", help="only this stage")
+    parser.add_argument("--shards", help="only these shards of --stage, such as 3,17-20")
+    options = parser.parse_intermixed_args(arguments)
+    run = runs.find(options.run, options.runs_dir)
+    config, plan = runs.current(run)
+    resources = planning.resource_overrides(options.words, config)
+    keys = chosen(run, plan, options.stage, options.shards)
+    executor = Ledger(run.path).requests()[-1].executor
+    asked = {"kind": "rerun", "executor": executor, "stage": options.stage, "keys": keys}
+    for key in run.scan().damaged:
+        if keys is None or key in keys:
+            run.quarantine(key)
+    if executor == "local":
+        with runs.launcher_lock(run):
+            runs.add_request(run, config, resources=resources, **asked)
+            state = local.run_all(run, config, plan)
+        status = status_of(run, config, plan, state)
+        console().print(status_view(status))
+        return 0 if status.complete else 1
+    runs.add_request(run, config, resources=resources, **asked)
+    advance(run, config, plan)
+    _, status = look(run)
+    console().print(status_view(status))
+    return 0
+
+
+def chosen(
+    run: RunFolder, plan: Plan, stage: str | None, shards: str | None
+) -> tuple[str, ...] | None:
+    """Keys of the shards that are asked for; None for all (of the stage).
+
+    Raises:
+        InputError: for a stage or number that does not exist.
+    """
+    names = [s.name for s in run.pipeline.stages]
+    if stage is not None and stage not in names:
+        raise InputError(f"--stage {stage}: expected one of {', '.join(names)}")
+    if shards is None:
+        return None
+    if stage is None:
+        raise InputError("--shards: needs --stage, whose shards are meant")
+    planned = plan.stage(stage)
+    keys = []
+    for part in shards.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or not (last or first).isdigit():
+            raise InputError(f"--shards {shards}: expected numbers and ranges, such as 3,17-20")
+        numbers = range(int(first), int(last or first) + 1)
+        if not numbers or numbers[-1] >= len(planned):
+            raise InputError(f"--shards {part}: {stage} has shards 0 to {len(planned) - 1}")
+        keys += [planned[number].key for number in numbers]
+    return tuple(keys)
+
+
+if __name__ == "__main__":
+    command(main)
