@@ -1,3 +1,3 @@
-"""kdhpc: why does knowledge distillation work in generative models, on one machine or a Slurm cluster."""
+"""kdhpc: why does knowledge distillation work in generative models?"""
 
 __version__ = "0.1.0"

@@ -119,10 +119,15 @@ class SampleSet:
 
 def sample_sets(config: LanguageConfig) -> Iterator[SampleSet]:
     """All sample sets, in pipeline order."""
-    truth = {"model": (TRUTH, "truth"), "dtype": config.truth.dtype, "selection": PLAIN}
     for use in ("train", "eval"):
         yield SampleSet(
-            stage=SAMPLE_TRUTH, arm=use, stream=f"truth/{use}", evaluation=use == "eval", **truth
+            stage=SAMPLE_TRUTH,
+            arm=use,
+            stream=f"truth/{use}",
+            model=(TRUTH, "truth"),
+            dtype=config.truth.dtype,
+            selection=PLAIN,
+            evaluation=use == "eval",
         )
     teacher_dtype = config.teacher.training.dtype
     for seed in range(config.seeds):

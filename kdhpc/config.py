@@ -50,7 +50,7 @@ class Training:
     batch_sequences: int = 64
     """Global batch in sequences, whatever the number of ranks."""
     micro_batch_sequences: int = 64
-    """Sequences that one rank holds at once; sets memory. Gradients are accumulated over the rest."""
+    """Sequences that a rank holds at once; sets memory. Gradients are accumulated over the rest."""
     epochs: float = 5.0
     """Length of the learning-rate schedule in passes over the data."""
     stop_after_epochs: float | None = None
@@ -78,8 +78,8 @@ class Truth:
     """The ground-truth model p*."""
 
     model: str = "train"
-    """`train` (a small model trained in the run), a Hugging Face folder or hub id, a `.gguf` file, or
-    `package:NAME/FILE` for a file that an installed Python package ships."""
+    """`train` (a small model trained in the run), a Hugging Face folder or hub id, a `.gguf` file
+    or `package:NAME/FILE` for a file that an installed Python package ships."""
     revision: str = "main"
     """Branch, tag or commit of a hub id."""
     corpus: str = "python-docs"
@@ -147,7 +147,7 @@ class Scoring:
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """Estimates for planning, in units a second a task; measured seconds replace them as they come."""
+    """Estimates for planning, in units a second a task; measured seconds replace them."""
 
     sample: float = 20000.0
     """Tokens sampled."""
@@ -204,7 +204,7 @@ class Slurm:
     max_array: int | None = None
     """Tasks of one array; the cluster's MaxArraySize if not given."""
     max_submit: int | None = None
-    """Jobs, array tasks counted singly, that this run may have in the queue; no limit if not given."""
+    """Jobs of this run in the queue, array tasks counted singly; no limit if not given."""
     task_min: float = 10.0
     """Work packed into one task, in minutes, by measured or estimated speed."""
     canary: int = 2
@@ -399,7 +399,8 @@ def _model_problems(key: str, model: Model, config: LanguageConfig) -> Iterator[
             return
     if shape.hidden % shape.heads or (shape.hidden // shape.heads) % 2:
         yield (
-            f"{key}.shape: hidden={shape.hidden} over heads={shape.heads} must give an even head size"
+            f"{key}.shape: hidden={shape.hidden} over heads={shape.heads} must give an "
+            "even head size"
         )
     if shape.heads % shape.kv_heads:
         yield f"{key}.shape: kv_heads={shape.kv_heads} must divide heads={shape.heads}"

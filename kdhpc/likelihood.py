@@ -32,7 +32,8 @@ def token_log_probs(model: PreTrainedModel, ids: Tensor, *, head_tokens: int) ->
     """Log p(token | tokens before it) for every token but the first of each row.
 
     The body runs in the model's dtype; logits and log-softmax are float32, for `head_tokens`
-    positions at a time. Rows are padded on the right; attention is causal, so padding is never seen.
+    positions at a time. Rows are padded on the right; attention is causal, so padding is never
+    seen.
 
     Args:
         model: any causal language model of transformers.
@@ -48,10 +49,8 @@ def token_log_probs(model: PreTrainedModel, ids: Tensor, *, head_tokens: int) ->
     found = torch.full(ids.shape, torch.nan, device=ids.device)
     with exact_matmuls():
         parts = [
-            _picked(flat[start : start + head_tokens].float() @ weight.T, chosen)
-            for start, chosen in zip(
-                range(0, len(flat), head_tokens), targets.split(head_tokens), strict=True
-            )
+            _picked(flat[at : at + head_tokens].float() @ weight.T, targets[at : at + head_tokens])
+            for at in range(0, len(flat), head_tokens)
         ]
     found[:, 1:] = torch.cat(parts).view(hidden.shape[:2])
     return found

@@ -1,8 +1,8 @@
 """Precision, recall and their uncertainty from per-sequence scores.
 
 precision = E_{x ~ p''}[log p*(x)], recall = E_{x ~ p*}[log p''(x)], both in nats per token and
-weighted by tokens: sum of log-probabilities over sum of counted tokens. The prompt and padding never
-count; the end-of-sequence token counts with `eos: learn` only (decision 2).
+weighted by tokens: sum of log-probabilities over sum of counted tokens. The prompt and padding
+never count; the end-of-sequence token counts with `eos: learn` only (decision 2).
 """
 
 import math
@@ -33,6 +33,8 @@ def bootstrap(
     Args:
         arrays: each [N]; row n of all of them is one sequence.
         statistic: function of the arrays with an `axis` argument.
+        resamples: number of bootstrap samples.
+        seed: of the bootstrap, so that a table is the same each time.
     """
     found = stats.bootstrap(
         tuple(arrays),

@@ -100,7 +100,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def save_model(model: PreTrainedModel, tokenizer_path: Path, path: Path) -> None:
-    """Write a checkpoint folder that `AutoModelForCausalLM.from_pretrained` loads, tokenizer included."""
+    """Write a checkpoint folder with its tokenizer, as `from_pretrained` of transformers reads."""
     model.save_pretrained(path)
     load_tokenizer(tokenizer_path).save_pretrained(path)
 

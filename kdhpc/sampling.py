@@ -1,9 +1,9 @@
 """Exact ancestral sampling with a static cache: prompt in, ids and their log-probabilities out.
 
-All rows of a batch stand at the same position, so the cache is one preallocated block and nothing is
-scheduled. Logits are float32 and the draw is exact over the whole vocabulary: uniforms of 53 bits
-from the stream of each sequence, weights summed in float64. A row's ids depend on its own stream and
-on the batch shape, never on what shares the batch.
+All rows of a batch stand at the same position, so the cache is one preallocated block and nothing
+is scheduled. Logits are float32 and the draw is exact over the whole vocabulary: uniforms of 53
+bits from the stream of each sequence, weights summed in float64. A row's ids depend on its own
+stream and on the batch shape, never on what shares the batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence

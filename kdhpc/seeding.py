@@ -25,7 +25,7 @@ def uniforms(
         [N, num_positions] float64, row n belonging to the n-th of `sequence_indices`.
     """
     rows = [_philox(seed, stream, i).random_raw(num_positions) for i in sequence_indices]
-    return (np.stack(rows) >> np.uint64(11)) * 2.0**-53
+    return (np.stack(rows) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def gumbels(

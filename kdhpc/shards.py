@@ -79,11 +79,11 @@ class Shard:
         return 1 if self.rows is None else self.rows[1] - self.rows[0]
 
 
-def cut(arm: Arm, num_rows: int, rows_per_shard: int) -> Iterator[tuple[str, tuple[int, int]]]:
+def cut(num_rows: int, rows_per_shard: int) -> Iterator[tuple[str, tuple[int, int]]]:
     """Names and row ranges of the shards of an arm of `num_rows` rows.
 
-    A last shard that is not full carries its size in its name, so that an arm that grows later gets a
-    new shard beside it and no published record changes.
+    A last shard that is not full carries its size in its name, so that an arm that grows later gets
+    a new shard beside it and no published record changes.
     """
     for index, start in enumerate(range(0, num_rows, rows_per_shard)):
         stop = min(start + rows_per_shard, num_rows)
@@ -134,7 +134,7 @@ class Stage:
     plan: Callable[[Any, Plan], list[Shard]]
     """Shards from the config and the plan of the earlier stages; pure, no disk access."""
     run: "Callable[[Shard, Work], Written | None]"
-    """Does one shard; heavy imports stand inside it. None when told to stop, and on ranks above 0."""
+    """Does one shard, heavy imports inside; None when told to stop, and on ranks above 0."""
     rate: Callable[[Any], float] = lambda config: 1.0
     """Work that one task does in a second, by estimate; measured seconds replace it."""
     uses_device: bool = True

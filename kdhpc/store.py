@@ -24,9 +24,9 @@ class Samples:
     """Sequences and what their sampler thought of them."""
 
     ids: NDArray[np.uint16]
-    """[N, L] token ids, the prompt first; what lies beyond a row's length is 0 and means nothing."""
+    """[N, L] token ids, the prompt first; what lies beyond a row's length means nothing."""
     length: NDArray[np.int32]
-    """[N] tokens in the row: prompt, drawn tokens, and the end-of-sequence token if it was drawn."""
+    """[N] tokens in the row: prompt, drawn tokens, and the end-of-sequence token if drawn."""
     log_prob_sum: NDArray[np.float64]
     """[N] nats: the sampler's own log-probability at temperature 1 of the counted tokens."""
     log_prob_tau_sum: NDArray[np.float64]
@@ -131,7 +131,10 @@ def read_scores(path: Path) -> Scores:
 
 
 def _put_scores(group: Any, scores: Scores) -> None:
-    arrays = {"log_prob_sum": scores.log_prob_sum, "num_tokens": scores.num_tokens}
+    arrays: dict[str, NDArray[Any]] = {
+        "log_prob_sum": scores.log_prob_sum,
+        "num_tokens": scores.num_tokens,
+    }
     if scores.token_log_prob is not None:
         arrays["token_log_prob"] = scores.token_log_prob
     for name, array in arrays.items():
@@ -321,7 +324,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def corpus_fingerprint(source: str) -> str:
-    """sha256 of a local corpus, found without reading it as a data set; hub ids stand for themselves.
+    """sha256 of a local corpus, without reading it as a data set; hub ids stand for themselves.
 
     Raises:
         InputError: for a local file that is not there.

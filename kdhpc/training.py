@@ -1,9 +1,9 @@
-"""Train a causal language model on token sequences with DeepSpeed ZeRO, the same for any number of ranks.
+"""Train a causal language model with DeepSpeed ZeRO, the same for any number of ranks.
 
-The global batch and the order of the data are functions of (seed, epoch), never of the ranks. The loss
-of a step is the mean cross-entropy over all counted tokens of the global batch, so variable lengths
-weigh as they should. Checkpoints hold whole float32 weights and moments: another number of ranks or
-another ZeRO stage can go on from them.
+The global batch and the order of the data are functions of (seed, epoch), never of the ranks. The
+loss of a step is the mean cross-entropy over all counted tokens of the global batch, so variable
+lengths weigh as they should. Checkpoints hold whole float32 weights and moments: another number of
+ranks or another ZeRO stage can go on from them.
 """
 
 import datetime
@@ -115,11 +115,13 @@ def join(*, rank: int, world_size: int, address: str, port: int, device: torch.d
     """
     if distributed.is_initialized():
         return
+    from torch._C._distributed_c10d import HashStore, TCPStore
+
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size == 1:
-        store: Any = distributed.HashStore()
+        store: Any = HashStore()
     else:
-        store = distributed.TCPStore(
+        store = TCPStore(
             address,
             port,
             world_size,
@@ -230,7 +232,7 @@ class _Engine:
         """Whole weights and moments on the CPU; every rank must ask, rank 0 gets them."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             found = {name: safe_get_full_fp32_param(parameter)}
             for moment in MOMENTS:
@@ -240,7 +242,7 @@ class _Engine:
         return State(step=step, tensors=tensors)
 
     def restore(self, state: State) -> None:
-        """Put a checkpoint back; the optimizer must have made one step, so that its state exists."""
+        """Put a checkpoint back; the optimizer must have made a step, so that its state exists."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         for name, parameter in self.parameters.items():

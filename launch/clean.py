@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""List, then delete, what a run does not need: data without a record, checkpoints of finished
-trainings, damaged records that were put aside, progress files, logs of a complete run.
+"""List, then delete, what a run does not need.
 
     python launch/clean.py RUN [--yes]
 
-Without --yes it only lists. It refuses while the run is active.
+That is: data without a record, checkpoints of finished trainings, damaged records that were put
+aside, progress files, and logs of a complete run. Without --yes it only lists. It refuses while the
+run is active.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """`advance(run)`: the one function that moves a run.
 
-It reads what was submitted, the queue, then the records, in that order; decides (`decide.py`, pure);
-and submits what may start now. `sweep.py`, `rerun.py`, the gate after every array, the local executor
-and `sweep.py --watch` all call it. State is files: published records win over squeue, squeue over
-sacct, sacct over nothing.
+It reads what was submitted, the queue, then the records, in that order; decides (`decide.py`,
+pure); and submits what may start now. `sweep.py`, `rerun.py`, the gate after every array, the local
+executor and `sweep.py --watch` all call it. State is files: published records win over squeue,
+squeue over sacct, sacct over nothing.
 """
 
 import os
@@ -75,7 +75,7 @@ def observe(
     situation = _situation(
         plan, requests, submissions, found, scan, done, active, run.pipeline.stages, config
     )
-    policy = policy or _policy(requests[-1], config, queued, submissions, uses_slurm)
+    policy = policy or _policy(config, queued, submissions, uses_slurm)
     return State(
         request=requests[-1],
         config=config,
@@ -168,7 +168,6 @@ def _progressed(failure: Failure, submissions: list[Submission], done: frozenset
 
 
 def _policy(
-    request: Request,
     config: RunConfig,
     queued: tuple[slurm.Queued, ...],
     submissions: list[Submission],

@@ -1,7 +1,7 @@
 """Classes of failure and what is done about each: one table.
 
-A failure is retried by itself only if trying again can help; everything else waits for `rerun.py` or
-another `sweep.py`, which start a fresh budget of attempts.
+A failure is retried by itself only if trying again can help; everything else waits for `rerun.py`
+or another `sweep.py`, which start a fresh budget of attempts.
 """
 
 import errno
@@ -68,8 +68,8 @@ STOPPED_EXIT_CODE = 75
 def of_exception(error: BaseException) -> tuple[str, str, str]:
     """Class, message and fingerprint of an exception.
 
-    The fingerprint covers the type and the places in the code, not values, so that the same bug in a
-    thousand shards counts as one.
+    The fingerprint covers the type and the places in the code, not values, so that the same bug in
+    a thousand shards counts as one.
     """
     kind = "EXCEPTION"
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():

@@ -1,4 +1,4 @@
-"""Run a plan in processes of this machine: the same tasks as on Slurm, with a loop for the gates."""
+"""Run a plan in processes of this machine: the same tasks as on Slurm, a loop for the gates."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ class _Worker:
             pipe.flush()
 
     def exit_code(self) -> int | None:
-        """Of the task that was sent: None while it runs; negative if a signal killed the process."""
+        """Of the task that was sent; None while it runs, negative if killed."""
         answer = self.answers.readline()
         return int(answer) if answer else self.process.poll()
 

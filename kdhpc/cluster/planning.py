@@ -51,7 +51,7 @@ def preview(pipeline: Pipeline, plan: Plan, config: RunConfig, executor: str) ->
         )
         if on_slurm:
             for batch in batches[:1]:
-                said = slurm.check_script(_script(pipeline, batch, config, stage.uses_device))
+                said = slurm.check_script(_script(batch, config, stage.uses_device))
                 if said:
                     refused[said] = None
     return Preview(num_tasks=num_tasks, resources=resources, refused=tuple(refused))
@@ -72,7 +72,7 @@ def _words(batch: Batch, config: RunConfig, uses_device: bool) -> str:
     return ", ".join(word for word in words if word)
 
 
-def _script(pipeline: Pipeline, batch: Batch, config: RunConfig, uses_device: bool) -> str:
+def _script(batch: Batch, config: RunConfig, uses_device: bool) -> str:
     folder = Path(tempfile.gettempdir())
     first = replace(batch, tasks=batch.tasks[: config.slurm.max_parallel])
     return slurm.script(

@@ -42,7 +42,7 @@ def from_words(words: list[str]) -> tuple[Pipeline, RunConfig]:
         pipeline = load_pipeline(name)
     except (KeyError, ImportError, AttributeError) as error:
         raise InputError(f"pipeline={name}: no such pipeline; expected language") from error
-    config = compose.build(pipeline.config, values)
+    config: Any = compose.build(pipeline.config, values)
     return pipeline, check(config)
 
 
@@ -97,7 +97,7 @@ def current(run: RunFolder) -> tuple[RunConfig, Plan]:
     requests = ledgers.Ledger(run.path).requests()
     if not requests:
         raise InputError(f"{run.path}: a run without a request; run sweep.py again")
-    config = compose.build(run.pipeline.config, dict(requests[-1].config))
+    config: Any = compose.build(run.pipeline.config, dict(requests[-1].config))
     return config, run.pipeline.plan(config)
 
 
@@ -109,7 +109,8 @@ def pick_executor(config: RunConfig, slurm_here: bool) -> str:
     """
     if config.executor == "slurm" and not slurm_here:
         raise InputError(
-            f"cluster={config.cluster}: no working sbatch here; load Slurm's module, or use cluster=local"
+            f"cluster={config.cluster}: no working sbatch here; load Slurm's module, "
+            "or use cluster=local"
         )
     if config.executor != "auto":
         return config.executor
@@ -167,7 +168,8 @@ def _fingerprint(source: Path, name: str) -> str:
         and any(source.glob("*.safetensors"))
     ):
         raise InputError(
-            f"truth.model={name}: expected a folder with config.json, tokenizer.json and *.safetensors"
+            f"truth.model={name}: expected a folder with config.json, tokenizer.json "
+            "and *.safetensors"
         )
     found = hashlib.sha256()
     for file in files:
@@ -272,8 +274,9 @@ def check_unchanged(run: RunFolder, config: RunConfig, plan: Plan) -> None:
     changed = changed_recipes(plan, run.scan())
     if changed:
         raise InputError(
-            f"{run.path}: published results were made with other settings: {'; '.join(changed[:6])}; "
-            f"go back to those, or choose another name (name={config.name}-2)"
+            f"{run.path}: published results were made with other settings: "
+            f"{'; '.join(changed[:6])}; go back to those, or choose another name, "
+            f"such as name={config.name}-2"
         )
 
 

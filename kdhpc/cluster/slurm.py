@@ -1,7 +1,7 @@
 """Talk to Slurm: submit held arrays through submitit, ask for the queue once, look up lost answers.
 
-Nothing here decides. Every call to a Slurm program goes through `_run`, with a time limit and without
-the `SLURM_*` variables of a surrounding job, which sbatch would inherit.
+Nothing here decides. Every call to a Slurm program goes through `_run`, with a time limit and
+without the `SLURM_*` variables of a surrounding job, which sbatch would inherit.
 """
 
 import functools
@@ -157,10 +157,10 @@ def _minutes(text: str) -> float:
 class ArrayExecutor(SlurmExecutor):  # type: ignore[misc]  # submitit is untyped here
     """submitit's script and parameters around a command of ours.
 
-    What differs, and why: the command reads a JSON map, so nothing is pickled and the index is the only
-    thing that a task needs; jobs are submitted held, so that their ids are on disk before they run;
-    srun restates `--cpus-per-task`, which Slurm does not inherit since 22.05, and ends the whole step
-    when one rank dies.
+    What differs, and why: the command reads a JSON map, so nothing is pickled and the index is the
+    only thing that a task needs; jobs are submitted held, so that their ids are on disk before they
+    run; srun restates `--cpus-per-task`, which Slurm does not inherit since 22.05, and ends the
+    whole step when one rank dies.
     """
 
     def script(self, command: str, num_tasks: int | None) -> str:

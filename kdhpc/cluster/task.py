@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from kdhpc import compose
 from kdhpc.artifacts import RunFolder, Work, disk_errors
@@ -92,7 +93,7 @@ def run_task(path: Path, number: int, index: int) -> int:
     ledger = Ledger(path)
     submission = next(s for s in ledger.submissions() if s.number == number)
     request = next(r for r in ledger.requests() if r.number == submission.request)
-    config = compose.build(pipeline.config, dict(request.config))
+    config: Any = compose.build(pipeline.config, dict(request.config))
     plan = pipeline.plan(config)
     run = RunFolder(path, pipeline)
     rank, world_size = _rank()

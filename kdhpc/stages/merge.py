@@ -53,7 +53,7 @@ def run(shard: Shard, work: Work) -> Written:
     path = work.new_path(shard, ".h5")
     digest = store.write_results(
         path,
-        _scores(shard, work),
+        _scores(work),
         _models(work),
         recipe=shard.recipe,
         complete=True,
@@ -62,7 +62,7 @@ def run(shard: Shard, work: Work) -> Written:
     return Written(path=path, rows=1, stats={"logical_digest": digest})
 
 
-def _scores(shard: Shard, work: Work) -> Iterator[tuple[str, str, "Scores"]]:
+def _scores(work: Work) -> Iterator[tuple[str, str, "Scores"]]:
     """One pair of sampler and scorer at a time."""
     from kdhpc import store
 
@@ -73,11 +73,11 @@ def _scores(shard: Shard, work: Work) -> Iterator[tuple[str, str, "Scores"]]:
     own = {"truth": work.plan.arm(arms.SAMPLE_TRUTH, "eval")}
     for name, shards in (own | work.plan.arms(arms.SAMPLE_STUDENTS)).items():
         samples = store.read_samples([work.input(s.key) for s in shards])
-        tokens = _counted(name, samples, shard, work)
+        tokens = _counted(name, work)
         yield name, "self", store.Scores(log_prob_sum=samples.log_prob_tau_sum, num_tokens=tokens)
 
 
-def _counted(name: str, samples: Any, shard: Shard, work: Work) -> Any:
+def _counted(name: str, work: Work) -> Any:
     """Counted tokens of a sample set, as its score shards have them."""
     import numpy as np
 

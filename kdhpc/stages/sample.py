@@ -52,7 +52,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
                 work=(rows[1] - rows[0]) * config.length,
                 num_bytes=(rows[1] - rows[0]) * (2.0 * config.length + 20),
             )
-            for name, rows in cut(arm, num_rows, sampling.shard_sequences)
+            for name, rows in cut(num_rows, sampling.shard_sequences)
         ]
     return shards
 

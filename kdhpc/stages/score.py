@@ -1,4 +1,4 @@
-"""Score sample sets: log p* over model samples (precision), log p'' and log p' over truth's (recall).
+"""Score sample sets: log p* over models' samples (precision), log p'' over truth's (recall).
 
 reads   token shards and a model checkpoint
 writes  score shards: log_prob_sum [N] float64 in nats, num_tokens [N] int32, and where asked
@@ -48,7 +48,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
             inputs={"samples": sources[0].arm.recipe, "model": model.recipe},
         )
         num_rows = sum(shard.num_rows for shard in sources)
-        for name, rows in cut(arm, num_rows, scoring.shard_sequences):
+        for name, rows in cut(num_rows, scoring.shard_sequences):
             needed = [s for s in sources if s.rows and s.rows[0] < rows[1] and rows[0] < s.rows[1]]
             size = rows[1] - rows[0]
             shards.append(

@@ -6,6 +6,7 @@ writes  Hugging Face checkpoint folders: config.json, model.safetensors, tokeniz
 
 import dataclasses
 import functools
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,16 +80,16 @@ def run_truth(shard: Shard, work: Work) -> Written | None:
     if truth.model == "train" and truth.shape is not None and truth.training is not None:
         tokenizer = models.byte_tokenizer()
         corpus = _text_corpus(config, tokenizer)
-        tokenizer_path = work.new_path(shard, ".tokenizer")
-        tokenizer.save_pretrained(tokenizer_path)
-        return _train(
-            shard,
-            work,
-            Model(shape=truth.shape, training=truth.training),
-            corpus,
-            tokenizer_path,
-            stream="truth",
-        )
+        with tempfile.TemporaryDirectory() as tokenizer_dir:
+            tokenizer.save_pretrained(tokenizer_dir)
+            return _train(
+                shard,
+                work,
+                Model(shape=truth.shape, training=truth.training),
+                corpus,
+                Path(tokenizer_dir),
+                stream="truth",
+            )
     path = work.new_path(shard)
     source = resolve_model(truth.model)
     if source.endswith(".gguf"):

@@ -1,0 +1,42 @@
+# What people and CI type. Every target makes what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install demo test check bench clean
+
+help:  ## Show this
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+install: $(VENV)/installed  ## Make .venv and install kdhpc into it
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt torch numpy setuptools wheel
+	DS_BUILD_OPS=0 $(BIN)/pip install -c constraints.txt --no-build-isolation deepspeed
+	$(BIN)/pip install -c constraints.txt --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: install  ## Run the demo and its analysis: minutes on a laptop
+	$(BIN)/python launch/sweep.py demo cluster=local
+	$(BIN)/python analysis/precision_recall.py runs/demo
+
+check: $(VENV)/installed-dev  ## Format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(VENV)/installed-dev  ## All tests; with CI=true on a real Slurm that it installs (root)
+	@if [ "$$CI" = true ]; then slurm/devcluster install; fi
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+bench: install  ## Time what should be quick
+	$(BIN)/python benchmarks/login_node.py
+
+clean:  ## Delete the virtual environment and caches, not runs
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
