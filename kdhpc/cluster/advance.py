@@ -307,6 +307,7 @@ def gate_resources(limits: Slurm, array_id: str) -> dict[str, Any]:
     plain = {
         "partition": limits.partition, "account": limits.account, "qos": limits.qos,
         "time_min": 10, "mem_gb": 1.0, "cpus_per_task": 1, "setup": limits.setup,
+        "scratch": limits.scratch,
     }  # fmt: skip
     return (
         plain
