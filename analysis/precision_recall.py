@@ -140,9 +140,12 @@ def draw(found: list[Row], paths: list[Path]) -> None:
             for row in mine:
                 label = f"τ={row.tau}" if kind == "tau" else row.tau
                 axes.annotate(
-                    label, (row.recall, row.precision), xytext=(6, 4) if kind == "tau" else (6, -12), textcoords="offset points",
+                    label,
+                    (row.recall, row.precision),
+                    xytext=(6, 4) if kind == "tau" else (6, -12),
+                    textcoords="offset points",
                     fontsize=8,
-                )  # fmt: skip
+                )
     axes.set_xlabel("recall: log p'' over truth's samples (nats per token)")
     axes.set_ylabel("precision: log p* over student samples (nats per token)")
     axes.legend(frameon=False, fontsize=8)

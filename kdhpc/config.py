@@ -146,18 +146,6 @@ class Scoring:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Throughput:
-    """Estimates for planning, in units a second a task; measured seconds replace them."""
-
-    sample: float = 20000.0
-    """Tokens sampled."""
-    train: float = 20000.0
-    """Tokens trained on."""
-    score: float = 50000.0
-    """Tokens scored."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class StageResources:
     """What one task of a stage asks of Slurm; what is not given comes from `slurm` itself."""
 
@@ -277,8 +265,17 @@ class LanguageConfig(RunConfig):
     """p'' by size name."""
     scoring: Scoring
     """Likelihoods."""
-    throughput: Throughput = field(default_factory=Throughput)
-    """For estimates."""
+    throughput: dict[str, float] = field(default_factory=dict)
+    """By stage name, tokens a second a rank, for estimates; measured speeds replace them."""
+
+
+TOKENS_PER_S = 20000.0
+"""Estimate where `throughput` names no stage: a toy model on one core."""
+
+
+def tokens_per_s(config: LanguageConfig, stage: str) -> float:
+    """Estimated speed of one rank in a stage."""
+    return config.throughput.get(stage, TOKENS_PER_S)
 
 
 def checked(config: LanguageConfig) -> LanguageConfig:

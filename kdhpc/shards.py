@@ -57,7 +57,7 @@ class Shard:
     reads: tuple[str, ...] = ()
     """Keys of the shards whose records must exist before this one may start."""
     work: float = 1.0
-    """Amount of work in the unit of its stage, for estimates and packing."""
+    """Amount of work of each rank in the unit of its stage, for estimates and packing."""
     num_bytes: float = 0.0
     """Expected size of the output."""
 
@@ -136,7 +136,7 @@ class Stage:
     run: "Callable[[Shard, Work], Written | None]"
     """Does one shard, heavy imports inside; None when told to stop, and on ranks above 0."""
     rate: Callable[[Any], float] = lambda config: 1.0
-    """Work that one task does in a second, by estimate; measured seconds replace it."""
+    """Work that one rank does in a second, by estimate; measured seconds replace it."""
     uses_device: bool = True
     """Whether its tasks ask for the GPUs of the cluster config."""
     alias: str | None = None

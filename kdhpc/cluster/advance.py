@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from kdhpc.artifacts import RunFolder, Scan
@@ -366,14 +365,13 @@ def _sbatch(run: RunFolder, ledger: Ledger, submission: Submission, limits: Slur
     """Submit the array and its gate, both held. Returns their ids."""
     folder = ledger.log_path(submission.number, 0).parent
     folder.mkdir(parents=True, exist_ok=True)
-    text = array_script(run, submission, folder)
+    text = array_script(run, submission)
     path = run.path / "submissions" / f"{submission.number:04d}.sh"
     path.write_text(text)
-    ids = [slurm.submit_held(path, submission.name)]
+    ids = [slurm.submit_held(path, submission.name, folder / "%a.log")]
     if limits.advance_from == "gate":
         name = f"gate-{submission.name}"
         text = slurm.script(
-            folder=folder,
             name=name,
             command=_command(run, submission.code, ["kdhpc.cluster.gate", str(run.path)]),
             num_tasks=None,
@@ -382,17 +380,16 @@ def _sbatch(run: RunFolder, ledger: Ledger, submission: Submission, limits: Slur
         path = path.with_suffix(".gate.sh")
         path.write_text(text)
         try:
-            ids.append(slurm.submit_held(path, name))
+            ids.append(slurm.submit_held(path, name, folder / "gate.log"))
         except ClusterError:
             slurm.cancel(ids)
             raise
     return ids
 
 
-def array_script(run: RunFolder, submission: Submission, folder: Path) -> str:
+def array_script(run: RunFolder, submission: Submission) -> str:
     """Batch script of a submission."""
     return slurm.script(
-        folder=folder,
         name=submission.name,
         command=_command(
             run, submission.code, ["kdhpc.cluster.task", str(run.path), str(submission.number)]

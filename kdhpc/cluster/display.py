@@ -54,13 +54,16 @@ def plan_table(
     table = Table(title=f"{config.name}: {len(plan.shards)} shards", title_justify="left", box=None)
     for name in ("stage", "reads", "writes"):
         table.add_column(name, overflow="fold")
-    for name in ("shards", "tasks", "task-hours", "on disk"):
+    for name in ("shards", "tasks", "rank-hours", "on disk"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("a task asks for", overflow="fold")
+    all_hours = all_bytes = 0.0
     for stage in pipeline.stages:
         shards = plan.stage(stage.name)
         hours = sum(s.work * s.arm.nodes * s.arm.ranks_per_node for s in shards)
         hours /= stage.rate(config) * 3600
+        num_bytes = sum(s.num_bytes for s in shards)
+        all_hours, all_bytes = all_hours + hours, all_bytes + num_bytes
         table.add_row(
             pipeline.folder(stage.name),
             stage.reads,
@@ -68,9 +71,11 @@ def plan_table(
             str(len(shards)),
             str(num_tasks[stage.name]),
             f"{hours:.3g}",
-            size(sum(s.num_bytes for s in shards)),
+            size(num_bytes),
             resources[stage.name],
         )
+    total = [str(len(plan.shards)), str(sum(num_tasks.values())), f"{all_hours:.3g}"]
+    table.add_row("total", "", "", *total, size(all_bytes), "a rank is one GPU or CPU process")
     return table
 
 

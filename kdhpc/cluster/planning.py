@@ -1,8 +1,6 @@
 """What a launch would do, without doing it: tasks, resources, and Slurm's own opinion of them."""
 
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from kdhpc import compose
@@ -73,10 +71,8 @@ def _words(batch: Batch, config: RunConfig, uses_device: bool) -> str:
 
 
 def _script(batch: Batch, config: RunConfig, uses_device: bool) -> str:
-    folder = Path(tempfile.gettempdir())
     first = replace(batch, tasks=batch.tasks[: config.slurm.max_parallel])
     return slurm.script(
-        folder=folder,
         name=f"{batch.stage}.{config.name}.dry-run",
         command="true",
         num_tasks=len(first.tasks),

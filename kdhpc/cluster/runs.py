@@ -36,7 +36,9 @@ def from_words(words: list[str]) -> tuple[Pipeline, RunConfig]:
     Raises:
         InputError: for anything that cannot be.
     """
-    values = compose.compose(words or ["demo"])
+    if all("=" in word and not word.startswith("pipeline=") for word in words):
+        words = ["demo", *words]
+    values = compose.compose(words)
     name = str(values.get("pipeline", "language"))
     try:
         pipeline = load_pipeline(name)

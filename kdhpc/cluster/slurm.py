@@ -171,20 +171,16 @@ class ArrayExecutor(SlurmExecutor):  # type: ignore[misc]  # submitit is untyped
         return text
 
 
-def script(
-    *, folder: Path, name: str, command: str, num_tasks: int | None, resources: Mapping[str, Any]
-) -> str:
+def script(*, name: str, command: str, num_tasks: int | None, resources: Mapping[str, Any]) -> str:
     """Batch script of an array or a gate, the same text for the same arguments.
 
     Args:
-        folder: for logs, one file a task.
         name: of the job.
         command: shell words of what each task runs.
         num_tasks: elements 0..n-1; None for a single job.
         resources: fields of `slurm` with their final values, plus `nodes` and `ranks_per_node`.
     """
-    executor = ArrayExecutor(folder=folder)
-    log = "%a" if num_tasks is not None else "gate"
+    executor = ArrayExecutor(folder="logs")
     scratch = [
         f"export KDHPC_SCRATCH={shlex.quote(path)}" for path in [resources["scratch"]] if path
     ]
@@ -211,7 +207,8 @@ def script(
             f"--cpus-per-task={resources['cpus_per_task']}",
             "--kill-on-bad-exit=1",
         ],
-        "additional_parameters": {"output": str(folder / f"{log}.log"), "requeue": True},
+        # The log is named on sbatch's command line: in a script, quotes in a path would not survive.
+        "additional_parameters": {"output": "/dev/null", "requeue": True},
     }
     executor._internal_update_parameters(**{k: v for k, v in wanted.items() if v is not None})
     executor.parameters["wckey"] = None
@@ -220,14 +217,20 @@ def script(
     return re.sub(r"^(srun --unbuffered) --output \S+", r"\1", text, flags=re.MULTILINE)
 
 
-def submit_held(path: Path, name: str) -> str:
+def submit_held(path: Path, name: str, log: Path) -> str:
     """Submit a script held. Returns the job id.
+
+    Args:
+        path: of the script.
+        name: of the job.
+        log: of each task; `%a` in its file name stands for the array index.
 
     Raises:
         OverLimitError: if the user's limits do not allow so many tasks.
         ClusterError: with Slurm's own words, if it refused.
     """
-    found = _run(["sbatch", "--parsable", "--hold", str(path)], limit_s=120)
+    output = f"{str(log.parent).replace('%', '%%')}/{log.name}"
+    found = _run(["sbatch", "--parsable", "--hold", f"--output={output}", str(path)], limit_s=120)
     if found.returncode == 0:
         return found.stdout.strip().split(";")[0]
     message = _last_line(found.stderr)

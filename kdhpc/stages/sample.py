@@ -11,7 +11,7 @@ from typing import Any
 
 from kdhpc import arms
 from kdhpc.artifacts import Work, Written
-from kdhpc.config import LanguageConfig
+from kdhpc.config import LanguageConfig, tokens_per_s
 from kdhpc.shards import Arm, Plan, Shard, Stage, cut
 
 WRITES = "token shards: ids [N, L] uint16, length [N], log-probability sums [N] in nats"
@@ -96,10 +96,6 @@ def _load(path: Path, dtype: str, device: str) -> tuple[Any, Any]:
     return model, models.load_tokenizer(path)
 
 
-def _rate(config: LanguageConfig) -> float:
-    return config.throughput.sample
-
-
 SAMPLE_TRUTH = Stage(
     name=arms.SAMPLE_TRUTH,
     reads="p*",
@@ -107,7 +103,7 @@ SAMPLE_TRUTH = Stage(
     unit="tokens",
     plan=functools.partial(plan, arms.SAMPLE_TRUTH),
     run=run,
-    rate=_rate,
+    rate=functools.partial(tokens_per_s, stage=arms.SAMPLE_TRUTH),
 )
 SAMPLE_TEACHER = Stage(
     name=arms.SAMPLE_TEACHER,
@@ -116,7 +112,7 @@ SAMPLE_TEACHER = Stage(
     unit="tokens",
     plan=functools.partial(plan, arms.SAMPLE_TEACHER),
     run=run,
-    rate=_rate,
+    rate=functools.partial(tokens_per_s, stage=arms.SAMPLE_TEACHER),
 )
 SAMPLE_STUDENTS = Stage(
     name=arms.SAMPLE_STUDENTS,
@@ -125,5 +121,5 @@ SAMPLE_STUDENTS = Stage(
     unit="tokens",
     plan=functools.partial(plan, arms.SAMPLE_STUDENTS),
     run=run,
-    rate=_rate,
+    rate=functools.partial(tokens_per_s, stage=arms.SAMPLE_STUDENTS),
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 from kdhpc import arms
 from kdhpc.artifacts import Work, Written
-from kdhpc.config import LanguageConfig
+from kdhpc.config import LanguageConfig, tokens_per_s
 from kdhpc.shards import Arm, Plan, Shard, Stage, cut
 
 
@@ -124,10 +124,6 @@ def _load(path: Path, dtype: str, device: str) -> tuple[Any, Any]:
     return model, models.load_tokenizer(path)
 
 
-def _rate(config: LanguageConfig) -> float:
-    return config.throughput.score
-
-
 SCORE = Stage(
     name=arms.SCORE,
     reads="evaluation sets; p*, teachers and students",
@@ -135,5 +131,5 @@ SCORE = Stage(
     unit="tokens",
     plan=plan,
     run=run,
-    rate=_rate,
+    rate=functools.partial(tokens_per_s, stage=arms.SCORE),
 )

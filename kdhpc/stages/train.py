@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdhpc import arms
 from kdhpc.artifacts import Work, Written
-from kdhpc.config import LanguageConfig, Model, Shape
+from kdhpc.config import LanguageConfig, Model, Shape, tokens_per_s
 from kdhpc.shards import Arm, Plan, Shard, Stage
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
         steps = (training.stop_after_epochs or training.epochs) * (
             sequences // training.batch_sequences
         )
+        world_size = training.nodes * training.ranks_per_node
         arm = Arm(
             stage=stage,
             name=trainee.name,
@@ -153,7 +154,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
                 arm=arm,
                 name="00000",
                 reads=(truth.key, *(shard.key for shard in data)),
-                work=steps * training.batch_sequences * config.length,
+                work=steps * training.batch_sequences * config.length / world_size,
                 num_bytes=4.0 * num_parameters(trainee.model.shape, 49152),
             )
         )
@@ -283,10 +284,6 @@ def _count(path: Path) -> int:
     return total
 
 
-def _rate(config: LanguageConfig) -> float:
-    return config.throughput.train
-
-
 TRUTH = Stage(
     name=arms.TRUTH,
     reads="a corpus, a GGUF file, a Hugging Face folder or hub id",
@@ -294,7 +291,7 @@ TRUTH = Stage(
     unit="tokens",
     plan=plan_truth,
     run=run_truth,
-    rate=_rate,
+    rate=functools.partial(tokens_per_s, stage=arms.TRUTH),
 )
 TRAIN_ON_TRUTH = Stage(
     name=arms.TRAIN_ON_TRUTH,
@@ -303,7 +300,7 @@ TRAIN_ON_TRUTH = Stage(
     unit="tokens",
     plan=functools.partial(plan, arms.TRAIN_ON_TRUTH),
     run=run,
-    rate=_rate,
+    rate=functools.partial(tokens_per_s, stage=arms.TRAIN_ON_TRUTH),
 )
 TRAIN_STUDENTS = Stage(
     name=arms.TRAIN_STUDENTS,
@@ -312,5 +309,5 @@ TRAIN_STUDENTS = Stage(
     unit="tokens",
     plan=functools.partial(plan, arms.TRAIN_STUDENTS),
     run=run,
-    rate=_rate,
+    rate=functools.partial(tokens_per_s, stage=arms.TRAIN_STUDENTS),
 )

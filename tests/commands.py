@@ -1,0 +1,45 @@
+"""Run the launch scripts as a user does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from light import expected
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(
+    script: str, *words: str, code: int | None = 0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `launch/<script>.py`; fails unless it ends with `code` (None: any)."""
+    found = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / f"{script}.py"), *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"} | environment,
+    )
+    assert code is None or found.returncode == code, f"{found.stdout}\n{found.stderr}"
+    return found
+
+
+def status(run: Path, code: int | None = None) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(launch("status", str(run), "--json", code=code).stdout)
+    return found
+
+
+def light_result(run: Path) -> list[int]:
+    found: list[int] = json.loads((run / "3-merge" / "all.json").read_text())
+    return found
+
+
+def assert_light_complete(run: Path, num_shards: int) -> None:
+    """Everything is done, once, and right."""
+    assert light_result(run) == expected(num_shards)
+    for stage in ("1-make", "2-square"):
+        assert len(list((run / stage / "arm").glob("*[0-9].json"))) == num_shards
+        assert len(list((run / stage / "arm").glob("*.txt"))) == num_shards

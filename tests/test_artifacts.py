@@ -1,0 +1,136 @@
+"""Records are published whole, once, and damage is named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kdhpc import artifacts
+from kdhpc.artifacts import RunFolder, Work, Written
+from kdhpc.errors import DamagedError
+from kdhpc.shards import Arm, Pipeline, Plan, Shard, Stage
+
+SHARD = Shard(arm=Arm(stage="only", name="arm", fields={"x": 1}, inputs={}), name="00000")
+
+
+def write(shard: Shard, work: Work) -> Written:
+    path = work.new_path(shard, ".txt")
+    path.write_text("data")
+    return Written(path=path, rows=1)
+
+
+STAGE = Stage(
+    name="only",
+    reads="",
+    writes="",
+    unit="rows",
+    plan=lambda c, b: [SHARD],
+    run=write,
+    alias="last",
+)
+PIPELINE = Pipeline(name="test", config=object, stages=(STAGE,))
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Work:
+    run = RunFolder(tmp_path, PIPELINE)
+    return Work(run, None, Plan(), run.scan())
+
+
+def test_a_published_shard_is_found_and_verified(work: Work) -> None:
+    assert work.publish(SHARD, write(SHARD, work), time.time())
+    record = work.run.scan().records[SHARD.key]
+    artifacts.verify(record)
+    assert record.data.read_text() == "data"
+    assert (record.recipe, record.rows) == (SHARD.recipe, 1)
+    assert (work.run.path / "1-only" / "last").read_text() == "data"
+
+
+def test_the_first_attempt_wins_and_the_second_leaves_nothing(work: Work) -> None:
+    first, second = write(SHARD, work), write(SHARD, work)
+    assert work.publish(SHARD, first, time.time())
+    assert not work.publish(SHARD, second, time.time())
+    assert first.path.exists()
+    assert not second.path.exists()
+    assert work.run.scan().records[SHARD.key].data == first.path
+
+
+def test_writing_the_same_record_again_counts_as_won(tmp_path: Path) -> None:
+    """A file server may repeat a request that it already carried out."""
+    assert artifacts.write_once(tmp_path / "a.json", {"nonce": 1})
+    assert artifacts.write_once(tmp_path / "a.json", {"nonce": 1})
+    assert not artifacts.write_once(tmp_path / "a.json", {"nonce": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "deleted", "half a record", "another record"])
+def test_damage_is_named_and_the_shard_is_not_done(work: Work, damage: str) -> None:
+    work.publish(SHARD, write(SHARD, work), time.time())
+    path = work.run.record_path(SHARD.key)
+    data = work.run.scan().records[SHARD.key].data
+    if damage == "truncated":
+        data.write_text("dat")
+    elif damage == "deleted":
+        data.unlink()
+    elif damage == "half a record":
+        path.write_bytes(path.read_bytes()[:40])
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"data": "../../elsewhere"}))
+    scan = work.run.scan()
+    assert scan.records == {}
+    assert str(work.run.path) in scan.damaged[SHARD.key]
+    work.run.quarantine(SHARD.key)
+    assert work.publish(SHARD, write(SHARD, work), time.time())
+    assert list(work.run.scan().records) == [SHARD.key]
+
+
+def test_a_flipped_bit_is_found_when_the_data_is_read(work: Work) -> None:
+    work.publish(SHARD, write(SHARD, work), time.time())
+    record = work.run.scan().records[SHARD.key]
+    record.data.write_text("dbta")
+    fresh = Work(work.run, None, Plan(), work.run.scan())
+    with pytest.raises(DamagedError, match=record.data.name):
+        fresh.input(SHARD.key)
+
+
+def test_killed_writer_leaves_no_shard(tmp_path: Path) -> None:
+    code = f"""
+import sys, time
+sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
+from pathlib import Path
+from test_artifacts import PIPELINE, SHARD, write
+from kdhpc.artifacts import RunFolder, Work
+from kdhpc.shards import Plan
+run = RunFolder(Path({str(tmp_path)!r}), PIPELINE)
+work = Work(run, None, Plan(), run.scan())
+written = write(SHARD, work)
+print("written", flush=True)
+time.sleep(600)
+work.publish(SHARD, written, time.time())
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "written\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    run = RunFolder(tmp_path, PIPELINE)
+    assert run.scan().records == {}
+    work = Work(run, None, Plan(), run.scan())
+    assert work.publish(SHARD, write(SHARD, work), time.time())
+
+
+def test_a_full_disk_and_an_unwritable_one_are_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(DamagedError, match="disk is full"),
+        artifacts.disk_errors(tmp_path),
+        open("/dev/full", "w") as file,
+    ):
+        file.write("x" * 100_000)
+    with pytest.raises(DamagedError, match="cannot be written"), artifacts.disk_errors(tmp_path):
+        raise PermissionError(13, "Permission denied")

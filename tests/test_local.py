@@ -1,0 +1,244 @@
+"""A run on this machine: retyped, extended, damaged, troubled."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import ROOT, assert_light_complete, launch, status
+
+from kdhpc import compose, store
+from kdhpc.artifacts import RunFolder, Work
+from kdhpc.config import LanguageConfig, checked
+from kdhpc.pipeline import LANGUAGE
+
+RESULTS = Path("8-merge/results.h5")
+
+
+def records(run: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(run.glob("[0-9]-*/*/*.json"))
+    }
+
+
+@pytest.fixture
+def copy(tiny_run: Path, tmp_path: Path) -> Path:
+    """A finished tiny run that may be spoilt."""
+    shutil.copytree(tiny_run, tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def again(run: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    return launch("sweep", "tiny", "cluster=local", f"runs_dir={run.parent}", *words, code=code)
+
+
+def test_typed_again_a_finished_run_changes_nothing(copy: Path) -> None:
+    before, submitted = records(copy), sorted((copy / "submissions").iterdir())
+    again(copy)
+    assert records(copy) == before
+    assert sorted((copy / "submissions").iterdir()) == submitted
+
+
+def test_deleted_and_damaged_shards_are_made_again_to_the_same_digest(
+    tiny_run: Path, copy: Path
+) -> None:
+    before = records(copy)
+    lost = [
+        "2-sample-truth/train/00001",
+        "5-train-students/student-s0-small-tau1/00000",
+        "7-score/truth-under-teacher-s0/00000",
+    ]
+    for name in lost:
+        [data] = [p for p in copy.glob(f"{name}.*") if p.suffix not in {".json", ".checkpoints"}]
+        shutil.rmtree(data) if data.is_dir() else data.unlink()
+    (copy / f"{lost[0]}.json").unlink()
+    [merged] = (copy / "8-merge" / "results").glob("*.h5")
+    merged.write_bytes(merged.read_bytes()[:-7])
+    assert len(status(copy, code=1)["damaged"]) == 3
+    again(copy)
+    after = records(copy)
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {f"{name}.json" for name in lost} | {
+        name for name in before if name.startswith("8-merge/")
+    }
+    assert store.logical_digest(copy / RESULTS) == store.logical_digest(tiny_run / RESULTS)
+    assert "0 damaged" in launch("verify", str(copy)).stdout
+
+
+def test_a_flipped_bit_is_named_by_verify_and_nothing_is_taken_for_good(copy: Path) -> None:
+    [data] = (copy / "2-sample-truth" / "eval").glob("00000.*.arrow")
+    raw = bytearray(data.read_bytes())
+    raw[200] ^= 1
+    data.write_bytes(bytes(raw))
+    found = launch("verify", str(copy), code=1)
+    assert data.name in found.stdout
+
+
+def test_adding_a_tau_runs_nothing_that_exists(copy: Path) -> None:
+    before = records(copy)
+    again(copy, "taus=[1.0,0.6,0.7]")
+    after = records(copy)
+    assert all(after[name] == digest for name, digest in before.items())
+    new = set(after) - set(before)
+    assert {name for name in new if "tau0.7" not in name and "8-merge" not in name} == set()
+    found = store.read_results(copy / RESULTS)
+    assert ("student-s0-small-tau0.7", "truth") in found.scores
+
+
+def test_cleaning_deletes_only_what_nobody_needs(copy: Path) -> None:
+    before = records(copy)
+    (copy / "2-sample-truth" / "train" / "00000.deadbeef.arrow").write_text("half")
+    assert "00000.deadbeef.arrow" in launch("clean", str(copy)).stdout
+    launch("clean", str(copy), "--yes")
+    assert not (copy / "2-sample-truth" / "train" / "00000.deadbeef.arrow").exists()
+    assert records(copy) == before
+    assert status(copy, code=0)["complete"]
+
+
+def run_here(tmp_path: Path, *words: str) -> store.Results:
+    """All shards in plan order in this process."""
+    config = checked(compose.build(LanguageConfig, compose.compose(["tiny", *words])))
+    plan = LANGUAGE.plan(config)
+    path = tmp_path / "run"
+    run = RunFolder(path, LANGUAGE)
+    for shard in plan.shards.values():
+        work = Work(run, config, plan, run.scan())
+        written = LANGUAGE.stage(shard.stage).run(shard, work)
+        assert written is not None
+        work.publish(shard, written, time.time())
+    return store.read_results(path / RESULTS)
+
+
+def test_shards_of_any_size_give_the_same_ids_and_scores(tmp_path: Path) -> None:
+    common = ["sampling.train_sequences=224", "sampling.eval_sequences=224"]
+    found, ids = [], []
+    for num_shards, size in ((1, 224), (2, 128), (7, 32)):
+        folder = tmp_path / str(num_shards)
+        found.append(
+            run_here(
+                folder,
+                *common,
+                f"sampling.shard_sequences={size}",
+                f"scoring.shard_sequences={size}",
+            )
+        )
+        shards = sorted((folder / "run/2-sample-truth/train").glob("*.arrow"))
+        assert len(shards) == num_shards
+        ids.append(store.read_samples(shards).ids)
+        assert np.array_equal(ids[-1], ids[0])
+    for other in found[1:]:
+        for pair, scores in found[0].scores.items():
+            assert np.array_equal(scores.num_tokens, other.scores[pair].num_tokens)
+            difference = np.abs(scores.log_prob_sum - other.scores[pair].log_prob_sum)
+            assert (difference / scores.num_tokens).max() < 1e-5
+
+
+LIGHT = ["pipeline=light:PIPELINE", "cluster=local", "name=light"]
+
+
+def light(tmp_path: Path, *words: str, code: int | None = 0) -> Path:
+    words = (*LIGHT, f"runs_dir={tmp_path}", f"trouble={tmp_path}/trouble", *words)
+    launch("sweep", *words, code=code)
+    return tmp_path / "light"
+
+
+def trouble(tmp_path: Path, shard: str, what: str) -> Path:
+    (tmp_path / "trouble").mkdir(exist_ok=True)
+    path = tmp_path / "trouble" / shard
+    path.write_text(what)
+    return path
+
+
+def test_any_pipeline_of_the_same_shape_runs(tmp_path: Path) -> None:
+    assert_light_complete(light(tmp_path), 6)
+
+
+def test_a_poison_shard_is_named_and_rerun_finishes(tmp_path: Path) -> None:
+    poison = trouble(tmp_path, "make-00002", "raise")
+    run = light(tmp_path, code=1)
+    found = status(run, code=1)
+    [cause] = found["causes"]
+    assert cause["kind"] == "EXCEPTION"
+    assert cause["shards"] == ["make/arm/00002"]
+    assert "trouble was asked for" in cause["message"]
+    assert any("RuntimeError" in line for line in cause["last_lines"])
+    poison.unlink()
+    launch("rerun", str(run), "--stage", "make", "--shards", "2")
+    assert_light_complete(run, 6)
+
+
+def test_a_bug_in_every_shard_is_shown_once_with_a_count(tmp_path: Path) -> None:
+    for index in range(6):
+        trouble(tmp_path, f"make-{index:05d}", "raise")
+    run = light(tmp_path, code=1)
+    [cause] = status(run, code=1)["causes"]
+    assert len(cause["shards"]) >= 2
+    shutil.rmtree(tmp_path / "trouble")
+    light(tmp_path)
+    assert_light_complete(run, 6)
+
+
+def test_a_killed_worker_costs_one_attempt(tmp_path: Path) -> None:
+    trouble(tmp_path, "square-00003", "kill")
+    run = light(tmp_path, code=1)
+    [cause] = status(run, code=1)["causes"]
+    assert cause["kind"] == "LOST"
+    assert "SIGKILL" in cause["message"]
+    (tmp_path / "trouble" / "square-00003").unlink()
+    light(tmp_path)
+    assert_light_complete(run, 6)
+
+
+def start(tmp_path: Path) -> subprocess.Popen[bytes]:
+    """A run that hangs in one shard, in the background."""
+    trouble(tmp_path, "square-00001", "sleep 600")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch/sweep.py"), *LIGHT, f"runs_dir={tmp_path}",
+         f"trouble={tmp_path}/trouble"],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+    )  # fmt: skip
+    while not (tmp_path / "light/2-square/arm/00000.json").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process
+
+
+def test_a_second_launcher_is_told_that_the_run_is_held(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    try:
+        words = [*LIGHT, f"runs_dir={tmp_path}", f"trouble={tmp_path}/trouble"]
+        found = launch("sweep", *words, code=3)
+        assert str(process.pid) in found.stderr
+        assert status(tmp_path / "light")["stages"][1]["running"] > 0
+        launch("clean", str(tmp_path / "light"), code=3)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_after_a_killed_launcher_the_same_command_goes_on(tmp_path: Path, number: int) -> None:
+    process = start(tmp_path)
+    kept = records(tmp_path / "light")
+    (tmp_path / "trouble" / "square-00001").write_text("raise")
+    workers = subprocess.run(
+        ["pgrep", "-f", f"kdhpc.cluster.task {tmp_path}/light"], capture_output=True, text=True
+    ).stdout.split()
+    process.send_signal(number)
+    if number == signal.SIGINT:
+        time.sleep(0.5)
+    for worker in workers:  # the shard that hangs
+        os.kill(int(worker), signal.SIGKILL)
+    process.wait()
+    shutil.rmtree(tmp_path / "trouble")
+    run = light(tmp_path)
+    assert_light_complete(run, 6)
+    assert all(records(run)[name] == digest for name, digest in kept.items())

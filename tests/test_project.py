@@ -1,0 +1,142 @@
+"""What the project promises about itself: layers, tables, goldens, a quick login node."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdhpc import compose
+from kdhpc.cluster.advance import final_resources
+from kdhpc.cluster.decide import Batch
+from kdhpc.cluster.slurm import script
+from kdhpc.config import LanguageConfig, checked
+from kdhpc.pipeline import LANGUAGE
+
+ROOT = Path(__file__).parents[1]
+GOLDENS = Path(__file__).parent / "goldens"
+HEAVY = {"torch", "transformers", "deepspeed", "datasets", "h5py", "pyarrow", "scipy", "matplotlib"}
+PRESETS = {
+    "tiny": ["tiny"],
+    "demo": ["demo"],
+    "mini": ["mini"],
+    "mini-gguf": ["mini", "smollm2_gguf"],
+    "paper": ["paper"],
+}
+
+
+def golden(name: str, text: str) -> None:
+    """Compare with a file; a new or changed one is written with `UPDATE_GOLDENS=1`."""
+    import os
+
+    path = GOLDENS / name
+    if os.environ.get("UPDATE_GOLDENS"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text(), f"{name} changed; if on purpose: UPDATE_GOLDENS=1 make test"
+
+
+def config_of(words: list[str]) -> LanguageConfig:
+    return checked(compose.build(LanguageConfig, compose.compose(words)))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_compose_to_their_goldens(name: str) -> None:
+    golden(f"{name}.yaml", compose.to_yaml(config_of(PRESETS[name])))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_plan_to_their_goldens(name: str) -> None:
+    plan = LANGUAGE.plan(config_of(PRESETS[name]))
+    lines = [
+        f"{stage.name}/{arm}: {len(shards)} shards, reads {len(shards[0].reads)}"
+        for stage in LANGUAGE.stages
+        for arm, shards in plan.arms(stage.name).items()
+    ]
+    golden(f"{name}.plan.txt", "\n".join(lines) + "\n")
+
+
+def test_the_batch_script_is_the_golden_one() -> None:
+    config = config_of(
+        ["paper", "slurm.account=me", "slurm.setup=[module load cuda]", "slurm.scratch=/local/x y"]
+    )
+    batch = Batch(stage="score", tasks=(("a",), ("b",)), nodes=2, ranks_per_node=4, changes={})
+    text = script(
+        name="score.paper.3f9a-0007",
+        command="bash environment.sh code python -m kdhpc.cluster.task run 7",
+        num_tasks=2,
+        resources=final_resources(config.slurm, batch, uses_device=True),
+    )
+    golden("score.sbatch", text)
+
+
+def test_composed_configs_survive_json() -> None:
+    config = config_of(["paper"])
+    assert compose.build(LanguageConfig, json.loads(json.dumps(compose.plain(config)))) == config
+
+
+def test_later_presets_and_overrides_win() -> None:
+    config = config_of(["tiny", "demo", "length=32", "taus=[0.5]"])
+    assert (config.name, config.length, config.taus) == ("demo", 32, (0.5,))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import sys; sys.argv = ['sweep.py', 'paper', '--dry-run', 'cluster=local']; "
+        "sys.path.insert(0, 'launch'); import sweep; sweep.main(sys.argv[1:])",
+        "import sys; sys.path.insert(0, 'launch'); import status, rerun, cancel, clean, verify",
+        "import kdhpc.cluster.gate, kdhpc.cluster.task, kdhpc.pipeline",
+    ],
+)
+def test_planning_and_status_load_nothing_heavy(statement: str) -> None:
+    code = f"{statement}\nimport sys\nprint('LOADED', *sorted(sys.modules))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    loaded = set(found.stdout.rpartition("LOADED")[2].split())
+    assert not loaded & HEAVY
+
+
+def test_the_readme_table_is_the_pipeline() -> None:
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| `(\d-[\w-]+)/` \| (.*) \| (.*) \|$", readme, re.MULTILINE)
+    expected = [(LANGUAGE.folder(s.name), s.reads, s.writes) for s in LANGUAGE.stages]
+    assert rows == expected
+
+
+def test_the_readme_installs_like_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    block = makefile.partition("$(VENV)/installed:")[2].partition("\n\n")[0]
+    commands = [
+        line.strip()
+        .replace("$(PYTHON)", "python3")
+        .replace("$(VENV)", ".venv")
+        .replace("$(BIN)/pip", ".venv/bin/pip")
+        for line in block.splitlines()
+        if "pip install" in line or "venv $(VENV)" in line
+    ]
+    assert commands
+    readme = (ROOT / "README.md").read_text()
+    for command in commands:
+        assert command.replace("$(BIN)", ".venv/bin") in readme, command
+
+
+def test_every_field_of_the_config_is_explained() -> None:
+    import ast
+
+    tree = ast.parse((ROOT / "kdhpc" / "config.py").read_text())
+    for node in (n for n in tree.body if isinstance(n, ast.ClassDef)):
+        for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign):
+                assert isinstance(after, ast.Expr), f"{node.name}.{ast.unparse(field.target)}"
+                assert isinstance(after.value, ast.Constant)
+
+
+def test_todos_carry_an_issue_number() -> None:
+    for path in [*ROOT.glob("kdhpc/**/*.py"), *ROOT.glob("launch/*.py")]:
+        for line in path.read_text().splitlines():
+            if "TODO" in line:
+                assert re.search(r"TODO\(#\d+\)", line), f"{path}: {line}"

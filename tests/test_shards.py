@@ -1,0 +1,88 @@
+"""Plans are pure, complete, and grow without touching what exists."""
+
+import dataclasses
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdhpc import compose
+from kdhpc.config import LanguageConfig, checked
+from kdhpc.pipeline import LANGUAGE
+from kdhpc.shards import cut
+
+SIZES = st.integers(1, 500)
+
+
+def tiny(*overrides: str) -> LanguageConfig:
+    return checked(compose.build(LanguageConfig, compose.compose(["tiny", *overrides])))
+
+
+@given(num_rows=SIZES, per_shard=SIZES)
+def test_shards_cover_every_row_once_and_in_order(num_rows: int, per_shard: int) -> None:
+    shards = list(cut(num_rows, per_shard))
+    assert [row for _, (start, stop) in shards for row in range(start, stop)] == [*range(num_rows)]
+    assert len({name for name, _ in shards}) == len(shards)
+
+
+@given(num_rows=SIZES, more=SIZES, per_shard=SIZES)
+def test_an_arm_that_grows_changes_no_shard(num_rows: int, more: int, per_shard: int) -> None:
+    before, after = dict(cut(num_rows, per_shard)), dict(cut(num_rows + more, per_shard))
+    assert all(after[name] == rows for name, rows in before.items() if name in after)
+
+
+def test_every_shard_reads_only_what_is_planned_before_it() -> None:
+    seen: set[str] = set()
+    for shard in LANGUAGE.plan(tiny()).shards.values():
+        assert seen.issuperset(shard.reads)
+        seen.add(shard.key)
+
+
+def test_adding_a_tau_changes_no_recipe_but_the_merge() -> None:
+    before = LANGUAGE.plan(tiny()).shards
+    after = LANGUAGE.plan(tiny("taus=[1.0,0.6,0.7]")).shards
+    lost = [key for key in before if key not in after]
+    assert [key.split("/")[0] for key in lost] == ["merge"]
+    assert all(after[key].recipe == before[key].recipe for key in before if key in after)
+
+
+def test_more_evaluation_sequences_change_no_model_and_no_full_shard() -> None:
+    before = LANGUAGE.plan(tiny()).shards
+    after = LANGUAGE.plan(tiny("sampling.eval_sequences=128")).shards
+    changed = [key for key in before if key in after and after[key].recipe != before[key].recipe]
+    assert changed == []
+
+
+def test_resources_and_shard_sizes_stand_in_no_arm_recipe() -> None:
+    before = LANGUAGE.plan(tiny())
+    after = LANGUAGE.plan(tiny("slurm.mem_gb=99", "sampling.shard_sequences=32"))
+    for stage in LANGUAGE.stages[:-1]:
+        for name, shards in before.arms(stage.name).items():
+            assert after.arm(stage.name, name)[0].arm.recipe == shards[0].arm.recipe
+
+
+def test_what_determines_a_result_stands_in_its_recipe() -> None:
+    before = LANGUAGE.plan(tiny()).shards
+    for override in ("seed=1", "sampling.batch_rows=64", "threads=2", "eos=mask", "prompt=A"):
+        after = LANGUAGE.plan(tiny(override)).shards
+        key = "sample-truth/train/00000"
+        assert after[key].recipe != before[key].recipe, override
+
+
+def test_checkpoint_intervals_stand_in_no_recipe() -> None:
+    before = LANGUAGE.plan(tiny()).shards
+    after = LANGUAGE.plan(tiny("teacher.training.checkpoint_every_steps=3")).shards
+    assert {k: s.recipe for k, s in before.items()} == {k: s.recipe for k, s in after.items()}
+
+
+def test_two_seeds_and_a_truncation_give_each_student_its_own_teacher() -> None:
+    config = dataclasses.replace(
+        tiny("seeds=2"),
+        sampling=dataclasses.replace(tiny().sampling, truncations=("top_k=50", "top_p=0.9")),
+    )
+    plan = LANGUAGE.plan(config)
+    names = {name for name in plan.arms("train-students") if name.startswith("student-s1-")}
+    assert names == {f"student-s1-small-{arm}" for arm in ("tau1", "tau0.6", "topk50", "topp0.9")}
+    [student] = plan.arm("train-students", "student-s1-small-topk50")
+    data = plan.arm("sample-teacher", "s1-topk50")[0]
+    assert student.arm.inputs["data"] == data.arm.recipe
+    assert data.reads == ("train-on-truth/teacher-s1/00000",)
