@@ -81,9 +81,10 @@ def _order(row: Row) -> tuple[Any, ...]:
     return row.student_size, row.seed, row.tau != "direct", -number, row.tau
 
 
-def table(found: list[Row]) -> Table:
-    """The rows for people."""
-    shown = Table(title="nats per token, 95 % intervals", title_justify="left", box=None)
+def table(found: list[Row], python: str) -> Table:
+    """The rows for people, and the Python that made them (the demo reads its documentation)."""
+    title = f"nats per token, 95 % intervals (Python {python})"
+    shown = Table(title=title, title_justify="left", box=None)
     for name in ("student", "size", "seed"):
         shown.add_column(name)
     for name in ("precision", "recall"):
@@ -186,7 +187,9 @@ def main(arguments: list[str]) -> int:
     out = options.out or path.parent
     out.mkdir(parents=True, exist_ok=True)
     found = rows(results)
-    Console(width=None if sys.stdout.isatty() else 100).print(table(found))
+    Console(width=None if sys.stdout.isatty() else 100).print(
+        table(found, results.provenance.get("python", "?"))
+    )
     save_csv(found, out / "precision_recall.csv")
     figures = [out / "precision_recall.png", out / "precision_recall.pdf"]
     draw(found, figures)

@@ -420,7 +420,7 @@ def open_run(path: Path, pipeline: Pipeline) -> RunFolder:
     if not (path / "run.json").is_file():
         raise InputError(f"{path}: no run here; expected a folder that sweep.py made")
     mode = path.stat()
-    if mode.st_uid != os.getuid() or mode.st_mode & stat.S_IWOTH:
+    if mode.st_uid != os.getuid() or mode.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise InputError(
             f"{path}: belongs to or may be written by others; its code would run as you"
         )

@@ -1,5 +1,6 @@
 """A run on this machine: retyped, extended, damaged, troubled."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -211,6 +212,18 @@ def start(tmp_path: Path) -> subprocess.Popen[bytes]:
     return process
 
 
+def kill(process: subprocess.Popen[bytes], tmp_path: Path, number: int = signal.SIGKILL) -> None:
+    """End a launcher, then its workers: one hangs in its shard and would go on without it."""
+    found = ["pgrep", "-f", f"kdhpc.cluster.task {tmp_path}/light"]
+    workers = subprocess.run(found, capture_output=True, text=True, check=True).stdout.split()
+    process.send_signal(number)
+    time.sleep(0.5)
+    for worker in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(worker), signal.SIGKILL)
+    process.wait()
+
+
 def test_a_second_launcher_is_told_that_the_run_is_held(tmp_path: Path) -> None:
     process = start(tmp_path)
     try:
@@ -220,8 +233,7 @@ def test_a_second_launcher_is_told_that_the_run_is_held(tmp_path: Path) -> None:
         assert status(tmp_path / "light")["stages"][1]["running"] > 0
         launch("clean", str(tmp_path / "light"), code=3)
     finally:
-        process.kill()
-        process.wait()
+        kill(process, tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
@@ -229,15 +241,7 @@ def test_after_a_killed_launcher_the_same_command_goes_on(tmp_path: Path, number
     process = start(tmp_path)
     kept = records(tmp_path / "light")
     (tmp_path / "trouble" / "square-00001").write_text("raise")
-    workers = subprocess.run(
-        ["pgrep", "-f", f"kdhpc.cluster.task {tmp_path}/light"], capture_output=True, text=True
-    ).stdout.split()
-    process.send_signal(number)
-    if number == signal.SIGINT:
-        time.sleep(0.5)
-    for worker in workers:  # the shard that hangs
-        os.kill(int(worker), signal.SIGKILL)
-    process.wait()
+    kill(process, tmp_path, number)
     shutil.rmtree(tmp_path / "trouble")
     run = light(tmp_path)
     assert_light_complete(run, 6)

@@ -207,7 +207,7 @@ def script(*, name: str, command: str, num_tasks: int | None, resources: Mapping
             f"--cpus-per-task={resources['cpus_per_task']}",
             "--kill-on-bad-exit=1",
         ],
-        # The log is named on sbatch's command line: in a script, quotes in a path would not survive.
+        # sbatch's command line names the log: in a script, quotes in a path do not survive.
         "additional_parameters": {"output": "/dev/null", "requeue": True},
     }
     executor._internal_update_parameters(**{k: v for k, v in wanted.items() if v is not None})

