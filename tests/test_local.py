@@ -246,3 +246,19 @@ def test_after_a_killed_launcher_the_same_command_goes_on(tmp_path: Path, number
     run = light(tmp_path)
     assert_light_complete(run, 6)
     assert all(records(run)[name] == digest for name, digest in kept.items())
+
+
+def test_status_reads_each_folder_of_results_once(tiny_run: Path) -> None:
+    code = f"""
+import sys, collections, os
+from pathlib import Path
+from kdhpc.cluster import runs, status
+seen = collections.Counter()
+run = runs.find({str(tiny_run)!r})
+sys.addaudithook(lambda name, args: seen.update([str(args[0])]) if name == "os.scandir" else None)
+status.look(run)
+found = {{path: n for path, n in seen.items() if "-" in os.path.relpath(path, {str(tiny_run)!r})}}
+assert len(found) > 20 and set(found.values()) == {{1}}, found
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -244,6 +244,21 @@ def test_status_works_without_accounting_and_without_a_controller(
     assert os.environ["SLURM_CONF"] == conf
 
 
+def test_status_asks_slurm_with_one_squeue(tmp_path: Path) -> None:
+    run = light(tmp_path)
+    wrappers = tmp_path / "bin"
+    wrappers.mkdir()
+    for name in ("squeue", "sacct", "scontrol", "sinfo"):
+        real = shutil.which(name)
+        (wrappers / name).write_text(
+            f'#!/bin/sh\necho {name} >> {wrappers}/called\nexec {real} "$@"\n'
+        )
+        (wrappers / name).chmod(0o755)
+    launch("status", str(run), code=None, PATH=f"{wrappers}:{os.environ['PATH']}")
+    assert (wrappers / "called").read_text().split() == ["squeue"]
+    wait_for_end(run)
+
+
 def test_a_partition_that_does_not_exist_is_refused_and_nothing_is_written(
     tmp_path: Path,
 ) -> None:
