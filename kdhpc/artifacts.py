@@ -319,6 +319,25 @@ class Work:
         """Data of an input shard, its digest checked at the first read."""
         return self.record(key).data
 
+    def local_input(self, key: str) -> Path:
+        """The same, copied once a node to KDHPC_SCRATCH where that is set: for models."""
+        record = self.record(key)
+        scratch = os.environ.get("KDHPC_SCRATCH")
+        if not scratch:
+            return record.data
+        copy = Path(scratch) / f"kdhpc-models-{os.getuid()}" / record.sha256
+        if not copy.is_dir():
+            temporary = copy.with_name(f".{copy.name}.{secrets.token_hex(4)}")
+            temporary.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            shutil.copytree(record.data, temporary)
+            try:
+                temporary.rename(copy)
+            except OSError:  # another task of this node was first
+                shutil.rmtree(temporary)
+        if sha256_of(copy) != record.sha256:
+            raise DamagedError(f"{copy}: differs from {record.data}; delete the copy")
+        return copy
+
     def new_path(self, shard: Shard, suffix: str = "") -> Path:
         """A name of this attempt's own, beside the record to come."""
         record_path = self.run.record_path(shard.key)

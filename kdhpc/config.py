@@ -204,7 +204,8 @@ class Slurm:
     setup: tuple[str, ...] = ()
     """Shell lines before the work: modules, conda, container prefix."""
     scratch: str | None = None
-    """Node-local folder for just-in-time caches; the system's temporary folder if not given."""
+    """Node-local folder for copies of models and just-in-time caches; if not given, models are read
+    where they are and caches go to the system's temporary folder."""
     advance_from: Literal["gate", "login"] = "gate"
     """`login` where compute nodes may not submit: keep `sweep.py --watch` running there instead."""
     mail_user: str | None = None

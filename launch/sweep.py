@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> int:
     config = runs.resolve_inputs(config)
     plan = pipeline.plan(config)
     run = runs.open_for(pipeline, config, plan)
+    planning.check_active(run, plan)
     if executor == "local":
         with runs.launcher_lock(run):
             return _local(run, config, plan)

@@ -67,7 +67,7 @@ def test_the_batch_script_is_the_golden_one() -> None:
         name="score.paper.3f9a-0007",
         command="bash environment.sh code python -m kdhpc.cluster.task run 7",
         num_tasks=2,
-        resources=final_resources(config.slurm, batch, uses_device=True),
+        resources=final_resources(config, batch, uses_device=True),
     )
     golden("score.sbatch", text)
 

@@ -67,7 +67,7 @@ def observe(
     uses_slurm = with_queue and any(job.job_id for job in jobs.values())
     uses_slurm |= with_queue and requests[-1].executor == "slurm"
     queued = tuple(slurm.queue()) if uses_slurm else ()
-    scan = run.scan()
+    scan = _of_this_plan(run.scan(), plan)
     active = local_active | _active(submissions, jobs, queued)
     done = frozenset(key for key in plan.shards if _is_done(run, plan, scan, key))
     found = ledger.failures()
@@ -87,6 +87,17 @@ def observe(
         decision=decide(run.pipeline, plan, situation, policy),
         policy=policy,
     )
+
+
+def _of_this_plan(scan: Scan, plan: Plan) -> Scan:
+    """Records with other settings than the plan's are not taken for good."""
+    others = {
+        key: f"{record.data}: made with other settings (recipe {record.recipe[:12]})"
+        for key, record in scan.records.items()
+        if key in plan.shards and record.recipe != plan.shards[key].recipe
+    }
+    records = {key: record for key, record in scan.records.items() if key not in others}
+    return Scan(records=records, damaged={**scan.damaged, **others})
 
 
 def _is_done(run: RunFolder, plan: Plan, scan: Scan, key: str) -> bool:
@@ -275,8 +286,9 @@ def _checkpoint_since(run: RunFolder, key: str, submission: Submission) -> bool:
     return any(path.stat().st_mtime > submission.time for path in found)
 
 
-def final_resources(limits: Slurm, batch: Batch, uses_device: bool) -> dict[str, Any]:
+def final_resources(config: RunConfig, batch: Batch, uses_device: bool) -> dict[str, Any]:
     """Fields of `slurm` for one array: config, stage, what rerun asked for, then remedies."""
+    limits, threads = config.slurm, config.threads
     wanted: dict[str, Any] = {
         name: getattr(limits, name)
         for name in (
@@ -296,6 +308,7 @@ def final_resources(limits: Slurm, batch: Batch, uses_device: bool) -> dict[str,
     limit_min = slurm.partitions().get(wanted["partition"] or "", float("inf"))
     wanted["time_min"] = min(wanted["time_min"] * time_factor, limit_min)
     wanted["mem_gb"] *= mem_factor
+    wanted["cpus_per_task"] = max(wanted["cpus_per_task"], threads)
     wanted["exclude"] = ",".join(avoid) or None
     return wanted | {"nodes": batch.nodes, "ranks_per_node": batch.ranks_per_node}
 
@@ -335,7 +348,7 @@ def _submit(run: RunFolder, ledger: Ledger, state: State, batch: Batch) -> bool:
         name=job_name(run, batch.stage, number),
         stage=batch.stage,
         tasks=batch.tasks,
-        resources=final_resources(limits, batch, stage.uses_device),
+        resources=final_resources(state.config, batch, stage.uses_device),
         code=state.request.code,
         time=time.time(),
         host=socket.gethostname(),

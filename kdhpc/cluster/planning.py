@@ -4,9 +4,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kdhpc import compose
-from kdhpc.cluster import slurm
-from kdhpc.cluster.advance import LOCAL_TASK_S, final_resources
+from kdhpc.artifacts import RunFolder
+from kdhpc.cluster import runs, slurm
+from kdhpc.cluster.advance import LOCAL_TASK_S, final_resources, observe
 from kdhpc.cluster.decide import Batch, Policy, Situation, decide
+from kdhpc.cluster.ledger import Ledger
 from kdhpc.config import RunConfig
 from kdhpc.errors import InputError
 from kdhpc.shards import Pipeline, Plan
@@ -56,7 +58,7 @@ def preview(pipeline: Pipeline, plan: Plan, config: RunConfig, executor: str) ->
 
 
 def _words(batch: Batch, config: RunConfig, uses_device: bool) -> str:
-    wanted = final_resources(config.slurm, batch, uses_device)
+    wanted = final_resources(config, batch, uses_device)
     words = [
         f"{batch.nodes} x {batch.ranks_per_node} ranks"
         if batch.nodes * batch.ranks_per_node > 1
@@ -76,7 +78,7 @@ def _script(batch: Batch, config: RunConfig, uses_device: bool) -> str:
         name=f"{batch.stage}.{config.name}.dry-run",
         command="true",
         num_tasks=len(first.tasks),
-        resources=final_resources(config.slurm, batch, uses_device),
+        resources=final_resources(config, batch, uses_device),
     )
 
 
@@ -99,6 +101,28 @@ def check_partitions(config: RunConfig) -> None:
                 raise InputError(
                     f"{key}={name}: no such partition; expected one of {', '.join(sorted(there))}"
                 )
+
+
+def check_active(run: RunFolder, plan: Plan) -> None:
+    """Refuse settings that would change what tasks in the queue are making.
+
+    Raises:
+        InputError: naming the first such shard.
+    """
+    if not Ledger(run.path).requests():
+        return
+    config, old = runs.current(run)
+    if all(
+        key not in plan.shards or plan.shards[key].recipe == s.recipe
+        for key, s in old.shards.items()
+    ):
+        return
+    for key in observe(run, config, old).situation.active:
+        if key in plan.shards and plan.shards[key].recipe != old.shards[key].recipe:
+            raise InputError(
+                f"{key}: is in the queue with other settings; launch/cancel.py {run.path.name} first, "
+                "or choose another name"
+            )
 
 
 def resource_overrides(words: list[str], config: RunConfig) -> dict[str, Any]:

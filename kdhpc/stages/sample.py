@@ -63,7 +63,7 @@ def run(shard: Shard, work: Work) -> Written:
 
     config: LanguageConfig = work.config
     fields = shard.arm.fields
-    model_path = work.input(shard.reads[0])
+    model_path = work.local_input(shard.reads[0])
     models.set_threads(config.threads)
     model, tokenizer = _load(model_path, str(fields["dtype"]), config.device)
     first, stop = shard.rows or (0, 0)

@@ -73,7 +73,7 @@ def run(shard: Shard, work: Work) -> Written:
 
     config: LanguageConfig = work.config
     models.set_threads(config.threads)
-    model, tokenizer = _load(work.input(shard.reads[0]), config.scoring.dtype, config.device)
+    model, tokenizer = _load(work.local_input(shard.reads[0]), config.scoring.dtype, config.device)
     samples, offset = _rows(shard, work)
     first, stop = shard.rows or (0, 0)
     num_prompt = len(models.encode_prompt(tokenizer, config.prompt))
