@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
     commands = {
-        "sweep.py paper --dry-run": ["sweep.py", "paper", "--dry-run", "cluster=local"],
+        "sweep.py paper --dry-run": ["sweep.py", "paper", "--dry-run"],
         "sweep.py --help": ["sweep.py", "--help"],
     }
     finished = sorted(Path("runs").glob("*/run.json"))

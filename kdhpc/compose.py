@@ -5,6 +5,7 @@ knows omegaconf.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -38,7 +39,10 @@ def compose(words: list[str]) -> dict[str, Any]:
     merged = OmegaConf.create()
     for name in presets:
         merged = _merge(merged, _preset(name))
-    cluster = str(OmegaConf.select(_merge(merged, overrides), "cluster", default="auto"))
+    try:
+        cluster = str(OmegaConf.select(_merge(merged, overrides), "cluster", default="auto"))
+    except OmegaConfBaseException as error:
+        raise InputError(_one_line(error)) from error
     if cluster != "auto":
         path = CONFIGS_DIR / "cluster" / f"{cluster}.yaml"
         if cluster not in cluster_names():
@@ -61,8 +65,29 @@ def build(config_class: type[T], values: dict[str, Any]) -> T:
         merged = OmegaConf.merge(OmegaConf.structured(config_class), OmegaConf.create(values))
         built = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise InputError(_one_line(error, values)) from error
+        key = getattr(error, "full_key", None) or _list_that_does_not_fit(config_class, values)
+        raise InputError(_one_line(error, key)) from error
     return cast(T, built)
+
+
+def _list_that_does_not_fit(config_class: type, values: dict[str, Any]) -> str:
+    """Key of a list with an item of a wrong type, which omegaconf 2.4 does not name."""
+    for key, part in _lists(values):
+        try:
+            OmegaConf.merge(OmegaConf.structured(config_class), OmegaConf.create(part))
+        except OmegaConfBaseException:
+            return key
+    return ""
+
+
+def _lists(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every list, as `a.b=[...]` and alone in the nesting of `values`."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            for key, part in _lists(value):
+                yield f"{name}.{key}", {name: part}
+        elif isinstance(value, list):
+            yield f"{name}={value}", {name: value}
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -98,7 +123,7 @@ def _merge(*parts: DictConfig) -> DictConfig:
     try:
         return cast(DictConfig, OmegaConf.merge(*parts))
     except OmegaConfBaseException as error:
-        raise InputError(_one_line(error, {})) from error
+        raise InputError(_one_line(error)) from error
 
 
 def _preset(name: str, trail: tuple[str, ...] = ()) -> DictConfig:
@@ -112,7 +137,12 @@ def _preset(name: str, trail: tuple[str, ...] = ()) -> DictConfig:
         raise InputError(f"configs/{name}.yaml: extends itself through {' > '.join(trail)}")
     loaded = _load(CONFIGS_DIR / f"{name}.yaml")
     base = loaded.pop("extends", None)
-    return loaded if base is None else _merge(_preset(str(base), (*trail, name)), loaded)
+    if base is None:
+        return loaded
+    try:
+        return _merge(_preset(str(base), (*trail, name)), loaded)
+    except InputError as error:
+        raise InputError(f"configs/{name}.yaml: extends {base}: {error}") from error
 
 
 def _load(path: Path) -> DictConfig:
@@ -126,19 +156,28 @@ def _load(path: Path) -> DictConfig:
 
 
 def _dotlist(overrides: list[str]) -> DictConfig:
+    merged = OmegaConf.create()
     for text in overrides:
-        if not text.partition("=")[0].strip():
-            raise InputError(f"{text!r}: expected key=value")
-    try:
-        return OmegaConf.from_dotlist(overrides)
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise InputError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from error
+        key = text.partition("=")[0].strip()
+        if not key or "[" in key:
+            raise InputError(f"{text!r}: expected key=value, a list whole, such as taus=[1.0,0.8]")
+        try:
+            merged = _merge(merged, OmegaConf.from_dotlist([text]))
+        except (OmegaConfBaseException, YAMLError, ValueError) as error:
+            raise InputError(f"{text}: {error}; expected key=value with a YAML value") from error
+    return merged
 
 
-def _one_line(error: OmegaConfBaseException, values: dict[str, Any]) -> str:
-    key = getattr(error, "full_key", None) or ""
+def _one_line(error: OmegaConfBaseException, key: str = "") -> str:
+    """First line of omegaconf's message, without its jargon."""
+    key = key or getattr(error, "full_key", None) or ""
     message = str(error).split("\n")[0]
     if "$VALUE" in message:  # omegaconf 2.4 leaves its placeholder for items of a tuple
-        given = OmegaConf.select(OmegaConf.create(values), key.split("[")[0], default=None)
-        message = f"{given} does not fit: {message.rpartition(' ')[2]} expected"
+        message = f"expected every item to be a {message.rpartition(' ')[2]}"
+    elif "Incompatible value 'None'" in message:
+        message = f"nothing is given; expected a value of type {message.rpartition(' ')[2]}"
+    elif "is not a TupleConfig" in message:
+        message = "expected a list, such as [1.0,0.8]"
+    elif "type hint length" in message:
+        message = f"expected {message.rpartition(' ')[2]} items"
     return f"{key}: {message}" if key else message

@@ -291,6 +291,15 @@ def checked(config: LanguageConfig) -> LanguageConfig:
     return config
 
 
+MAX_NAME_BYTES = 200
+"""Of a run's folder: 255 for a file name, less what is added in the queue."""
+POSITIVE = (
+    "time_min", "mem_gb", "cpus_per_task", "max_parallel", "max_array", "max_submit", "task_min",
+    "max_attempts",
+)  # fmt: skip
+NOT_NEGATIVE = ("gpus_per_node", "canary", "signal_s")
+
+
 def check_run(config: RunConfig) -> None:
     """Check what every run has.
 
@@ -302,15 +311,25 @@ def check_run(config: RunConfig) -> None:
         raise InputError(
             f"name={name!r}: expected the name of one folder inside {config.runs_dir}, without '/'"
         )
+    if len(name.encode(errors="surrogateescape")) > MAX_NAME_BYTES:
+        raise InputError(f"name={name!r}: expected at most {MAX_NAME_BYTES} bytes")
     for key in ("threads",):
         if getattr(config, key) < 1:
             raise InputError(f"{key}={getattr(config, key)}: expected at least 1")
     if config.local_workers < 0:
         raise InputError(f"local_workers={config.local_workers}: expected 0 (one a core) or more")
     slurm = config.slurm
-    for key in ("time_min", "cpus_per_task", "max_parallel", "max_attempts", "task_min", "mem_gb"):
-        if not getattr(slurm, key) > 0:
-            raise InputError(f"slurm.{key}={getattr(slurm, key)}: expected more than 0")
+    parts = {"slurm": slurm, "slurm.gate": slurm.gate}
+    parts |= {f"slurm.stages.{stage}": found for stage, found in slurm.stages.items()}
+    for part, found in parts.items():
+        for key in POSITIVE:
+            value = getattr(found, key, None)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{part}.{key}={value}: expected a number of more than 0")
+        for key in NOT_NEGATIVE:
+            value = getattr(found, key, None)
+            if value is not None and value < 0:
+                raise InputError(f"{part}.{key}={value}: expected 0 or more")
 
 
 def _problems(config: LanguageConfig) -> Iterator[str]:
@@ -330,7 +349,7 @@ def _problems(config: LanguageConfig) -> Iterator[str]:
     for tau in config.taus:
         if not (math.isfinite(tau) and tau > 0):
             yield f"taus={list(config.taus)}: expected every tau to be a number above 0, got {tau}"
-    if len(set(config.taus)) < len(config.taus):
+    if len({f"{tau:g}" for tau in config.taus}) < len(config.taus):
         yield f"taus={list(config.taus)}: a temperature stands there twice"
     if config.length < 2:
         yield f"length={config.length}: expected at least 2 tokens, one of prompt and one drawn"
@@ -344,6 +363,11 @@ def _problems(config: LanguageConfig) -> Iterator[str]:
         )
     if not config.students:
         yield "students={}: expected at least one size"
+    if len(set(config.sampling.truncations)) < len(config.sampling.truncations):
+        yield f"sampling.truncations={list(config.sampling.truncations)}: one stands there twice"
+    for stage, speed in config.throughput.items():
+        if not 0 < speed < math.inf:
+            yield f"throughput.{stage}={speed}: expected a number of more than 0"
     for text in config.sampling.truncations:
         name, _, value = text.partition("=")
         if name not in {"top_k", "top_p"} or not _is_number(value, whole=name == "top_k"):
@@ -402,10 +426,20 @@ def _model_problems(key: str, model: Model, config: LanguageConfig) -> Iterator[
         )
     if shape.heads % shape.kv_heads:
         yield f"{key}.shape: kv_heads={shape.kv_heads} must divide heads={shape.heads}"
-    if not training.learning_rate > 0:
-        yield f"{key}.training.learning_rate={training.learning_rate}: expected more than 0"
-    if not training.epochs > 0:
-        yield f"{key}.training.epochs={training.epochs}: expected more than 0"
+    for name, value in {"rope_theta": shape.rope_theta, "init_std": shape.init_std}.items():
+        if not 0 < value < math.inf:
+            yield f"{key}.shape.{name}={value}: expected a number of more than 0"
+    for name in ("learning_rate", "epochs", "eps", "loss_scale"):
+        if not 0 < getattr(training, name) < math.inf:
+            yield f"{key}.training.{name}={getattr(training, name)}: expected more than 0"
+    for name in ("weight_decay", "gradient_clip", "checkpoint_every_steps"):
+        if not 0 <= getattr(training, name) < math.inf:
+            yield f"{key}.training.{name}={getattr(training, name)}: expected 0 or more"
+    for name in ("warmup_fraction", "decay_fraction"):
+        if not 0 <= getattr(training, name) <= 1:
+            yield f"{key}.training.{name}={getattr(training, name)}: expected 0 to 1"
+    if not all(0 <= beta < 1 for beta in training.betas):
+        yield f"{key}.training.betas={list(training.betas)}: expected 0 to less than 1"
     stop = training.stop_after_epochs
     if stop is not None and not 0 < stop <= training.epochs:
         yield f"{key}.training.stop_after_epochs={stop}: expected at most epochs={training.epochs}"

@@ -5,6 +5,7 @@ A token shard opens without this project:
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -281,6 +282,9 @@ def _combine(digests: list[str], recipe: str, complete: bool) -> str:
     return hashlib.sha256("\n".join([*sorted(digests), recipe, str(complete)]).encode()).hexdigest()
 
 
+CORPUS_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
 def read_corpus(source: str, text_column: str) -> list[str]:
     """Documents of a corpus: `python-docs`, a local text, JSONL or Parquet file, or a hub id.
 
@@ -296,7 +300,7 @@ def read_corpus(source: str, text_column: str) -> list[str]:
 
         texts = [topics.topics[name] for name in sorted(topics.topics)]
         return [part for text in texts for part in _paragraphs(text)]
-    kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    kinds = CORPUS_KINDS
     path = Path(source)
     datasets.disable_progress_bars()
     try:
@@ -323,11 +327,31 @@ def _paragraphs(text: str) -> list[str]:
     return [part.strip("\n") for part in text.split("\n\n") if part.strip()]
 
 
-def corpus_fingerprint(source: str) -> str:
+def _columns(path: Path) -> list[str] | None:
+    """Columns of a corpus by its first document; None where that does not tell."""
+    if path.suffix == ".txt":
+        return ["text"]
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            return list(pyarrow.parquet.read_schema(path).names)
+        except (OSError, ValueError) as error:
+            raise InputError(f"truth.corpus={path}: not a Parquet file ({error})") from error
+    with path.open() as file:
+        try:
+            first = json.loads(file.readline())
+        except ValueError:
+            return None
+    return list(first) if isinstance(first, dict) else None
+
+
+def corpus_fingerprint(source: str, text_column: str = "text") -> str:
     """sha256 of a local corpus, without reading it as a data set; hub ids stand for themselves.
 
     Raises:
-        InputError: for a local file that is not there.
+        InputError: for a local file that is not there, is empty, of no known kind, or without the
+            column.
     """
     if source == "python-docs":
         from pydoc_data import topics
@@ -336,6 +360,17 @@ def corpus_fingerprint(source: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()
     path = Path(source)
     if path.is_file():
+        if path.suffix not in CORPUS_KINDS:
+            raise InputError(
+                f"truth.corpus={source}: expected a file named {', '.join(CORPUS_KINDS)}"
+            )
+        if not path.stat().st_size:
+            raise InputError(f"truth.corpus={source}: is empty; expected documents")
+        columns = _columns(path)
+        if columns is not None and text_column not in columns:
+            raise InputError(
+                f"truth.text_column={text_column}: {source} has the columns {', '.join(columns)}"
+            )
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     looks_local = path.suffix in {".txt", ".jsonl", ".json", ".parquet"} or source.startswith(

@@ -71,7 +71,7 @@ def chosen(
     keys = []
     for part in shards.split(","):
         first, _, last = part.partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
+        if not first.isdecimal() or not (last or first).isdecimal():
             raise InputError(f"--shards {shards}: expected numbers and ranges, such as 3,17-20")
         numbers = range(int(first), int(last or first) + 1)
         if not numbers or numbers[-1] >= len(planned):

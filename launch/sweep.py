@@ -39,18 +39,18 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     pipeline, config = runs.from_words(options.words)
-    executor = runs.pick_executor(config, slurm_here=slurm.available())
+    slurm_here = slurm.available()
     if options.dry_run:
+        executor = "slurm" if slurm_here and config.executor != "local" else "local"
         plan = pipeline.plan(config)
         found = planning.preview(pipeline, plan, config, executor)
         console().print(plan_table(pipeline, plan, config, found.num_tasks, found.resources))
-        print(
-            f"runs with cluster={executor} in {config.runs_dir}/{config.name}; nothing was written"
-        )
+        print(f"planned for {executor}, in {config.runs_dir}/{config.name}; nothing was written")
         if found.refused:
             raise InputError(f"Slurm would refuse: {'; '.join(found.refused)}")
         return 0
 
+    executor = runs.pick_executor(config, slurm_here)
     if executor == "slurm":
         planning.check_partitions(config)
     runs.check_prompt(config)

@@ -9,7 +9,7 @@ from kdhpc.cluster import runs, slurm
 from kdhpc.cluster.advance import LOCAL_TASK_S, final_resources, observe
 from kdhpc.cluster.decide import Batch, Policy, Situation, decide
 from kdhpc.cluster.ledger import Ledger
-from kdhpc.config import RunConfig
+from kdhpc.config import RunConfig, check_run
 from kdhpc.errors import InputError
 from kdhpc.shards import Pipeline, Plan
 
@@ -112,16 +112,18 @@ def check_active(run: RunFolder, plan: Plan) -> None:
     if not Ledger(run.path).requests():
         return
     config, old = runs.current(run)
-    if all(
-        key not in plan.shards or plan.shards[key].recipe == s.recipe
-        for key, s in old.shards.items()
-    ):
+    changed = {
+        key
+        for key, shard in old.shards.items()
+        if key in plan.shards and plan.shards[key].recipe != shard.recipe
+    }
+    if not changed:
         return
     for key in observe(run, config, old).situation.active:
-        if key in plan.shards and plan.shards[key].recipe != old.shards[key].recipe:
+        if key in changed:
             raise InputError(
-                f"{key}: is in the queue with other settings; launch/cancel.py {run.path.name} first, "
-                "or choose another name"
+                f"{key}: is in the queue with other settings; cancel.py {run.path.name} first, or "
+                "choose another name"
             )
 
 
@@ -136,10 +138,9 @@ def resource_overrides(words: list[str], config: RunConfig) -> dict[str, Any]:
             raise InputError(f"{word}: rerun takes resources only, such as slurm.mem_gb=64")
     values = compose.compose(words).get("slurm", {})
     changed = compose.build(type(config), compose.merged(compose.plain(config), {"slurm": values}))
+    check_run(changed)
     wanted = {name: getattr(changed.slurm, name) for name in values}
-    for name, value in wanted.items():
-        if name in {"time_min", "mem_gb", "cpus_per_task"} and not value > 0:
-            raise InputError(f"slurm.{name}={value}: expected more than 0")
+    for name in wanted:
         if name in {"stages", "gate", "max_attempts", "advance_from", "canary"}:
             raise InputError(f"slurm.{name}: not a resource of a task; change it with sweep.py")
     return wanted

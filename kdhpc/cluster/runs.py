@@ -27,6 +27,8 @@ from kdhpc.errors import BusyError, InputError
 from kdhpc.shards import Pipeline, Plan
 
 PROJECT_DIR = Path(compose.__file__).resolve().parents[1]
+PIPELINE_ERRORS = (KeyError, ImportError, AttributeError, TypeError, ValueError)
+"""What `load_pipeline` raises for a name that is none."""
 SNAPSHOT = ("kdhpc", "configs", "slurm")
 
 
@@ -42,10 +44,18 @@ def from_words(words: list[str]) -> tuple[Pipeline, RunConfig]:
     name = str(values.get("pipeline", "language"))
     try:
         pipeline = load_pipeline(name)
-    except (KeyError, ImportError, AttributeError) as error:
+        if not isinstance(pipeline, Pipeline):
+            raise TypeError(name)
+    except PIPELINE_ERRORS as error:
         raise InputError(f"pipeline={name}: no such pipeline; expected language") from error
-    config: Any = compose.build(pipeline.config, values)
-    return pipeline, check(config)
+    config: Any = check(compose.build(pipeline.config, values))
+    names = [stage.name for stage in pipeline.stages]
+    for key in ("slurm.stages", "throughput"):
+        owner: Any = config.slurm.stages if key == "slurm.stages" else getattr(config, key, {})
+        for stage in owner:
+            if stage not in names:
+                raise InputError(f"{key}.{stage}: no such stage; expected {', '.join(names)}")
+    return pipeline, config
 
 
 def check(config: Any) -> Any:
@@ -64,7 +74,7 @@ def folder(path: Path, pipeline: Pipeline | None = None) -> RunFolder:
     """
     if pipeline is None:
         run = open_run(path, _NO_PIPELINE)
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, *PIPELINE_ERRORS):
             return open_run(path, load_pipeline(_manifest(run.path)["pipeline"]))
         raise InputError(f"{path}/run.json: not readable; expected what sweep.py wrote")
     return open_run(path, pipeline)
@@ -96,7 +106,8 @@ def find(name: str, runs_dir: str = "runs") -> RunFolder:
 
 def current(run: RunFolder) -> tuple[RunConfig, Plan]:
     """Config of the last request, and its plan."""
-    requests = ledgers.Ledger(run.path).requests()
+    ledger = ledgers.Ledger(run.path)
+    requests = ledger.requests() if (run.path / "requests").is_dir() else []
     if not requests:
         raise InputError(f"{run.path}: a run without a request; run sweep.py again")
     config: Any = compose.build(run.pipeline.config, dict(requests[-1].config))
@@ -141,7 +152,7 @@ def resolve_inputs(config: RunConfig, download: bool = True) -> RunConfig:
 
     truth = config.truth
     if truth.model == "train":
-        found = store.corpus_fingerprint(truth.corpus)
+        found = store.corpus_fingerprint(truth.corpus, truth.text_column)
         if found.startswith("hub:") and download:
             store.read_corpus(truth.corpus, truth.text_column)
     else:
@@ -163,6 +174,10 @@ def resolve_inputs(config: RunConfig, download: bool = True) -> RunConfig:
 def _fingerprint(source: Path, name: str) -> str:
     if not source.exists():
         raise InputError(f"truth.model={name}: no such file")
+    if source.is_file():
+        with source.open("rb") as head:
+            if head.read(4) != b"GGUF":
+                raise InputError(f"truth.model={name}: is no GGUF file; expected one")
     files = [source] if source.is_file() else sorted(source.glob("*.*"))
     if source.is_dir() and not (
         (source / "config.json").is_file()
@@ -212,7 +227,12 @@ def check_prompt(config: RunConfig) -> None:
         given = Path(config.truth.tokenizer) / "tokenizer.json"
         if not given.is_file():
             raise InputError(f"truth.tokenizer={config.truth.tokenizer}: no tokenizer.json there")
-        if own.is_file() and given.read_bytes() != own.read_bytes():
+        if not own.is_file():
+            raise InputError(
+                f"truth.tokenizer={config.truth.tokenizer}: can be compared with a local model "
+                f"folder only, not with {config.truth.model}; expected truth.tokenizer=model"
+            )
+        if given.read_bytes() != own.read_bytes():
             raise InputError(
                 f"truth.tokenizer={config.truth.tokenizer}: differs from the tokenizer of "
                 f"{config.truth.model}; students share the truth's, expected truth.tokenizer=model"
@@ -220,7 +240,13 @@ def check_prompt(config: RunConfig) -> None:
     if own.is_file():
         from tokenizers import Tokenizer
 
-        ids = Tokenizer.from_file(str(own)).encode(config.prompt, add_special_tokens=False).ids
+        try:
+            tokenizer = Tokenizer.from_file(str(own))
+        except Exception as error:  # tokenizers raises nothing more special
+            raise InputError(
+                f"truth.model={config.truth.model}: its tokenizer.json is not readable ({error})"
+            ) from error
+        ids = tokenizer.encode(config.prompt, add_special_tokens=False).ids
         if not 0 < len(ids) < config.length:
             raise InputError(
                 f"prompt={config.prompt!r}: is {len(ids)} tokens of length={config.length}; "
@@ -238,6 +264,12 @@ def changed_recipes(plan: Plan, scan: Scan) -> list[str]:
         found = compose.difference(dict(record.fields), json.loads(json.dumps(shard.arm.fields)))
         if shard.rows != record.row_range:
             found.append(f"rows of {key}: {record.row_range} -> {shard.rows}")
+        if not found:  # what it was made from changed, and is not there to say so itself
+            found = [
+                f"made from another {role}"
+                for role, recipe in shard.arm.inputs.items()
+                if record.inputs.get(role) != recipe
+            ] or ["recipe"]
         for line in found:
             lines.setdefault(f"{shard.stage}: {line}")
     return list(lines)
@@ -251,6 +283,12 @@ def open_for(pipeline: Pipeline, config: RunConfig, plan: Plan) -> RunFolder:
         DamagedError: if the folder cannot be written.
     """
     path = (Path(config.runs_dir) / config.name).expanduser().resolve()
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise InputError(
+                f"{part}: is a file; expected a folder (runs_dir={config.runs_dir}, "
+                f"name={config.name})"
+            )
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not (path / "run.json").exists():

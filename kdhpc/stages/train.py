@@ -112,7 +112,10 @@ def resolve_model(model: str) -> str:
     if not model.startswith("package:"):
         return model
     package, _, file = model.removeprefix("package:").partition("/")
-    spec = find_spec(package)
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
     places = list(spec.submodule_search_locations or []) if spec else []
     for place in places:
         if file and (Path(place) / file).is_file():
