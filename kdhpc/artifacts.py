@@ -211,7 +211,7 @@ def verify(record: Record) -> None:
     if found != record.sha256:
         raise DamagedError(
             f"{record.data}: its bytes differ from what was published "
-            f"(sha256 {found[:12]}, expected {record.sha256[:12]}); run sweep.py again to remake it"
+            f"(sha256 {found[:12]}, expected {record.sha256[:12]})"
         )
 
 
@@ -282,7 +282,6 @@ class Work:
         run: RunFolder,
         config: Any,
         plan: Plan,
-        scan: Scan,
         *,
         code: str = "",
         should_stop: Callable[[], bool] = lambda: False,
@@ -297,8 +296,8 @@ class Work:
         self.progress = progress
         self.rank = rank
         self.world_size = world_size
-        self._scan = scan
         self._code = code
+        self._records: dict[str, Record] = {}
         self._verified: set[str] = set()
 
     def record(self, key: str) -> Record:
@@ -307,13 +306,23 @@ class Work:
         Raises:
             DamagedError: if it is not there or its data differs from it.
         """
-        record = self._scan.records.get(key)
-        if record is None:
-            record = read_record(self.run.record_path(key), key)
+        record = self._records.get(key) or read_record(self.run.record_path(key), key)
         if key not in self._verified:
-            verify(record)
+            if key in self.plan.shards and self.plan.shards[key].recipe != record.recipe:
+                raise DamagedError(f"{record.data}: made with other settings than this run's")
+            self._verify(record)
             self._verified.add(key)
+            self._records[key] = record
         return record
+
+    def _verify(self, record: Record) -> None:
+        """Check every byte; what differs is put aside, so that it is made again."""
+        try:
+            verify(record)
+        except DamagedError as error:
+            if not isinstance(error.__cause__, OSError):
+                self.run.quarantine(record.key)
+            raise
 
     def input(self, key: str) -> Path:
         """Data of an input shard, its digest checked at the first read."""
@@ -321,21 +330,25 @@ class Work:
 
     def local_input(self, key: str) -> Path:
         """The same, copied once a node to KDHPC_SCRATCH where that is set: for models."""
-        record = self.record(key)
         scratch = os.environ.get("KDHPC_SCRATCH")
+        record = self.record(key)
         if not scratch:
             return record.data
         copy = Path(scratch) / f"kdhpc-models-{os.getuid()}" / record.sha256
-        if not copy.is_dir():
+        if str(copy) in self._verified:
+            return copy
+        if not copy.is_dir() or sha256_of(copy) != record.sha256:
             temporary = copy.with_name(f".{copy.name}.{secrets.token_hex(4)}")
             temporary.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             shutil.copytree(record.data, temporary)
+            shutil.rmtree(copy, ignore_errors=True)
             try:
                 temporary.rename(copy)
             except OSError:  # another task of this node was first
                 shutil.rmtree(temporary)
-        if sha256_of(copy) != record.sha256:
-            raise DamagedError(f"{copy}: differs from {record.data}; delete the copy")
+            if sha256_of(copy) != record.sha256:
+                raise DamagedError(f"{copy}: differs from {record.data}")
+        self._verified.add(str(copy))
         return copy
 
     def new_path(self, shard: Shard, suffix: str = "") -> Path:
@@ -374,11 +387,14 @@ class Work:
         won = write_once(path, record)
         if not won:
             remove(written.path)
-        stage = self.run.pipeline.stage(shard.stage)
-        alias = self.run.alias_path(stage)
-        if alias is not None:
-            point_alias(alias, read_record(path, shard.key).data)
+        self.point_alias(shard)
         return won
+
+    def point_alias(self, shard: Shard) -> None:
+        """Let the stage's fixed name, if it has one, stand for a published shard."""
+        alias = self.run.alias_path(self.run.pipeline.stage(shard.stage))
+        if alias is not None:
+            point_alias(alias, read_record(self.run.record_path(shard.key), shard.key).data)
 
 
 def point_alias(alias: Path, target: Path) -> None:
@@ -391,6 +407,16 @@ def point_alias(alias: Path, target: Path) -> None:
             raise
         shutil.copyfile(target, temporary)
     os.replace(temporary, alias)
+
+
+def stands_for(alias: Path, target: Path) -> bool:
+    """Whether a fixed name is another name of `target`, or a copy where there are no links."""
+    try:
+        if os.path.samefile(alias, target):
+            return True
+        return target.stat().st_nlink == 1 and alias.stat().st_size == target.stat().st_size
+    except FileNotFoundError:
+        return False
 
 
 def remove(path: Path) -> None:

@@ -191,6 +191,8 @@ class Slurm:
     """Tasks of one array that run at once."""
     max_array: int | None = None
     """Tasks of one array; the cluster's MaxArraySize if not given."""
+    max_mem_gb: float | None = None
+    """Memory that a shard that ran out of it may be given at most; no limit if not given."""
     max_submit: int | None = None
     """Jobs of this run in the queue, array tasks counted singly; no limit if not given."""
     task_min: float = 10.0
@@ -202,7 +204,9 @@ class Slurm:
     signal_s: int = 60
     """Seconds before the time limit at which a task is told to stop."""
     setup: tuple[str, ...] = ()
-    """Shell lines before the work: modules, conda, container prefix."""
+    """Shell lines before the work: modules, conda."""
+    prefix: tuple[str, ...] = ()
+    """Words before the command, such as [apptainer, exec, --nv, image.sif]."""
     scratch: str | None = None
     """Node-local folder for copies of models and just-in-time caches; if not given, models are read
     where they are and caches go to the system's temporary folder."""
@@ -294,8 +298,8 @@ def checked(config: LanguageConfig) -> LanguageConfig:
 MAX_NAME_BYTES = 200
 """Of a run's folder: 255 for a file name, less what is added in the queue."""
 POSITIVE = (
-    "time_min", "mem_gb", "cpus_per_task", "max_parallel", "max_array", "max_submit", "task_min",
-    "max_attempts",
+    "time_min", "mem_gb", "max_mem_gb", "cpus_per_task", "max_parallel", "max_array", "max_submit",
+    "task_min", "max_attempts",
 )  # fmt: skip
 NOT_NEGATIVE = ("gpus_per_node", "canary", "signal_s")
 
@@ -330,6 +334,8 @@ def check_run(config: RunConfig) -> None:
             value = getattr(found, key, None)
             if value is not None and value < 0:
                 raise InputError(f"{part}.{key}={value}: expected 0 or more")
+    if slurm.max_submit == 1:
+        raise InputError("slurm.max_submit=1: expected at least 2, one task and its gate")
 
 
 def _problems(config: LanguageConfig) -> Iterator[str]:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from kdhpc.errors import DamagedError, InputError
 
+MAX_VOCAB_SIZE = 2**16
+"""Token ids are stored as uint16."""
 ROW_COLUMNS = {"length": np.int32, "log_prob_sum": np.float64, "log_prob_tau_sum": np.float64}
 
 

@@ -28,6 +28,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     run = runs.find(options.run, options.runs_dir)
     state, status = look(run)
+    if status.queue_unknown:
+        raise BusyError(f"{run.path}: Slurm does not answer, so what is active is not known")
     if state.situation.active or runs.is_locked(run):
         raise BusyError(f"{run.path}: is active; clean it when nothing runs, or cancel.py it first")
     found = housekeeping.unneeded(run, state.scan, complete=status.complete)

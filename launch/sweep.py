@@ -19,7 +19,7 @@ from kdhpc.artifacts import RunFolder
 from kdhpc.cluster import local, planning, runs, slurm
 from kdhpc.cluster.advance import advance
 from kdhpc.cluster.display import command, console, plan_table, status_view
-from kdhpc.cluster.gate import tell
+from kdhpc.cluster.gate import patiently, tell
 from kdhpc.cluster.status import Status, look, status_of
 from kdhpc.config import RunConfig
 from kdhpc.errors import InputError
@@ -98,13 +98,15 @@ def _watch(run: RunFolder, config: RunConfig, plan: Plan) -> int:
     out = console()
     with Live(console=out, refresh_per_second=1, transient=True) as live:
         while True:
-            state = advance(run, config, plan)
+            state = patiently(run, config, plan)
             status = status_of(run, config, plan, state)
             live.update(status_view(status))
-            if not state.situation.active and not state.decision.batches:
+            if not state.situation.active:
                 break
             time.sleep(WATCH_EVERY_S)
     out.print(status_view(status))
+    if config.slurm.advance_from == "login":
+        tell(run.path, state)
     return _exit_code(status)
 
 

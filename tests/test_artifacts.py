@@ -39,7 +39,7 @@ PIPELINE = Pipeline(name="test", config=object, stages=(STAGE,))
 @pytest.fixture
 def work(tmp_path: Path) -> Work:
     run = RunFolder(tmp_path, PIPELINE)
-    return Work(run, None, Plan(), run.scan())
+    return Work(run, None, Plan())
 
 
 def test_a_published_shard_is_found_and_verified(work: Work) -> None:
@@ -93,7 +93,7 @@ def test_a_flipped_bit_is_found_when_the_data_is_read(work: Work) -> None:
     work.publish(SHARD, write(SHARD, work), time.time())
     record = work.run.scan().records[SHARD.key]
     record.data.write_text("dbta")
-    fresh = Work(work.run, None, Plan(), work.run.scan())
+    fresh = Work(work.run, None, Plan())
     with pytest.raises(DamagedError, match=record.data.name):
         fresh.input(SHARD.key)
 
@@ -107,7 +107,7 @@ from test_artifacts import PIPELINE, SHARD, write
 from kdhpc.artifacts import RunFolder, Work
 from kdhpc.shards import Plan
 run = RunFolder(Path({str(tmp_path)!r}), PIPELINE)
-work = Work(run, None, Plan(), run.scan())
+work = Work(run, None, Plan())
 written = write(SHARD, work)
 print("written", flush=True)
 time.sleep(600)
@@ -121,7 +121,7 @@ work.publish(SHARD, written, time.time())
     process.stdout.close()
     run = RunFolder(tmp_path, PIPELINE)
     assert run.scan().records == {}
-    work = Work(run, None, Plan(), run.scan())
+    work = Work(run, None, Plan())
     assert work.publish(SHARD, write(SHARD, work), time.time())
 
 

@@ -152,3 +152,21 @@ def test_cancelled_and_stopped_runs_start_nothing() -> None:
     assert started(decide(PIPELINE, PLAN, situation(stopped=True), POLICY)) == []
     cancelled = situation(failures={key: [failure(key, "CANCELLED")] for key in FIRST})
     assert started(decide(PIPELINE, PLAN, cancelled, POLICY)) == []
+
+
+def test_a_shard_that_failed_takes_no_others_along() -> None:
+    failures = {FIRST[0]: [failure(FIRST[0], "LOST")]}
+    found = decide(PIPELINE, PLAN, situation(failures=failures), POLICY)
+    [task] = [task for b in found.batches for task in b.tasks if FIRST[0] in task]
+    assert task == (FIRST[0],)
+
+
+def test_a_stage_that_cannot_be_launched_is_not_tried_shard_by_shard() -> None:
+    failures = {key: [failure(key, "LAUNCH", fingerprint="refused")] for key in FIRST[:2]}
+    found = decide(PIPELINE, PLAN, situation(failures=failures), POLICY)
+    assert started(found) == []
+
+
+def test_after_a_cancel_only_what_was_asked_for_starts() -> None:
+    found = decide(PIPELINE, PLAN, situation(only=frozenset(FIRST[3:5])), POLICY)
+    assert started(found) == FIRST[3:5]

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT, assert_light_complete, launch, status
+from commands import ROOT, assert_light_complete, launch, light_result, status
+from light import expected
 
 from kdhpc import compose, store
 from kdhpc.artifacts import RunFolder, Work
@@ -110,7 +111,7 @@ def run_here(tmp_path: Path, *words: str) -> store.Results:
     path = tmp_path / "run"
     run = RunFolder(path, LANGUAGE)
     for shard in plan.shards.values():
-        work = Work(run, config, plan, run.scan())
+        work = Work(run, config, plan)
         written = LANGUAGE.stage(shard.stage).run(shard, work)
         assert written is not None
         work.publish(shard, written, time.time())
@@ -262,3 +263,52 @@ assert len(found) > 20 and set(found.values()) == {{1}}, found
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_input_with_a_flipped_bit_is_made_again_by_its_reader(tmp_path: Path) -> None:
+    run = light(tmp_path)
+    [data] = (run / "1-make/arm").glob("00002.*.txt")
+    data.write_text("9")
+    for path in (run / "2-square/arm").glob("00002.*"):
+        path.unlink()
+    for path in (run / "3-merge/all").iterdir():
+        path.unlink()
+    light(tmp_path, code=None)
+    assert light_result(run) == expected(6)
+    assert "0 damaged" in launch("verify", str(run)).stdout
+
+
+def test_a_lost_alias_is_made_again(tmp_path: Path) -> None:
+    run = light(tmp_path)
+    (run / "3-merge/all.json").unlink()
+    light(tmp_path)
+    assert light_result(run) == expected(6)
+
+
+def test_the_hook_is_told_how_a_run_ended(tmp_path: Path) -> None:
+    hook = tmp_path / "hook"
+    hook.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n')
+    hook.chmod(0o755)
+    poison = trouble(tmp_path, "make-00002", "raise")
+    run = light(tmp_path, f"slurm.on_end={hook}", code=1)
+    poison.unlink()
+    light(tmp_path, f"slurm.on_end={hook}")
+    told = (tmp_path / "told").read_text().splitlines()
+    assert told == [f"{run} stopped", f"{run} complete"]
+
+
+def test_other_settings_under_published_results_are_refused_and_elsewhere_allowed(
+    tmp_path: Path,
+) -> None:
+    run = light(tmp_path)
+    before = records(run)
+    words = [*LIGHT, f"runs_dir={tmp_path}", "seed=5"]
+    assert "seed: 0 -> 5" in launch("sweep", *words, code=2).stderr
+    assert records(run) == before
+    launch("sweep", *words, "name=other")
+
+
+def test_a_run_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
+    run = light(tmp_path)
+    run.chmod(0o777)
+    assert "its code would run as you" in launch("status", str(run), code=2).stderr

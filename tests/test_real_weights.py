@@ -36,7 +36,7 @@ def test_a_gguf_truth_writes_english_and_scores_it_like_transformers(tmp_path: P
     run = RunFolder(tmp_path, LANGUAGE)
 
     def do(shard: Shard) -> Path:
-        work = Work(run, config, plan, run.scan())
+        work = Work(run, config, plan)
         written = LANGUAGE.stage(shard.stage).run(shard, work)
         assert written is not None
         work.publish(shard, written, time.time())

@@ -233,6 +233,80 @@ sweep.main(["pipeline=light:PIPELINE", "cluster=slurm", "name=light", "runs_dir=
     assert jobs[0]["job_id"] is None
 
 
+def test_a_job_that_was_recorded_but_never_released_is_released(tmp_path: Path) -> None:
+    code = f"""
+import os, sys
+sys.path[:0] = [{str(ROOT / "launch")!r}, {str(ROOT / "tests")!r}]
+import sweep
+from kdhpc.cluster import slurm
+slurm.release = lambda job_ids: os._exit(9)
+sweep.main(["pipeline=light:PIPELINE", "cluster=slurm", "name=light", "runs_dir={tmp_path}"])
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 9
+    run = light(tmp_path)
+    wait_for_end(run)
+    assert_light_complete(run, 6)
+    assert all(s["job_id"] for s in jobs_of(run))
+
+
+def jobs_of(run: Path) -> list[dict[str, str]]:
+    return [json.loads(p.read_text()) for p in sorted((run / "submissions").glob("*.job.json"))]
+
+
+def test_a_limit_on_submitted_jobs_makes_waves(tmp_path: Path) -> None:
+    """The site's limit is not in the config: sbatch refuses, and less is submitted."""
+
+    def limit(number: int) -> None:
+        words = ["sacctmgr", "-i", "modify", "qos", "normal", "set"]
+        subprocess.run([*words, f"MaxSubmitJobsPerUser={number}"], check=True, capture_output=True)
+
+    limit(6)
+    try:
+        run = light(tmp_path, "num_shards=12", "slurm.task_min=0.02")
+        wait_for_end(run)
+    finally:
+        limit(-1)
+    assert_light_complete(run, 12)
+
+
+def test_what_slurm_refuses_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
+    run = light(tmp_path, "slurm.stages.square.mem_gb=100000")
+    wait_for_end(run)
+    [cause] = status(run, code=1)["causes"]
+    assert (cause["kind"], cause["stage"]) == ("LAUNCH", "square")
+    assert len(list((run / "1-make/arm").glob("*[0-9].json"))) == 6
+    light(tmp_path)
+    wait_for_end(run)
+    assert_light_complete(run, 6)
+
+
+def test_a_task_that_the_user_cancels_is_not_tried_again_by_itself(tmp_path: Path) -> None:
+    stuck = trouble(tmp_path, "make-00000", "sleep 600")
+    run = light(tmp_path)
+    wait_for(lambda: "make/arm/00000: started" in log_of(run, 1, 0), "the first shard")
+    [job] = jobs_of(run)
+    subprocess.run(["scancel", f"{job['job_id']}_0"], check=True)
+    wait_for_end(run)
+    [cause] = status(run, code=1)["causes"]
+    assert cause["kind"] == "CANCELLED"
+    assert len(jobs_of(run)) == 1
+    stuck.unlink()
+    light(tmp_path)
+    wait_for_end(run)
+    assert_light_complete(run, 6)
+
+
+def log_of(run: Path, number: int, task: int) -> str:
+    path = run / "logs" / f"{number:04d}" / f"{task}.log"
+    return path.read_text() if path.exists() else ""
+
+
+def test_watching_from_the_login_node_needs_no_gate(tmp_path: Path) -> None:
+    run = light(tmp_path, "slurm.advance_from=login", "--watch")
+    assert_light_complete(run, 6)
+    assert not list((run / "submissions").glob("*gate*"))
+
+
 def test_status_works_without_accounting_and_without_a_controller(
     tmp_path: Path, cluster: Path
 ) -> None:

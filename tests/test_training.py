@@ -130,6 +130,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> Non
     assert checkpoints.newest(tmp_path, "another recipe") is None
 
 
+def test_checkpoints_of_other_settings_do_not_meet(tmp_path: Path) -> None:
+    """Each recipe has a folder of its own; see `stages/train.py`."""
+    for recipe, step in (("old", 50), ("new", 10)):
+        weights = {"w": torch.ones(1)}
+        checkpoints.save(tmp_path / recipe, step=step, tensors=weights, recipe=recipe)
+    found = checkpoints.newest(tmp_path / "new", "new")
+    assert found is not None
+    assert found[0] == 10
+
+
 def test_students_stop_inside_a_longer_schedule() -> None:
     recipe = Training(epochs=5.0, stop_after_epochs=1.0, batch_sequences=256)
     schedule = Schedule.of(recipe, 10_000_000)

@@ -11,11 +11,11 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from kdhpc.artifacts import RunFolder, Scan
+from kdhpc.artifacts import RunFolder, Scan, stands_for
 from kdhpc.cluster import failures, slurm
 from kdhpc.cluster.decide import Batch, Decision, Policy, Situation, decide
 from kdhpc.cluster.ledger import Failure, Job, Ledger, Request, Submission, launcher_gone
@@ -56,10 +56,20 @@ def observe(
     local_active: frozenset[str] = frozenset(),
     policy: Policy | None = None,
     with_queue: bool = True,
+    room: int | None = None,
 ) -> State:
     """Read a run: ledger, one squeue, one scan of the records.
 
     In this order, so that a shard that ends meanwhile is seen as done, never as lost.
+
+    Args:
+        run: its folder.
+        config: of its last request.
+        plan: of that config.
+        local_active: shards that the local executor is working on.
+        policy: of the local executor; from the config if not given.
+        with_queue: False to go by the disk alone.
+        room: tasks that may be submitted at most, after Slurm refused more.
     """
     ledger = Ledger(run.path)
     requests = ledger.requests()
@@ -75,6 +85,8 @@ def observe(
         plan, requests, submissions, found, scan, done, active, run.pipeline.stages, config
     )
     policy = policy or _policy(config, queued, submissions, uses_slurm)
+    if room is not None:
+        policy = replace(policy, max_tasks=min(policy.max_tasks, room))
     return State(
         request=requests[-1],
         config=config,
@@ -104,7 +116,7 @@ def _is_done(run: RunFolder, plan: Plan, scan: Scan, key: str) -> bool:
     if key not in scan.records:
         return False
     alias = run.alias_path(run.pipeline.stage(plan.shards[key].stage))
-    return alias is None or alias.exists()
+    return alias is None or stands_for(alias, scan.records[key].data)
 
 
 def _active(
@@ -167,7 +179,20 @@ def _situation(
         seconds_per_work=rates,
         overrides=overrides,
         stopped=requests[-1].kind == "cancel",
+        only=_asked_for_since_cancel(plan, requests),
     )
+
+
+def _asked_for_since_cancel(plan: Plan, requests: list[Request]) -> frozenset[str] | None:
+    """Shards that rerun asked for after a cancel; None if the whole run is wanted."""
+    wanted: set[str] = set()
+    for request in reversed(requests):
+        if request.kind == "cancel":
+            return frozenset(wanted)
+        if request.kind == "sweep" or (request.stage is None and request.keys is None):
+            return None
+        wanted.update(key for key in plan.shards if request.covers(key))
+    return None
 
 
 def _progressed(failure: Failure, submissions: list[Submission], done: frozenset[str]) -> bool:
@@ -187,7 +212,11 @@ def _policy(
     if not uses_slurm:
         return Policy(task_s=LOCAL_TASK_S, max_array=10**9, max_tasks=10**9, per_array=0)
     names = {submission.name for submission in submissions}
-    mine = sum(task.name in names or task.name.removeprefix("gate-") in names for task in queued)
+    mine = sum(
+        task.name.removeprefix("gate-") in names
+        for task in queued
+        if task.job_id != os.environ.get("SLURM_JOB_ID")  # the gate that asks is about to end
+    )
     return Policy(
         task_s=limits.task_min * 60,
         max_array=limits.max_array or slurm.max_array_size(),
@@ -200,89 +229,132 @@ def _policy(
 def advance(run: RunFolder, config: RunConfig, plan: Plan) -> State:
     """Submit to Slurm what may start now, and return the run as it then stands.
 
+    What Slurm refuses is recorded as a failure of its shards, so that the rest goes on.
+
     Raises:
         BusyError: if other launchers kept claiming submissions before this one could.
-        ClusterError: if Slurm refuses.
+        ClusterError: if Slurm does not answer, or refused everything.
     """
     ledger = Ledger(run.path)
-    for _ in range(20):
-        state = observe(run, config, plan)
-        if _settle_orphans(ledger, state) | _explain_ended(run, ledger, state):
-            state = observe(run, config, plan)
+    room: int | None = None
+    num_submitted, refusals = 0, []
+    for _ in range(50):
+        state = _look(run, config, plan, ledger, room)
         if not state.decision.batches:
-            return state
-        try:
-            if all(_submit(run, ledger, state, batch) for batch in state.decision.batches):
-                return observe(run, config, plan)
-        except slurm.OverLimitError as error:
-            if not state.queued:
-                raise
-            print(f"{error}; the next gate tries again", file=sys.stderr)
-            return observe(run, config, plan)
-        time.sleep(0.2)  # another launcher took a number: look again
-    raise BusyError(f"{run.path}: another launcher is submitting; look again with status.py")
+            break
+        for batch in state.decision.batches:
+            try:
+                if not _submit(run, ledger, state, batch):
+                    time.sleep(0.2)  # another launcher was first: look again
+                    break
+                num_submitted += 1
+            except slurm.OverLimitError as error:
+                if len(batch.tasks) == 1:
+                    if num_submitted or _others_queued(state):
+                        return state  # a gate that is in the queue goes on when there is room
+                    raise
+                room = (len(batch.tasks) + 1) // 2 + state.policy.per_array
+                print(f"{error}; trying {room}", file=sys.stderr)
+                break
+            except slurm.RefusedError as error:
+                refusals.append(error)
+    else:
+        raise BusyError(f"{run.path}: another launcher is submitting; look again with status.py")
+    if refusals and not num_submitted:
+        raise refusals[0]
+    return state
+
+
+def _look(run: RunFolder, config: RunConfig, plan: Plan, ledger: Ledger, room: int | None) -> State:
+    """Observe, after putting right what launchers and tasks that died have left."""
+    state = observe(run, config, plan, room=room)
+    if _settle_orphans(ledger, state) | _explain_ended(run, ledger, state):
+        state = observe(run, config, plan, room=room)
+    ours = {i for job in state.jobs.values() for i in (job.job_id, job.gate_id) if i}
+    held = {
+        task.job_id for task in state.queued if task.job_id in ours and task.reason == "JobHeldUser"
+    }
+    if held and not state.situation.stopped:
+        slurm.release(sorted(held))  # its launcher recorded it, and died before it could
+    return state
+
+
+def _others_queued(state: State) -> bool:
+    """Whether a gate of this run is in the queue beside the one that may be asking."""
+    gates = {job.gate_id for job in state.jobs.values()} - {None, os.environ.get("SLURM_JOB_ID")}
+    return any(task.job_id in gates for task in state.queued)
 
 
 def _settle_orphans(ledger: Ledger, state: State) -> bool:
     """Give up submissions whose launcher died between claiming and recording; cancel their jobs."""
     settled = False
     for submission in state.submissions:
-        if submission.number in state.jobs or not launcher_gone(submission):
-            continue
-        names = {submission.name, f"gate-{submission.name}"}
-        slurm.cancel(sorted({task.job_id for task in state.queued if task.name in names}))
-        settled |= ledger.settle(submission.number, Job(job_id=None, note="its launcher died"))
+        job = state.jobs.get(submission.number)
+        if job is None and launcher_gone(submission):
+            job = Job(job_id=None, note="its launcher died")
+            if not ledger.settle(submission.number, job):
+                continue  # it lives, and was just recorded
+            settled = True
+        if job is not None and job.job_id is None:
+            names = {submission.name, f"gate-{submission.name}"}
+            slurm.cancel(sorted({task.job_id for task in state.queued if task.name in names}))
     return settled
 
 
 def _explain_ended(run: RunFolder, ledger: Ledger, state: State) -> bool:
-    """Write a failure for every shard that left the queue without output and without a word."""
+    """Write down why shards left the queue without output and without a word."""
     known = {(failure.submission, failure.key) for failure in ledger.failures()}
     present = {(task.job_id, task.index) for task in state.queued}
     newest = {key: s.number for s in state.submissions for key in s.keys}
-    silent = [
-        (submission, job.job_id, index, key)
-        for submission in state.submissions
-        if (job := state.jobs.get(submission.number)) and job.job_id
-        for index, keys in enumerate(submission.tasks)
-        if (job.job_id, index) not in present
-        for key in keys
-        if key in state.plan.shards
-        and key not in state.scan.records
-        and newest[key] == submission.number
-        and (submission.number, key) not in known
-    ]
-    job_ids = sorted({job_id for _, job_id, _, _ in silent})
+    silent: dict[tuple[str, int], tuple[Submission, list[str]]] = {}
+    for submission in state.submissions:
+        job = state.jobs.get(submission.number)
+        if job is None or job.job_id is None:
+            continue
+        for index, task in enumerate(submission.tasks):
+            keys = [
+                key
+                for key in task
+                if key in state.plan.shards
+                and key not in state.scan.records
+                and newest[key] == submission.number
+                and (submission.number, key) not in known
+            ]
+            if keys and (job.job_id, index) not in present:
+                silent[job.job_id, index] = submission, keys
+    job_ids = sorted({job_id for job_id, _ in silent})
     ended = slurm.accounting(job_ids)
-    if any((job_id, index) not in ended for _, job_id, index, _ in silent):
+    if silent.keys() - ended.keys():
         time.sleep(2.5)  # accounting lags
         ended = slurm.accounting(job_ids)
-    for submission, job_id, index, key in silent:
-        log = ledger.log_path(submission.number, index)
+    written = False
+    for (job_id, index), (submission, keys) in silent.items():
         said = ended.get((job_id, index), slurm.Ended(state="", exit_code="", node=""))
-        started = log.exists() and f"{submission.tasks[index][0]}: " in log.read_text(
-            errors="replace"
-        )
-        kind, message = failures.of_slurm(said.state, said.exit_code, started=started)
-        if _checkpoint_since(run, key, submission):
-            message += " (got further)"
-        ledger.add_failure(
-            Failure(
-                key=key,
-                kind=kind,
-                message=message,
-                fingerprint=kind,
-                submission=submission.number,
-                log=str(log),
-                node=said.node,
-                time=time.time(),
+        log = ledger.log_path(submission.number, index)
+        text = log.read_text(errors="replace") if log.exists() else ""
+        started = [key for key in submission.tasks[index] if f"{key}: started" in text]
+        kind, message = failures.of_slurm(said.state, said.exit_code, started=bool(started))
+        for key in keys if kind in {"CANCELLED", "LAUNCH"} or not started else started[-1:]:
+            if key not in keys:
+                continue  # it died between two shards: nobody's fault
+            further = " (got further)" if _checkpoint_since(run, key, submission) else ""
+            written |= ledger.add_failure(
+                Failure(
+                    key=key,
+                    kind=kind,
+                    message=f"{message}{further}",
+                    fingerprint=kind,
+                    submission=submission.number,
+                    log=str(log),
+                    node=said.node,
+                    time=time.time(),
+                )
             )
-        )
-    return bool(silent)
+    return written
 
 
 def _checkpoint_since(run: RunFolder, key: str, submission: Submission) -> bool:
-    found = run.scratch_path(key).glob("*.json")
+    found = run.scratch_path(key).glob("*/*.json")
     return any(path.stat().st_mtime > submission.time for path in found)
 
 
@@ -294,6 +366,7 @@ def final_resources(config: RunConfig, batch: Batch, uses_device: bool) -> dict[
         for name in (
             "account", "partition", "qos", "constraint", "exclude", "time_min", "mem_gb",
             "cpus_per_task", "gpus_per_node", "max_parallel", "signal_s", "setup", "scratch",
+            "prefix",
         )
     }  # fmt: skip
     if not uses_device:
@@ -305,9 +378,12 @@ def final_resources(config: RunConfig, batch: Batch, uses_device: bool) -> dict[
     time_factor, mem_factor = changes.pop("time_factor", 1.0), changes.pop("mem_factor", 1.0)
     avoid = [name for name in (wanted["exclude"], changes.pop("exclude", None)) if name]
     wanted |= changes
-    limit_min = slurm.partitions().get(wanted["partition"] or "", float("inf"))
-    wanted["time_min"] = min(wanted["time_min"] * time_factor, limit_min)
-    wanted["mem_gb"] *= mem_factor
+    if time_factor > 1:
+        limit_min = slurm.time_limit_min(wanted["partition"])
+        wanted["time_min"] = min(wanted["time_min"] * time_factor, limit_min)
+    if mem_factor > 1:
+        limit_gb = limits.max_mem_gb or float("inf")
+        wanted["mem_gb"] = max(wanted["mem_gb"], min(wanted["mem_gb"] * mem_factor, limit_gb))
     wanted["cpus_per_task"] = max(wanted["cpus_per_task"], threads)
     wanted["exclude"] = ",".join(avoid) or None
     return wanted | {"nodes": batch.nodes, "ranks_per_node": batch.ranks_per_node}
@@ -356,12 +432,27 @@ def _submit(run: RunFolder, ledger: Ledger, state: State, batch: Batch) -> bool:
     )
     if not ledger.claim(submission):
         return False
+    if ledger.requests()[-1].number != state.request.number:
+        ledger.settle(number, Job(job_id=None, note="something else was asked for meanwhile"))
+        return False
     try:
         ids = _sbatch(run, ledger, submission, limits)
-    except slurm.LostAnswerError:
-        raise
-    except ClusterError as error:
+    except slurm.OverLimitError as error:
         ledger.settle(number, Job(job_id=None, note=str(error)))
+        raise
+    except slurm.RefusedError as error:
+        ledger.settle(number, Job(job_id=None, note=str(error)))
+        for key in submission.keys:
+            ledger.add_failure(
+                Failure(
+                    key=key,
+                    kind="LAUNCH",
+                    message=str(error),
+                    fingerprint="refused",
+                    submission=number,
+                    time=time.time(),
+                )
+            )
         raise
     if not ledger.settle(number, Job(job_id=ids[0], gate_id=ids[1] if ids[1:] else None)):
         slurm.cancel(ids)
@@ -386,7 +477,9 @@ def _sbatch(run: RunFolder, ledger: Ledger, submission: Submission, limits: Slur
         name = f"gate-{submission.name}"
         text = slurm.script(
             name=name,
-            command=_command(run, submission.code, ["kdhpc.cluster.gate", str(run.path)]),
+            command=_command(
+                run, submission.code, ["kdhpc.cluster.gate", str(run.path)], limits.prefix
+            ),
             num_tasks=None,
             resources=gate_resources(limits, ids[0]),
         )
@@ -405,18 +498,21 @@ def array_script(run: RunFolder, submission: Submission) -> str:
     return slurm.script(
         name=submission.name,
         command=_command(
-            run, submission.code, ["kdhpc.cluster.task", str(run.path), str(submission.number)]
+            run,
+            submission.code,
+            ["kdhpc.cluster.task", str(run.path), str(submission.number)],
+            submission.resources["prefix"],
         ),
         num_tasks=len(submission.tasks),
         resources=submission.resources,
     )
 
 
-def _command(run: RunFolder, code: str, words: list[str]) -> str:
+def _command(run: RunFolder, code: str, words: list[str], prefix: Sequence[str]) -> str:
     """Shell text that runs a module of the code snapshot with this Python."""
     home = run.path / "code" / code
     start = [str(home / "slurm" / "environment.sh"), str(home), sys.executable, "-m", *words]
-    return slurm.command_line(["bash", *start])
+    return slurm.command_line([*prefix, "bash", *start])
 
 
 def job_name(run: RunFolder, stage: str, number: int) -> str:

@@ -29,6 +29,8 @@ class Situation:
     """By shard, resources asked for by rerun."""
     stopped: bool = False
     """The last request was to cancel."""
+    only: frozenset[str] | None = None
+    """After a cancel, only what rerun asked for since starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,6 @@ class Policy:
     """Queue places that an array needs beside its tasks: the gate."""
     canary: int = 0
     max_attempts: int = 3
-    max_time_min: float = math.inf
-    max_mem_gb: float = math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,7 @@ def decide(pipeline: Pipeline, plan: Plan, situation: Situation, policy: Policy)
             if shard.key not in situation.done
             and shard.key not in situation.active
             and shard.key not in blocked
+            and (situation.only is None or shard.key in situation.only)
             and all(key in situation.done for key in shard.reads)
         ]
         for group in _groups(ready, situation, policy):
@@ -127,22 +128,25 @@ def _blocked(plan: Plan, situation: Situation, policy: Policy) -> dict[str, str]
             blocked[key] = f"{last.kind}: {last.message}; {remedy.advice}"
         elif spent >= policy.max_attempts or len(same) >= 2:
             blocked[key] = f"{last.kind} {len(failures)} times: {last.message}; {remedy.advice}"
-    blocked |= _same_bug_everywhere(plan, situation, policy, blocked)
-    return blocked
+    return blocked | _same_cause_everywhere(plan, situation, policy, blocked)
 
 
-def _same_bug_everywhere(
+def _same_cause_everywhere(
     plan: Plan, situation: Situation, policy: Policy, blocked: Mapping[str, str]
 ) -> dict[str, str]:
-    """When the first shards of a stage all die of one exception, the others are not started."""
+    """When the first shards of a stage all die alike, the others are not started.
+
+    One exception is alike at once; other causes when their own remedies are used up.
+    """
     found: dict[str, str] = {}
     by_cause: dict[tuple[str, str], list[Failure]] = {}
     for key, failures in situation.failures.items():
         if key in plan.shards and failures and key not in situation.done:
             last = failures[-1]
-            if last.kind == "EXCEPTION":
+            if last.kind == "EXCEPTION" or key in blocked:
                 stage = plan.shards[key].stage
-                by_cause.setdefault((stage, last.fingerprint), []).append(last)
+                cause = last.fingerprint or last.kind
+                by_cause.setdefault((stage, cause), []).append(last)
     for (stage, _), alike in by_cause.items():
         shards = plan.stage(stage)
         if len(alike) < max(2, policy.canary) or any(s.key in situation.done for s in shards):
@@ -178,13 +182,21 @@ def _groups(ready: list[Shard], situation: Situation, policy: Policy) -> list[li
 
 
 def _pack(group: list[Shard], situation: Situation, policy: Policy) -> list[list[Shard]]:
-    """Cut shards, in order, into tasks of about `task_s` seconds; several ranks take one each."""
+    """Cut shards, in order, into tasks of about `task_s` seconds.
+
+    A shard of several ranks, or one that failed before, gets a task of its own: what kills its
+    process must not take others along.
+    """
     if group[0].arm.nodes * group[0].arm.ranks_per_node > 1:
         return [[shard] for shard in group]
     tasks: list[list[Shard]] = []
     filled = math.inf
     for shard in group:
         seconds = _seconds(shard, situation)
+        if situation.failures.get(shard.key):
+            tasks.append([shard])
+            filled = math.inf
+            continue
         if filled + seconds > policy.task_s:
             tasks.append([])
             filled = 0.0

@@ -4,7 +4,6 @@ A failure is retried by itself only if trying again can help; everything else wa
 or another `sweep.py`, which start a fresh budget of attempts.
 """
 
-import errno
 import hashlib
 import re
 import traceback
@@ -43,7 +42,9 @@ REMEDIES = {
     "OOM": Remedy(
         retry=True, mem_factor=1.5, advice="give it more memory: rerun.py RUN slurm.mem_gb=..."
     ),
-    "LOST": Remedy(retry=True, advice="look at its log, then rerun.py RUN"),
+    "LOST": Remedy(
+        retry=True, free_with_progress=True, advice="look at its log, then rerun.py RUN"
+    ),
     "EXCEPTION": Remedy(retry=True, advice="look at the traceback; mend it, then rerun.py RUN"),
     "DISK_FULL": Remedy(retry=False, advice="free some space, then rerun.py RUN"),
     "LAUNCH": Remedy(retry=False, advice="check setup and partition, then rerun.py RUN"),
@@ -77,7 +78,9 @@ def of_exception(error: BaseException) -> tuple[str, str, str]:
     elif isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
         kind = "DISK_FULL"
     elif isinstance(error, DamagedError) and isinstance(error.__cause__, OSError):
-        kind = "DISK_FULL" if error.__cause__.errno == errno.ENOSPC else kind
+        kind = "DISK_FULL" if error.__cause__.errno in DISK_FULL_ERRNOS else kind
+    elif re.search(r"no space left|quota exceeded|errno = 28", str(error), re.IGNORECASE):
+        kind = "DISK_FULL"  # HDF5 and safetensors raise errors of their own
     frames = traceback.extract_tb(error.__traceback__)
     places = [f"{frame.filename.rpartition('/')[2]}:{frame.name}" for frame in frames]
     text = "\n".join([type(error).__name__, *places])

@@ -1,38 +1,79 @@
 """The small job after an array: `python -m kdhpc.cluster.gate RUN` advances the run once."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from kdhpc.cluster import runs
+from kdhpc.artifacts import RunFolder
+from kdhpc.cluster import runs, slurm
 from kdhpc.cluster.advance import State, advance
+from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.task import load_pipeline
+from kdhpc.config import RunConfig
+from kdhpc.errors import BusyError, ClusterError
+from kdhpc.shards import Plan
+
+PATIENCE_S = 8 * 60.0
+RETRY_S = 15.0
 
 
 def main() -> None:
     """Advance, and tell the user when nothing is left to wait for."""
     path = Path(sys.argv[1])
+    _use_newest_code(path)
     manifest = json.loads((path / "run.json").read_text())
     run = runs.folder(path, load_pipeline(manifest["pipeline"]))
     config, plan = runs.current(run)
-    state = advance(run, config, plan)
+    state = patiently(run, config, plan)
     print(f"{len(state.situation.done)} of {len(plan.shards)} shards are done", flush=True)
-    if state.missing and state.situation.active:
-        return
-    tell(path, state)
+    if not state.situation.active:
+        tell(path, state)
+
+
+def patiently(run: RunFolder, config: RunConfig, plan: Plan) -> State:
+    """Advance, again while Slurm does not answer or another launcher is in the middle of it.
+
+    Raises:
+        KdhpcError: what was still so after eight minutes.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            state = advance(run, config, plan)
+            if all(s.number in state.jobs for s in state.submissions):
+                return state
+        except (ClusterError, BusyError) as error:
+            print(error, file=sys.stderr, flush=True)
+            if isinstance(error, slurm.RefusedError) or time.monotonic() > deadline:
+                raise
+        if time.monotonic() > deadline:
+            return state
+        time.sleep(RETRY_S)
+
+
+def _use_newest_code(path: Path) -> None:
+    """Start over from the snapshot of the last request: it may know more than this one does."""
+    newest = path / "code" / Ledger(path).requests()[-1].code
+    if Path(__file__).is_relative_to(path / "code") and not Path(__file__).is_relative_to(newest):
+        environment = os.environ | {"PYTHONPATH": str(newest)}
+        os.execve(  # noqa: S606 (no shell is wanted)
+            sys.executable, [sys.executable, "-m", "kdhpc.cluster.gate", str(path)], environment
+        )
 
 
 def tell(path: Path, state: State) -> None:
     """Call the user's hook and send the mail that the config asks for."""
     outcome = "stopped" if state.missing else "complete"
-    slurm = state.config.slurm
-    if slurm.on_end:
-        subprocess.run([slurm.on_end, str(path), outcome], check=False, timeout=60)
-    if slurm.mail_user:
+    wanted = state.config.slurm
+    if wanted.on_end:
+        subprocess.run([wanted.on_end, str(path), outcome], check=False, timeout=60)
+    if wanted.mail_user:
         text = f"{len(state.missing)} shards are missing.\n" if state.missing else "All is done.\n"
         subprocess.run(
-            ["mail", "-s", f"kdhpc: {path.name} {outcome}", slurm.mail_user],
+            ["mail", "-s", f"kdhpc: {path.name} {outcome}", wanted.mail_user],
             input=text,
             text=True,
             check=False,

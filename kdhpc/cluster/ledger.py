@@ -20,8 +20,9 @@ from typing import Any
 from kdhpc.artifacts import write_once
 from kdhpc.errors import DamagedError
 
-ORPHAN_AGE_S = 120.0
-"""An intent without a job this old was left by a launcher that died."""
+ORPHAN_AGE_S = 420.0
+"""An intent without a job this old was left by a launcher that died; longer than every time limit
+on the way from one to the other."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,12 +95,11 @@ def check_partitions(config: RunConfig) -> None:
     }
     for stage, resources in config.slurm.stages.items():
         wanted[f"slurm.stages.{stage}.partition"] = resources.partition
-    for key, names in wanted.items():
-        for name in (names or "").split(","):
+    for key, given in wanted.items():
+        for name in (given or "").split(","):
             if name and name not in there:
-                raise InputError(
-                    f"{key}={name}: no such partition; expected one of {', '.join(sorted(there))}"
-                )
+                names = ", ".join(sorted(filter(None, there)))
+                raise InputError(f"{key}={name}: no such partition; expected one of {names}")
 
 
 def check_active(run: RunFolder, plan: Plan) -> None:

@@ -188,12 +188,30 @@ def _fingerprint(source: Path, name: str) -> str:
             f"truth.model={name}: expected a folder with config.json, tokenizer.json "
             "and *.safetensors"
         )
+    if source.is_dir():
+        _check_vocabulary(source / "config.json", name)
     found = hashlib.sha256()
     for file in files:
         if file.suffix in {".json", ".safetensors", ".gguf"}:
             with file.open("rb") as opened:
                 found.update(hashlib.file_digest(opened, "sha256").digest())
     return found.hexdigest()
+
+
+def _check_vocabulary(path: Path, name: str) -> None:
+    from kdhpc.store import MAX_VOCAB_SIZE
+
+    try:
+        vocab_size = int(json.loads(path.read_text()).get("vocab_size", 0))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"truth.model={name}: its config.json is not readable ({error})"
+        ) from error
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise InputError(
+            f"truth.model={name}: has {vocab_size} token ids; token shards hold ids below "
+            f"{MAX_VOCAB_SIZE}"
+        )
 
 
 def _fetch(model: str, revision: str) -> str:
@@ -209,6 +227,7 @@ def _fetch(model: str, revision: str) -> str:
             f"truth.model={model}: not in the cache and cannot be fetched "
             f"({' '.join(str(error).split())[:200]})"
         ) from error
+    _check_vocabulary(Path(path) / "config.json", model)
     return f"commit:{Path(path).name}"
 
 

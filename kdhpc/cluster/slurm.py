@@ -29,7 +29,13 @@ OVER_LIMIT = (
     "maxsubmitjob",
     "job violates accounting/qos policy",
 )
-ENDING = {"COMPLETING", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
+ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
+"""States without a process; COMPLETING still has one, or is about to be requeued."""
+NOT_YET_KNOWN = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "RESIZING")
+
+
+class RefusedError(ClusterError):
+    """Slurm will not take this script, now or later."""
 
 
 class OverLimitError(ClusterError):
@@ -74,7 +80,7 @@ def queue() -> list[Queued]:
     tasks = []
     for line in found.stdout.splitlines():
         job_id, array_id, index, state, reason, name = line.strip().split("|", 5)
-        if state in ENDING:  # its processes are gone
+        if state in ENDED:
             continue
         number = int(index) if index.isdigit() else None
         tasks.append(
@@ -119,11 +125,14 @@ def accounting(job_ids: Sequence[str]) -> dict[tuple[str, int], Ended]:
     ended = {}
     for line in found.stdout.splitlines():
         fields = line.split("|")
-        match = re.fullmatch(r"(\d+)_(\d+)", fields[0]) if len(fields) == 4 else None
-        if match:  # later lines of one task are later tries
-            ended[match[1], int(match[2])] = Ended(
-                state=fields[1], exit_code=fields[2], node=fields[3]
-            )
+        match = re.fullmatch(r"(\d+)_\[?([\d,-]+)(?:%\d+)?\]?", fields[0])
+        if match is None or len(fields) != 4 or fields[1].startswith(NOT_YET_KNOWN):
+            continue
+        for part in match[2].split(","):  # elements that never started stand in one line
+            first, _, last = part.partition("-")
+            for index in range(int(first), int(last or first) + 1):
+                # Later lines of one task are later tries.
+                ended[match[1], index] = Ended(state=fields[1], exit_code=fields[2], node=fields[3])
     return ended
 
 
@@ -136,14 +145,22 @@ def max_array_size() -> int:
 
 @functools.cache
 def partitions() -> dict[str, float]:
-    """Names of the partitions and their time limits in minutes."""
+    """Names of the partitions and their time limits in minutes; the default one also as ''."""
     found = {}
     for line in _run(["scontrol", "--oneliner", "show", "partition"]).stdout.splitlines():
         name = re.search(r"PartitionName=(\S+)", line)
         limit = re.search(r"MaxTime=(\S+)", line)
         if name:
             found[name[1]] = _minutes(limit[1]) if limit else float("inf")
+            if " Default=YES" in line:
+                found[""] = found[name[1]]
     return found
+
+
+def time_limit_min(partition: str | None) -> float:
+    """Time limit in minutes of a partition, of several (`a,b`), or of the default one."""
+    there = partitions()
+    return max(there.get(name, float("inf")) for name in (partition or "").split(","))
 
 
 def _minutes(text: str) -> float:
@@ -227,7 +244,8 @@ def submit_held(path: Path, name: str, log: Path) -> str:
 
     Raises:
         OverLimitError: if the user's limits do not allow so many tasks.
-        ClusterError: with Slurm's own words, if it refused.
+        RefusedError: with Slurm's own words.
+        LostAnswerError: if it is not known whether there is a job.
     """
     output = f"{str(log.parent).replace('%', '%%')}/{log.name}"
     found = _run(["sbatch", "--parsable", "--hold", f"--output={output}", str(path)], limit_s=120)
@@ -241,7 +259,7 @@ def submit_held(path: Path, name: str, log: Path) -> str:
         if job_id:
             return job_id
         raise LostAnswerError(f"sbatch did not answer ({message}); run sweep.py again later")
-    raise ClusterError(f"sbatch refused {path}: {message}")
+    raise RefusedError(f"sbatch refused {path}: {message}")
 
 
 def find(name: str, limit_s: float = ANSWER_LIMIT_S) -> str | None:
@@ -302,6 +320,7 @@ def _run(
         for name, value in os.environ.items()
         if not name.startswith(("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_")) or name == "SLURM_CONF"
     }
+    environment["SLURM_BITSTR_LEN"] = "0"  # or sacct cuts long lists of elements
     try:
         return subprocess.run(
             command,

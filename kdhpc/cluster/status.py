@@ -64,6 +64,8 @@ class Status:
     """Seconds until the end at the present pace; None if unknown or nothing is running."""
     live: tuple[str, ...]
     """What running tasks say of their progress."""
+    queue_unknown: bool = False
+    """Slurm did not answer: what is shown comes from the disk alone."""
 
     @property
     def complete(self) -> bool:
@@ -80,14 +82,16 @@ def look(run: RunFolder) -> tuple[State, Status]:
     Where Slurm does not answer, what the disk says is shown.
     """
     config, plan = runs.current(run)
-    notes = []
     local = _local_active(run) if runs.is_locked(run) else frozenset[str]()
     try:
         state = observe(run, config, plan, local_active=local)
     except ClusterError as error:
-        notes.append(f"the queue is not known: {error}")
         state = observe(run, config, plan, local_active=local, with_queue=False)
-    return state, status_of(run, config, plan, state, local_running=local, notes=tuple(notes))
+        notes = (f"the queue is not known: {error}",)
+        return state, status_of(
+            run, config, plan, state, local_running=local, notes=notes, queue_unknown=True
+        )
+    return state, status_of(run, config, plan, state, local_running=local)
 
 
 def _local_active(run: RunFolder) -> frozenset[str]:
@@ -104,6 +108,7 @@ def status_of(
     *,
     local_running: frozenset[str] = frozenset(),
     notes: tuple[str, ...] = (),
+    queue_unknown: bool = False,
 ) -> Status:
     """Summarise what `observe` found."""
     situation = state.situation
@@ -151,6 +156,7 @@ def status_of(
         notes=notes,
         eta_s=_eta(stages, state, running, config),
         live=_live(run, state),
+        queue_unknown=queue_unknown,
     )
 
 

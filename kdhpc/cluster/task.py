@@ -103,7 +103,6 @@ def run_task(path: Path, number: int, index: int) -> int:
         run,
         config,
         plan,
-        run.scan(),
         code=submission.code,
         should_stop=lambda: stop.is_set,
         rank=rank,
@@ -114,6 +113,7 @@ def run_task(path: Path, number: int, index: int) -> int:
         if stop.is_set:
             return failures.STOPPED_EXIT_CODE
         if run.record_path(key).exists():
+            work.point_alias(plan.shards[key])
             print(f"{key}: is there already", flush=True)
             continue
         if rank == 0:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kdhpc import arms
 from kdhpc.artifacts import Work, Written
 from kdhpc.config import LanguageConfig, Model, Shape, tokens_per_s
+from kdhpc.errors import InputError
 from kdhpc.shards import Arm, Plan, Shard, Stage
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def plan_truth(config: LanguageConfig, before: Plan) -> list[Shard]:
 
 def run_truth(shard: Shard, work: Work) -> Written | None:
     """Train p* on a corpus, or bring a finished model into the run."""
-    from kdhpc import models
+    from kdhpc import models, store
 
     config: LanguageConfig = work.config
     truth = config.truth
@@ -96,6 +97,12 @@ def run_truth(shard: Shard, work: Work) -> Written | None:
         models.convert_gguf(Path(source), path, dtype=truth.dtype)
     else:
         models.copy_model(source, truth.revision, path, dtype=truth.dtype)
+    vocab_size = len(models.load_tokenizer(path))
+    if vocab_size > store.MAX_VOCAB_SIZE:
+        raise InputError(
+            f"truth.model={truth.model}: has {vocab_size} token ids; token shards hold ids below "
+            f"{store.MAX_VOCAB_SIZE}"
+        )
     return Written(path=path, rows=1, stats={"parameters": _count(path)})
 
 
@@ -106,8 +113,6 @@ def resolve_model(model: str) -> str:
         InputError: for `package:NAME/FILE` where the package is not installed or has no such file.
     """
     from importlib.util import find_spec
-
-    from kdhpc.errors import InputError
 
     if not model.startswith("package:"):
         return model
@@ -213,7 +218,9 @@ def _train(
     made = {"vocab_size": len(tokenizer), "length": config.length, "eos": tokenizer.eos_token_id}
     init_seed = seeding.integer_seed(config.seed, f"{stream}/init")
     folder = work.run.scratch_path(shard.key)
-    found = checkpoints.newest(folder, shard.recipe)
+    # By recipe: other settings after a cancel must not meet the old settings' checkpoints.
+    states = folder / shard.recipe[:12]
+    found = checkpoints.newest(states, shard.recipe)
     started = time.time()
 
     def on_step(facts: Mapping[str, Any]) -> None:
@@ -231,7 +238,7 @@ def _train(
         device=device,
         state=training.State(step=found[0], tensors=found[1]) if found else None,
         save=lambda state: checkpoints.save(
-            folder, step=state.step, tensors=state.tensors, recipe=shard.recipe
+            states, step=state.step, tensors=state.tensors, recipe=shard.recipe
         ),
         should_stop=work.should_stop,
         on_step=on_step,
