@@ -11,6 +11,7 @@ from typing import Any
 from kdhpc.artifacts import RunFolder
 from kdhpc.cluster import runs
 from kdhpc.cluster.advance import State, observe
+from kdhpc.cluster.decide import Policy
 from kdhpc.cluster.failures import REMEDIES
 from kdhpc.cluster.ledger import Failure, Ledger
 from kdhpc.config import RunConfig
@@ -83,10 +84,18 @@ def look(run: RunFolder) -> tuple[State, Status]:
     """
     config, plan = runs.current(run)
     local = _local_active(run) if runs.is_locked(run) else frozenset[str]()
+    # Nothing is submitted from here, so Slurm need not be asked for its limits.
+    policy = Policy(
+        task_s=1.0,
+        max_array=1,
+        max_tasks=0,
+        canary=config.slurm.canary,
+        max_attempts=config.slurm.max_attempts,
+    )
     try:
-        state = observe(run, config, plan, local_active=local)
+        state = observe(run, config, plan, local_active=local, policy=policy)
     except ClusterError as error:
-        state = observe(run, config, plan, local_active=local, with_queue=False)
+        state = observe(run, config, plan, local_active=local, policy=policy, with_queue=False)
         notes = (f"the queue is not known: {error}",)
         return state, status_of(
             run, config, plan, state, local_running=local, notes=notes, queue_unknown=True
