@@ -54,7 +54,7 @@ def rows(results: store.Results) -> list[Row]:
         groups.setdefault((row.student_size, row.tau), []).append(row)
     for (size, tau), alike in groups.items():
         if len(alike) > 1:
-            values = {}
+            values: dict[str, float] = {}
             for name in ("precision", "recall"):
                 over = [getattr(row, name) for row in alike]
                 low, high = metrics.over_seeds(over)

@@ -3,19 +3,24 @@
 
     python launch/rerun.py RUN [--stage S] [--shards 3,17-20] [slurm.mem_gb=64 ...]
 
+    python launch/rerun.py RUN --partial
+
+--partial runs nothing: it merges what is there now into 8-merge/partial.h5, marked incomplete.
 Shards are numbered from 0 within their stage, in the order of the plan. Published results stay.
 """
 
 import argparse
 
-from kdhpc.artifacts import RunFolder
+from kdhpc.artifacts import RunFolder, Work
 from kdhpc.cluster import local, planning, runs
 from kdhpc.cluster.advance import advance
 from kdhpc.cluster.display import command, console, status_view
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.status import look, status_of
+from kdhpc.config import RunConfig
 from kdhpc.errors import InputError
 from kdhpc.shards import Plan
+from kdhpc.stages import merge
 
 
 def main(arguments: list[str]) -> int:
@@ -28,9 +33,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--runs-dir", default="runs")
     parser.add_argument("--stage", help="only this stage")
     parser.add_argument("--shards", help="only these shards of --stage, such as 3,17-20")
+    parser.add_argument("--partial", action="store_true", help="merge what is there now")
     options = parser.parse_intermixed_args(arguments)
     run = runs.find(options.run, options.runs_dir)
     config, plan = runs.current(run)
+    if options.partial:
+        return merge_partly(run, config, plan)
     resources = planning.resource_overrides(options.words, config)
     keys = chosen(run, plan, options.stage, options.shards)
     executor = Ledger(run.path).requests()[-1].executor
@@ -49,6 +57,18 @@ def main(arguments: list[str]) -> int:
     advance(run, config, plan)
     _, status = look(run)
     console().print(status_view(status))
+    return 0
+
+
+def merge_partly(run: RunFolder, config: RunConfig, plan: Plan) -> int:
+    """Merge the arms that are whole, in this process; nothing is published."""
+    if run.pipeline.name != "language":
+        raise InputError(f"--partial: the pipeline {run.pipeline.name} has no partial merge")
+    state, _ = look(run)
+    path = run.stage_dir("merge") / "partial.h5"
+    merge.run_partial(Work(run, config, plan), state.situation.done, path)
+    missing = len(state.missing)
+    print(f"{path}: complete = {not missing}; {missing} of {len(plan.shards)} shards are missing")
     return 0
 
 

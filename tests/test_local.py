@@ -94,6 +94,18 @@ def test_adding_a_tau_runs_nothing_that_exists(copy: Path) -> None:
     assert ("student-s0-small-tau0.7", "truth") in found.scores
 
 
+def test_a_partial_merge_says_so_and_leaves_the_run_alone(copy: Path) -> None:
+    before = records(copy)
+    for path in (copy / "7-score" / "truth-under-teacher-s0").glob("00001*"):
+        path.unlink()
+    launch("rerun", str(copy), "--partial")
+    found = store.read_results(copy / "8-merge" / "partial.h5")
+    whole = store.read_results(copy / RESULTS)
+    assert not found.complete
+    assert whole.scores.keys() - found.scores.keys() == {("truth", "teacher-s0")}
+    assert set(before) - set(records(copy)) == {"7-score/truth-under-teacher-s0/00001.json"}
+
+
 def test_cleaning_deletes_only_what_nobody_needs(copy: Path) -> None:
     before = records(copy)
     (copy / "2-sample-truth" / "train" / "00000.deadbeef.arrow").write_text("half")

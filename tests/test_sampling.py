@@ -22,7 +22,7 @@ from kdhpc.sampling import (
 
 
 def draw(model: Any, rows: range = range(64), **changes: Any) -> Any:
-    options = {
+    options: dict[str, Any] = {
         "prompt_ids": [2, 3],
         "length": 10,
         "rows": rows,

@@ -74,7 +74,7 @@ def plain_loop(corpus: Corpus, recipe: Training) -> tuple[list[float], Any]:
         ]
         loss = torch.stack(picked).mean()
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward([loss])
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
         optimizer.step()
         schedule.step()

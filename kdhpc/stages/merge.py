@@ -6,7 +6,9 @@ writes  results.h5: /scores/<sampler>/<scorer>, /models/<name>, root attributes 
 """
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdhpc import arms
@@ -48,67 +50,82 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
 
 def run(shard: Shard, work: Work) -> Written:
     """Merge, walking the plan: every digest is checked, and a missing shard is an error."""
-    from kdhpc import store
-
     path = work.new_path(shard, ".h5")
-    digest = store.write_results(
-        path,
-        _scores(work),
-        _models(work),
-        recipe=shard.recipe,
-        complete=True,
-        provenance=_provenance(shard, work),
-    )
+    digest = _write(path, shard, work, frozenset(work.plan.shards))
     return Written(path=path, rows=1, stats={"logical_digest": digest})
 
 
-def _scores(work: Work) -> Iterator[tuple[str, str, "Scores"]]:
-    """One pair of sampler and scorer at a time."""
+def run_partial(work: Work, present: frozenset[str], path: Path) -> None:
+    """Merge the whole arms among the shards that are there; the file says `complete = False`.
+
+    Args:
+        work: of any process; nothing is published.
+        present: keys of the shards with a record.
+        path: of the file, replaced whole.
+    """
+    [shard] = work.plan.stage(arms.MERGE)
+    temporary = work.new_path(shard, ".partial.h5")
+    try:
+        _write(temporary, shard, work, present)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, shard: Shard, work: Work, present: frozenset[str]) -> str:
     from kdhpc import store
 
-    for sampler, shards in work.plan.arms(arms.SCORE).items():
-        name, _, scorer = sampler.partition("-under-")
-        parts = [store.read_scores(work.input(s.key)) for s in shards]
-        yield name, scorer, store.join_scores(parts)
-    own = {"truth": work.plan.arm(arms.SAMPLE_TRUTH, "eval")}
-    for name, shards in (own | work.plan.arms(arms.SAMPLE_STUDENTS)).items():
-        samples = store.read_samples([work.input(s.key) for s in shards])
-        tokens = _counted(name, work)
-        yield name, "self", store.Scores(log_prob_sum=samples.log_prob_tau_sum, num_tokens=tokens)
+    return store.write_results(
+        path,
+        _scores(work, present),
+        _models(work, present),
+        recipe=shard.recipe,
+        complete=present.issuperset(shard.reads),
+        provenance=_provenance([key for key in shard.reads if key in present], work),
+    )
 
 
-def _counted(name: str, work: Work) -> Any:
-    """Counted tokens of a sample set, as its score shards have them."""
-    import numpy as np
-
+def _scores(work: Work, present: frozenset[str]) -> Iterator[tuple[str, str, "Scores"]]:
+    """One pair of sampler and scorer at a time, then the samplers' own opinions."""
     from kdhpc import store
 
+    num_tokens: dict[str, Any] = {}
     for arm, shards in work.plan.arms(arms.SCORE).items():
-        if arm.startswith(f"{name}-under-"):
-            found = [store.read_scores(work.input(s.key)).num_tokens for s in shards]
-            return np.concatenate(found)
-    raise ValueError(f"nobody scored {name}")
+        if present.issuperset(shard.key for shard in shards):
+            sampler, _, scorer = arm.partition("-under-")
+            scores = store.join_scores([store.read_scores(work.input(s.key)) for s in shards])
+            num_tokens[sampler] = scores.num_tokens
+            yield sampler, scorer, scores
+    own = {"truth": work.plan.arm(arms.SAMPLE_TRUTH, "eval")}
+    for sampler, shards in (own | work.plan.arms(arms.SAMPLE_STUDENTS)).items():
+        if sampler in num_tokens and present.issuperset(shard.key for shard in shards):
+            sums = store.read_samples([work.input(s.key) for s in shards]).log_prob_tau_sum
+            scores = store.Scores(log_prob_sum=sums, num_tokens=num_tokens[sampler])
+            yield sampler, "self", scores
 
 
-def _models(work: Work) -> dict[str, dict[str, Any]]:
+def _models(work: Work, present: frozenset[str]) -> dict[str, dict[str, Any]]:
     """Facts of every model, for the analysis."""
     [truth] = work.plan.arm(arms.TRUTH, "truth")
-    record = work.record(truth.key)
-    found = {"truth": {"kind": "truth", "parameters": record.stats["parameters"]}}
+    found = {}
+    if truth.key in present:
+        parameters = work.record(truth.key).stats["parameters"]
+        found["truth"] = {"kind": "truth", "parameters": parameters}
     for trainee in arms.trainees(work.config):
         [shard] = work.plan.arm(trainee.stage, trainee.name)
-        stats = work.record(shard.key).stats
-        found[trainee.name] = {
-            **trainee.facts,
-            "parameters": stats["parameters"],
-            "steps": stats["steps"],
-            "final_loss_nats": stats["final_loss_nats"],
-            "recipe": shard.recipe,
-        }
+        if shard.key in present:
+            stats = work.record(shard.key).stats
+            found[trainee.name] = {
+                **trainee.facts,
+                "parameters": stats["parameters"],
+                "steps": stats["steps"],
+                "final_loss_nats": stats["final_loss_nats"],
+                "recipe": shard.recipe,
+            }
     return found
 
 
-def _provenance(shard: Shard, work: Work) -> dict[str, str]:
+def _provenance(keys: Sequence[str], work: Work) -> dict[str, str]:
     """Where the numbers come from; outside the logical digest."""
     import platform
     import time
@@ -116,7 +133,7 @@ def _provenance(shard: Shard, work: Work) -> dict[str, str]:
 
     from kdhpc import compose
 
-    records = [work.record(key) for key in shard.reads]
+    records = [work.record(key) for key in keys]
     packages = ("torch", "transformers", "deepspeed", "numpy", "h5py")
     return {
         "config": compose.to_yaml(work.config),
