@@ -1,6 +1,7 @@
 """Load, make and save models: the only module that knows transformers, devices and dtypes."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,14 @@ def load_model(path: Path, *, dtype: str, device: torch.device) -> PreTrainedMod
     except (OSError, ValueError, RuntimeError) as error:
         raise DamagedError(f"{path}: not a model checkpoint ({error})") from error
     return model.to(device).eval().requires_grad_(False)
+
+
+@functools.lru_cache(maxsize=1)
+def load_for_inference(
+    path: Path, dtype: str, device: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer; the last stay in memory, so that a task loads them once."""
+    return load_model(path, dtype=dtype, device=pick_device(device)), load_tokenizer(path)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

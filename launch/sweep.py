@@ -16,7 +16,7 @@ import time
 from rich.live import Live
 
 from kdhpc.artifacts import RunFolder
-from kdhpc.cluster import local, planning, runs, slurm
+from kdhpc.cluster import inputs, local, planning, runs, slurm
 from kdhpc.cluster.advance import advance
 from kdhpc.cluster.display import command, console, plan_table, status_view
 from kdhpc.cluster.gate import patiently, tell
@@ -53,8 +53,8 @@ def main(arguments: list[str]) -> int:
     executor = runs.pick_executor(config, slurm_here)
     if executor == "slurm":
         planning.check_partitions(config)
-    runs.check_prompt(config)
-    config = runs.resolve_inputs(config)
+    inputs.check_prompt(config)
+    config = inputs.resolve_inputs(config)
     plan = pipeline.plan(config)
     run = runs.open_for(pipeline, config, plan)
     planning.check_active(run, plan)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from kdhpc import compose
-from kdhpc.cluster.advance import final_resources
 from kdhpc.cluster.decide import Batch
 from kdhpc.cluster.slurm import script
+from kdhpc.cluster.submission import final_resources
 from kdhpc.config import LanguageConfig, checked
 from kdhpc.pipeline import LANGUAGE
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from kdhpc.artifacts import RunFolder
 from kdhpc.cluster import runs, slurm
-from kdhpc.cluster.advance import State, advance
+from kdhpc.cluster.advance import advance
 from kdhpc.cluster.ledger import Ledger
+from kdhpc.cluster.observe import State
 from kdhpc.cluster.task import load_pipeline
 from kdhpc.config import RunConfig
 from kdhpc.errors import BusyError, ClusterError

@@ -15,9 +15,10 @@ from typing import IO, cast
 
 from kdhpc.artifacts import RunFolder
 from kdhpc.cluster import failures
-from kdhpc.cluster.advance import LOCAL_TASK_S, State, job_name, observe
 from kdhpc.cluster.decide import Batch, Policy
 from kdhpc.cluster.ledger import Failure, Job, Ledger, Submission
+from kdhpc.cluster.observe import LOCAL_TASK_S, State, observe
+from kdhpc.cluster.submission import job_name
 from kdhpc.config import RunConfig
 from kdhpc.shards import Plan
 

@@ -6,9 +6,10 @@ from typing import Any
 from kdhpc import compose
 from kdhpc.artifacts import RunFolder
 from kdhpc.cluster import runs, slurm
-from kdhpc.cluster.advance import LOCAL_TASK_S, final_resources, observe
 from kdhpc.cluster.decide import Batch, Policy, Situation, decide
 from kdhpc.cluster.ledger import Ledger
+from kdhpc.cluster.observe import LOCAL_TASK_S, observe
+from kdhpc.cluster.submission import final_resources
 from kdhpc.config import RunConfig, check_run
 from kdhpc.errors import InputError
 from kdhpc.shards import Pipeline, Plan

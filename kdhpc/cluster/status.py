@@ -10,10 +10,10 @@ from typing import Any
 
 from kdhpc.artifacts import RunFolder
 from kdhpc.cluster import runs
-from kdhpc.cluster.advance import State, observe
 from kdhpc.cluster.decide import Policy
 from kdhpc.cluster.failures import REMEDIES
 from kdhpc.cluster.ledger import Failure, Ledger
+from kdhpc.cluster.observe import State, observe
 from kdhpc.config import RunConfig
 from kdhpc.errors import ClusterError
 from kdhpc.shards import Plan

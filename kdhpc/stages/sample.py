@@ -6,8 +6,6 @@ writes  token shards: ids [N, L] uint16, length [N] int32, log_prob_sum [N] floa
 """
 
 import functools
-from pathlib import Path
-from typing import Any
 
 from kdhpc import arms
 from kdhpc.artifacts import Work, Written
@@ -65,7 +63,7 @@ def run(shard: Shard, work: Work) -> Written:
     fields = shard.arm.fields
     model_path = work.local_input(shard.reads[0])
     models.set_threads(config.threads)
-    model, tokenizer = _load(model_path, str(fields["dtype"]), config.device)
+    model, tokenizer = models.load_for_inference(model_path, str(fields["dtype"]), config.device)
     first, stop = shard.rows or (0, 0)
     samples = sampling.sample(
         model,
@@ -85,15 +83,6 @@ def run(shard: Shard, work: Work) -> Written:
     about = {"kdhpc.key": shard.key, "kdhpc.recipe": shard.recipe, "kdhpc.draw": fields["draw"]}
     store.write_samples(path, samples, about)
     return Written(path=path, rows=len(samples), stats={"device": model.device.type})
-
-
-@functools.lru_cache(maxsize=1)
-def _load(path: Path, dtype: str, device: str) -> tuple[Any, Any]:
-    """The last model stays in memory, so that a task of many shards loads it once."""
-    from kdhpc import models
-
-    model = models.load_model(path, dtype=dtype, device=models.pick_device(device))
-    return model, models.load_tokenizer(path)
 
 
 SAMPLE_TRUTH = Stage(

@@ -7,7 +7,6 @@ writes  score shards: log_prob_sum [N] float64 in nats, num_tokens [N] int32, an
 
 import functools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from kdhpc import arms
@@ -73,7 +72,9 @@ def run(shard: Shard, work: Work) -> Written:
 
     config: LanguageConfig = work.config
     models.set_threads(config.threads)
-    model, tokenizer = _load(work.local_input(shard.reads[0]), config.scoring.dtype, config.device)
+    model, tokenizer = models.load_for_inference(
+        work.local_input(shard.reads[0]), config.scoring.dtype, config.device
+    )
     samples, offset = _rows(shard, work)
     first, stop = shard.rows or (0, 0)
     num_prompt = len(models.encode_prompt(tokenizer, config.prompt))
@@ -113,15 +114,6 @@ def _rows(shard: Shard, work: Work) -> tuple[Any, int]:
     sources = [work.plan.shards[key] for key in shard.reads[1:]]
     first = sources[0].rows
     return store.read_samples([work.input(s.key) for s in sources]), first[0] if first else 0
-
-
-@functools.lru_cache(maxsize=1)
-def _load(path: Path, dtype: str, device: str) -> tuple[Any, Any]:
-    """The last model stays in memory, so that a task of many shards loads it once."""
-    from kdhpc import models
-
-    model = models.load_model(path, dtype=dtype, device=models.pick_device(device))
-    return model, models.load_tokenizer(path)
 
 
 SCORE = Stage(

@@ -1,0 +1,143 @@
+"""What a run starts from: found, fetched and checked on the login node before it is submitted.
+
+Compute nodes need no network.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from kdhpc import store
+from kdhpc.config import LanguageConfig, RunConfig
+from kdhpc.errors import InputError
+from kdhpc.stages.train import resolve_model
+
+
+def resolve_inputs(config: RunConfig, download: bool = True) -> RunConfig:
+    """Find the model and corpus that the run starts from, and write their identity into the config.
+
+    Hub files are fetched here, on the login node: compute nodes need no network.
+
+    Raises:
+        InputError: for what is missing.
+    """
+    if not isinstance(config, LanguageConfig):
+        return config
+    truth = config.truth
+    if truth.model == "train":
+        found = store.corpus_fingerprint(truth.corpus, truth.text_column)
+        if found.startswith("hub:") and download:
+            store.read_corpus(truth.corpus, truth.text_column)
+    else:
+        source = Path(resolve_model(truth.model))
+        if source.suffix == ".gguf" or source.is_dir():
+            found = _fingerprint(source, truth.model)
+        elif str(source).startswith((".", "/", "~")) or truth.model.count("/") != 1:
+            raise InputError(f"truth.model={truth.model}: no such file or folder, and no hub id")
+        else:
+            found = _fetch(truth.model, truth.revision) if download else truth.fingerprint
+    if truth.fingerprint and truth.fingerprint != found:
+        raise InputError(
+            f"truth.fingerprint={truth.fingerprint[:12]}: what is here now has {found[:12]}; "
+            "it changed since, or is another one"
+        )
+    return dataclasses.replace(config, truth=dataclasses.replace(truth, fingerprint=found))
+
+
+def _fingerprint(source: Path, name: str) -> str:
+    if not source.exists():
+        raise InputError(f"truth.model={name}: no such file")
+    if source.is_file():
+        with source.open("rb") as head:
+            if head.read(4) != b"GGUF":
+                raise InputError(f"truth.model={name}: is no GGUF file; expected one")
+    files = [source] if source.is_file() else sorted(source.glob("*.*"))
+    if source.is_dir() and not (
+        (source / "config.json").is_file()
+        and (source / "tokenizer.json").is_file()
+        and any(source.glob("*.safetensors"))
+    ):
+        raise InputError(
+            f"truth.model={name}: expected a folder with config.json, tokenizer.json "
+            "and *.safetensors"
+        )
+    if source.is_dir():
+        _check_vocabulary(source / "config.json", name)
+    found = hashlib.sha256()
+    for file in files:
+        if file.suffix in {".json", ".safetensors", ".gguf"}:
+            with file.open("rb") as opened:
+                found.update(hashlib.file_digest(opened, "sha256").digest())
+    return found.hexdigest()
+
+
+def _check_vocabulary(path: Path, name: str) -> None:
+    try:
+        vocab_size = int(json.loads(path.read_text()).get("vocab_size", 0))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"truth.model={name}: its config.json is not readable ({error})"
+        ) from error
+    if vocab_size > store.MAX_VOCAB_SIZE:
+        raise InputError(
+            f"truth.model={name}: has {vocab_size} token ids; token shards hold ids below "
+            f"{store.MAX_VOCAB_SIZE}"
+        )
+
+
+def _fetch(model: str, revision: str) -> str:
+    """Download a hub model with progress. Returns its commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    try:
+        path = snapshot_download(model, revision=revision, allow_patterns=patterns)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise InputError(
+            f"truth.model={model}: not in the cache and cannot be fetched "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from error
+    _check_vocabulary(Path(path) / "config.json", model)
+    return f"commit:{Path(path).name}"
+
+
+def check_prompt(config: RunConfig) -> None:
+    """Check the prompt against the tokenizer of a local model, without loading the model.
+
+    Raises:
+        InputError: if it makes no token or leaves no room, or if `truth.tokenizer` differs.
+    """
+    if not isinstance(config, LanguageConfig) or config.truth.model == "train":
+        return
+    own = Path(resolve_model(config.truth.model)) / "tokenizer.json"
+    if config.truth.tokenizer != "model":
+        given = Path(config.truth.tokenizer) / "tokenizer.json"
+        if not given.is_file():
+            raise InputError(f"truth.tokenizer={config.truth.tokenizer}: no tokenizer.json there")
+        if not own.is_file():
+            raise InputError(
+                f"truth.tokenizer={config.truth.tokenizer}: can be compared with a local model "
+                f"folder only, not with {config.truth.model}; expected truth.tokenizer=model"
+            )
+        if given.read_bytes() != own.read_bytes():
+            raise InputError(
+                f"truth.tokenizer={config.truth.tokenizer}: differs from the tokenizer of "
+                f"{config.truth.model}; students share the truth's, expected truth.tokenizer=model"
+            )
+    if own.is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_file(str(own))
+        except Exception as error:  # tokenizers raises nothing more special
+            raise InputError(
+                f"truth.model={config.truth.model}: its tokenizer.json is not readable ({error})"
+            ) from error
+        ids = tokenizer.encode(config.prompt, add_special_tokens=False).ids
+        if not 0 < len(ids) < config.length:
+            raise InputError(
+                f"prompt={config.prompt!r}: is {len(ids)} tokens of length={config.length}; "
+                "expected at least one and fewer than that"
+            )
