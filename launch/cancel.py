@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--runs-dir", default="runs")
     options = parser.parse_args(arguments)
     run = runs.find(options.run, options.runs_dir)
-    config, _ = runs.current(run)
+    _, config, _ = runs.current(run)
     ledger = Ledger(run.path)
     executor = ledger.requests()[-1].executor
     if executor == "local":

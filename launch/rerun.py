@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--partial", action="store_true", help="merge what is there now")
     options = parser.parse_intermixed_args(arguments)
     run = runs.find(options.run, options.runs_dir)
-    config, plan = runs.current(run)
+    _, config, plan = runs.current(run)
     if options.partial:
         return merge_partly(run, config, plan)
     resources = planning.resource_overrides(options.words, config)
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
         console().print(status_view(status))
         return 0 if status.complete else 1
     runs.add_request(run, config, resources=resources, **asked)
-    advance(run, config, plan)
+    advance(run)
     _, status = look(run)
     console().print(status_view(status))
     return 0

@@ -20,6 +20,7 @@ from kdhpc.cluster import inputs, local, planning, runs, slurm
 from kdhpc.cluster.advance import advance
 from kdhpc.cluster.display import command, console, plan_table, status_view
 from kdhpc.cluster.gate import patiently, tell
+from kdhpc.cluster.observe import State
 from kdhpc.cluster.status import Status, look, status_of
 from kdhpc.config import RunConfig
 from kdhpc.errors import InputError
@@ -64,7 +65,7 @@ def main(arguments: list[str]) -> int:
     for key in run.scan().damaged:
         run.quarantine(key)
     runs.add_request(run, config, kind="sweep", executor=executor)
-    advance(run, config, plan)
+    advance(run)
     if options.watch:
         return _watch(run, config, plan)
     _, status = look(run)
@@ -78,15 +79,19 @@ def _local(run: RunFolder, config: RunConfig, plan: Plan) -> int:
         run.quarantine(key)
     runs.add_request(run, config, kind="sweep", executor="local")
     out = console()
+    finished: set[str] = set()
     with Live(console=out, refresh_per_second=4, transient=True) as live:
-        state = local.run_all(
-            run,
-            config,
-            plan,
-            on_change=lambda state, active: live.update(
-                status_view(status_of(run, config, plan, state, local_running=active))
-            ),
-        )
+
+        def show(state: State, active: frozenset[str]) -> None:
+            status = status_of(run, config, plan, state, local_running=active)
+            live.update(status_view(status))
+            for stage in status.stages:
+                if stage.done == stage.planned and stage.folder not in finished:
+                    finished.add(stage.folder)
+                    if not out.is_terminal:
+                        print(f"{stage.folder}: {stage.done} shards done", flush=True)
+
+        state = local.run_all(run, config, plan, on_change=show)
     status = status_of(run, config, plan, state)
     out.print(status_view(status))
     tell(run.path, state)
@@ -98,7 +103,7 @@ def _watch(run: RunFolder, config: RunConfig, plan: Plan) -> int:
     out = console()
     with Live(console=out, refresh_per_second=1, transient=True) as live:
         while True:
-            state = patiently(run, config, plan)
+            state = patiently(run)
             status = status_of(run, config, plan, state)
             live.update(status_view(status))
             if not state.situation.active:

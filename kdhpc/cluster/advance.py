@@ -10,17 +10,15 @@ import sys
 import time
 
 from kdhpc.artifacts import RunFolder
-from kdhpc.cluster import failures, slurm
+from kdhpc.cluster import failures, runs, slurm
 from kdhpc.cluster.ledger import Failure, Job, Ledger, Submission, launcher_gone
 from kdhpc.cluster.observe import State, observe
 from kdhpc.cluster.submission import submit
-from kdhpc.config import RunConfig
 from kdhpc.errors import BusyError
-from kdhpc.shards import Plan
 
 
-def advance(run: RunFolder, config: RunConfig, plan: Plan) -> State:
-    """Submit to Slurm what may start now, and return the run as it then stands.
+def advance(run: RunFolder) -> State:
+    """Submit to Slurm what the last request wants and may start now; how the run then stands.
 
     What Slurm refuses is recorded as a failure of its shards, so that the rest goes on.
 
@@ -32,7 +30,7 @@ def advance(run: RunFolder, config: RunConfig, plan: Plan) -> State:
     room: int | None = None
     num_submitted, refusals = 0, []
     for _ in range(50):
-        state = _look(run, config, plan, ledger, room)
+        state = _look(run, ledger, room)
         if not state.decision.batches:
             break
         for batch in state.decision.batches:
@@ -44,7 +42,8 @@ def advance(run: RunFolder, config: RunConfig, plan: Plan) -> State:
             except slurm.OverLimitError as error:
                 if len(batch.tasks) == 1:
                     if num_submitted or _others_queued(state):
-                        return state  # a gate that is in the queue goes on when there is room
+                        # A gate that is in the queue goes on when there is room.
+                        return _look(run, ledger, room)
                     raise
                 room = (len(batch.tasks) + 1) // 2 + state.policy.per_array
                 print(f"{error}; trying {room}", file=sys.stderr)
@@ -58,11 +57,11 @@ def advance(run: RunFolder, config: RunConfig, plan: Plan) -> State:
     return state
 
 
-def _look(run: RunFolder, config: RunConfig, plan: Plan, ledger: Ledger, room: int | None) -> State:
+def _look(run: RunFolder, ledger: Ledger, room: int | None) -> State:
     """Observe, after putting right what launchers and tasks that died have left."""
-    state = observe(run, config, plan, room=room)
+    state = _observe(run, room)
     if _settle_orphans(ledger, state) | _explain_ended(run, ledger, state):
-        state = observe(run, config, plan, room=room)
+        state = _observe(run, room)
     ours = {i for job in state.jobs.values() for i in (job.job_id, job.gate_id) if i}
     held = {
         task.job_id for task in state.queued if task.job_id in ours and task.reason == "JobHeldUser"
@@ -70,6 +69,15 @@ def _look(run: RunFolder, config: RunConfig, plan: Plan, ledger: Ledger, room: i
     if held and not state.situation.stopped:
         slurm.release(sorted(held))  # its launcher recorded it, and died before it could
     return state
+
+
+def _observe(run: RunFolder, room: int | None) -> State:
+    """Observe by the config of the last request, even if that comes in between."""
+    while True:
+        number, config, plan = runs.current(run)
+        state = observe(run, config, plan, room=room)
+        if state.request.number == number:
+            return state
 
 
 def _others_queued(state: State) -> bool:

@@ -13,9 +13,7 @@ from kdhpc.cluster.advance import advance
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.observe import State
 from kdhpc.cluster.task import load_pipeline
-from kdhpc.config import RunConfig
 from kdhpc.errors import BusyError, ClusterError
-from kdhpc.shards import Plan
 
 PATIENCE_S = 8 * 60.0
 RETRY_S = 15.0
@@ -27,14 +25,13 @@ def main() -> None:
     _use_newest_code(path)
     manifest = json.loads((path / "run.json").read_text())
     run = runs.folder(path, load_pipeline(manifest["pipeline"]))
-    config, plan = runs.current(run)
-    state = patiently(run, config, plan)
-    print(f"{len(state.situation.done)} of {len(plan.shards)} shards are done", flush=True)
+    state = patiently(run)
+    print(f"{len(state.situation.done)} of {len(state.plan.shards)} shards are done", flush=True)
     if not state.situation.active:
         tell(path, state)
 
 
-def patiently(run: RunFolder, config: RunConfig, plan: Plan) -> State:
+def patiently(run: RunFolder) -> State:
     """Advance, again while Slurm does not answer or another launcher is in the middle of it.
 
     Raises:
@@ -43,7 +40,7 @@ def patiently(run: RunFolder, config: RunConfig, plan: Plan) -> State:
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
-            state = advance(run, config, plan)
+            state = advance(run)
             if all(s.number in state.jobs for s in state.submissions):
                 return state
         except (ClusterError, BusyError) as error:

@@ -111,7 +111,7 @@ def check_active(run: RunFolder, plan: Plan) -> None:
     """
     if not Ledger(run.path).requests():
         return
-    config, old = runs.current(run)
+    _, config, old = runs.current(run)
     changed = {
         key
         for key, shard in old.shards.items()

@@ -103,14 +103,18 @@ def find(name: str, runs_dir: str = "runs") -> RunFolder:
     return folder(path.resolve())
 
 
-def current(run: RunFolder) -> tuple[RunConfig, Plan]:
-    """Config of the last request, and its plan."""
+def current(run: RunFolder) -> tuple[int, RunConfig, Plan]:
+    """Number of the last request, its config and plan.
+
+    Raises:
+        InputError: if nothing was ever asked for.
+    """
     ledger = ledgers.Ledger(run.path)
     requests = ledger.requests() if (run.path / "requests").is_dir() else []
     if not requests:
         raise InputError(f"{run.path}: a run without a request; run sweep.py again")
     config: Any = compose.build(run.pipeline.config, dict(requests[-1].config))
-    return config, run.pipeline.plan(config)
+    return requests[-1].number, config, run.pipeline.plan(config)
 
 
 def pick_executor(config: RunConfig, slurm_here: bool) -> str:

@@ -82,7 +82,7 @@ def look(run: RunFolder) -> tuple[State, Status]:
 
     Where Slurm does not answer, what the disk says is shown.
     """
-    config, plan = runs.current(run)
+    _, config, plan = runs.current(run)
     local = _local_active(run) if runs.is_locked(run) else frozenset[str]()
     # Nothing is submitted from here, so Slurm need not be asked for its limits.
     policy = Policy(
