@@ -34,7 +34,8 @@ def bootstrap(
         arrays: each [N]; row n of all of them is one sequence.
         statistic: function of the arrays with an `axis` argument.
         resamples: number of bootstrap samples.
-        seed: of the bootstrap, so that a table is the same each time.
+        seed: of the bootstrap. The same seed draws the same sequences, so that models scored on one
+            truth set are resampled together and a table is the same each time.
     """
     found = stats.bootstrap(
         tuple(arrays),

@@ -11,7 +11,7 @@ Shards are numbered from 0 within their stage, in the order of the plan. Publish
 
 import argparse
 
-from kdhpc.artifacts import RunFolder, Work
+from kdhpc.artifacts import RunFolder, Work, disk_errors
 from kdhpc.cluster import local, planning, runs
 from kdhpc.cluster.advance import advance
 from kdhpc.cluster.display import command, console, status_view
@@ -49,7 +49,8 @@ def main(arguments: list[str]) -> int:
     if executor == "local":
         with runs.launcher_lock(run):
             runs.add_request(run, config, resources=resources, **asked)
-            state = local.run_all(run, config, plan)
+            with disk_errors(run.path):
+                state = local.run_all(run, config, plan)
         status = status_of(run, config, plan, state)
         console().print(status_view(status))
         return 0 if status.complete else 1

@@ -15,7 +15,7 @@ import time
 
 from rich.live import Live
 
-from kdhpc.artifacts import RunFolder
+from kdhpc.artifacts import RunFolder, disk_errors
 from kdhpc.cluster import inputs, local, planning, runs, slurm
 from kdhpc.cluster.advance import advance
 from kdhpc.cluster.display import command, console, plan_table, status_view
@@ -91,7 +91,8 @@ def _local(run: RunFolder, config: RunConfig, plan: Plan) -> int:
                     if not out.is_terminal:
                         print(f"{stage.folder}: {stage.done} shards done", flush=True)
 
-        state = local.run_all(run, config, plan, on_change=show)
+        with disk_errors(run.path):
+            state = local.run_all(run, config, plan, on_change=show)
     status = status_of(run, config, plan, state)
     out.print(status_view(status))
     tell(run.path, state)

@@ -1,5 +1,6 @@
 """Training is DeepSpeed around torch's AdamW, exact against a plain loop, and resumes exactly."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -92,11 +93,15 @@ def test_losses_and_weights_equal_a_plain_loop(corpus: Corpus) -> None:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_stages_train_the_same_model(corpus: Corpus, stage: int) -> None:
-    import dataclasses
-
     one = run(corpus)
     other = run(corpus, dataclasses.replace(RECIPE, zero_stage=stage))
     assert np.allclose(one.losses, other.losses, rtol=1e-5)
+
+
+def test_bfloat16_learns_like_float32(corpus: Corpus) -> None:
+    whole, half = run(corpus), run(corpus, dataclasses.replace(RECIPE, dtype="bfloat16"))
+    assert np.allclose(whole.losses, half.losses, rtol=1e-2)
+    assert {w.dtype for w in half.weights.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("stop_at", [3, 11])

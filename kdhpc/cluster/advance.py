@@ -9,7 +9,7 @@ import os
 import sys
 import time
 
-from kdhpc.artifacts import RunFolder
+from kdhpc.artifacts import RunFolder, disk_errors
 from kdhpc.cluster import failures, runs, slurm
 from kdhpc.cluster.ledger import Failure, Job, Ledger, Submission, launcher_gone
 from kdhpc.cluster.observe import State, observe
@@ -25,7 +25,13 @@ def advance(run: RunFolder) -> State:
     Raises:
         BusyError: if other launchers kept claiming submissions before this one could.
         ClusterError: if Slurm does not answer, or refused everything.
+        DamagedError: if the disk is full.
     """
+    with disk_errors(run.path):
+        return _advance(run)
+
+
+def _advance(run: RunFolder) -> State:
     ledger = Ledger(run.path)
     room: int | None = None
     num_submitted, refusals = 0, []

@@ -16,7 +16,7 @@ from typing import IO, cast
 from kdhpc.artifacts import RunFolder
 from kdhpc.cluster import failures
 from kdhpc.cluster.decide import Batch, Policy
-from kdhpc.cluster.ledger import Failure, Job, Ledger, Submission
+from kdhpc.cluster.ledger import Failure, Job, Ledger, Submission, launcher_gone
 from kdhpc.cluster.observe import LOCAL_TASK_S, State, observe
 from kdhpc.cluster.submission import job_name
 from kdhpc.config import RunConfig
@@ -96,6 +96,10 @@ def run_all(
     """
     num_workers = config.local_workers or len(os.sched_getaffinity(0))
     ledger = Ledger(run.path)
+    jobs = ledger.jobs()
+    for submission in ledger.submissions():
+        if submission.number not in jobs and launcher_gone(submission):
+            ledger.settle(submission.number, Job(job_id=None, note="its launcher died"))
     tasks: list[_Task] = []
     policy = Policy(
         task_s=LOCAL_TASK_S,
