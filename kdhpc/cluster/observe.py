@@ -15,8 +15,8 @@ from kdhpc.cluster.ledger import Failure, Job, Ledger, Request, Submission, laun
 from kdhpc.config import RunConfig
 from kdhpc.shards import Plan
 
-LOCAL_TASK_S = 20.0
-"""Work packed into one local task: long against its imports, short against an idle core."""
+LOCAL_TASK_S = 3.0
+"""Work packed into one local task: its process is there already, and no core should idle."""
 
 
 @dataclass(frozen=True, kw_only=True)
