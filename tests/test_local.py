@@ -192,8 +192,11 @@ def test_a_bug_in_every_shard_is_shown_once_with_a_count(tmp_path: Path) -> None
     for index in range(6):
         trouble(tmp_path, f"make-{index:05d}", "raise")
     run = light(tmp_path, code=1)
-    [cause] = status(run, code=1)["causes"]
+    found = status(run, code=1)
+    [cause] = found["causes"]
     assert len(cause["shards"]) >= 2
+    not_started = 6 - len(cause["shards"])
+    assert not not_started or f"{not_started} shards are not started" in found["notes"][0]
     shutil.rmtree(tmp_path / "trouble")
     light(tmp_path)
     assert_light_complete(run, 6)

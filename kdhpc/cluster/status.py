@@ -153,6 +153,11 @@ def status_of(
     )
     if len(codes) > 1:
         notes += (f"results were made by {len(codes)} versions of the code: {', '.join(codes)}",)
+    waiting: dict[str, int] = {}
+    for key, reason in state.decision.blocked.items():
+        if key not in failures and key not in situation.damaged:
+            waiting[reason] = waiting.get(reason, 0) + 1
+    notes += tuple(f"{count} shards are not started: {why}" for why, count in waiting.items())
     if situation.stopped:
         notes += ("cancelled; run sweep.py or rerun.py to go on",)
     return Status(
