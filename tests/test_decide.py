@@ -112,6 +112,12 @@ def test_the_canary_goes_first_and_the_rest_waits_for_it() -> None:
     assert started(decide(PIPELINE, PLAN, alive, policy)) == FIRST[1:]
 
 
+def test_long_shards_do_not_wait_for_a_canary() -> None:
+    policy = dataclasses.replace(POLICY, task_s=1.0, canary=2)
+    slow = situation(seconds_per_work={"first": 3600.0, "second": 1.0})
+    assert started(decide(PIPELINE, PLAN, slow, policy)) == FIRST
+
+
 def test_the_same_exception_in_the_first_shards_stops_the_stage() -> None:
     failures = {key: [failure(key)] for key in FIRST[:2]}
     found = decide(PIPELINE, PLAN, situation(failures=failures), POLICY)

@@ -90,9 +90,10 @@ def decide(pipeline: Pipeline, plan: Plan, situation: Situation, policy: Policy)
             and (situation.only is None or shard.key in situation.only)
             and all(key in situation.done for key in shard.reads)
         ]
-        for group in _groups(ready, situation, policy):
-            tasks = _pack(group, situation, policy)
-            tasks = _canary(tasks, stage.name, plan, situation, policy)
+        packed = [
+            (group, _pack(group, situation, policy)) for group in _groups(ready, situation, policy)
+        ]
+        for group, tasks in _canary(packed, plan.stage(stage.name), situation, policy):
             for start in range(0, len(tasks), policy.max_array):
                 wave = tasks[start : start + policy.max_array][: max(0, places - policy.per_array)]
                 if not wave:
@@ -205,18 +206,24 @@ def _pack(group: list[Shard], situation: Situation, policy: Policy) -> list[list
     return tasks
 
 
-def _canary(
-    tasks: list[list[Shard]], stage: str, plan: Plan, situation: Situation, policy: Policy
-) -> list[list[Shard]]:
-    """Only the first tasks of a large stage that has not shown yet that it works."""
-    if not policy.canary or len(tasks) < 4 * policy.canary:
-        return tasks
-    shards = plan.stage(stage)
-    if any(shard.key in situation.done for shard in shards):
-        return tasks
+Packed = list[tuple[list[Shard], list[list[Shard]]]]
+"""Groups of shards with their tasks."""
+
+
+def _canary(packed: Packed, shards: list[Shard], situation: Situation, policy: Policy) -> Packed:
+    """Only the first tasks of a large stage that has not shown yet that it works.
+
+    Stages of long shards, such as trainings, start whole: waiting would cost more than it saves.
+    """
+    large = sum(len(tasks) for _, tasks in packed) >= 4 * policy.canary
+    if not policy.canary or not large or any(shard.key in situation.done for shard in shards):
+        return packed
+    if max(_seconds(shard, situation) for shard in shards) > 2 * policy.task_s:
+        return packed
     if any(shard.key in situation.active for shard in shards):
         return []
-    return tasks[: policy.canary]
+    group, tasks = packed[0]
+    return [(group, tasks[: policy.canary])]
 
 
 def _changes(shard: Shard, situation: Situation) -> dict[str, Any]:
