@@ -6,7 +6,7 @@ bits from the stream of each sequence, weights summed in float64. A row's ids de
 stream and on the batch shape, never on what shares the batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -343,9 +343,3 @@ class _Batch:
             log_prob_sum=self.log_prob[:wanted].cpu().numpy(),
             log_prob_tau_sum=self.log_prob_tau[:wanted].cpu().numpy(),
         )
-
-
-def batches(num_rows: int, batch_rows: int) -> Iterator[slice]:
-    """Slices of at most `batch_rows` rows."""
-    for start in range(0, num_rows, batch_rows):
-        yield slice(start, min(start + batch_rows, num_rows))

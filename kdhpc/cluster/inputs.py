@@ -14,7 +14,7 @@ from kdhpc.errors import InputError
 from kdhpc.stages.train import resolve_model
 
 
-def resolve_inputs(config: RunConfig, download: bool = True) -> RunConfig:
+def resolve_inputs(config: RunConfig) -> RunConfig:
     """Find the model and corpus that the run starts from, and write their identity into the config.
 
     Hub files are fetched here, on the login node: compute nodes need no network.
@@ -27,7 +27,7 @@ def resolve_inputs(config: RunConfig, download: bool = True) -> RunConfig:
     truth = config.truth
     if truth.model == "train":
         found = store.corpus_fingerprint(truth.corpus, truth.text_column)
-        if found.startswith("hub:") and download:
+        if found.startswith("hub:"):
             store.read_corpus(truth.corpus, truth.text_column)
     else:
         source = Path(resolve_model(truth.model))
@@ -36,7 +36,7 @@ def resolve_inputs(config: RunConfig, download: bool = True) -> RunConfig:
         elif str(source).startswith((".", "/", "~")) or truth.model.count("/") != 1:
             raise InputError(f"truth.model={truth.model}: no such file or folder, and no hub id")
         else:
-            found = _fetch(truth.model, truth.revision) if download else truth.fingerprint
+            found = _fetch(truth.model, truth.revision)
     if truth.fingerprint and truth.fingerprint != found:
         raise InputError(
             f"truth.fingerprint={truth.fingerprint[:12]}: what is here now has {found[:12]}; "
