@@ -17,6 +17,8 @@ SAMPLE_TEACHER, TRAIN_STUDENTS, SAMPLE_STUDENTS = (
     "sample-students",
 )
 SCORE, MERGE = "score", "merge"
+TRUTH_EVAL = (SAMPLE_TRUTH, "eval")
+"""Stage and arm of truth's evaluation set."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -261,7 +261,7 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_tree(path: Path) -> None:
+def sync_tree(path: Path) -> None:
     for inner in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if inner.is_file():
             with inner.open("rb") as file:
@@ -307,7 +307,7 @@ class Work:
             DamagedError: if it is not there or its data differs from it.
         """
         record = self._records.get(key) or read_record(self.run.record_path(key), key)
-        if key not in self._verified:
+        if key not in self._verified and self.rank == 0:  # the others wait for rank 0
             if key in self.plan.shards and self.plan.shards[key].recipe != record.recipe:
                 raise DamagedError(f"{record.data}: made with other settings than this run's")
             self._verify(record)
@@ -362,7 +362,7 @@ class Work:
 
         The loser's data is deleted. Returns whether this attempt won.
         """
-        _sync_tree(written.path)
+        sync_tree(written.path)
         path = self.run.record_path(shard.key)
         num_bytes = (
             sum(f.stat().st_size for f in written.path.rglob("*") if f.is_file())

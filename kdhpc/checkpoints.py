@@ -1,56 +1,109 @@
-"""Checkpoints of a training: written beside, verified, then published, like every other output."""
+"""Checkpoints of a training: written beside, verified, then published, like every other output.
+
+    3-train-on-truth/teacher-s0/00000.checkpoints/3f9a0c.../
+      000001000.json                     the record: step, data, sha256, recipe, kept
+      000001000.5b1c77d2.safetensors     float32 weights and moments, written before the record
+"""
 
 import contextlib
+import json
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kdhpc.artifacts import remove, sha256_of, write_once
+from kdhpc.artifacts import remove, sha256_of, sync_tree, write_once
 from kdhpc.errors import DamagedError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KEEP = 2
-"""Checkpoints kept; the older one serves if the newer is damaged."""
 
+def save(
+    folder: Path,
+    *,
+    step: int,
+    tensors: Mapping[str, "Tensor"],
+    recipe: str,
+    num_kept: int,
+    for_good: bool = False,
+) -> None:
+    """Publish a checkpoint, then delete what is neither kept for good nor among the newest.
 
-def save(folder: Path, *, step: int, tensors: Mapping[str, "Tensor"], recipe: str) -> None:
-    """Publish a checkpoint and delete those beyond the newest two."""
+    Raises:
+        DamagedError: if it reads back differently; then nothing is published.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / f"{step:09d}.{secrets.token_hex(4)}.safetensors"
     save_file(dict(tensors), data)
-    record = {"step": step, "data": data.name, "sha256": sha256_of(data), "recipe": recipe}
+    sync_tree(data)
+    _compare(data, tensors)
+    record = {
+        "step": step,
+        "data": data.name,
+        "sha256": sha256_of(data),
+        "recipe": recipe,
+        "for_good": for_good,
+    }
     if not write_once(folder / f"{step:09d}.json", record):
         data.unlink()  # another attempt was here first
-    for old in sorted(folder.glob("*.json"))[:-KEEP]:
-        with contextlib.suppress(OSError, ValueError):
-            remove(folder / _read(old)["data"])
-        old.unlink(missing_ok=True)
+    _prune(folder, num_kept)
 
 
 def newest(folder: Path, recipe: str) -> tuple[int, dict[str, "Tensor"]] | None:
-    """The last whole checkpoint of this recipe: steps done and tensors; None if there is none."""
+    """The last whole checkpoint of this recipe: steps done and tensors; None if there is none.
+
+    The record of a damaged one is put aside, so that the step can be published again; the one
+    before it serves.
+    """
     from safetensors.torch import load_file
 
     for path in sorted(folder.glob("*.json"), reverse=True):
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError, DamagedError):
             record = _read(path)
             data = folder / record["data"]
-            if record["recipe"] == recipe and sha256_of(data) == record["sha256"]:
+            if record["recipe"] != recipe:
+                continue
+            if sha256_of(data) == record["sha256"]:
                 return int(record["step"]), load_file(data)
-        except (OSError, ValueError, KeyError, DamagedError):
-            continue  # half a checkpoint: the one before it serves
+        print(f"{path}: damaged; put aside", flush=True)
+        path.rename(path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}"))
     return None
 
 
-def _read(path: Path) -> dict[str, str]:
-    import json
+def _compare(data: Path, tensors: Mapping[str, "Tensor"]) -> None:
+    from safetensors import SafetensorError, safe_open
 
-    found: dict[str, str] = json.loads(path.read_text())
+    try:
+        with safe_open(data, framework="pt") as found:
+            same = all(found.get_tensor(name).equal(value) for name, value in tensors.items())
+    except SafetensorError as error:
+        raise DamagedError(f"{data}: cannot be read back ({error})") from error
+    if not same:
+        raise DamagedError(f"{data}: reads back differently from what was written")
+
+
+def _prune(folder: Path, num_kept: int) -> None:
+    """Delete older records with their data, and data whose writer died before its record."""
+    records = {}
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, DamagedError):
+            records[path] = _read(path)
+    passing = [path for path, record in records.items() if not record["for_good"]]
+    for path in passing[:-num_kept]:
+        path.unlink(missing_ok=True)
+        del records[path]
+    wanted = {record["data"] for record in records.values()}
+    for data in folder.glob("*.safetensors"):
+        if data.name not in wanted:
+            with contextlib.suppress(OSError):
+                remove(data)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
     if "/" in found["data"]:
         raise DamagedError(f"{path}: names a file outside its folder")
     return found

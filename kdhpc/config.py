@@ -50,7 +50,8 @@ class Training:
     batch_sequences: int = 64
     """Global batch in sequences, whatever the number of ranks."""
     micro_batch_sequences: int = 64
-    """Sequences that a rank holds at once; sets memory. Gradients are accumulated over the rest."""
+    """Sequences that a rank holds at once, at most; sets memory. A rank's share of the batch is cut
+    into the largest equal parts that fit, and their gradients are accumulated."""
     epochs: float = 5.0
     """Length of the learning-rate schedule in passes over the data."""
     stop_after_epochs: float | None = None
@@ -64,13 +65,61 @@ class Training:
     loss_scale: float = 1024.0
     """Static loss scale, used with float16 only."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also weights."""
+    """DeepSpeed ZeRO stage: 0 shards nothing (float32 only), 1 optimizer states, 2 also gradients,
+    3 also weights."""
     nodes: int = 1
     """Nodes that train together."""
     ranks_per_node: int = 1
     """Processes a node, one a GPU (or CPU rank)."""
+    head_tokens: int = 4096
+    """Positions whose logits over the whole vocabulary are in memory at once."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input and compute the rest again backwards: less memory, a third more
+    arithmetic."""
+    compile: bool = False
+    """Run the layers through torch.compile; needs a C++ compiler on CPUs."""
     checkpoint_every_steps: int = 0
     """Steps between checkpoints, from which a killed training goes on; 0 means none."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept; the older ones serve if the newest is damaged."""
+    keep_epochs: tuple[float, ...] = ()
+    """Passes over the data after which a checkpoint is made and kept for good."""
+    validate_every_steps: int = 0
+    """Steps between losses on truth's evaluation set; 0 means none."""
+    validation_sequences: int = 512
+    """Sequences of that set that are used, from its start."""
+    max_gradient_norm: float = 1000.0
+    """A larger norm before clipping means that the training has exploded, and stops it."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that train together."""
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that a rank holds at once, so that all parts are equal."""
+        share = self.batch_sequences // self.world_size
+        most = min(share, self.micro_batch_sequences)
+        return next(size for size in range(most, 0, -1) if share % size == 0)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of each rank in one optimizer step."""
+        return self.batch_sequences // (self.world_size * self.micro_batch)
+
+
+LAYOUT = (
+    "nodes", "ranks_per_node", "micro_batch_sequences", "zero_stage", "head_tokens",
+    "activation_checkpointing", "compile",
+)  # fmt: skip
+"""Fields of `Training` that change how a sum is rounded and nothing else: a training that was
+stopped goes on with others."""
+WATCHING = (
+    "checkpoint_every_steps", "keep_checkpoints", "keep_epochs", "validate_every_steps",
+    "validation_sequences", "max_gradient_norm",
+)  # fmt: skip
+"""Fields of `Training` that change no weight at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +319,8 @@ class LanguageConfig(RunConfig):
     """p'' by size name."""
     scoring: Scoring
     """Likelihoods."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside each training's log; needs kdhpc[tensorboard]."""
     throughput: dict[str, float] = field(default_factory=dict)
     """By stage name, tokens a second a rank, for estimates; measured speeds replace them."""
 
@@ -435,10 +486,12 @@ def _model_problems(key: str, model: Model, config: LanguageConfig) -> Iterator[
     for name, value in {"rope_theta": shape.rope_theta, "init_std": shape.init_std}.items():
         if not 0 < value < math.inf:
             yield f"{key}.shape.{name}={value}: expected a number of more than 0"
-    for name in ("learning_rate", "epochs", "eps", "loss_scale"):
+    for name in ("learning_rate", "epochs", "eps", "loss_scale", "max_gradient_norm"):
         if not 0 < getattr(training, name) < math.inf:
             yield f"{key}.training.{name}={getattr(training, name)}: expected more than 0"
-    for name in ("weight_decay", "gradient_clip", "checkpoint_every_steps"):
+    for name in (
+        "weight_decay", "gradient_clip", "checkpoint_every_steps", "validate_every_steps",
+    ):  # fmt: skip
         if not 0 <= getattr(training, name) < math.inf:
             yield f"{key}.training.{name}={getattr(training, name)}: expected 0 or more"
     for name in ("warmup_fraction", "decay_fraction"):
@@ -449,19 +502,36 @@ def _model_problems(key: str, model: Model, config: LanguageConfig) -> Iterator[
     stop = training.stop_after_epochs
     if stop is not None and not 0 < stop <= training.epochs:
         yield f"{key}.training.stop_after_epochs={stop}: expected at most epochs={training.epochs}"
-    if not 1 <= training.zero_stage <= 3:
+    if not 0 <= training.zero_stage <= 3:
+        yield f"{key}.training.zero_stage={training.zero_stage}: expected 0, 1, 2 or 3"
+    if training.zero_stage == 0 and training.dtype != "float32":
         yield (
-            f"{key}.training.zero_stage={training.zero_stage}: expected 1, 2 or 3 "
-            "(DeepSpeed's stage 0 silently takes another optimizer with bfloat16)"
+            f"{key}.training.zero_stage=0: expected 1, 2 or 3 with dtype={training.dtype} "
+            "(DeepSpeed's stage 0 silently takes another optimizer there)"
         )
+    if training.zero_stage == 3 and training.compile:
+        yield f"{key}.training.compile=true: expected zero_stage 0, 1 or 2, got 3"
     if training.dtype == "float16" and config.device == "cpu":
         yield f"{key}.training.dtype=float16: needs a GPU; expected bfloat16 or float32 on a CPU"
-    world, micro = training.nodes * training.ranks_per_node, training.micro_batch_sequences
-    if world < 1 or micro < 1 or training.batch_sequences % (world * micro):
+    for name in (
+        "nodes", "ranks_per_node", "batch_sequences", "micro_batch_sequences", "head_tokens",
+        "keep_checkpoints", "validation_sequences",
+    ):  # fmt: skip
+        if getattr(training, name) < 1:
+            yield f"{key}.training.{name}={getattr(training, name)}: expected at least 1"
+            return
+    if training.batch_sequences % training.world_size:
         yield (
             f"{key}.training.batch_sequences={training.batch_sequences}: expected a multiple of "
-            f"micro_batch_sequences={micro} times {world} ranks"
+            f"its {training.world_size} ranks (nodes={training.nodes} times "
+            f"ranks_per_node={training.ranks_per_node})"
         )
+    for epoch in training.keep_epochs:
+        if not 0 < epoch <= training.epochs:
+            yield (
+                f"{key}.training.keep_epochs={list(training.keep_epochs)}: expected numbers above "
+                f"0 and at most epochs={training.epochs}"
+            )
     if key != "truth" and training.batch_sequences > config.sampling.train_sequences:
         yield (
             f"{key}.training.batch_sequences={training.batch_sequences}: expected at most "

@@ -78,6 +78,42 @@ def read_samples(paths: Sequence[Path]) -> Samples:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenRows:
+    """Token ids of several shards as one array [N, L], mapped into memory and never copied whole."""
+
+    parts: tuple[NDArray[np.uint16], ...]
+    """[n_i, L] each."""
+    length: NDArray[np.int32]
+    """[N] tokens in each row."""
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.uint16]:
+        """The rows asked for, [n, L], read from wherever they are."""
+        ends = np.cumsum([len(part) for part in self.parts])
+        which = np.searchsorted(ends, rows, side="right")
+        found = np.empty((len(rows), self.parts[0].shape[1]), np.uint16)
+        for index in np.unique(which):
+            part = self.parts[index]
+            found[which == index] = part[rows[which == index] - (ends[index] - len(part))]
+        return found
+
+
+def map_token_rows(paths: Sequence[Path]) -> TokenRows:
+    """The ids of token shards, for random access.
+
+    Raises:
+        DamagedError: naming a file that is not a token shard.
+    """
+    parts = [_read_sample_shard(path) for path in paths]
+    return TokenRows(
+        parts=tuple(part.ids for part in parts),
+        length=np.concatenate([part.length for part in parts]),
+    )
+
+
 def _read_sample_shard(path: Path) -> Samples:
     import pyarrow as pa
 

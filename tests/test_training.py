@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from transformers import AutoModelForCausalLM, get_wsd_schedule
 
 from kdhpc import checkpoints, models, seeding
 from kdhpc.config import Shape, Training
-from kdhpc.training import Corpus, Schedule, State, Trained, join, train
+from kdhpc.ranks import join
+from kdhpc.training import Corpus, Schedule, State, Trained, Watch, train
 
 CPU = torch.device("cpu")
 SHAPE = Shape(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48)
@@ -34,7 +36,7 @@ def corpus() -> Corpus:
     generator = np.random.default_rng(0)
     return Corpus(
         ids=generator.integers(0, 257, (256, 24)).astype(np.uint16),
-        stop=generator.integers(4, 25, 256).astype(np.int32),
+        length=generator.integers(4, 25, 256).astype(np.int32),
         num_prompt=3,
     )
 
@@ -45,6 +47,12 @@ def fresh() -> Any:
 
 def run(corpus: Corpus, recipe: Training = RECIPE, **options: Any) -> Trained:
     return train(fresh(), corpus, recipe, seed=0, stream="test", device=CPU, **options)
+
+
+def saver(folder: Path) -> Callable[[State], None]:
+    return lambda state: checkpoints.save(
+        folder, step=state.step, tensors=state.tensors, recipe="r", num_kept=2
+    )
 
 
 def plain_loop(corpus: Corpus, recipe: Training) -> tuple[list[float], Any]:
@@ -71,7 +79,7 @@ def plain_loop(corpus: Corpus, recipe: Training) -> tuple[list[float], Any]:
         picked = [
             -log_p[i, position - 1, int(corpus.ids[row, position])]
             for i, row in enumerate(rows)
-            for position in range(3, corpus.stop[row])
+            for position in range(3, corpus.length[row])
         ]
         loss = torch.stack(picked).mean()
         optimizer.zero_grad()
@@ -91,7 +99,7 @@ def test_losses_and_weights_equal_a_plain_loop(corpus: Corpus) -> None:
         assert torch.allclose(trained.weights[name], parameter, atol=1e-5), name
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_zero_stages_train_the_same_model(corpus: Corpus, stage: int) -> None:
     one = run(corpus)
     other = run(corpus, dataclasses.replace(RECIPE, zero_stage=stage))
@@ -112,8 +120,7 @@ def test_a_stopped_training_goes_on_bit_for_bit(
     steps = iter(range(1, 100))
     first = run(
         corpus,
-        should_stop=lambda: next(steps) == stop_at,
-        save=lambda s: checkpoints.save(tmp_path, step=s.step, tensors=s.tensors, recipe="r"),
+        watch=Watch(should_stop=lambda: next(steps) == stop_at, save=saver(tmp_path)),
     )
     assert not first.finished
     found = checkpoints.newest(tmp_path, "r")
@@ -125,8 +132,8 @@ def test_a_stopped_training_goes_on_bit_for_bit(
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:
     for step in (10, 20, 30):
-        checkpoints.save(tmp_path, step=step, tensors={"w": torch.full((4,), step)}, recipe="r")
-    assert len(list(tmp_path.glob("*.safetensors"))) == checkpoints.KEEP
+        checkpoints.save(tmp_path, step=step, tensors={"w": torch.full((4,), step)}, recipe="r", num_kept=2)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
     [newest] = tmp_path.glob("000000030.*.safetensors")
     newest.write_bytes(newest.read_bytes()[:-3])
     found = checkpoints.newest(tmp_path, "r")
@@ -139,7 +146,7 @@ def test_checkpoints_of_other_settings_do_not_meet(tmp_path: Path) -> None:
     """Each recipe has a folder of its own; see `stages/train.py`."""
     for recipe, step in (("old", 50), ("new", 10)):
         weights = {"w": torch.ones(1)}
-        checkpoints.save(tmp_path / recipe, step=step, tensors=weights, recipe=recipe)
+        checkpoints.save(tmp_path / recipe, step=step, tensors=weights, recipe=recipe, num_kept=2)
     found = checkpoints.newest(tmp_path / "new", "new")
     assert found is not None
     assert found[0] == 10
@@ -183,13 +190,14 @@ def test_training_compiles_nothing(tmp_path: Path) -> None:
 import numpy as np, torch
 from kdhpc import models
 from kdhpc.config import Shape, Training
-from kdhpc.training import Corpus, join, train
+from kdhpc.ranks import join
+from kdhpc.training import Corpus, train
 torch.set_num_threads(1)
 cpu = torch.device("cpu")
 join(rank=0, world_size=1, address="", port=0, device=cpu)
 shape = Shape(layers=1, hidden=16, heads=2, kv_heads=1, ffn=16)
 model = models.new_model(shape, vocab_size=257, length=8, eos=0, seed=0)
-corpus = Corpus(ids=np.ones((8, 8), np.uint16), stop=np.full(8, 8, np.int32), num_prompt=1)
+corpus = Corpus(ids=np.ones((8, 8), np.uint16), length=np.full(8, 8, np.int32), num_prompt=1)
 recipe = Training(epochs=2.0, batch_sequences=4, micro_batch_sequences=4)
 assert train(model, corpus, recipe, seed=0, stream="s", device=cpu).finished
 """

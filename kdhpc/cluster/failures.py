@@ -10,7 +10,7 @@ import traceback
 from dataclasses import dataclass
 
 from kdhpc.artifacts import DISK_FULL_ERRNOS
-from kdhpc.errors import DamagedError
+from kdhpc.errors import DamagedError, InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,11 @@ REMEDIES = {
         retry=True, free_with_progress=True, advice="look at its log, then rerun.py RUN"
     ),
     "EXCEPTION": Remedy(retry=True, advice="look at the traceback; mend it, then rerun.py RUN"),
+    "DIVERGED": Remedy(
+        retry=False,
+        advice="a smaller training.learning_rate, or float32; with other settings it starts anew",
+    ),
+    "REFUSED": Remedy(retry=False, advice="change what the message names, then rerun.py RUN"),
     "DISK_FULL": Remedy(retry=False, advice="free some space, then rerun.py RUN"),
     "LAUNCH": Remedy(retry=False, advice="check setup and partition, then rerun.py RUN"),
     "CANCELLED": Remedy(retry=False, advice="run sweep.py or rerun.py RUN when you want it again"),
@@ -75,6 +80,10 @@ def of_exception(error: BaseException) -> tuple[str, str, str]:
     kind = "EXCEPTION"
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         kind = "OOM"
+    elif isinstance(error, FloatingPointError):
+        kind = "DIVERGED"
+    elif isinstance(error, InputError):
+        kind = "REFUSED"
     elif isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
         kind = "DISK_FULL"
     elif isinstance(error, DamagedError) and isinstance(error.__cause__, OSError):

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kdhpc import trainlog
 from kdhpc.artifacts import RunFolder
 from kdhpc.cluster import runs
 from kdhpc.cluster.decide import Policy
@@ -251,13 +252,13 @@ def _live(run: RunFolder, state: State) -> tuple[str, ...]:
 
 
 def _training(run: RunFolder, key: str) -> str:
-    last = _last_lines(run.scratch_path(key) / "train.jsonl")[-1:]
-    if not last:
-        return ""
+    last = _last_lines(run.scratch_path(key) / trainlog.FILE)[-1:]
     try:
         found = json.loads(last[0])
         return (
-            f" step {found['step']} loss {found['loss']:.4f} {found['tokens_per_s']:.0f} tokens/s"
+            f" step {found['step']} of {found['steps']} loss {found['loss']:.4f}"
+            f" lr {found['learning_rate']:.2e} norm {found['gradient_norm']:.2f}"
+            f" {found['tokens_per_s']:.0f} tokens/s MFU {found['mfu']:.0%}"
         )
-    except (ValueError, KeyError):
+    except (IndexError, ValueError, KeyError):
         return ""

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from kdhpc import arms
 from kdhpc.artifacts import Work, Written
-from kdhpc.config import LanguageConfig, Model, Shape, tokens_per_s
-from kdhpc.errors import InputError
+from kdhpc.config import LAYOUT, WATCHING, LanguageConfig, Model, tokens_per_s
+from kdhpc.errors import ClusterError, InputError
 from kdhpc.shards import Arm, Plan, Shard, Stage
+from kdhpc.sizes import num_parameters, training_flops
+from kdhpc.trainlog import TrainingLog
 
 if TYPE_CHECKING:
     from kdhpc.training import Corpus
@@ -25,25 +27,23 @@ WRITES = "Hugging Face checkpoint folders (safetensors, tokenizer)"
 
 
 def _recipe_fields(model: Model, config: LanguageConfig) -> dict[str, Any]:
-    """Settings that determine a training; how often it is checkpointed does not."""
+    """Settings that determine a training; how it is watched does not."""
     training = dataclasses.asdict(model.training)
-    del training["checkpoint_every_steps"]
     return {
         "seed": config.seed,
         "shape": dataclasses.asdict(model.shape),
-        "training": training,
+        "training": {name: value for name, value in training.items() if name not in WATCHING},
         "length": config.length,
         "eos": config.eos,
         "threads": config.threads,
     }
 
 
-def num_parameters(shape: Shape, vocab_size: int) -> int:
-    """Parameters of a Llama model with tied embeddings."""
-    head_size = shape.hidden // shape.heads
-    attention = shape.hidden * head_size * (2 * shape.heads + 2 * shape.kv_heads)
-    layer = attention + 3 * shape.hidden * shape.ffn + 2 * shape.hidden
-    return vocab_size * shape.hidden + shape.layers * layer + shape.hidden
+def _states_recipe(arm: Arm) -> str:
+    """Recipe of an arm's checkpoints: they serve whatever the layout of the ranks is."""
+    training = arm.fields["training"]
+    kept = {name: value for name, value in training.items() if name not in LAYOUT}
+    return dataclasses.replace(arm, fields={**arm.fields, "training": kept}).recipe
 
 
 def plan_truth(config: LanguageConfig, before: Plan) -> list[Shard]:
@@ -77,8 +77,9 @@ def run_truth(shard: Shard, work: Work) -> Written | None:
 
     config: LanguageConfig = work.config
     truth = config.truth
-    models.set_threads(config.threads)
     if truth.model == "train" and truth.shape is not None and truth.training is not None:
+        model = Model(shape=truth.shape, training=truth.training)
+        _join(model, work)
         tokenizer = models.byte_tokenizer()
         corpus = _text_corpus(config, tokenizer)
         with tempfile.TemporaryDirectory() as tokenizer_dir:
@@ -86,11 +87,12 @@ def run_truth(shard: Shard, work: Work) -> Written | None:
             return _train(
                 shard,
                 work,
-                Model(shape=truth.shape, training=truth.training),
+                model,
                 corpus,
                 Path(tokenizer_dir),
                 stream="truth",
             )
+    models.set_threads(config.threads)
     path = work.new_path(shard)
     source = resolve_model(truth.model)
     if source.endswith(".gguf"):
@@ -144,7 +146,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
         steps = (training.stop_after_epochs or training.epochs) * (
             sequences // training.batch_sequences
         )
-        world_size = training.nodes * training.ranks_per_node
+        watched = before.arm(*arms.TRUTH_EVAL) if training.validate_every_steps else []
         arm = Arm(
             stage=stage,
             name=trainee.name,
@@ -161,8 +163,8 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
             Shard(
                 arm=arm,
                 name="00000",
-                reads=(truth.key, *(shard.key for shard in data)),
-                work=steps * training.batch_sequences * config.length / world_size,
+                reads=(truth.key, *(shard.key for shard in (*data, *watched))),
+                work=steps * training.batch_sequences * config.length / training.world_size,
                 num_bytes=4.0 * num_parameters(trainee.model.shape, 49152),
             )
         )
@@ -171,82 +173,124 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
 
 def run(shard: Shard, work: Work) -> Written | None:
     """Train one model on token shards."""
-    import numpy as np
-
     from kdhpc import models, store
     from kdhpc.training import Corpus
 
     config: LanguageConfig = work.config
     trainee = next(t for t in arms.trainees(config) if t.name == shard.arm.name)
-    models.set_threads(config.threads)
-    tokenizer_path = work.input(shard.reads[0])
+    _join(trainee.model, work)
+    [truth] = work.plan.arm(arms.TRUTH, "truth")
+    tokenizer_path = work.input(truth.key)
     tokenizer = models.load_tokenizer(tokenizer_path)
-    samples = store.read_samples([work.input(key) for key in shard.reads[1:]])
-    stop = samples.length
-    if config.eos == "mask":
-        last = samples.ids[np.arange(len(samples)), stop - 1]
-        stop = stop - (last == tokenizer.eos_token_id).astype(np.int32)
     num_prompt = len(models.encode_prompt(tokenizer, config.prompt))
+
+    def corpus(stage: str, arm: str) -> Corpus:
+        rows = store.map_token_rows([work.input(s.key) for s in work.plan.arm(stage, arm)])
+        return Corpus(
+            ids=rows,
+            length=rows.length,
+            num_prompt=max(1, num_prompt),
+            masked_eos=tokenizer.eos_token_id if config.eos == "mask" else None,
+        )
+
     return _train(
         shard,
         work,
         trainee.model,
-        Corpus(ids=samples.ids, stop=stop, num_prompt=num_prompt),
+        corpus(*trainee.data),
         tokenizer_path,
         stream=f"{trainee.facts['kind']}/s{trainee.facts['seed']}/{trainee.facts['size']}",
+        validation=corpus(*arms.TRUTH_EVAL) if trainee.model.training.validate_every_steps else None,
     )
 
 
-def _train(
-    shard: Shard, work: Work, model: Model, corpus: "Corpus", tokenizer_path: Path, *, stream: str
-) -> Written | None:
-    """Train, with checkpoints in the shard's own folder; None when told to stop, or not rank 0."""
+def _join(model: Model, work: Work) -> None:
+    """Meet the other ranks, before anything is read or built."""
     import os
 
-    from kdhpc import checkpoints, models, seeding, training
+    from kdhpc import models, ranks
 
     config: LanguageConfig = work.config
-    device = models.pick_device(config.device)
-    training.join(
+    models.set_threads(config.threads)
+    models.keep_freed_memory()
+    if work.world_size != model.training.world_size:
+        raise ClusterError(
+            f"{work.world_size} processes were started; expected {model.training.world_size} "
+            f"(nodes={model.training.nodes}, ranks_per_node={model.training.ranks_per_node})"
+        )
+    ranks.join(
         rank=work.rank,
         world_size=work.world_size,
         address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
         port=int(os.environ.get("MASTER_PORT", "0")),
-        device=device,
+        device=models.pick_device(config.device),
     )
+
+
+def _train(
+    shard: Shard,
+    work: Work,
+    model: Model,
+    corpus: "Corpus",
+    tokenizer_path: Path,
+    *,
+    stream: str,
+    validation: "Corpus | None" = None,
+) -> Written | None:
+    """Train, with checkpoints in the shard's own folder; None when told to stop, or not rank 0."""
+    from kdhpc import checkpoints, models, seeding, training
+
+    config: LanguageConfig = work.config
+    recipe = model.training
     tokenizer = models.load_tokenizer(tokenizer_path)
     made = {"vocab_size": len(tokenizer), "length": config.length, "eos": tokenizer.eos_token_id}
     init_seed = seeding.integer_seed(config.seed, f"{stream}/init")
     folder = work.run.scratch_path(shard.key)
     # By recipe: other settings after a cancel must not meet the old settings' checkpoints.
-    states = folder / shard.recipe[:12]
-    found = checkpoints.newest(states, shard.recipe)
+    states_recipe = _states_recipe(shard.arm)
+    states = folder / states_recipe[:12]
+    found = checkpoints.newest(states, states_recipe) if work.rank == 0 else None
+    if found:
+        print(f"goes on from step {found[0]} of {states}", flush=True)
+    kept = training.Schedule.of(recipe, len(corpus)).kept
     started = time.time()
 
-    def on_step(facts: Mapping[str, Any]) -> None:
-        work.progress(facts["step"] / facts["steps"])
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "train.jsonl").open("a") as log:
-            log.write(training.describe(facts) + "\n")
+    def save(state: training.State) -> None:
+        checkpoints.save(
+            states,
+            step=state.step,
+            tensors=state.tensors,
+            recipe=states_recipe,
+            num_kept=recipe.keep_checkpoints,
+            for_good=state.step in kept,
+        )
 
-    trained = training.train(
-        models.new_model(model.shape, seed=init_seed, **made),
-        corpus,
-        model.training,
-        seed=config.seed,
-        stream=f"{stream}/order",
-        device=device,
-        state=training.State(step=found[0], tensors=found[1]) if found else None,
-        save=lambda state: checkpoints.save(
-            states, step=state.step, tensors=state.tensors, recipe=shard.recipe
-        ),
-        should_stop=work.should_stop,
-        on_step=on_step,
-    )
+    with TrainingLog(folder, events=config.tensorboard) as log:
+
+        def on_step(facts: Mapping[str, Any]) -> None:
+            work.progress(facts["step"] / facts["steps"])
+            log.write(facts)
+
+        trained = training.train(
+            models.new_model(model.shape, seed=init_seed, **made),
+            corpus,
+            recipe,
+            seed=config.seed,
+            stream=f"{stream}/order",
+            device=models.pick_device(config.device),
+            state=training.State(step=found[0], tensors=found[1]) if found else None,
+            watch=training.Watch(
+                save=save,
+                should_stop=work.should_stop,
+                on_step=on_step,
+                validation=validation,
+                flops_per_token=training_flops(model.shape, made["vocab_size"], config.length),
+            ),
+        )
     if not trained.finished or work.rank > 0:
         return None
     result = models.new_model(model.shape, seed=init_seed, **made)
-    result = result.to(models.DTYPES[model.training.dtype])
+    result = result.to(models.DTYPES[recipe.dtype])
     result.load_state_dict(dict(trained.weights), strict=False)
     path = work.new_path(shard)
     models.save_model(result, tokenizer_path, path)
@@ -258,7 +302,7 @@ def _train(
             "steps": trained.step,
             "final_loss_nats": trained.losses[-1] if trained.losses else None,
             "train_s": round(time.time() - started, 3),
-            "device": device.type,
+            "device": models.pick_device(config.device).type,
         },
     )
 
@@ -277,7 +321,7 @@ def _text_corpus(config: LanguageConfig, tokenizer: Any) -> "Corpus":
     padded = np.zeros((len(rows), config.length), np.uint16)
     for row, ids in zip(padded, rows, strict=True):
         row[: len(ids)] = ids
-    return Corpus(ids=padded, stop=np.array([len(ids) for ids in rows], np.int32), num_prompt=0)
+    return Corpus(ids=padded, length=np.array([len(ids) for ids in rows], np.int32), num_prompt=1)
 
 
 def _count(path: Path) -> int:

@@ -1,0 +1,58 @@
+"""The log of a training: JSON lines in the run folder, TensorBoard events where asked for."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kdhpc.errors import InputError
+
+FILE = "train.jsonl"
+
+
+class TrainingLog(contextlib.AbstractContextManager["TrainingLog"]):
+    """One line a step. After a kill, steps since the last checkpoint stand there twice.
+
+    Raises:
+        InputError: if events are asked for and TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: Path, *, events: bool) -> None:
+        self.folder = folder
+        self._open_events = _event_writer() if events else None
+        self._events: Any = None
+
+    def write(self, facts: Mapping[str, Any]) -> None:
+        """Add the facts of a step."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / FILE).open("a") as log:
+            log.write(json.dumps({"time": round(time.time(), 3), **facts}) + "\n")
+        if self._open_events is None:
+            return
+        self._events = self._events or self._open_events(str(self.folder))
+        for name, value in facts.items():
+            self._events.add_scalar(name, value, facts["step"])
+
+    def __exit__(self, *exception: object) -> None:
+        if self._events:
+            self._events.close()
+
+
+def _event_writer() -> Callable[[str], Any]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            "tensorboard=true: TensorBoard is not installed; "
+            "install it with `pip install 'kdhpc[tensorboard]'`"
+        ) from error
+    return SummaryWriter
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The facts of every step, in order, the last writing of each."""
+    lines = (folder / FILE).read_text().splitlines()
+    found = {facts["step"]: facts for facts in map(json.loads, lines)}
+    return [found[step] for step in sorted(found)]
