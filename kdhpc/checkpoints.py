@@ -1,8 +1,8 @@
 """Checkpoints of a training: written beside, verified, then published, like every other output.
 
-    3-train-on-truth/teacher-s0/00000.checkpoints/3f9a0c.../
-      000001000.json                     the record: step, data, sha256, recipe, kept
-      000001000.5b1c77d2.safetensors     float32 weights and moments, written before the record
+3-train-on-truth/teacher-s0/00000.checkpoints/3f9a0c.../
+  000001000.json                     the record: step, data, sha256, recipe, kept
+  000001000.5b1c77d2.safetensors     float32 weights and moments, written before the record
 """
 
 import contextlib
@@ -68,7 +68,6 @@ def newest(folder: Path, recipe: str) -> tuple[int, dict[str, "Tensor"]] | None:
                 continue
             if sha256_of(data) == record["sha256"]:
                 return int(record["step"]), load_file(data)
-        print(f"{path}: damaged; put aside", flush=True)
         path.rename(path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}"))
     return None
 
@@ -96,7 +95,8 @@ def _prune(folder: Path, num_kept: int) -> None:
         path.unlink(missing_ok=True)
         del records[path]
     wanted = {record["data"] for record in records.values()}
-    for data in folder.glob("*.safetensors"):
+    unnamed = folder.glob(".tmp*")  # what safetensors writes before it has a name
+    for data in (*folder.glob("*.safetensors"), *unnamed):
         if data.name not in wanted:
             with contextlib.suppress(OSError):
                 remove(data)

@@ -88,7 +88,9 @@ class _SummedNll(torch.autograd.Function):
             if len(hidden) <= head_tokens:
                 grad_weight = grad.T @ rows
             else:  # sums of many chunks are kept in float32
-                grad_weight = torch.zeros_like(weight, dtype=torch.float32) if at == 0 else grad_weight
+                grad_weight = (
+                    torch.zeros_like(weight, dtype=torch.float32) if at == 0 else grad_weight
+                )
                 grad_weight += grad.T @ rows
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))

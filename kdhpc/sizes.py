@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kdhpc.config import Shape, Training
+from kdhpc.config import Shape
 
 NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

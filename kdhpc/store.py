@@ -80,7 +80,7 @@ def read_samples(paths: Sequence[Path]) -> Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRows:
-    """Token ids of several shards as one array [N, L], mapped into memory and never copied whole."""
+    """Token ids of several shards as one array [N, L], mapped into memory, never copied whole."""
 
     parts: tuple[NDArray[np.uint16], ...]
     """[n_i, L] each."""

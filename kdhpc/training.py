@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
+from torch.nn import functional
 from transformers import PreTrainedModel, get_wsd_schedule
 
-from kdhpc import seeding
+from kdhpc import attention, seeding
 from kdhpc.config import Training
 from kdhpc.errors import InputError
 from kdhpc.likelihood import summed_nll
@@ -136,7 +137,7 @@ class Watch:
     """Arithmetic of one position, for MFU."""
 
 
-class Diverged(FloatingPointError):
+class DivergedError(FloatingPointError):
     """A loss or gradient that is no number, or a norm that exploded: trying again cannot help."""
 
 
@@ -188,6 +189,7 @@ def deepspeed_settings(recipe: Training) -> dict[str, Any]:
         settings["fp16"] = {"enabled": True, "loss_scale": recipe.loss_scale}
     return settings
 
+
 def _deepspeed() -> Any:
     """DeepSpeed, quiet, and without its shared-memory op, which compiles C++ at first use."""
     import deepspeed
@@ -206,13 +208,20 @@ class _Engine:
     ) -> None:
         self.deepspeed = _deepspeed()
         self.recipe, self.device = recipe, device
+        self.linear = functional.linear  # ZeRO-3 replaces it for the whole process
         rank = distributed.get_rank()
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(distributed.get_world_size()))
         os.environ.setdefault("LOCAL_RANK", "0")
         self.deepspeed.init_distributed(dist_backend=distributed.get_backend())
-        model = model.to(DTYPES[recipe.dtype]).to(device).train()
+        model = model.to(device).train()
+        # DeepSpeed casts buffers too. Rotary frequencies in bfloat16 would be off by up to a radian
+        # at the end of a row, and no longer be those of the saved model.
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        model.to(DTYPES[recipe.dtype])
+        if device.type == "cpu" and not recipe.compile:
+            model.set_attn_implementation(attention.NAME)
         if recipe.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         if recipe.compile:
             model.base_model.compile()
         optimizer = torch.optim.AdamW(
@@ -236,6 +245,9 @@ class _Engine:
             config=deepspeed_settings(recipe),
             dist_init_required=False,
         )
+        for name, buffer in buffers.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, buffer)
         self.parameters = {
             name.removeprefix("model."): parameter
             for name, parameter in self.engine.module.named_parameters()
@@ -348,6 +360,7 @@ class _Engine:
     def close(self) -> None:
         """Let go of hooks and buffers, so that the next training in this process starts clean."""
         self.engine.destroy()
+        functional.linear = self.linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,7 +444,7 @@ def train(
     stream: str,
     device: torch.device,
     state: State | None = None,
-    watch: Watch = Watch(),  # noqa: B008 (frozen)
+    watch: Watch = Watch(),
 ) -> Trained:
     """Train to the recipe's last step, or until told to stop.
 
@@ -450,16 +463,14 @@ def train(
 
     Raises:
         InputError: for float16 without a GPU.
-        Diverged: naming the step and the last good checkpoint.
+        DivergedError: naming the step and the last good checkpoint.
     """
     if recipe.dtype == "float16" and device.type != "cuda":
         raise InputError("dtype=float16: needs a GPU; expected bfloat16 or float32 on a CPU")
     schedule = Schedule.of(recipe, len(corpus))
     peak = matmul_flops_per_s(device, DTYPES[recipe.dtype]) * recipe.world_size
     engine = _Engine(model, recipe, schedule, device)
-    batches = _Batches(
-        corpus, recipe, schedule, seed, stream, pin := device.type == "cuda"
-    )
+    batches = _Batches(corpus, recipe, schedule, seed, stream, pin := device.type == "cuda")
     is_first = distributed.get_rank() == 0
     found = torch.tensor(0 if state is None else state.step, device=device)
     step = saved = int(from_first(found))
@@ -475,7 +486,7 @@ def train(
         step += 1
         losses.append(loss)
         if not (np.isfinite(loss) and norm <= recipe.max_gradient_norm):
-            raise Diverged(
+            raise DivergedError(
                 f"step {step}: loss {loss:.6g}, gradient norm {norm:.6g} (max_gradient_norm="
                 f"{recipe.max_gradient_norm:g}); the last good checkpoint is that of step {saved}"
             )

@@ -1,63 +1,51 @@
 """Training is DeepSpeed around torch's AdamW, exact against a plain loop, and resumes exactly."""
 
 import dataclasses
+import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from toy_training import CPU, LONG, RECIPE, WIDTH, corpus, fresh, newest, one_process, run, saver
 from transformers import AutoModelForCausalLM, get_wsd_schedule
 
-from kdhpc import checkpoints, models, seeding
-from kdhpc.config import Shape, Training
-from kdhpc.ranks import join
-from kdhpc.training import Corpus, Schedule, State, Trained, Watch, train
-
-CPU = torch.device("cpu")
-SHAPE = Shape(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48)
-RECIPE = Training(
-    learning_rate=3e-3, epochs=2.5, batch_sequences=32, micro_batch_sequences=16, eps=1e-6
+from kdhpc import (
+    checkpoints,
+    likelihood,
+    models,
+    ranks,
+    seeding,
+    sizes,
+    store,
+    training,
 )
+from kdhpc.cluster import failures
+from kdhpc.config import Shape, Training
+from kdhpc.errors import ClusterError, InputError
+from kdhpc.training import DivergedError, Schedule, Trained, Watch
+
+TOY = Path(__file__).with_name("toy_training.py")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_process() -> None:
-    torch.set_num_threads(1)
-    join(rank=0, world_size=1, address="", port=0, device=CPU)
+def alone() -> None:
+    one_process()
 
 
-@pytest.fixture
-def corpus() -> Corpus:
-    generator = np.random.default_rng(0)
-    return Corpus(
-        ids=generator.integers(0, 257, (256, 24)).astype(np.uint16),
-        length=generator.integers(4, 25, 256).astype(np.int32),
-        num_prompt=3,
-    )
-
-
-def fresh() -> Any:
-    return models.new_model(SHAPE, vocab_size=257, length=24, eos=0, seed=1)
-
-
-def run(corpus: Corpus, recipe: Training = RECIPE, **options: Any) -> Trained:
-    return train(fresh(), corpus, recipe, seed=0, stream="test", device=CPU, **options)
-
-
-def saver(folder: Path) -> Callable[[State], None]:
-    return lambda state: checkpoints.save(
-        folder, step=state.step, tensors=state.tensors, recipe="r", num_kept=2
-    )
-
-
-def plain_loop(corpus: Corpus, recipe: Training) -> tuple[list[float], Any]:
+def plain_loop(recipe: Training) -> tuple[list[float], Any]:
     """The same training with torch's AdamW and transformers' schedule, and nothing else."""
-    model = fresh()
+    model, data = fresh(), corpus()
+    ids, length = np.asarray(data.ids).astype(np.int64), data.length
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps,
         weight_decay=recipe.weight_decay,
@@ -75,11 +63,11 @@ def plain_loop(corpus: Corpus, recipe: Training) -> tuple[list[float], Any]:
         epoch, batch = divmod(step, 8)
         order = seeding.permutation(0, "test", epoch, 256)
         rows = order[batch * 32 : (batch + 1) * 32]
-        log_p = model(torch.from_numpy(corpus.ids[rows].astype(np.int64))).logits.log_softmax(-1)
+        log_p = model(torch.from_numpy(ids[rows])).logits.log_softmax(-1)
         picked = [
-            -log_p[i, position - 1, int(corpus.ids[row, position])]
+            -log_p[i, position - 1, ids[row, position]]
             for i, row in enumerate(rows)
-            for position in range(3, corpus.length[row])
+            for position in range(3, length[row])
         ]
         loss = torch.stack(picked).mean()
         optimizer.zero_grad()
@@ -91,48 +79,261 @@ def plain_loop(corpus: Corpus, recipe: Training) -> tuple[list[float], Any]:
     return losses, model
 
 
-def test_losses_and_weights_equal_a_plain_loop(corpus: Corpus) -> None:
-    trained = run(corpus)
-    losses, model = plain_loop(corpus, RECIPE)
+def test_losses_and_weights_equal_a_plain_loop() -> None:
+    trained = run()
+    losses, model = plain_loop(RECIPE)
     assert np.allclose(trained.losses, losses, rtol=1e-5)
     for name, parameter in model.named_parameters():
         assert torch.allclose(trained.weights[name], parameter, atol=1e-5), name
 
 
+def assert_same_curve(losses: Sequence[float], others: Sequence[float]) -> None:
+    assert len(losses) == len(others) == 50
+    assert np.allclose(losses[:10], others[:10], rtol=1e-5, atol=0)
+    assert np.allclose(losses, others, rtol=1e-4, atol=0)
+
+
+@pytest.fixture(scope="module")
+def long() -> Trained:
+    return run(LONG)
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_zero_stages_train_the_same_model(corpus: Corpus, stage: int) -> None:
-    one = run(corpus)
-    other = run(corpus, dataclasses.replace(RECIPE, zero_stage=stage))
-    assert np.allclose(one.losses, other.losses, rtol=1e-5)
+def test_zero_stages_train_the_same_model(long: Trained, stage: int) -> None:
+    assert_same_curve(run(dataclasses.replace(LONG, zero_stage=stage)).losses, long.losses)
 
 
-def test_bfloat16_learns_like_float32(corpus: Corpus) -> None:
-    whole, half = run(corpus), run(corpus, dataclasses.replace(RECIPE, dtype="bfloat16"))
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"activation_checkpointing": True},
+        {"compile": True},
+        {"head_tokens": 100},
+        {"micro_batch_sequences": 7},
+    ],
+)
+def test_what_saves_memory_trains_the_same_model(long: Trained, layout: dict[str, Any]) -> None:
+    assert_same_curve(run(dataclasses.replace(LONG, **layout)).losses, long.losses)
+
+
+def test_bfloat16_learns_like_float32() -> None:
+    whole, half = run(), run(dataclasses.replace(RECIPE, dtype="bfloat16"))
     assert np.allclose(whole.losses, half.losses, rtol=1e-2)
     assert {w.dtype for w in half.weights.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("stop_at", [3, 11])
-def test_a_stopped_training_goes_on_bit_for_bit(
-    corpus: Corpus, tmp_path: Path, stop_at: int
-) -> None:
-    whole = run(corpus)
+def test_a_stopped_training_goes_on_bit_for_bit(tmp_path: Path, stop_at: int) -> None:
+    whole = run()
     steps = iter(range(1, 100))
-    first = run(
-        corpus,
-        watch=Watch(should_stop=lambda: next(steps) == stop_at, save=saver(tmp_path)),
-    )
+    watch = Watch(should_stop=lambda: next(steps) == stop_at, save=saver(tmp_path))
+    first = run(watch=watch)
     assert not first.finished
-    found = checkpoints.newest(tmp_path, "r")
-    assert found is not None
-    rest = run(corpus, state=State(step=found[0], tensors=found[1]))
+    rest = run(state=newest(tmp_path))
     assert first.losses + rest.losses == whole.losses
-    assert all(torch.equal(rest.weights[name], w) for name, w in whole.weights.items())
+    assert_equal_weights(rest.weights, whole.weights)
+
+
+def assert_equal_weights(some: Mapping[str, torch.Tensor], others: Mapping[str, Any]) -> None:
+    assert some.keys() == others.keys()
+    assert all(torch.equal(some[name], others[name]) for name in some)
+
+
+def toy(out: Path, *words: str, code: int = 0) -> None:
+    """Run the toy training in a process of its own, with a checkpoint every three steps."""
+    out.mkdir(exist_ok=True)
+    command = [sys.executable, str(TOY), str(out), "--states", str(out), "--every", "3", *words]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == code, found.stderr
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_killed_training_goes_on_bit_for_bit(tmp_path: Path, seed: int) -> None:
+    killed_at = int(np.random.default_rng(seed).integers(1, 20))
+    toy(tmp_path, "--die-at", str(killed_at), code=-signal.SIGKILL)
+    state = newest(tmp_path)
+    saved = (killed_at - 1) // 3 * 3  # the checkpoint of the step itself was not yet announced
+    assert (state.step if state else 0) in {saved, killed_at // 3 * 3}
+    rest, whole = run(state=state), run()
+    assert rest.losses == whole.losses[20 - len(rest.losses) :]
+    assert_equal_weights(rest.weights, whole.weights)
+
+
+def test_a_kill_while_a_checkpoint_is_written_loses_one_interval(tmp_path: Path) -> None:
+    toy(tmp_path, "--die-in-save-of", "9", code=-signal.SIGXFSZ)
+    [half] = tmp_path.glob(".tmp*")
+    state = newest(tmp_path)
+    assert state is not None
+    assert state.step == 6
+    toy(tmp_path)
+    assert not half.exists()
+    whole = run()
+    assert json.loads((tmp_path / "losses-1.json").read_text()) == whole.losses[6:]
+    assert_equal_weights(load_file(tmp_path / "weights-1.safetensors"), whole.weights)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_another_zero_stage_goes_on_from_a_checkpoint(
+    long: Trained, tmp_path: Path, stage: int
+) -> None:
+    steps = iter(range(1, 100))
+    watch = Watch(should_stop=lambda: next(steps) == 20, save=saver(tmp_path))
+    first = run(dataclasses.replace(LONG, zero_stage=(stage + 1) % 4), watch=watch)
+    rest = run(dataclasses.replace(LONG, zero_stage=stage), state=newest(tmp_path))
+    assert_same_curve(first.losses + rest.losses, long.losses)
+
+
+def test_checkpoints_of_named_epochs_stay(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, checkpoint_every_steps=3, keep_epochs=(0.5, 2.5))
+    kept = Schedule.of(recipe, 256).kept
+
+    def save(state: Any) -> None:
+        checkpoints.save(
+            tmp_path, step=state.step, tensors=state.tensors, recipe="r", num_kept=2,
+            for_good=state.step in kept,
+        )  # fmt: skip
+
+    run(recipe, watch=Watch(save=save))
+    assert sorted(int(p.stem) for p in tmp_path.glob("*.json")) == [4, 15, 18, 20]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+
+
+def test_an_exploding_training_stops_at_once_and_names_its_last_checkpoint(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, checkpoint_every_steps=2, max_gradient_norm=1e9)
+    mild = run(recipe, watch=Watch(should_stop=(iter([0, 0, 0, 1]).__next__), save=saver(tmp_path)))
+    state = newest(tmp_path)
+    assert (mild.step, state is not None) == (4, True)
+    assert state is not None
+    state.tensors["model.norm.weight"].fill_(float("nan"))
+    with pytest.raises(
+        DivergedError, match=r"step 5: loss nan.* checkpoint is that of step 4"
+    ) as found:
+        run(recipe, state=state)
+    assert failures.of_exception(found.value)[0] == "DIVERGED"
+    with pytest.raises(DivergedError, match=r"step 1: .*\(max_gradient_norm=1e-06\)"):
+        run(dataclasses.replace(recipe, max_gradient_norm=1e-6))
+
+
+def test_validation_is_right_and_changes_nothing() -> None:
+    recipe = dataclasses.replace(
+        RECIPE, stop_after_epochs=0.25, validate_every_steps=1, validation_sequences=50
+    )
+    told: list[Mapping[str, Any]] = []
+    watched = run(recipe, watch=Watch(on_step=told.append, validation=corpus()))
+    assert_equal_weights(watched.weights, run(recipe).weights)
+    ids, targets = corpus().read(np.arange(50))
+    model = fresh().requires_grad_(False)
+    model.load_state_dict(dict(watched.weights), strict=False)
+    expected = cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten())
+    assert told[-1]["validation_loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert [facts["step"] for facts in told] == [1, 2]
+    assert all(facts["gradient_norm"] > 0 for facts in told)
+
+
+def test_end_of_sequence_tokens_count_only_where_they_are_learnt() -> None:
+    ids = np.array([[7, 3, 5, 0], [7, 3, 0, 9], [7, 3, 5, 6]], np.uint16)
+    length = np.array([4, 3, 4], np.int32)
+    for eos, expected in ((None, [2, 1, 2]), (0, [1, 0, 2])):
+        data = dataclasses.replace(corpus(), ids=ids, length=length, num_prompt=2, masked_eos=eos)
+        found = data.read(np.array([0, 1, 2, -1]))[1]
+        assert (found >= 0).sum(1).tolist() == [*expected, 0]
+    assert found[2].tolist() == [-100, 5, 6, -100]
+
+
+def test_shards_are_mapped_and_read_by_row(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    parts = []
+    for index, rows in enumerate((5, 1, 7)):
+        zeros = np.zeros(rows)
+        part = store.Samples(
+            ids=generator.integers(0, 999, (rows, 6)).astype(np.uint16),
+            length=np.full(rows, index + 1, np.int32),
+            log_prob_sum=zeros,
+            log_prob_tau_sum=zeros,
+        )
+        store.write_samples(tmp_path / f"{index}.arrow", part, {})
+        parts.append(part)
+    found = store.map_token_rows([tmp_path / f"{index}.arrow" for index in range(3)])
+    whole = np.concatenate([part.ids for part in parts])
+    order = generator.permutation(13)
+    assert np.array_equal(found[order], whole[order])
+    assert found.length.tolist() == 5 * [1] + [2] + 7 * [3]
+    assert not any(part.flags.owndata or part.flags.writeable for part in found.parts)
+
+
+class Watcher(TorchDispatchMode):
+    """Counts what waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.syncs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.syncs += name in {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}
+        return func(*args, **(kwargs or {}))
+
+
+def test_accumulation_waits_for_nothing() -> None:
+    """A step looks at its loss and norm once, however many micro-batches it has."""
+
+    def syncs(micro: int) -> int:
+        steps = iter(range(1, 100))
+        recipe = dataclasses.replace(RECIPE, micro_batch_sequences=micro)
+        with Watcher() as watcher:
+            run(recipe, watch=Watch(should_stop=lambda: next(steps) == 2))
+        return watcher.syncs
+
+    assert syncs(4) == syncs(16)
+
+
+@pytest.mark.parametrize(
+    ("batch", "limit", "nodes", "expected"),
+    [(256, 16, 8, (16, 2)), (256, 24, 8, (16, 2)), (64, 64, 2, (32, 1)), (96, 7, 3, (4, 8))],
+)
+def test_the_global_batch_is_what_was_asked_for(
+    batch: int, limit: int, nodes: int, expected: tuple[int, int]
+) -> None:
+    recipe = Training(batch_sequences=batch, micro_batch_sequences=limit, nodes=nodes)
+    assert (recipe.micro_batch, recipe.accumulation) == expected
+    assert recipe.micro_batch * recipe.accumulation * recipe.world_size == batch
+
+
+def test_float16_is_refused_on_cpus() -> None:
+    with pytest.raises(InputError, match="needs a GPU"):
+        run(dataclasses.replace(RECIPE, dtype="float16"))
+
+
+def test_missing_ranks_are_named_before_any_model_is_built() -> None:
+    code = """
+import torch
+from kdhpc import ranks
+cpu = torch.device("cpu")
+ranks.join(rank=0, world_size=3, address="127.0.0.1", port=PORT, device=cpu, limit_s=1)
+"""
+    port = str(20000 + os.getpid() % 10000)
+    command = [sys.executable, "-c", code.replace("PORT", port)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert "ranks [1, 2] of 3 did not start in 1 s" in found.stderr
+
+
+def test_a_process_keeps_its_number_of_ranks() -> None:
+    with pytest.raises(ClusterError, match="expected 2 ranks"):
+        ranks.join(rank=0, world_size=2, address="", port=0, device=CPU)
+
+
+@pytest.mark.parametrize("shape", [Shape(layers=3, hidden=48, heads=6, kv_heads=2, ffn=80)])
+def test_sizes_are_those_of_the_model(shape: Shape) -> None:
+    model = models.new_model(shape, vocab_size=257, length=16, eos=0, seed=0)
+    assert sizes.num_parameters(shape, 257) == sum(p.numel() for p in model.parameters())
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:
     for step in (10, 20, 30):
-        checkpoints.save(tmp_path, step=step, tensors={"w": torch.full((4,), step)}, recipe="r", num_kept=2)
+        checkpoints.save(
+            tmp_path, step=step, tensors={"w": torch.full((4,), step)}, recipe="r", num_kept=2
+        )
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     [newest] = tmp_path.glob("000000030.*.safetensors")
     newest.write_bytes(newest.read_bytes()[:-3])
@@ -158,18 +359,41 @@ def test_students_stop_inside_a_longer_schedule() -> None:
     assert (schedule.total, schedule.last) == (195_310, 39_062)
 
 
-def test_a_saved_model_loads_in_transformers_with_the_logits_of_training(
-    corpus: Corpus, tmp_path: Path
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_a_saved_model_gives_the_logits_of_training_in_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, limit: float
 ) -> None:
-    trained = run(corpus)
-    model = fresh()
+    seen: list[torch.Tensor] = []
+
+    def look(hidden: torch.Tensor, weight: torch.Tensor, *words: Any, **more: Any) -> torch.Tensor:
+        seen.append((hidden @ weight.T).detach())
+        return likelihood.summed_nll(hidden, weight, *words, **more)
+
+    monkeypatch.setattr(training, "summed_nll", look)  # looks on; the real one does the work
+    rows = dataclasses.replace(corpus(), length=np.full(256, WIDTH, np.int32))
+    recipe = dataclasses.replace(
+        RECIPE, dtype=dtype, stop_after_epochs=0.25, validate_every_steps=2, validation_sequences=8
+    )
+    trained = run(recipe, watch=Watch(validation=rows))
+    model = fresh().to(models.DTYPES[dtype])
     model.load_state_dict(dict(trained.weights), strict=False)
     models.byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     models.save_model(model, tmp_path / "tokenizer", tmp_path / "model")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    ids = torch.from_numpy(corpus.ids[:4].astype(np.int64))
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert list((tmp_path / "model").glob("*.safetensors"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").requires_grad_(False)
+    assert loaded.dtype == models.DTYPES[dtype]
+    logits = loaded(rows.read(np.arange(8))[0]).logits.flatten(0, 1)
+    assert (seen[-4] - logits).abs().max() < limit * logits.abs().max()
+
+
+def test_rotary_frequencies_stay_exact_in_bfloat16() -> None:
+    model = fresh()
+    recipe = dataclasses.replace(RECIPE, dtype="bfloat16", stop_after_epochs=0.125)
+    training.train(model, corpus(), recipe, seed=0, stream="test", device=CPU)
+    assert model.model.norm.weight.dtype == torch.bfloat16
+    trained, exact = dict(model.named_buffers()), dict(fresh().named_buffers())
+    assert trained.keys() == exact.keys()
+    assert all(torch.equal(trained[name], exact[name]) for name in exact)
 
 
 def test_initial_weights_depend_on_the_seed_alone() -> None:

@@ -53,7 +53,7 @@ class _StopFlag:
         print(f"told to stop by {signal.Signals(number).name}", flush=True)
 
 
-def _rank() -> tuple[int, int]:
+def find_rank() -> tuple[int, int]:
     """Rank and world size: from srun, or from the local executor."""
     rank = int(os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0")))
     world_size = int(os.environ.get("SLURM_NTASKS", os.environ.get("WORLD_SIZE", "1")))
@@ -96,7 +96,7 @@ def run_task(path: Path, number: int, index: int) -> int:
     config: Any = compose.build(pipeline.config, dict(request.config))
     plan = pipeline.plan(config)
     run = RunFolder(path, pipeline)
-    rank, world_size = _rank()
+    rank, world_size = find_rank()
     stop = _StopFlag()
     progress = _progress_writer(path / "progress" / f"{number:04d}-{index}.json")
     work = Work(

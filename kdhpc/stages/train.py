@@ -200,7 +200,9 @@ def run(shard: Shard, work: Work) -> Written | None:
         corpus(*trainee.data),
         tokenizer_path,
         stream=f"{trainee.facts['kind']}/s{trainee.facts['seed']}/{trainee.facts['size']}",
-        validation=corpus(*arms.TRUTH_EVAL) if trainee.model.training.validate_every_steps else None,
+        validation=corpus(*arms.TRUTH_EVAL)
+        if trainee.model.training.validate_every_steps
+        else None,
     )
 
 
@@ -250,8 +252,6 @@ def _train(
     states_recipe = _states_recipe(shard.arm)
     states = folder / states_recipe[:12]
     found = checkpoints.newest(states, states_recipe) if work.rank == 0 else None
-    if found:
-        print(f"goes on from step {found[0]} of {states}", flush=True)
     kept = training.Schedule.of(recipe, len(corpus)).kept
     started = time.time()
 
@@ -300,6 +300,7 @@ def _train(
         stats={
             "parameters": sum(p.numel() for p in result.parameters()),
             "steps": trained.step,
+            "resumed_from_step": found[0] if found else 0,
             "final_loss_nats": trained.losses[-1] if trained.losses else None,
             "train_s": round(time.time() - started, 3),
             "device": models.pick_device(config.device).type,

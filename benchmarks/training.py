@@ -1,0 +1,244 @@
+#!/usr/bin/env python
+"""Training speed and memory against the Hugging Face Trainer with DeepSpeed, side by side.
+
+python benchmarks/training.py [--dtype bfloat16 float32] [--rounds 3] [--sequences 2 --parts 4]
+
+Same model (SmolLM2-135M's shape), data, batch, dtype, ZeRO stage, attention (SDPA), optimizer
+(torch's fused AdamW) and threads. Every system is a process of its own, pinned to one core on CPUs;
+they take turns, one optimizer step each, after a first step that is not counted. Medians. Peak
+memory is the most that the process ever held (on GPUs: that the allocator reserved).
+
+The Trainer's best settings that were found: torch_compile off (0.8 times as fast on the CPU where
+this was written), adamw_torch_fused, no logging or saving, no gradient checkpointing, one process
+for data. `Trainer, kept memory` has the allocator settings too that kdhpc gives itself on CPUs.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+LENGTH, VOCAB_SIZE = 512, 49152
+SYSTEMS = ("Trainer", "Trainer, kept memory", "kdhpc fast", "kdhpc small")
+KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+
+
+def main() -> None:
+    """Start every system, let them take turns, print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--dtype", nargs="*", default=["bfloat16", "float32"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sequences", type=int, default=2, help="in a micro-batch")
+    parser.add_argument("--parts", type=int, default=4, help="micro-batches in a step")
+    parser.add_argument("--zero-stage", type=int, default=1)
+    parser.add_argument("--systems", nargs="*", default=list(SYSTEMS))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options)
+    for dtype in options.dtype:
+        compare(dtype, options)
+
+
+def compare(dtype: str, options: argparse.Namespace) -> None:
+    """Time all systems in one dtype."""
+    workers = {name: _start(name, dtype, options) for name in options.systems}
+    first = {name: json.loads(_answer(worker)) for name, worker in workers.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    memory: dict[str, float] = {}
+    for _ in range(options.rounds):
+        for name, worker in workers.items():
+            began = time.perf_counter()
+            print("step", file=worker.stdin, flush=True)
+            memory[name] = json.loads(_answer(worker))["peak_bytes"]
+            seconds[name].append(time.perf_counter() - began)
+    for worker in workers.values():
+        worker.kill()
+    num_tokens = options.sequences * options.parts * LENGTH
+    peak = statistics.median(facts["peak_flops_per_s"] for facts in first.values())
+    flops = next(iter(first.values()))["flops_per_token"] * num_tokens
+    versions = first[options.systems[0]]["versions"]
+    print(
+        f"\n{dtype}: {num_tokens} tokens a step, {options.sequences} sequences at once, {versions}"
+    )
+    print(f"matrix peak, measured: {peak / 1e12:.3f} TFLOP/s")
+    print("| system | tokens/s | times Trainer | of peak | GB | of Trainer's |")
+    print("|---|---|---|---|---|---|")
+    base = options.systems[0]
+    for name in workers:
+        each = statistics.median(seconds[name])
+        print(
+            f"| {name} | {num_tokens / each:.1f} | {statistics.median(seconds[base]) / each:.2f} "
+            f"| {flops / each / peak:.0%} | {memory[name] / 1e9:.2f} "
+            f"| {memory[name] / memory[base]:.2f} |",
+            flush=True,
+        )
+    print({name: [round(s, 2) for s in found] for name, found in seconds.items()}, flush=True)
+
+
+def _start(name: str, dtype: str, options: argparse.Namespace) -> "subprocess.Popen[str]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_LOG_LEVEL": "ERROR"}
+    if name == "Trainer, kept memory":
+        environment |= KEPT_MEMORY
+    words = ["--sequences", str(options.sequences), "--parts", str(options.parts)]
+    words += ["--zero-stage", str(options.zero_stage), "--dtype", dtype, "--worker", name]
+    return subprocess.Popen(
+        [sys.executable, __file__, *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def _answer(worker: "subprocess.Popen[str]") -> str:
+    while line := (worker.stdout.readline() if worker.stdout else ""):
+        if line.startswith("{"):
+            return line
+    raise SystemExit(f"a system ended: {worker.args}")
+
+
+def work(options: argparse.Namespace) -> NoReturn:
+    """Train for ever, one step each time a line comes in."""
+    import torch
+    import transformers
+
+    from kdhpc import models
+    from kdhpc.config import Shape
+    from kdhpc.sizes import training_flops
+
+    device = models.pick_device("auto")
+    if device.type == "cpu":
+        os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
+        models.set_threads(1)
+    shape = Shape(
+        layers=30, hidden=576, heads=9, kv_heads=3, ffn=1536, rope_theta=100000.0, init_std=0.04167
+    )
+    model = models.new_model(shape, vocab_size=VOCAB_SIZE, length=LENGTH, eos=0, seed=0)
+    ids = torch.randint(VOCAB_SIZE, (1024, LENGTH), generator=torch.Generator().manual_seed(0))
+    [dtype] = options.dtype
+    facts = {
+        "peak_flops_per_s": models.matmul_flops_per_s(device, models.DTYPES[dtype]),
+        "flops_per_token": training_flops(shape, VOCAB_SIZE, LENGTH),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+    turns = 0
+
+    def wait() -> None:
+        nonlocal turns
+        turns += 1
+        print(json.dumps({"peak_bytes": _peak_bytes(device), **facts}), flush=True)
+        if not sys.stdin.readline():
+            os._exit(0)
+
+    train = _trainer if options.worker.startswith("Trainer") else _kdhpc
+    train(model, ids, dtype, options, wait)
+    sys.exit("trained to the end of the data")
+
+
+def _peak_bytes(device: Any) -> float:
+    import torch
+
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_reserved(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _kdhpc(
+    model: Any, ids: Any, dtype: Any, options: argparse.Namespace, wait: Callable[[], None]
+) -> None:
+    import numpy as np
+
+    from kdhpc import models, ranks, training
+    from kdhpc.config import Training
+
+    small = options.worker == "kdhpc small"
+    device = models.pick_device("auto")
+    models.keep_freed_memory()
+    ranks.join(rank=0, world_size=1, address="", port=0, device=device)
+    training.train(
+        model,
+        training.Corpus(
+            ids=ids.numpy().astype(np.uint16),
+            length=np.full(len(ids), LENGTH, np.int32),
+            num_prompt=1,
+        ),
+        Training(
+            batch_sequences=options.sequences * options.parts,
+            micro_batch_sequences=options.sequences,
+            zero_stage=options.zero_stage,
+            dtype=dtype,
+            activation_checkpointing=small,
+            head_tokens=256 if small else 4096,
+        ),
+        seed=0,
+        stream="benchmark",
+        device=device,
+        watch=training.Watch(on_step=lambda facts: wait()),
+    )
+
+
+def _trainer(
+    model: Any, ids: Any, dtype: str, options: argparse.Namespace, wait: Callable[[], None]
+) -> None:
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments, training_args
+
+    from kdhpc import training
+
+    training._deepspeed()  # quiet, and no op compiled in the background
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(20000 + os.getpid() % 10000)
+    # It asks for a GPU before it takes bfloat16; DeepSpeed itself does not.
+    training_args.is_torch_bf16_gpu_available = lambda: True
+
+    class Turns(TrainerCallback):
+        def on_step_end(self, *words: Any, **more: Any) -> None:
+            wait()
+
+    class Data(torch.utils.data.Dataset[dict[str, Any]]):
+        def __len__(self) -> int:
+            return len(ids)
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"input_ids": ids[index], "labels": ids[index]}
+
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
+        arguments = TrainingArguments(
+            output_dir=out,
+            per_device_train_batch_size=options.sequences,
+            gradient_accumulation_steps=options.parts,
+            learning_rate=5e-4,
+            adam_beta2=0.95,
+            adam_epsilon=1e-6,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            optim="adamw_torch_fused",
+            bf16=dtype == "bfloat16",
+            deepspeed={
+                "zero_optimization": {"stage": options.zero_stage},
+                "bf16": {"enabled": dtype == "bfloat16"},
+                "gradient_clipping": 1.0,
+                "train_micro_batch_size_per_gpu": options.sequences,
+                "gradient_accumulation_steps": options.parts,
+            },
+            report_to=[],
+            logging_strategy="no",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        Trainer(model=model, args=arguments, train_dataset=Data(), callbacks=[Turns()]).train()
+
+
+if __name__ == "__main__":
+    main()
