@@ -5,6 +5,7 @@
 
 Writes beside results.h5, or into FOLDER, as CSV:
     students   every quantity of every arm, mean and 95 % interval over seeds
+    terms      parts of J, of one setting (a student of one component)
     effects    by setting, what the largest beta changes against the smallest, seed by seed
 and as PNG and PDF, of one setting (panels need a plane, terms a student of one component):
     panels             what sharpening does to teacher and student, one seed
@@ -65,9 +66,22 @@ def student_rows(results: store.Results) -> Iterator[dict[str, Any]]:
                 "arm": facts["arm"],
                 "quantity": quantity,
                 **asdict(mean_of(values)),
-                "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
+                "deviation": _deviation(values),
                 "seeds": len(values),
             }
+
+
+def _deviation(values: Any) -> float:
+    """Standard deviation over seeds; NaN for a single one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def term_rows(arms: Arms) -> Iterator[dict[str, Any]]:
+    """The parts of J by beta and rank of the teacher's component, the largest weight first."""
+    for beta in arms.betas:
+        for quantity, array in arms.terms(beta).items():
+            for rank, values in enumerate(array.T, start=1):
+                yield {"beta": beta, "rank": rank, "quantity": quantity, **asdict(mean_of(values))}
 
 
 def published_table(arms: Arms) -> Table:
@@ -119,7 +133,7 @@ def curve_table(arms: Arms) -> Table:
         table = arms.table(arm)
         arrays = [table.get(name) for name in columns.values()]
         arrays.append(table["covered_modes"].sum(axis=1))
-        texts = ["" if a is None else f"{a.mean():.3f} +- {np.std(a, ddof=1):.2f}" for a in arrays]
+        texts = ["" if a is None else f"{a.mean():.3f} +- {_deviation(a):.2f}" for a in arrays]
         shown.add_row(arm if isinstance(arm, str) else f"{arm:g}", *texts)
     return shown
 
@@ -173,6 +187,7 @@ def main(arguments: list[str]) -> int:
         figures["panels"] = mixture_figures.panels(arms)
     if arms.facts["student_components"] == 1:
         figures["terms"] = mixture_figures.terms(arms)
+        print(files.save_csv(list(term_rows(arms)), out / "terms.csv"))
     if len(found) > 1:
         figures["effect_size"] = mixture_figures.effect_size(found)
         figures["effect_settings"] = mixture_figures.effect_settings(found)

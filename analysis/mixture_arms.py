@@ -59,6 +59,18 @@ class Arms:
         found: Floats = self.table(self.betas[-1])[quantity] - self.table(self.betas[0])[quantity]
         return found
 
+    def terms(self, beta: float) -> dict[str, Floats]:
+        """Parts of J for a student of one component, by falling weight of the teacher's component.
+
+        Returns:
+            `weight` a', `misfit` -b' (nats) and their product `term` (nats), each [S, K'].
+        """
+        table = self.table(beta)
+        weight, misfit = table["joint_weights"][:, :, 0], -table["alignments"][:, :, 0]
+        order = np.argsort(-weight, axis=1)
+        weight, misfit = (np.take_along_axis(part, order, axis=1) for part in (weight, misfit))
+        return {"weight": weight, "misfit": misfit, "term": weight * misfit}
+
 
 def settings(results: store.Results) -> list[str]:
     """Names of the settings, the paper's own first."""

@@ -22,7 +22,7 @@ from mixture_arms import (
     mean_of,
 )
 
-from kdhpc import gaussian, store
+from kdhpc import gaussian
 
 RECALL_TICKS = (-2.5, -5.0, -10.0, -20.0, -50.0)
 PANEL_RADIUS = 2.6
@@ -32,9 +32,15 @@ def panels(arms: Arms) -> Figure:
     """Truth, teacher and students of the seed whose last student is nearest to the median."""
     last = arms.table(arms.betas[-1])["precision_as_defined"]
     row = int(np.argmin(np.abs(last - np.median(last))))
-    shown = [arms.betas[0], arms.betas[len(arms.betas) // 2], arms.betas[-1]]
+    shown = sorted({arms.betas[0], arms.betas[len(arms.betas) // 2], arms.betas[-1]})
+    columns = 1 + len(shown)
     figure, axes = plt.subplots(
-        2, 4, figsize=(11, 6.4), sharex=True, sharey=True, layout="constrained"
+        2,
+        columns,
+        figsize=(2.75 * columns, 6.4),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
     )
     truth = arms.mixture("teachers", "truth", row)
     for panel in axes.flat:
@@ -45,7 +51,7 @@ def panels(arms: Arms) -> Figure:
     axes[0, 0].set_title(f"truth p* and D ({len(points)} points)", fontsize=9)
     _student_panel(axes[1, 0], arms, "direct", row)
     teacher = arms.mixture("teachers", "teacher", row)
-    for column, beta in enumerate(dict.fromkeys(shown), start=1):
+    for column, beta in enumerate(shown, start=1):
         panel = axes[0, column]
         for index, weight in enumerate(gaussian.sharpen(teacher, beta).weights):
             _ellipse(
@@ -292,7 +298,7 @@ def terms(arms: Arms) -> Figure:
     shades = [str(value) for value in np.linspace(0.0, 0.65, ranks)]
     for rank, marker in zip(range(ranks), "os^Dv<>p" * ranks, strict=False):
         for panel, quantity in zip(axes, ("weight", "misfit", "term"), strict=True):
-            means = [mean_of(_terms(arms.table(beta))[quantity][:, rank]) for beta in arms.betas]
+            means = [mean_of(arms.terms(beta)[quantity][:, rank]) for beta in arms.betas]
             label = f"{rank + 1}{'. (largest weight)' if rank == 0 else '.'}"
             _line(panel, arms.betas, means, label, color=shades[rank], fmt=f"{marker}-")
     for panel, title in zip(
@@ -316,14 +322,6 @@ def terms(arms: Arms) -> Figure:
     axes[1].yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
     axes[0].legend(frameon=False, fontsize=8, title="teacher's component", loc="upper left")
     return figure
-
-
-def _terms(table: store.Arrays) -> dict[str, Floats]:
-    """Parts of J, [S, K'] each, by falling weight of the teacher's component."""
-    weight, misfit = table["joint_weights"][:, :, 0], -table["alignments"][:, :, 0]
-    order = np.argsort(-weight, axis=1)
-    weight, misfit = (np.take_along_axis(part, order, axis=1) for part in (weight, misfit))
-    return {"weight": weight, "misfit": misfit, "term": weight * misfit}
 
 
 def effect_size(found: list[Effect]) -> Figure:

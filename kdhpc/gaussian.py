@@ -283,14 +283,16 @@ def bound(teacher: Mixture, student: Mixture, points: Floats) -> Bound:
     """Loss, bound and terms; the gap is averaged over `points` [N, D] drawn from the teacher."""
     joint = np.outer(teacher.weights, student.weights)
     aligned = alignments(teacher, student)
-    log_probs = component_log_prob(student, points)
-    # Jensen's inequality holds at every point; rounding must not make it fail.
-    gaps = np.maximum(_mix(student, log_probs) - log_probs @ student.weights, 0.0)
+    gap = Estimate(value=0.0)
+    if student.num_components > 1:
+        log_probs = component_log_prob(student, points)
+        # Jensen's inequality holds at every point; rounding must not make it fail.
+        gap = monte_carlo(np.maximum(_mix(student, log_probs) - log_probs @ student.weights, 0.0))
     return Bound(
         joint_weights=joint,
         alignments=aligned,
         bound=-float((joint * aligned).sum()),
-        gap=Estimate(value=0.0) if student.num_components == 1 else monte_carlo(gaps),
+        gap=gap,
     )
 
 

@@ -285,7 +285,7 @@ FIT_TEACHERS = Stage(
     unit="points",
     plan=plan_teachers,
     run=run_teachers,
-    rate=lambda config: 1e5,
+    rate=lambda config: 5e5,
     uses_device=False,
 )
 FIT_STUDENTS = Stage(
@@ -295,7 +295,7 @@ FIT_STUDENTS = Stage(
     unit="points",
     plan=plan_students,
     run=run_students,
-    rate=lambda config: 1e6,
+    rate=lambda config: 1.5e6,
     uses_device=False,
 )
 MERGE_MIXTURE = Stage(
