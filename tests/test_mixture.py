@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ from kdhpc.config import MixtureConfig, checked
 from kdhpc.pipeline import MIXTURE
 
 RESULTS = Path("3-merge/results.h5")
-QUICK = ["seeds=4", "shard_seeds=2", "eval_points=400", "betas=[1,100]"]
+QUICK = [
+    "seeds=4", "shard_seeds=2", "eval_points=400", "betas=[1,100]", "settings.random.truth=random",
+]  # fmt: skip
 
 
 def run(runs_dir: Path, *words: str) -> Path:
@@ -137,9 +140,9 @@ def test_what_stands_in_the_results_belongs_together(paper: store.Results) -> No
 
 def test_the_trade_off_needs_few_points_and_a_small_student(tmp_path: Path) -> None:
     path = run(
-        tmp_path, "seeds=8", "betas=[1,20,100]", "eval_points=4000",
+        tmp_path, "seeds=8", "betas=[1,20,100]", "eval_points=2000",
         "settings.many.train_points=50000", "settings.many.em_starts=1",
-        "settings.large.student_components=4",
+        "settings.large.student_components=4", "settings.large.em_starts=3",
     )  # fmt: skip
     written = {found.name: found for found in analyse(path)}
     for name in ("against_beta", "precision_recall", "modes", "panels", "terms", "effect_size"):
@@ -172,12 +175,25 @@ def test_the_trade_off_needs_few_points_and_a_small_student(tmp_path: Path) -> N
 # A run
 
 
-def test_two_runs_have_one_digest_and_a_third_launch_repeats_nothing(tmp_path: Path) -> None:
-    one = run(tmp_path / "one", *QUICK, "settings.random.truth=random")
-    two = run(tmp_path / "two", *QUICK, "settings.random.truth=random", "local_workers=1")
-    assert store.logical_digest(one / RESULTS) == store.logical_digest(two / RESULTS)
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small finished run: look, copy, do not touch."""
+    return run(tmp_path_factory.mktemp("runs"), *QUICK)
+
+
+@pytest.fixture
+def copy(quick: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(quick, tmp_path / "mixture"))
+
+
+def test_two_runs_have_one_digest_and_a_third_launch_repeats_nothing(
+    quick: Path, copy: Path, tmp_path: Path
+) -> None:
+    two = run(tmp_path / "two", *QUICK, "local_workers=1")
+    assert store.logical_digest(quick / RESULTS) == store.logical_digest(two / RESULTS)
+    one = copy
     before, submitted = records(one), sorted((one / "submissions").iterdir())
-    run(tmp_path / "one", *QUICK, "settings.random.truth=random")
+    run(one.parent, *QUICK)
     assert records(one) == before
     assert sorted((one / "submissions").iterdir()) == submitted
     assert "0 damaged" in launch("verify", str(one)).stdout
@@ -185,16 +201,17 @@ def test_two_runs_have_one_digest_and_a_third_launch_repeats_nothing(tmp_path: P
     assert "Warning" not in logs
 
 
-def test_a_beta_a_seed_and_a_setting_cost_what_they_are(tmp_path: Path) -> None:
-    path = run(tmp_path, *QUICK)
+def test_a_beta_a_seed_and_a_setting_cost_what_they_are(copy: Path) -> None:
+    path = copy
     before, old = records(path), store.read_results(path / RESULTS)
     words = [*QUICK, "seeds=6", "betas=[1,10,100]", "settings.more.student_components=2"]
-    run(tmp_path, *words)
+    run(path.parent, *words)
     after, new = records(path), store.read_results(path / RESULTS)
     assert {name: after[name] for name in before} == before
     added = {name for name in after if name not in before and not name.startswith("3-merge")}
     assert {name.split("/")[1] for name in added if not name.endswith("/00002.json")} == {
         "paper-beta10",
+        "random-beta10",
         *(f"more-{arm}" for arm in ("teachers", "direct", "beta1", "beta10", "beta100")),
     }
     for name, arrays in old.tables.items():
@@ -202,10 +219,9 @@ def test_a_beta_a_seed_and_a_setting_cost_what_they_are(tmp_path: Path) -> None:
             assert np.array_equal(new.tables[name][quantity][:4], array), (name, quantity)
 
 
-def test_shards_of_seeds_change_no_number(tmp_path: Path) -> None:
-    one = run(tmp_path / "one", *QUICK)
-    two = run(tmp_path / "two", *QUICK, "shard_seeds=3")
-    tables = [store.read_results(path / RESULTS).tables for path in (one, two)]
+def test_shards_of_seeds_change_no_number(quick: Path, tmp_path: Path) -> None:
+    other = run(tmp_path, *QUICK, "shard_seeds=3")
+    tables = [store.read_results(path / RESULTS).tables for path in (quick, other)]
     assert tables[0].keys() == tables[1].keys()
     for name, arrays in tables[0].items():
         for quantity, array in arrays.items():
