@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo mixture test check bench clean
 
 help:  ## Show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -25,6 +25,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 demo: install  ## Run the demo and its analysis: minutes on a laptop
 	$(BIN)/python launch/sweep.py demo cluster=local
 	$(BIN)/python analysis/precision_recall.py runs/demo
+
+mixture: install  ## Run the mixture simulation and draw it: minutes on a laptop
+	$(BIN)/python launch/sweep.py mixture cluster=local
+	$(BIN)/python analysis/mixture.py runs/mixture
 
 check: $(VENV)/installed-dev  ## Format, lint, types, layers
 	$(BIN)/ruff format --check .

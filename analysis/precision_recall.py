@@ -7,23 +7,21 @@ Writes precision_recall.csv, .png and .pdf beside results.h5, or into FOLDER. In
 bootstrap over sequences for one seed, by Student's t over the means of several.
 """
 
-import argparse
-import csv
 import math
 import sys
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import matplotlib as mpl
+import files
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from kdhpc import metrics, store
-from kdhpc.errors import KdhpcError
-
-RESULTS = Path("8-merge") / "results.h5"
+from kdhpc.cluster.display import command
+from kdhpc.pipeline import LANGUAGE
 
 
 @dataclass(frozen=True)
@@ -104,19 +102,8 @@ def table(found: list[Row], python: str) -> Table:
     return shown
 
 
-def save_csv(found: list[Row], path: Path) -> None:
-    """The rows, every digit."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in found)
-
-
-def draw(found: list[Row], paths: list[Path]) -> None:
+def draw(found: list[Row]) -> Figure:
     """Precision against recall: tau along the curve, the direct baseline beside it."""
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     pooled = [row for row in found if row.seed == "all"] or found
     figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
     for index, size in enumerate(sorted({row.student_size for row in pooled})):
@@ -151,9 +138,7 @@ def draw(found: list[Row], paths: list[Path]) -> None:
     axes.set_ylabel("precision: log p* over student samples (nats per token)")
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.2)
-    for path in paths:
-        figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure
 
 
 def _kind(row: Row) -> str:
@@ -167,36 +152,17 @@ def _bars(row: Row, name: str) -> tuple[float, float]:
 
 def main(arguments: list[str]) -> int:
     """Read results.h5, print, save, draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="folder of a run, or a results.h5")
-    parser.add_argument("--out", type=Path, help="where to write; beside results.h5 if not given")
-    options = parser.parse_args(arguments)
-    path = options.run / RESULTS if options.run.is_dir() else options.run
-    if not path.is_file():
-        print(f"error: {path}: no results here; run launch/sweep.py to its end", file=sys.stderr)
-        return 2
-    try:
-        results = store.read_results(path)
-    except KdhpcError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    if not results.complete:
-        print("warning: some planned shards are missing from these results", file=sys.stderr)
-    out = options.out or path.parent
-    out.mkdir(parents=True, exist_ok=True)
+    options = files.parser(__doc__).parse_args(arguments)
+    results, path, out = files.read(options, LANGUAGE)
     found = rows(results)
     Console(width=None if sys.stdout.isatty() else 100).print(
         table(found, results.provenance.get("python", "?"))
     )
-    save_csv(found, out / "precision_recall.csv")
-    figures = [out / "precision_recall.png", out / "precision_recall.pdf"]
-    draw(found, figures)
-    for written in (path, out / "precision_recall.csv", *figures):
+    saved = files.save_csv([asdict(row) for row in found], out / "precision_recall.csv")
+    for written in (path, saved, *files.save_figure(draw(found), out, "precision_recall")):
         print(written)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command(main)

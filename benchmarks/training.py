@@ -105,7 +105,7 @@ def _answer(worker: "subprocess.Popen[str]") -> str:
     while line := (worker.stdout.readline() if worker.stdout else ""):
         if line.startswith("{"):
             return line
-    raise SystemExit(f"a system ended: {worker.args}")
+    raise SystemExit(f"a system ended: {worker.args!r}")
 
 
 def work(options: argparse.Namespace) -> NoReturn:
@@ -202,7 +202,7 @@ def _trainer(
     # It asks for a GPU before it takes bfloat16; DeepSpeed itself does not.
     training_args.is_torch_bf16_gpu_available = lambda: True
 
-    class Turns(TrainerCallback):
+    class Turns(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *words: Any, **more: Any) -> None:
             wait()
 

@@ -27,13 +27,15 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kdhpc.errors import DamagedError, InputError
 from kdhpc.shards import Pipeline, Plan, Shard, Stage
 
+RESULTS = "results.h5"
+"""Fixed name of the newest merge in its stage's folder."""
 RECORD_FIELDS = {"key", "data", "bytes", "sha256", "rows", "recipe", "fields", "inputs", "nonce"}
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 
@@ -350,6 +352,29 @@ class Work:
                 raise DamagedError(f"{copy}: differs from {record.data}")
         self._verified.add(str(copy))
         return copy
+
+    def provenance(self, keys: Sequence[str], packages: Sequence[str]) -> dict[str, str]:
+        """Where merged numbers come from; outside their logical digest.
+
+        Args:
+            keys: of the shards that they were merged from.
+            packages: whose versions matter.
+        """
+        import platform
+        from importlib.metadata import version
+
+        from kdhpc import compose
+
+        records = [self.record(key) for key in keys]
+        return {
+            "config": compose.to_yaml(self.config),
+            "merged_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "versions": json.dumps({name: version(name) for name in packages}),
+            "python": platform.python_version(),
+            "hosts": json.dumps(sorted({r.attempt["host"] for r in records})),
+            "code": json.dumps(sorted({r.code for r in records})),
+            "seconds": json.dumps(round(sum(r.seconds for r in records), 1)),
+        }
 
     def new_path(self, shard: Shard, suffix: str = "") -> Path:
         """A name of this attempt's own, beside the record to come."""

@@ -122,7 +122,7 @@ def difference(old: Any, new: Any, path: str = "") -> list[str]:
 def _merge(*parts: DictConfig) -> DictConfig:
     try:
         return cast(DictConfig, OmegaConf.merge(*parts))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         raise InputError(_one_line(error)) from error
 
 
@@ -168,14 +168,19 @@ def _dotlist(overrides: list[str]) -> DictConfig:
     return merged
 
 
-def _one_line(error: OmegaConfBaseException, key: str = "") -> str:
+def _one_line(error: Exception, key: str = "") -> str:
     """First line of omegaconf's message, without its jargon."""
     key = key or getattr(error, "full_key", None) or ""
     message = str(error).split("\n")[0]
     if "$VALUE" in message:  # omegaconf 2.4 leaves its placeholder for items of a tuple
         message = f"expected every item to be a {message.rpartition(' ')[2]}"
     elif "Incompatible value 'None'" in message:
-        message = f"nothing is given; expected a value of type {message.rpartition(' ')[2]}"
+        wanted = message.partition("of type ")[2].strip("'")
+        message = f"nothing is given; expected a value of type {wanted}"
+    elif "is not Optional" in message:
+        message = "nothing is given; expected a value"
+    elif "incompatible container types" in message:
+        message = "a list is given for keys, or keys for a list; expected the same as in configs/"
     elif "is not a TupleConfig" in message:
         message = "expected a list, such as [1.0,0.8]"
     elif "type hint length" in message:

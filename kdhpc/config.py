@@ -4,9 +4,9 @@ YAML in `configs/` holds choices only; `kdhpc.compose` merges it into these clas
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from kdhpc.errors import InputError
 
@@ -272,7 +272,7 @@ class RunConfig:
     """What every run has, whatever its pipeline."""
 
     pipeline: str = "language"
-    """`language`, or `module:NAME` of a `Pipeline` elsewhere."""
+    """`language`, `mixture`, or `module:NAME` of a `Pipeline` elsewhere."""
     name: str = "run"
     """Folder of the run inside `runs_dir`."""
     seed: int = 0
@@ -325,6 +325,51 @@ class LanguageConfig(RunConfig):
     """By stage name, tokens a second a rank, for estimates; measured speeds replace them."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One setting of the mixture simulation; the defaults are the paper's."""
+
+    truth: Literal["grid", "fitted_grid", "random"] = "grid"
+    """p*: `grid` (eight modes in the plane, exactly), `fitted_grid` (an EM fit to points of that
+    grid, as in the released code), or `random` (`modes` of them in `dimension` dimensions)."""
+    modes: int = 8
+    """Modes of p*; the grid has 8."""
+    dimension: int = 2
+    """Of the points; the grid has 2."""
+    fit_points: int = 50000
+    """Points that `truth: fitted_grid` is fitted to."""
+    train_points: int = 100
+    """Points in D."""
+    distill_points: int = 1000
+    """Points in every D'."""
+    teacher_components: int = 4
+    """K', components of the teacher."""
+    student_components: int = 1
+    """K'', components of the students, the direct one too."""
+    teacher_covariance: Literal["diagonal", "full"] = "diagonal"
+    """Shape of the teacher's components."""
+    student_covariance: Literal["diagonal", "full"] = "diagonal"
+    """Shape of the students' components."""
+    em_starts: int = 10
+    """Runs of EM a fit, of which the likeliest is taken; one is quicker and finds worse fits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig(RunConfig):
+    """The mixture-of-Gaussians simulation."""
+
+    settings: dict[str, Setting]
+    """What is simulated, by name."""
+    seeds: int
+    """Repetitions of every setting, each with its own D, teacher and students."""
+    shard_seeds: int = 20
+    """Repetitions a shard. Seeds added in multiples of it repeat none."""
+    betas: tuple[float, ...]
+    """Sharpenings of the teacher's weights; the direct student is always there too."""
+    eval_points: int = 20000
+    """Fresh points for every expectation that has no closed form."""
+
+
 TOKENS_PER_S = 20000.0
 """Estimate where `throughput` names no stage: a toy model on one core."""
 
@@ -334,14 +379,23 @@ def tokens_per_s(config: LanguageConfig, stage: str) -> float:
     return config.throughput.get(stage, TOKENS_PER_S)
 
 
-def checked(config: LanguageConfig) -> LanguageConfig:
+C = TypeVar("C", bound=RunConfig)
+
+
+def checked(config: C) -> C:
     """The same config if every value is possible.
 
     Raises:
         InputError: naming the key, its value, what is expected.
     """
     check_run(config)
-    for problem in _problems(config):
+    if isinstance(config, LanguageConfig):
+        problems = _problems(config)
+    elif isinstance(config, MixtureConfig):
+        problems = _mixture_problems(config)
+    else:
+        problems = iter(())
+    for problem in problems:
         raise InputError(problem)
     return config
 
@@ -389,25 +443,68 @@ def check_run(config: RunConfig) -> None:
         raise InputError("slurm.max_submit=1: expected at least 2, one task and its gate")
 
 
-def _problems(config: LanguageConfig) -> Iterator[str]:
-    def at_least(low: float, *keys: str) -> Iterator[str]:
-        for key in keys:
-            value: object = config
-            for part in key.split("."):
-                value = value[part] if isinstance(value, dict) else getattr(value, part)
-            if not (isinstance(value, int | float) and value >= low and math.isfinite(value)):
-                yield f"{key}={value}: expected a number of at least {low:g}"
+def _at_least(config: RunConfig, low: float, *keys: str) -> Iterator[str]:
+    for key in keys:
+        value: object = config
+        for part in key.split("."):
+            value = value[part] if isinstance(value, dict) else getattr(value, part)
+        if not (isinstance(value, int | float) and value >= low and math.isfinite(value)):
+            yield f"{key}={value}: expected a number of at least {low:g}"
 
-    yield from at_least(1, "seeds", "length", "sampling.batch_rows", "sampling.shard_sequences")
-    yield from at_least(1, "sampling.train_sequences", "sampling.eval_sequences")
-    yield from at_least(1, "scoring.batch_rows", "scoring.shard_sequences", "scoring.head_tokens")
-    if not config.taus:
-        yield "taus=[]: expected at least one temperature, such as taus=[1.0,0.8]"
-    for tau in config.taus:
-        if not (math.isfinite(tau) and tau > 0):
-            yield f"taus={list(config.taus)}: expected every tau to be a number above 0, got {tau}"
-    if len({f"{tau:g}" for tau in config.taus}) < len(config.taus):
-        yield f"taus={list(config.taus)}: a temperature stands there twice"
+
+def _knob_problems(key: str, values: tuple[float, ...], example: str) -> Iterator[str]:
+    """What is wrong with a list of temperatures or sharpenings."""
+    if not values:
+        yield f"{key}s=[]: expected at least one {key}, such as {key}s={example}"
+    for value in values:
+        if not (math.isfinite(value) and value > 0):
+            yield f"{key}s={list(values)}: expected every {key} to be a number above 0, got {value}"
+    if len({f"{value:g}" for value in values}) < len(values):
+        yield f"{key}s={list(values)}: a {key} stands there twice"
+
+
+def _name_problems(key: str, names: Iterable[str]) -> Iterator[str]:
+    """What is wrong with names that become parts of file names."""
+    for name in names:
+        if not name.replace("_", "").replace("-", "").isalnum():
+            yield f"{key}.{name}: expected a name of letters, digits, - and _"
+
+
+def _mixture_problems(config: MixtureConfig) -> Iterator[str]:
+    yield from _at_least(config, 1, "seeds", "shard_seeds")
+    yield from _at_least(config, 2, "eval_points")
+    yield from _knob_problems("beta", config.betas, "[1,100]")
+    if not config.settings:
+        yield "settings={}: expected at least one, such as settings.paper.train_points=100"
+    yield from _name_problems("settings", config.settings)
+    for name, setting in config.settings.items():
+        key = f"settings.{name}"
+        counts = ("modes", "dimension", "teacher_components", "student_components", "em_starts")
+        yield from _at_least(config, 1, *(f"{key}.{count}" for count in counts))
+        if setting.truth != "random":
+            for part, there in {"modes": 8, "dimension": 2}.items():
+                if getattr(setting, part) != there:
+                    yield (
+                        f"{key}.{part}={getattr(setting, part)}: truth={setting.truth} has "
+                        f"{there}; expected that, or truth=random"
+                    )
+        components = max(setting.teacher_components, setting.student_components)
+        yield from _at_least(config, max(2, components), f"{key}.train_points")
+        yield from _at_least(config, max(2, setting.student_components), f"{key}.distill_points")
+        if setting.fit_points < 1 or setting.fit_points % setting.modes:
+            yield (
+                f"{key}.fit_points={setting.fit_points}: expected a multiple of the "
+                f"{setting.modes} modes, so that each has as many"
+            )
+
+
+def _problems(config: LanguageConfig) -> Iterator[str]:
+    yield from _at_least(
+        config, 1, "seeds", "length", "sampling.batch_rows", "sampling.shard_sequences",
+        "sampling.train_sequences", "sampling.eval_sequences", "scoring.batch_rows",
+        "scoring.shard_sequences", "scoring.head_tokens",
+    )  # fmt: skip
+    yield from _knob_problems("tau", config.taus, "[1.0,0.8]")
     if config.length < 2:
         yield f"length={config.length}: expected at least 2 tokens, one of prompt and one drawn"
     if not config.prompt:
@@ -444,9 +541,7 @@ def _problems(config: LanguageConfig) -> Iterator[str]:
             f"truth.tokenizer=bytes: differs from the tokenizer of {config.truth.model}, which the "
             "students share; expected truth.tokenizer=model"
         )
-    for size in config.students:
-        if not size.replace("_", "").replace("-", "").isalnum():
-            yield f"students.{size}: expected a name of letters, digits, - and _"
+    yield from _name_problems("students", config.students)
     for key, model in models(config).items():
         yield from _model_problems(key, model, config)
 

@@ -72,28 +72,27 @@ class _SummedNll(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         wanted = hidden.requires_grad or weight.requires_grad
-        grad_hidden = torch.empty_like(hidden) if wanted else None
-        grad_weight: Tensor | None = None
+        parts: list[Tensor] = []
+        # Sums of many chunks are kept in float32.
+        sums = torch.zeros_like(weight, dtype=torch.float32) if len(hidden) > head_tokens else None
         for at in range(0, len(hidden), head_tokens):
             rows, counts = hidden[at : at + head_tokens], targets[at : at + head_tokens] >= 0
             chosen = targets[at : at + head_tokens].clamp(min=0)[:, None]
             log_p = torch.log_softmax((rows @ weight.T).float(), dim=1)
             total -= (log_p.gather(1, chosen).squeeze(1) * counts).sum()
-            if grad_hidden is None:
+            if not wanted:
                 continue
             log_p.exp_().scatter_add_(1, chosen, -torch.ones_like(chosen, dtype=log_p.dtype))
             grad = log_p.mul_((counts * gain)[:, None]).to(weight.dtype)
-            del log_p
-            torch.mm(grad, weight, out=grad_hidden[at : at + head_tokens])
-            if len(hidden) <= head_tokens:
-                grad_weight = grad.T @ rows
-            else:  # sums of many chunks are kept in float32
-                grad_weight = (
-                    torch.zeros_like(weight, dtype=torch.float32) if at == 0 else grad_weight
-                )
-                grad_weight += grad.T @ rows
-        if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            del log_p  # before the next large buffers are made
+            parts.append(grad @ weight)
+            grad_weight = grad.T @ rows
+            if sums is not None:
+                sums += grad_weight
+        if wanted:
+            ctx.save_for_backward(
+                torch.cat(parts), grad_weight if sums is None else sums.to(weight.dtype)
+            )
             ctx.gain = gain
         return total
 

@@ -4,9 +4,10 @@ Each stage reads what the ones before it wrote; `python launch/sweep.py --dry-ru
 order with its shards, and a run's folders are numbered by it.
 """
 
-from kdhpc.config import LanguageConfig
+from kdhpc.config import LanguageConfig, MixtureConfig
 from kdhpc.shards import Pipeline
 from kdhpc.stages.merge import MERGE
+from kdhpc.stages.mixture import FIT_STUDENTS, FIT_TEACHERS, MERGE_MIXTURE
 from kdhpc.stages.sample import SAMPLE_STUDENTS, SAMPLE_TEACHER, SAMPLE_TRUTH
 from kdhpc.stages.score import SCORE
 from kdhpc.stages.train import TRAIN_ON_TRUTH, TRAIN_STUDENTS, TRUTH
@@ -26,4 +27,14 @@ LANGUAGE = Pipeline(
     ),
 )
 
-PIPELINES = {pipeline.name: pipeline for pipeline in (LANGUAGE,)}
+MIXTURE = Pipeline(
+    name="mixture",
+    config=MixtureConfig,
+    stages=(
+        FIT_TEACHERS,  # p*, D, the teacher p' on it, and the direct student
+        FIT_STUDENTS,  # a student p'' on points of each sharpened teacher, scored
+        MERGE_MIXTURE,  # results.h5
+    ),
+)
+
+PIPELINES = {pipeline.name: pipeline for pipeline in (LANGUAGE, MIXTURE)}

@@ -28,6 +28,17 @@ def uniforms(
     return (np.stack(rows) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def uniform_block(seed: int, stream: str, num_rows: int, num_columns: int) -> NDArray[np.float64]:
+    """Uniform numbers inside (0, 1) of a stream whose rows are cheap and many, such as points.
+
+    Returns:
+        [num_rows, num_columns] float64; more rows of a stream begin with the same ones.
+    """
+    raw = _philox(seed, stream, 0).random_raw(num_rows * num_columns)
+    # The half keeps the numbers inside (0, 1).
+    return ((raw >> np.uint64(11)).astype(np.float64) + 0.5).reshape(num_rows, -1) * 2.0**-53
+
+
 def gumbels(
     seed: int, stream: str, sequence_indices: range, position: int, num_tokens: int
 ) -> NDArray[np.float64]:

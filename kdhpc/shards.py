@@ -7,7 +7,7 @@ each with its recipe. Nothing here touches a disk.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,29 @@ def cut(num_rows: int, rows_per_shard: int) -> Iterator[tuple[str, tuple[int, in
         stop = min(start + rows_per_shard, num_rows)
         full = stop - start == rows_per_shard
         yield (f"{index:05d}" if full else f"{index:05d}-{stop - start}"), (start, stop)
+
+
+def merge_of(
+    shards: Sequence[Shard],
+    *,
+    stage: str,
+    fields: Mapping[str, Json],
+    rows: int,
+    bytes_per_row: float,
+) -> Shard:
+    """The shard that merges others, named after its recipe.
+
+    A run that grew is merged again beside the old merge.
+    """
+    inputs = {shard.key: shard.recipe for shard in shards}
+    arm = Arm(stage=stage, name="results", fields=fields, inputs=inputs)
+    return Shard(
+        arm=arm,
+        name=arm.recipe[:12],
+        reads=tuple(inputs),
+        work=rows,
+        num_bytes=bytes_per_row * rows,
+    )
 
 
 class Plan:

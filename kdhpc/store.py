@@ -7,7 +7,7 @@ A token shard opens without this project:
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,54 @@ class Scores:
     """[N, L] nats, NaN where a token is not counted; only where asked for."""
 
 
+Arrays = Mapping[str, NDArray[Any]]
+"""Arrays by name; the rows of all of them belong together."""
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Write a shard of named arrays and read it back.
+
+    Raises:
+        DamagedError: if what is read differs.
+    """
+    import h5py
+
+    with h5py.File(path, "w", locking=False) as file:
+        _put_arrays(file, arrays)
+    again = read_arrays(path)
+    if not all(np.array_equal(again[name], array) for name, array in arrays.items()):
+        raise DamagedError(f"{path}: reads back differently from what was written")
+
+
+def read_arrays(path: Path) -> Arrays:
+    """Read a shard of named arrays.
+
+    Raises:
+        DamagedError: naming a file that is not one.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return _get_arrays(file)
+    except OSError as error:
+        raise DamagedError(f"{path}: not a shard of arrays ({error})") from error
+
+
+def _put_arrays(group: Any, arrays: Arrays) -> None:
+    for name, array in arrays.items():
+        group.create_dataset(name, data=array, fletcher32=True, chunks=_chunks(array))
+
+
+def _get_arrays(group: Any) -> Arrays:
+    return {name: found[:] for name, found in group.items()}
+
+
+def join_arrays(parts: Sequence[Arrays]) -> Arrays:
+    """Shards of the same named arrays, one after the other."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 def write_scores(path: Path, scores: Scores) -> None:
     """Write a score shard and read it back.
 
@@ -149,7 +197,7 @@ def write_scores(path: Path, scores: Scores) -> None:
     import h5py
 
     with h5py.File(path, "w", locking=False) as file:
-        _put_scores(file, scores)
+        _put_arrays(file, _score_arrays(scores))
     if not np.array_equal(read_scores(path).log_prob_sum, scores.log_prob_sum):
         raise DamagedError(f"{path}: reads back differently from what was written")
 
@@ -169,15 +217,14 @@ def read_scores(path: Path) -> Scores:
         raise DamagedError(f"{path}: not a score shard ({error})") from error
 
 
-def _put_scores(group: Any, scores: Scores) -> None:
+def _score_arrays(scores: Scores) -> Arrays:
     arrays: dict[str, NDArray[Any]] = {
         "log_prob_sum": scores.log_prob_sum,
         "num_tokens": scores.num_tokens,
     }
     if scores.token_log_prob is not None:
         arrays["token_log_prob"] = scores.token_log_prob
-    for name, array in arrays.items():
-        group.create_dataset(name, data=array, fletcher32=True, chunks=_chunks(array))
+    return arrays
 
 
 def _chunks(array: NDArray[Any]) -> tuple[int, ...]:
@@ -207,12 +254,14 @@ def join_scores(parts: Sequence[Scores]) -> Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """A merged run: `/scores/<sampler>/<scorer>`, `/models/<name>`, and where they came from."""
+    """A merged run: `/scores/<sampler>/<scorer>`, `/tables/<arm>/<array>`, `/models/<name>`."""
 
     scores: Mapping[tuple[str, str], Scores]
     """By (sampler, scorer); the scorer `self` is the sampler's own opinion while it drew."""
+    tables: Mapping[str, Arrays]
+    """By arm, arrays with a row a seed; of pipelines whose scores are not of sequences."""
     models: Mapping[str, Mapping[str, Any]]
-    """Facts of every model: tau, size, seed, parameters, final loss."""
+    """Facts of every model or arm: tau, size, seed, parameters, final loss."""
     recipe: str
     """Of the merge."""
     complete: bool
@@ -226,11 +275,14 @@ def write_results(
     scores: Iterator[tuple[str, str, Scores]],
     models: Mapping[str, Mapping[str, Any]],
     *,
+    tables: Iterable[tuple[str, Arrays]] = (),
     recipe: str,
     complete: bool,
     provenance: Mapping[str, str],
 ) -> str:
-    """Write a merged file, one pair of sampler and scorer in memory at a time, and read it back.
+    """Write a merged file, one pair of sampler and scorer (or table) in memory at a time.
+
+    It is read back once.
 
     Returns:
         The logical digest.
@@ -244,8 +296,11 @@ def write_results(
     with h5py.File(path, "w", locking=False) as file:
         file.attrs["recipe"], file.attrs["complete"] = recipe, complete
         for sampler, scorer, part in scores:
-            _put_scores(file.create_group(f"scores/{sampler}/{scorer}"), part)
+            _put_arrays(file.create_group(f"scores/{sampler}/{scorer}"), _score_arrays(part))
             digests.append(_scores_digest(sampler, scorer, part))
+        for name, arrays in tables:
+            _put_arrays(file.create_group(f"tables/{name}"), arrays)
+            digests += _table_digests(name, arrays)
         for name, facts in models.items():
             file.create_group(f"models/{name}").attrs.update(facts)
             digests.append(_model_digest(name, facts))
@@ -271,9 +326,11 @@ def read_results(path: Path) -> Results:
                 for sampler, scorers in file.get("scores", {}).items()
                 for scorer, group in scorers.items()
             }
+            tables = {name: _get_arrays(group) for name, group in file.get("tables", {}).items()}
             models = {name: _attributes(group) for name, group in file.get("models", {}).items()}
             return Results(
                 scores=scores,
+                tables=tables,
                 models=models,
                 recipe=str(file.attrs["recipe"]),
                 complete=bool(file.attrs["complete"]),
@@ -291,23 +348,31 @@ def _attributes(group: Any) -> dict[str, Any]:
 
 
 def logical_digest(path: Path) -> str:
-    """sha256 over what a merged file says: scores, models, recipe, completeness, not provenance.
+    """sha256 over what a merged file says: all but its provenance.
 
     Raises:
         DamagedError: naming a file that is not a merged one.
     """
     results = read_results(path)
     digests = [_scores_digest(*pair, scores) for pair, scores in results.scores.items()]
+    digests += [d for name, arrays in results.tables.items() for d in _table_digests(name, arrays)]
     digests += [_model_digest(name, facts) for name, facts in results.models.items()]
     return _combine(digests, results.recipe, results.complete)
 
 
 def _scores_digest(sampler: str, scorer: str, scores: Scores) -> str:
-    found = hashlib.sha256(f"{sampler}/{scorer}".encode())
-    for array in (scores.log_prob_sum, scores.num_tokens, scores.token_log_prob):
-        if array is not None:
-            found.update(f"{array.dtype.str}{array.shape}".encode())
-            found.update(np.ascontiguousarray(array).tobytes())
+    return _arrays_digest(f"{sampler}/{scorer}", list(_score_arrays(scores).values()))
+
+
+def _table_digests(name: str, arrays: Arrays) -> list[str]:
+    return [_arrays_digest(f"{name}/{column}", [array]) for column, array in arrays.items()]
+
+
+def _arrays_digest(name: str, arrays: Sequence[NDArray[Any]]) -> str:
+    found = hashlib.sha256(name.encode())
+    for array in arrays:
+        found.update(f"{array.dtype.str}{array.shape}".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
     return found.hexdigest()
 
 

@@ -242,6 +242,73 @@ def test_what_cannot_be_is_refused_in_one_line(case: Case, inputs: Path, tmp_pat
     assert content(inputs, tmp_path) == before
 
 
+# With `mixture`.
+SETTING = "settings.paper"
+TYPED_FOR_MIXTURE: dict[str, Case] = {
+    "unknown key": (f"{SETTING}.train_point=9", f"{SETTING}.train_point", "'train_points'"),
+    "a key of the other pipeline": ("taus=[1.0]", "taus", "Key"),
+    "text for a number": (f"{SETTING}.train_points=few", f"{SETTING}.train_points", "'few'"),
+    "unknown truth": (f"{SETTING}.truth=circle", f"{SETTING}.truth", "'circle'", "grid"),
+    "unknown covariance": (f"{SETTING}.student_covariance=round", SETTING, "'round'", "diagonal"),
+    "no setting": ("settings=null", "settings", "expected"),
+    "a setting left out": ("settings.new=", "settings.new", "expected"),
+    "a list of settings": ("settings=[]", "a list is given", "expected"),
+    "a name with a slash": ("settings.a/b.modes=8", "settings.a/b", "letters"),
+    "no beta": ("betas=[]", "betas=[]", "expected at least one"),
+    "beta of 0": ("betas=[0]", "betas=[0.0]", "above 0"),
+    "infinite beta": ("betas=[inf]", "betas=[inf]", "above 0"),
+    "beta twice": ("betas=[1,1.0]", "betas=[1.0, 1.0]", "twice"),
+    "text for a beta": ("betas=[abc]", "betas", "abc", "expected"),
+    "no seeds": ("seeds=0", "seeds=0", "at least 1"),
+    "empty shards": ("shard_seeds=0", "shard_seeds=0", "at least 1"),
+    "one evaluation point": ("eval_points=1", "eval_points=1", "at least 2"),
+    "no components": (f"{SETTING}.teacher_components=0", SETTING, "teacher_components=0", "1"),
+    "no starts": (f"{SETTING}.em_starts=0", f"{SETTING}.em_starts=0", "at least 1"),
+    "fewer points than components": (
+        f"{SETTING}.train_points=3",
+        f"{SETTING}.train_points=3",
+        "at least 4",
+    ),
+    "too few points for a student": (
+        f"{SETTING}.distill_points=1",
+        f"{SETTING}.distill_points=1",
+        "at least 2",
+    ),
+    "another grid": (f"{SETTING}.modes=9", f"{SETTING}.modes=9", "truth=random"),
+    "a grid in space": (f"{SETTING}.dimension=3", f"{SETTING}.dimension=3", "truth=random"),
+    "uneven points": (
+        f"{SETTING}.truth=fitted_grid {SETTING}.fit_points=100",
+        f"{SETTING}.fit_points=100",
+        "multiple of the 8 modes",
+    ),
+    "unknown stage": ("slurm.stages.score.mem_gb=3", "slurm.stages.score", "fit-students"),
+}
+
+
+@pytest.mark.parametrize("case", TYPED_FOR_MIXTURE.values(), ids=list(TYPED_FOR_MIXTURE))
+def test_a_mixture_that_cannot_be_is_refused_in_one_line(case: Case, tmp_path: Path) -> None:
+    typed, begins, *names = case
+    where = ["mixture", "cluster=local", f"runs_dir={tmp_path / 'runs'}"]
+    found = launch("sweep", *where, *typed.split(" "), code=None, **NO_SLURM)
+    assert_refused(found, begins, *names)
+    assert content(tmp_path) == {}
+
+
+def test_what_a_mixture_was_made_with_stays(tmp_path: Path) -> None:
+    where = ["mixture", "cluster=local", f"runs_dir={tmp_path}", "betas=[1]", "eval_points=50"]
+    launch("sweep", *where, "seeds=1")
+    before = content(tmp_path)
+    for word, change in {
+        "settings.paper.train_points=50": "fit-teachers: train_points: 100 -> 50",
+        "eval_points=60": "fit-students: eval_points: 50 -> 60",
+    }.items():
+        found = launch("sweep", *where, "seeds=1", word, code=None, **NO_SLURM)
+        assert_refused(found, str(tmp_path), change, "name=mixture-2")
+    found = launch("rerun", str(tmp_path / "mixture"), "--partial", code=None, **NO_SLURM)
+    assert_refused(found, "--partial", "mixture")
+    assert content(tmp_path) == before
+
+
 PRESETS: dict[str, tuple[bytes, str, str]] = {
     "broken": (b"taus: [1", "broken.yaml", "not readable YAML"),
     "a list": (b"- 1", "broken.yaml", "expected keys and values"),
@@ -328,16 +395,28 @@ def test_a_run_that_others_may_write_to_is_refused(finished: Path) -> None:
     assert_refused(found, str(finished), "others")
 
 
+@pytest.mark.parametrize("script", ["precision_recall.py", "mixture.py"])
 @pytest.mark.parametrize("name", ["folder", "nowhere"])
-def test_analysis_asks_for_results(name: str, tmp_path: Path) -> None:
+def test_analysis_asks_for_results(script: str, name: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     found = subprocess.run(
-        [sys.executable, ROOT / "analysis" / "precision_recall.py", tmp_path / name],
+        [sys.executable, ROOT / "analysis" / script, tmp_path / name],
         capture_output=True,
         text=True,
     )
     assert_refused(found, str(tmp_path / name), "no results here", "sweep.py")
     assert content(tmp_path) == {tmp_path / "folder": ""}
+
+
+def test_analysis_refuses_results_of_the_other_pipeline(tiny_run: Path, tmp_path: Path) -> None:
+    results = tiny_run / "8-merge" / "results.h5"
+    found = subprocess.run(
+        [sys.executable, ROOT / "analysis" / "mixture.py", results, "--out", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+    )
+    assert_refused(found, str(results), "another pipeline", "mixture")
+    assert content(tmp_path) == {}
 
 
 def sweep_again(run: Path, *words: str) -> subprocess.CompletedProcess[str]:

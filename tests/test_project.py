@@ -9,21 +9,27 @@ from pathlib import Path
 import pytest
 
 from kdhpc import compose
+from kdhpc.cluster import runs
 from kdhpc.cluster.decide import Batch
 from kdhpc.cluster.slurm import script
 from kdhpc.cluster.submission import final_resources
 from kdhpc.config import LanguageConfig, checked
-from kdhpc.pipeline import LANGUAGE
+from kdhpc.pipeline import LANGUAGE, MIXTURE
 
 ROOT = Path(__file__).parents[1]
 GOLDENS = Path(__file__).parent / "goldens"
-HEAVY = {"torch", "transformers", "deepspeed", "datasets", "h5py", "pyarrow", "scipy", "matplotlib"}
+HEAVY = {
+    "torch", "transformers", "deepspeed", "datasets", "h5py", "pyarrow", "scipy", "sklearn",
+    "matplotlib",
+}  # fmt: skip
 PRESETS = {
     "tiny": ["tiny"],
     "demo": ["demo"],
     "mini": ["mini"],
     "mini-gguf": ["mini", "smollm2_gguf"],
     "paper": ["paper"],
+    "mixture": ["mixture"],
+    "mixture_wide": ["mixture_wide"],
 }
 
 
@@ -44,15 +50,17 @@ def config_of(words: list[str]) -> LanguageConfig:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_compose_to_their_goldens(name: str) -> None:
-    golden(f"{name}.yaml", compose.to_yaml(config_of(PRESETS[name])))
+    _, config = runs.from_words(PRESETS[name])
+    golden(f"{name}.yaml", compose.to_yaml(config))
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_plan_to_their_goldens(name: str) -> None:
-    plan = LANGUAGE.plan(config_of(PRESETS[name]))
+    pipeline, config = runs.from_words(PRESETS[name])
+    plan = pipeline.plan(config)
     lines = [
         f"{stage.name}/{arm}: {len(shards)} shards, reads {len(shards[0].reads)}"
-        for stage in LANGUAGE.stages
+        for stage in pipeline.stages
         for arm, shards in plan.arms(stage.name).items()
     ]
     golden(f"{name}.plan.txt", "\n".join(lines) + "\n")
@@ -87,6 +95,8 @@ def test_later_presets_and_overrides_win() -> None:
     [
         "import sys; sys.argv = ['sweep.py', 'paper', '--dry-run', 'cluster=local']; "
         "sys.path.insert(0, 'launch'); import sweep; sweep.main(sys.argv[1:])",
+        "import sys; sys.argv = ['sweep.py', 'mixture', '--dry-run', 'cluster=local']; "
+        "sys.path.insert(0, 'launch'); import sweep; sweep.main(sys.argv[1:])",
         "import sys; sys.path.insert(0, 'launch'); import status, rerun, cancel, clean, verify",
         "import kdhpc.cluster.gate, kdhpc.cluster.task, kdhpc.pipeline",
     ],
@@ -100,10 +110,14 @@ def test_planning_and_status_load_nothing_heavy(statement: str) -> None:
     assert not loaded & HEAVY
 
 
-def test_the_readme_table_is_the_pipeline() -> None:
+def test_the_readme_tables_are_the_pipelines() -> None:
     readme = (ROOT / "README.md").read_text()
     rows = re.findall(r"^\| `(\d-[\w-]+)/` \| (.*) \| (.*) \|$", readme, re.MULTILINE)
-    expected = [(LANGUAGE.folder(s.name), s.reads, s.writes) for s in LANGUAGE.stages]
+    expected = [
+        (pipeline.folder(stage.name), stage.reads, stage.writes)
+        for pipeline in (LANGUAGE, MIXTURE)
+        for stage in pipeline.stages
+    ]
     assert rows == expected
 
 

@@ -97,6 +97,17 @@ def test_tiny_gives_the_same_digest_as_local_processes(tiny_run: Path, tmp_path:
     assert store.logical_digest(run / name) == store.logical_digest(tiny_run / name)
 
 
+def test_the_mixture_gives_the_same_digest_as_local_processes(tmp_path: Path) -> None:
+    words = ["mixture", "seeds=2", "shard_seeds=1", "betas=[1,100]", "eval_points=400"]
+    launch("sweep", *words, *SMALL, f"runs_dir={tmp_path / 'slurm'}")
+    launch("sweep", *words, "cluster=local", f"runs_dir={tmp_path / 'local'}")
+    one, two = (tmp_path / where / "mixture" for where in ("slurm", "local"))
+    wait_for_end(one)
+    assert status(one, code=0)["executor"] == "slurm"
+    name = "3-merge/results.h5"
+    assert store.logical_digest(one / name) == store.logical_digest(two / name)
+
+
 def test_the_teacher_trains_over_two_nodes(tiny_run: Path, tmp_path: Path) -> None:
     launch(
         "sweep", "tiny", "slurm.mem_gb=1.5", "slurm.gate.mem_gb=0.2", f"runs_dir={tmp_path}",

@@ -30,7 +30,7 @@ from kdhpc import (
     training,
 )
 from kdhpc.cluster import failures
-from kdhpc.config import Shape, Training
+from kdhpc.config import Dtype, Shape, Training
 from kdhpc.errors import ClusterError, InputError
 from kdhpc.training import DivergedError, Schedule, Trained, Watch
 
@@ -200,7 +200,10 @@ def test_checkpoints_of_named_epochs_stay(tmp_path: Path) -> None:
 
 def test_an_exploding_training_stops_at_once_and_names_its_last_checkpoint(tmp_path: Path) -> None:
     recipe = dataclasses.replace(RECIPE, checkpoint_every_steps=2, max_gradient_norm=1e9)
-    mild = run(recipe, watch=Watch(should_stop=(iter([0, 0, 0, 1]).__next__), save=saver(tmp_path)))
+    mild = run(
+        recipe,
+        watch=Watch(should_stop=iter([False, False, False, True]).__next__, save=saver(tmp_path)),
+    )
     state = newest(tmp_path)
     assert (mild.step, state is not None) == (4, True)
     assert state is not None
@@ -261,12 +264,12 @@ def test_shards_are_mapped_and_read_by_row(tmp_path: Path) -> None:
     assert not any(part.flags.owndata or part.flags.writeable for part in found.parts)
 
 
-class Watcher(TorchDispatchMode):
+class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what waits for the device."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.syncs = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.syncs: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -280,9 +283,10 @@ def test_accumulation_waits_for_nothing() -> None:
     def syncs(micro: int) -> int:
         steps = iter(range(1, 100))
         recipe = dataclasses.replace(RECIPE, micro_batch_sequences=micro)
-        with Watcher() as watcher:
+        watcher = Watcher()
+        with watcher:
             run(recipe, watch=Watch(should_stop=lambda: next(steps) == 2))
-        return watcher.syncs
+        return int(watcher.syncs)
 
     assert syncs(4) == syncs(16)
 
@@ -361,7 +365,7 @@ def test_students_stop_inside_a_longer_schedule() -> None:
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("bfloat16", 0.02)])
 def test_a_saved_model_gives_the_logits_of_training_in_transformers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, limit: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Dtype, limit: float
 ) -> None:
     seen: list[torch.Tensor] = []
 
@@ -413,7 +417,7 @@ def test_training_compiles_nothing(tmp_path: Path) -> None:
     code = """
 import numpy as np, torch
 from kdhpc import models
-from kdhpc.config import Shape, Training
+from kdhpc.config import Dtype, Shape, Training
 from kdhpc.ranks import join
 from kdhpc.training import Corpus, train
 torch.set_num_threads(1)

@@ -21,7 +21,7 @@ from kdhpc.artifacts import RunFolder, Scan, disk_errors, open_run, write_once
 from kdhpc.cluster import ledger as ledgers
 from kdhpc.cluster.ledger import Request
 from kdhpc.cluster.task import load_pipeline
-from kdhpc.config import LanguageConfig, RunConfig, check_run, checked
+from kdhpc.config import RunConfig, checked
 from kdhpc.errors import BusyError, InputError
 from kdhpc.shards import Pipeline, Plan
 
@@ -46,8 +46,10 @@ def from_words(words: list[str]) -> tuple[Pipeline, RunConfig]:
         if not isinstance(pipeline, Pipeline):
             raise TypeError(name)
     except PIPELINE_ERRORS as error:
-        raise InputError(f"pipeline={name}: no such pipeline; expected language") from error
-    config: Any = check(compose.build(pipeline.config, values))
+        raise InputError(
+            f"pipeline={name}: no such pipeline; expected language or mixture"
+        ) from error
+    config: RunConfig = checked(compose.build(pipeline.config, values))
     names = [stage.name for stage in pipeline.stages]
     for key in ("slurm.stages", "throughput"):
         owner: Any = config.slurm.stages if key == "slurm.stages" else getattr(config, key, {})
@@ -55,14 +57,6 @@ def from_words(words: list[str]) -> tuple[Pipeline, RunConfig]:
             if stage not in names:
                 raise InputError(f"{key}.{stage}: no such stage; expected {', '.join(names)}")
     return pipeline, config
-
-
-def check(config: Any) -> Any:
-    """The config, if all its values are possible."""
-    if isinstance(config, LanguageConfig):
-        return checked(config)
-    check_run(config)
-    return config
 
 
 def folder(path: Path, pipeline: Pipeline | None = None) -> RunFolder:

@@ -5,47 +5,34 @@ writes  results.h5: /scores/<sampler>/<scorer>, /models/<name>, root attributes 
         /provenance (see `kdhpc.store.Results`)
 """
 
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdhpc import arms
-from kdhpc.artifacts import Work, Written
+from kdhpc.artifacts import RESULTS, Work, Written
 from kdhpc.config import LanguageConfig
-from kdhpc.shards import Arm, Plan, Shard, Stage
+from kdhpc.shards import Plan, Shard, Stage, merge_of
 
 if TYPE_CHECKING:
     from kdhpc.store import Scores
 
-RESULTS = "results.h5"
+PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "h5py")
+"""Whose versions the results name."""
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
-    """One shard, named after its recipe: a run that grows is merged again beside the old merge."""
+    """One shard, over everything that was scored or says something about a model."""
     wanted = [
         shard
         for stage in (arms.TRUTH, arms.TRAIN_ON_TRUTH, arms.TRAIN_STUDENTS, arms.SCORE)
         for shard in before.stage(stage)
     ]
     wanted += before.arm(arms.SAMPLE_TRUTH, "eval") + before.stage(arms.SAMPLE_STUDENTS)
-    arm = Arm(
-        stage=arms.MERGE,
-        name="results",
-        fields={"eos": config.eos},
-        inputs={shard.key: shard.recipe for shard in wanted},
-    )
     rows = sum(shard.num_rows for shard in before.stage(arms.SCORE))
-    return [
-        Shard(
-            arm=arm,
-            name=arm.recipe[:12],
-            reads=tuple(shard.key for shard in wanted),
-            work=rows,
-            num_bytes=12.0 * rows,
-        )
-    ]
+    fields = {"eos": config.eos}
+    return [merge_of(wanted, stage=arms.MERGE, fields=fields, rows=rows, bytes_per_row=12.0)]
 
 
 def run(shard: Shard, work: Work) -> Written:
@@ -81,7 +68,7 @@ def _write(path: Path, shard: Shard, work: Work, present: frozenset[str]) -> str
         _models(work, present),
         recipe=shard.recipe,
         complete=present.issuperset(shard.reads),
-        provenance=_provenance([key for key in shard.reads if key in present], work),
+        provenance=work.provenance([key for key in shard.reads if key in present], PACKAGES),
     )
 
 
@@ -123,27 +110,6 @@ def _models(work: Work, present: frozenset[str]) -> dict[str, dict[str, Any]]:
                 "recipe": shard.recipe,
             }
     return found
-
-
-def _provenance(keys: Sequence[str], work: Work) -> dict[str, str]:
-    """Where the numbers come from; outside the logical digest."""
-    import platform
-    import time
-    from importlib.metadata import version
-
-    from kdhpc import compose
-
-    records = [work.record(key) for key in keys]
-    packages = ("torch", "transformers", "deepspeed", "numpy", "h5py")
-    return {
-        "config": compose.to_yaml(work.config),
-        "merged_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": json.dumps({name: version(name) for name in packages}),
-        "python": platform.python_version(),
-        "hosts": json.dumps(sorted({r.attempt["host"] for r in records})),
-        "code": json.dumps(sorted({r.code for r in records})),
-        "seconds": json.dumps(round(sum(r.seconds for r in records), 1)),
-    }
 
 
 MERGE = Stage(

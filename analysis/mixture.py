@@ -1,0 +1,201 @@
+#!/usr/bin/env python
+"""Tables and figures of a finished mixture run, *as defined* and *as published* side by side.
+
+    python analysis/mixture.py RUN [--setting NAME] [--out FOLDER]
+
+Writes beside results.h5, or into FOLDER, as CSV:
+    students   every quantity of every arm, mean and 95 % interval over seeds
+    terms      parts of J, of one setting (a student of one component)
+    effects    by setting, what the largest beta changes against the smallest, seed by seed
+and as PNG and PDF, of one setting (panels need a plane, terms a student of one component):
+    panels             what sharpening does to teacher and student, one seed
+    against_beta       precision and recall against beta
+    precision_recall   the curve that beta traces
+    modes              modes that the teacher emphasises and the student covers
+    terms              which terms of the bound J a student may ignore
+and of all settings, where there are several:
+    effect_size        the trade-off against |D| and K''
+    effect_settings    the trade-off in every setting
+Intervals are 95 %, by Student's t over seeds.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import files
+import mixture_figures
+import numpy as np
+from mixture_arms import (
+    AS_PUBLISHED,
+    DEFINED,
+    PUBLISHED,
+    Arms,
+    Effect,
+    effects,
+    is_paper,
+    mean_of,
+    settings,
+)
+from rich.console import Console
+from rich.table import Table
+
+from kdhpc import store
+from kdhpc.cluster.display import command
+from kdhpc.errors import InputError
+from kdhpc.pipeline import MIXTURE
+
+
+def student_rows(results: store.Results) -> Iterator[dict[str, Any]]:
+    """Every quantity of every arm; of modes and components, how many."""
+    for name, facts in results.models.items():
+        if facts["arm"] == "teachers":
+            continue
+        for quantity, array in results.tables[name].items():
+            if array.dtype == bool:
+                values = array.sum(axis=1)
+            elif array.ndim == 1:
+                values = array
+            else:
+                continue
+            yield {
+                "setting": facts["setting"],
+                "arm": facts["arm"],
+                "quantity": quantity,
+                **asdict(mean_of(values)),
+                "deviation": _deviation(values),
+                "seeds": len(values),
+            }
+
+
+def _deviation(values: Any) -> float:
+    """Standard deviation over seeds; NaN for a single one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def term_rows(arms: Arms) -> Iterator[dict[str, Any]]:
+    """The parts of J by beta and rank of the teacher's component, the largest weight first."""
+    for beta in arms.betas:
+        for quantity, array in arms.terms(beta).items():
+            for rank, values in enumerate(array.T, start=1):
+                yield {"beta": beta, "rank": rank, "quantity": quantity, **asdict(mean_of(values))}
+
+
+def published_table(arms: Arms) -> Table:
+    """Defined, published and printed numbers of the direct and the most distilled student."""
+    beta = arms.betas[-1]
+    shown = Table(
+        title=f"{arms.setting}: nats a point, mean [95 % interval over seeds]; beta = {beta:g}",
+        title_justify="left",
+        box=None,
+    )
+    for name in ("", "student", DEFINED, AS_PUBLISHED, "the paper's"):
+        shown.add_column(name)
+    direct, distilled = arms.table("direct"), arms.table(beta)
+    columns = {
+        ("precision", "direct"): (
+            direct["precision_as_defined"],
+            distilled["direct_precision_as_published"],
+        ),
+        ("precision", "distilled"): (
+            distilled["precision_as_defined"],
+            distilled["precision_as_published"],
+        ),
+        ("recall", "direct"): (direct["recall_as_defined"], direct["recall_as_published"]),
+        ("recall", "distilled"): (distilled["recall_as_defined"], distilled["recall_as_published"]),
+    }
+    for (metric, student), arrays in columns.items():
+        printed = PUBLISHED[student][metric == "recall"] if is_paper(arms) else math.nan
+        texts = [str(mean_of(array)) for array in arrays]
+        shown.add_row(metric, student, *texts, "" if math.isnan(printed) else f"{printed:.2f}")
+    return shown
+
+
+def curve_table(arms: Arms) -> Table:
+    """Precision, recall and what explains them, against beta."""
+    shown = Table(title="mean +- standard deviation over seeds", title_justify="left", box=None)
+    columns = {
+        "H(alpha')": "weight_entropy_nats",
+        "precision": "precision_as_defined",
+        "recall": "recall_as_defined",
+        "KL(p''||p*)": "kl_student_truth_nats",
+        "KL(p*||p'')": "kl_truth_student_nats",
+        "H(p'')": "student_entropy_nats",
+        "difficulty": "difficulty",
+    }
+    shown.add_column("beta")
+    for name in (*columns, "modes covered"):
+        shown.add_column(name, justify="right")
+    for arm in ("direct", *arms.betas):
+        table = arms.table(arm)
+        arrays = [table.get(name) for name in columns.values()]
+        arrays.append(table["covered_modes"].sum(axis=1))
+        texts = ["" if a is None else f"{a.mean():.3f} +- {_deviation(a):.2f}" for a in arrays]
+        shown.add_row(arm if isinstance(arm, str) else f"{arm:g}", *texts)
+    return shown
+
+
+def effect_table(found: list[Effect]) -> Table:
+    """What beta changes in every setting, and where it changes nothing."""
+    low, high = found[0].arms.betas[0], found[0].arms.betas[-1]
+    title = f"beta = {high:g} against {low:g}, nats a point, mean [95 % interval over seeds]"
+    shown = Table(title=title, title_justify="left", box=None)
+    for name in ("setting", "seeds", "precision", "(median)", "recall", "trade-off"):
+        shown.add_column(name)
+    for effect in found:
+        shown.add_row(
+            effect.arms.setting,
+            str(len(effect.arms.table("direct")["precision_as_defined"])),
+            str(effect.precision),
+            f"{effect.median_precision:.2f}",
+            str(effect.recall),
+            "absent" if effect.absent else "",
+        )
+    return shown
+
+
+def main(arguments: list[str]) -> int:
+    """Read results.h5, print, save, draw."""
+    parser = files.parser(__doc__)
+    parser.add_argument("--setting", help="of the figures; the paper's if not given")
+    options = parser.parse_args(arguments)
+    results, path, out = files.read(options, MIXTURE)
+    names = settings(results)
+    if options.setting not in {None, *names}:
+        raise InputError(f"--setting {options.setting}: expected one of {', '.join(names)}")
+    arms, found = Arms(results, options.setting or names[0]), effects(results)
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(published_table(arms))
+    console.print(curve_table(arms))
+    console.print(effect_table(found))
+    seconds = float(json.loads(results.provenance["seconds"]))
+    print(f"measured cost: {seconds:.0f} core-seconds")
+
+    print(path)
+    print(files.save_csv(list(student_rows(results)), out / "students.csv"))
+    print(files.save_csv([effect.row for effect in found], out / "effects.csv"))
+    figures = {
+        "against_beta": mixture_figures.against_beta(arms),
+        "precision_recall": mixture_figures.precision_recall(arms),
+        "modes": mixture_figures.modes(arms),
+    }
+    if arms.facts["dimension"] == 2:
+        figures["panels"] = mixture_figures.panels(arms)
+    if arms.facts["student_components"] == 1:
+        figures["terms"] = mixture_figures.terms(arms)
+        print(files.save_csv(list(term_rows(arms)), out / "terms.csv"))
+    if len(found) > 1:
+        figures["effect_size"] = mixture_figures.effect_size(found)
+        figures["effect_settings"] = mixture_figures.effect_settings(found)
+    for name, figure in figures.items():
+        for written in files.save_figure(figure, out, name):
+            print(written)
+    return 0
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,128 @@
+"""A mixture run as the tables and figures see it: arms of a setting, means over seeds, effects."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdhpc import gaussian, metrics, store
+
+Floats = NDArray[np.float64]
+PUBLISHED_BETA = 100.0
+PUBLISHED = {"direct": (-20.26, -2.64), "distilled": (-0.70, -42.45)}
+"""Precision and recall that the released notebook prints at beta = 100, nats a point."""
+DEFINED, AS_PUBLISHED = "as defined (p*-scored)", "as published (teacher-scored)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """A mean over seeds and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def mean_of(values: Any) -> Mean:
+    low, high = metrics.over_seeds(np.asarray(values, dtype=float).tolist())
+    return Mean(mean=float(np.mean(values)), low=low, high=high)
+
+
+class Arms:
+    """The arms of one setting."""
+
+    def __init__(self, results: store.Results, setting: str) -> None:
+        self.setting = setting
+        facts = [f for f in results.models.values() if f["setting"] == setting]
+        self.betas = sorted(f["beta"] for f in facts if "beta" in f)
+        self.facts = facts[0]
+        self._tables = {f["arm"]: results.tables[f"{setting}-{f['arm']}"] for f in facts}
+
+    def table(self, arm: str | float) -> store.Arrays:
+        return self._tables[arm if isinstance(arm, str) else f"beta{arm:g}"]
+
+    def mixture(self, arm: str | float, role: str, row: int) -> gaussian.Mixture:
+        table = self.table(arm)
+        parts = ("weights", "means", "covariances")
+        return gaussian.Mixture(**{part: table[f"{role}_{part}"][row] for part in parts})
+
+    def series(self, quantity: str) -> list[Mean]:
+        """A quantity at every beta."""
+        return [mean_of(self.table(beta)[quantity]) for beta in self.betas]
+
+    def change(self, quantity: str) -> Floats:
+        """What the largest beta changes against the smallest, seed by seed."""
+        found: Floats = self.table(self.betas[-1])[quantity] - self.table(self.betas[0])[quantity]
+        return found
+
+    def terms(self, beta: float) -> dict[str, Floats]:
+        """Parts of J for a student of one component, by falling weight of the teacher's component.
+
+        Returns:
+            `weight` a', `misfit` -b' (nats) and their product `term` (nats), each [S, K'].
+        """
+        table = self.table(beta)
+        weight, misfit = table["joint_weights"][:, :, 0], -table["alignments"][:, :, 0]
+        order = np.argsort(-weight, axis=1)
+        weight, misfit = (np.take_along_axis(part, order, axis=1) for part in (weight, misfit))
+        return {"weight": weight, "misfit": misfit, "term": weight * misfit}
+
+
+def settings(results: store.Results) -> list[str]:
+    """Names of the settings, the paper's own first."""
+    names = {facts["setting"] for facts in results.models.values()}
+    return sorted(names, key=lambda name: (name != "paper", name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """What the largest beta changes in a setting, nats a point."""
+
+    arms: Arms
+    precision: Mean
+    recall: Mean
+    median_precision: float
+
+    @property
+    def absent(self) -> bool:
+        """Whether the interval of the change of precision contains 0."""
+        return self.precision.low <= 0.0 <= self.precision.high
+
+    @property
+    def row(self) -> dict[str, Any]:
+        facts, betas = self.arms.facts, self.arms.betas
+        sizes = ("train_points", "teacher_components", "student_components", "dimension", "truth")
+        return {
+            "setting": self.arms.setting,
+            **{name: facts[name] for name in sizes},
+            "beta_low": betas[0],
+            "beta_high": betas[-1],
+            **{f"precision_{name}": value for name, value in asdict(self.precision).items()},
+            "precision_median": self.median_precision,
+            **{f"recall_{name}": value for name, value in asdict(self.recall).items()},
+            "trade_off_absent": self.absent,
+        }
+
+
+def effects(results: store.Results) -> list[Effect]:
+    found = []
+    for name in settings(results):
+        arms = Arms(results, name)
+        change = arms.change("precision_as_defined")
+        found.append(
+            Effect(
+                arms=arms,
+                precision=mean_of(change),
+                recall=mean_of(arms.change("recall_as_defined")),
+                median_precision=float(np.median(change)),
+            )
+        )
+    return found
+
+
+def is_paper(arms: Arms) -> bool:
+    return arms.setting == "paper" and arms.betas[-1] == PUBLISHED_BETA
