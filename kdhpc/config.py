@@ -4,6 +4,7 @@ YAML in `configs/` holds choices only; `kdhpc.compose` merges it into these clas
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -439,6 +440,11 @@ def check_run(config: RunConfig) -> None:
             value = getattr(found, key, None)
             if value is not None and value < 0:
                 raise InputError(f"{part}.{key}={value}: expected 0 or more")
+        for key in ("account", "partition", "qos", "constraint", "exclude"):
+            value = getattr(found, key, None)
+            if value is not None and not re.fullmatch(r"[^\s\"'\\]+", value):
+                # It stands in a line of the batch script.
+                raise InputError(f"{part}.{key}={value!r}: expected no spaces, quotes, backslashes")
     if slurm.max_submit == 1:
         raise InputError("slurm.max_submit=1: expected at least 2, one task and its gate")
 

@@ -214,6 +214,12 @@ TYPED: dict[str, Case] = {
     # Slurm
     "Slurm that is not there": ("cluster=slurm", "cluster=slurm", "sbatch", "cluster=local"),
     "large without Slurm": ("cluster=auto small=false", "tiny", "too large", "cluster=local"),
+    "line of a script": (
+        r'slurm.account="me\ntouch\thacked"',
+        "slurm.account='me",
+        "expected no spaces",
+    ),
+    "quote in a script": ("slurm.gate.partition=a'b", "slurm.gate.partition=", "quotes"),
     "unknown cluster": ("cluster=nonexistent", "cluster=nonexistent", "one of local, slurm"),
     "unknown stage": ("slurm.stages.scores.mem_gb=3", "slurm.stages.scores", "score"),
     **{
