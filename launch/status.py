@@ -2,9 +2,10 @@
 """Show how a run stands: counts a stage, causes of failures, time left.
 
     python launch/status.py RUN [--watch] [--json]
+    python launch/status.py RUN --explain STAGE/ARM/NAME    why this shard is where it is
 
-RUN is a name in runs/ or a path. Exit code 0 if the run is complete, else 1. Works without
-accounting, and without Slurm.
+RUN is a name in runs/ or a path. Exit code 0 if the run (or that shard) is complete, else 1. Works
+without accounting, and without Slurm.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from rich.live import Live
 
 from kdhpc.cluster import runs
 from kdhpc.cluster.display import command, console, status_view
+from kdhpc.cluster.explain import explain
 from kdhpc.cluster.status import look
 
 
@@ -26,9 +28,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--runs-dir", default="runs")
     parser.add_argument("--watch", action="store_true", help="stay until nothing runs")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--explain", metavar="SHARD", help="why this shard is where it is")
     options = parser.parse_args(arguments)
     run = runs.find(options.run, options.runs_dir)
     state, status = look(run)
+    if options.explain:
+        print("\n".join(explain(run, state, options.explain)))
+        return 0 if options.explain in state.situation.done else 1
     if options.json:
         print(status.as_json())
     elif options.watch:
