@@ -37,6 +37,8 @@ from kdhpc.shards import Pipeline, Plan, Shard, Stage
 RESULTS = "results.h5"
 """Fixed name of the newest merge in its stage's folder."""
 RECORD_FIELDS = {"key", "data", "bytes", "sha256", "rows", "recipe", "fields", "inputs", "nonce"}
+SEAL = "seal"
+"""Field of every JSON file that is written once: the digest of its other fields."""
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -92,7 +94,7 @@ class RunFolder:
     @functools.cached_property
     def identity(self) -> str:
         """Four hexadecimal digits that tell runs of one name apart."""
-        return str(json.loads((self.path / "run.json").read_text())["identity"])
+        return str(read_once(self.path / "run.json")["identity"])
 
     def stage_dir(self, stage: str) -> Path:
         return self.path / self.pipeline.folder(stage)
@@ -151,7 +153,7 @@ def read_record(path: Path, key: str) -> Record:
         DamagedError: if it is not whole or speaks of another shard.
     """
     try:
-        raw = json.loads(path.read_bytes())
+        raw = read_once(path)
         if missing := RECORD_FIELDS - raw.keys():
             raise DamagedError(f"{path}: a record without {', '.join(sorted(missing))}")
         data = raw["data"]
@@ -217,16 +219,17 @@ def verify(record: Record) -> None:
         )
 
 
-def write_once(path: Path, value: Any) -> bool:
+def write_once(path: Path, value: Mapping[str, Any]) -> bool:
     """Create a JSON file that must not exist; whoever is first wins.
 
     Written and synced under another name, then linked: nobody ever sees half of it. The test of
     EEXIST against the content serves file servers that answer a repeated request with a failure.
+    Its last field is a digest of the others, for `read_once`.
 
     Returns:
         Whether the file is now this one.
     """
-    text = json.dumps(value, indent=1)
+    text = json.dumps({**value, SEAL: _seal(value)}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -246,6 +249,27 @@ def write_once(path: Path, value: Any) -> bool:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
     return True
+
+
+def read_once(path: Path) -> dict[str, Any]:
+    """Read what `write_once` wrote, without its seal.
+
+    Raises:
+        DamagedError: if a byte of it is not as written.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict) or found.pop(SEAL, None) != _seal(found):
+            raise DamagedError(f"{path}: differs from what was written; restore it from a copy")
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{path}: not a readable record ({error})") from error
+    return found
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    # Through text and back: a file knows lists, not tuples.
+    text = json.dumps(json.loads(json.dumps(dict(value))), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write_synced(path: Path, text: str, mode: str) -> None:
@@ -301,6 +325,7 @@ class Work:
         self._code = code
         self._records: dict[str, Record] = {}
         self._verified: set[str] = set()
+        self._unpublished: list[Path] = []
 
     def record(self, key: str) -> Record:
         """The record of an input shard.
@@ -380,7 +405,16 @@ class Work:
         """A name of this attempt's own, beside the record to come."""
         record_path = self.run.record_path(shard.key)
         record_path.parent.mkdir(parents=True, exist_ok=True)
-        return record_path.with_name(f"{shard.name}.{secrets.token_hex(4)}{suffix}")
+        path = record_path.with_name(f"{shard.name}.{secrets.token_hex(4)}{suffix}")
+        self._unpublished.append(path)
+        return path
+
+    def discard(self) -> None:
+        """Delete what was begun and not published: on a full disk it would keep others out."""
+        for path in self._unpublished:
+            with contextlib.suppress(OSError):
+                remove(path)
+        self._unpublished.clear()
 
     def publish(self, shard: Shard, written: Written, started_at: float) -> bool:
         """Make one attempt's output the shard's, unless another attempt was first.
@@ -409,7 +443,13 @@ class Work:
             "stats": dict(written.stats),
             "nonce": secrets.token_hex(8),
         }
-        won = write_once(path, record)
+        try:
+            won = write_once(path, record)
+        except OSError:
+            if path.exists():
+                self._unpublished.clear()  # it may be ours
+            raise
+        self._unpublished.clear()
         if not won:
             remove(written.path)
         self.point_alias(shard)

@@ -6,13 +6,12 @@
 """
 
 import contextlib
-import json
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdhpc.artifacts import remove, sha256_of, sync_tree, write_once
+from kdhpc.artifacts import read_once, remove, sha256_of, sync_tree, write_once
 from kdhpc.errors import DamagedError
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ def _prune(folder: Path, num_kept: int) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())
+    found = read_once(path)
     if "/" in found["data"]:
         raise DamagedError(f"{path}: names a file outside its folder")
     return found

@@ -7,6 +7,7 @@ A token shard opens without this project:
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdhpc.artifacts import DISK_FULL_ERRNOS
 from kdhpc.errors import DamagedError, InputError
 
 MAX_VOCAB_SIZE = 2**16
 """Token ids are stored as uint16."""
+HDF5_ROOM_BYTES = 2**16
+"""For what HDF5 writes beside the arrays."""
+HDF5_ERRORS = (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError)
+"""What h5py raises for a file whose bytes are not as written."""
 ROW_COLUMNS = {"length": np.int32, "log_prob_sum": np.float64, "log_prob_tau_sum": np.float64}
 
 
@@ -175,8 +181,21 @@ def read_arrays(path: Path) -> Arrays:
 
 
 def _put_arrays(group: Any, arrays: Arrays) -> None:
+    num_bytes = sum(array.nbytes for array in arrays.values())
+    _need_room(Path(group.file.filename).parent, num_bytes + HDF5_ROOM_BYTES)
     for name, array in arrays.items():
         group.create_dataset(name, data=array, fletcher32=True, chunks=_chunks(array))
+    group.file.flush()
+
+
+def _need_room(folder: Path, num_bytes: int) -> None:
+    """Raise ENOSPC or EDQUOT now: HDF5 that meets a full disk can take the process with it."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        except OSError as error:
+            if error.errno in DISK_FULL_ERRNOS:
+                raise
 
 
 def _get_arrays(group: Any) -> Arrays:
@@ -213,7 +232,7 @@ def read_scores(path: Path) -> Scores:
     try:
         with h5py.File(path, "r", locking=False) as file:
             return _get_scores(file)
-    except (OSError, KeyError) as error:
+    except HDF5_ERRORS as error:
         raise DamagedError(f"{path}: not a score shard ({error})") from error
 
 
@@ -305,17 +324,18 @@ def write_results(
             file.create_group(f"models/{name}").attrs.update(facts)
             digests.append(_model_digest(name, facts))
         file.create_group("provenance").attrs.update(provenance)
-    expected = _combine(digests, recipe, complete)
+        expected = _combine(digests, recipe, complete)
+        file.attrs["logical_digest"] = expected
     if logical_digest(path) != expected:
         raise DamagedError(f"{path}: reads back differently from what was written")
     return expected
 
 
 def read_results(path: Path) -> Results:
-    """Read a merged file.
+    """Read a merged file, all but its provenance checked against its logical digest.
 
     Raises:
-        DamagedError: naming a file that is not one.
+        DamagedError: naming a file that is not one, or that says something else than was written.
     """
     import h5py
 
@@ -328,7 +348,7 @@ def read_results(path: Path) -> Results:
             }
             tables = {name: _get_arrays(group) for name, group in file.get("tables", {}).items()}
             models = {name: _attributes(group) for name, group in file.get("models", {}).items()}
-            return Results(
+            results = Results(
                 scores=scores,
                 tables=tables,
                 models=models,
@@ -336,8 +356,12 @@ def read_results(path: Path) -> Results:
                 complete=bool(file.attrs["complete"]),
                 provenance=_attributes(file["provenance"]),
             )
-    except (OSError, KeyError) as error:
+            expected = str(file.attrs["logical_digest"])
+    except HDF5_ERRORS as error:
         raise DamagedError(f"{path}: not a merged results file ({error})") from error
+    if _logical_digest(results) != expected:
+        raise DamagedError(f"{path}: says something else than was written; merge again")
+    return results
 
 
 def _attributes(group: Any) -> dict[str, Any]:
@@ -353,7 +377,10 @@ def logical_digest(path: Path) -> str:
     Raises:
         DamagedError: naming a file that is not a merged one.
     """
-    results = read_results(path)
+    return _logical_digest(read_results(path))
+
+
+def _logical_digest(results: Results) -> str:
     digests = [_scores_digest(*pair, scores) for pair, scores in results.scores.items()]
     digests += [d for name, arrays in results.tables.items() for d in _table_digests(name, arrays)]
     digests += [_model_digest(name, facts) for name, facts in results.models.items()]

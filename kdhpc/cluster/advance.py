@@ -68,12 +68,14 @@ def _look(run: RunFolder, ledger: Ledger, room: int | None) -> State:
     state = _observe(run, room)
     if _settle_orphans(ledger, state) | _explain_ended(run, ledger, state):
         state = _observe(run, room)
-    ours = {i for job in state.jobs.values() for i in (job.job_id, job.gate_id) if i}
+    settled = {s.name for s in state.submissions if (j := state.jobs.get(s.number)) and j.job_id}
     held = {
-        task.job_id for task in state.queued if task.job_id in ours and task.reason == "JobHeldUser"
+        task.job_id
+        for task in state.queued
+        if task.name.removeprefix("gate-") in settled and task.reason in slurm.HELD_REASONS
     }
     if held and not state.situation.stopped:
-        slurm.release(sorted(held))  # its launcher recorded it, and died before it could
+        slurm.release(sorted(held))
     return state
 
 
@@ -111,7 +113,7 @@ def _settle_orphans(ledger: Ledger, state: State) -> bool:
 def _explain_ended(run: RunFolder, ledger: Ledger, state: State) -> bool:
     """Write down why shards left the queue without output and without a word."""
     known = {(failure.submission, failure.key) for failure in ledger.failures()}
-    present = {(task.job_id, task.index) for task in state.queued}
+    present = {(task.name, task.index) for task in state.queued}
     newest = {key: s.number for s in state.submissions for key in s.keys}
     silent: dict[tuple[str, int], tuple[Submission, list[str]]] = {}
     for submission in state.submissions:
@@ -127,7 +129,7 @@ def _explain_ended(run: RunFolder, ledger: Ledger, state: State) -> bool:
                 and newest[key] == submission.number
                 and (submission.number, key) not in known
             ]
-            if keys and (job.job_id, index) not in present:
+            if keys and (submission.name, index) not in present:
                 silent[job.job_id, index] = submission, keys
     job_ids = sorted({job_id for job_id, _ in silent})
     ended = slurm.accounting(job_ids)

@@ -1,7 +1,8 @@
 """Classes of failure and what is done about each: one table.
 
 A failure is retried by itself only if trying again can help; everything else waits for `rerun.py`
-or another `sweep.py`, which start a fresh budget of attempts.
+or another `sweep.py`, which start a fresh budget of attempts. `python -m kdhpc.cluster.failures`
+prints the table for docs/reliability.md.
 """
 
 import hashlib
@@ -17,6 +18,8 @@ from kdhpc.errors import DamagedError, InputError
 class Remedy:
     """What the next attempt does differently."""
 
+    means: str
+    """What happened, for people."""
     retry: bool
     time_factor: float = 1.0
     mem_factor: float = 1.0
@@ -29,31 +32,73 @@ class Remedy:
 
 REMEDIES = {
     "TIMEOUT": Remedy(
+        means="the time limit ended it",
         retry=True,
         time_factor=1.5,
         free_with_progress=True,
         advice="give it more time: rerun.py RUN slurm.time_min=...",
     ),
-    "STOPPED": Remedy(retry=True, free_with_progress=True, advice="run sweep.py again"),
-    "PREEMPTED": Remedy(retry=True, free_with_progress=True, advice="run sweep.py again"),
+    "STOPPED": Remedy(
+        means="told to stop, and did so between shards or at a checkpoint",
+        retry=True,
+        free_with_progress=True,
+        advice="run sweep.py again",
+    ),
+    "PREEMPTED": Remedy(
+        means="another job took its place",
+        retry=True,
+        free_with_progress=True,
+        advice="run sweep.py again",
+    ),
     "NODE_FAIL": Remedy(
-        retry=True, avoid_node=True, free_with_progress=True, advice="slurm.exclude=NODE"
+        means="its node went down",
+        retry=True,
+        avoid_node=True,
+        free_with_progress=True,
+        advice="rerun.py RUN slurm.exclude=NODE",
     ),
     "OOM": Remedy(
-        retry=True, mem_factor=1.5, advice="give it more memory: rerun.py RUN slurm.mem_gb=..."
+        means="out of memory, by Slurm, Python or the GPU",
+        retry=True,
+        mem_factor=1.5,
+        advice="give it more memory: rerun.py RUN slurm.mem_gb=...",
     ),
     "LOST": Remedy(
-        retry=True, free_with_progress=True, advice="look at its log, then rerun.py RUN"
+        means="killed, or gone without a word",
+        retry=True,
+        free_with_progress=True,
+        advice="look at its log, then rerun.py RUN",
     ),
-    "EXCEPTION": Remedy(retry=True, advice="look at the traceback; mend it, then rerun.py RUN"),
+    "EXCEPTION": Remedy(
+        means="the code raised; alike if type and places in the code are",
+        retry=True,
+        advice="look at the traceback; mend it, then rerun.py RUN",
+    ),
     "DIVERGED": Remedy(
+        means="a training's loss is no number",
         retry=False,
         advice="a smaller training.learning_rate, or float32; with other settings it starts anew",
     ),
-    "REFUSED": Remedy(retry=False, advice="change what the message names, then rerun.py RUN"),
-    "DISK_FULL": Remedy(retry=False, advice="free some space, then rerun.py RUN"),
-    "LAUNCH": Remedy(retry=False, advice="check setup and partition, then rerun.py RUN"),
-    "CANCELLED": Remedy(retry=False, advice="run sweep.py or rerun.py RUN when you want it again"),
+    "REFUSED": Remedy(
+        means="what the config asks for cannot be done",
+        retry=False,
+        advice="change what the message names, then rerun.py RUN",
+    ),
+    "DISK_FULL": Remedy(
+        means="no space left, or over quota",
+        retry=False,
+        advice="free some space, then rerun.py RUN",
+    ),
+    "LAUNCH": Remedy(
+        means="Slurm refused it, or it never reached kdhpc's code",
+        retry=False,
+        advice="check setup and partition, then rerun.py RUN",
+    ),
+    "CANCELLED": Remedy(
+        means="scancel by the user or an administrator",
+        retry=False,
+        advice="run sweep.py or rerun.py RUN when you want it again",
+    ),
 }
 
 SLURM_STATES = {
@@ -117,3 +162,27 @@ def of_slurm(state: str, exit_code: str, *, started: bool) -> tuple[str, str]:
     if word:
         return "LOST", f"left no output (Slurm says {state}, exit code {exit_code})"
     return "LOST", "left the queue without output; accounting says nothing of it"
+
+
+def as_markdown() -> str:
+    """The remedies as a table."""
+    lines = [
+        "| class | what happened | tried again by itself | the next attempt | what you can do |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, remedy in REMEDIES.items():
+        again = "no"
+        if remedy.retry:
+            again = "yes; free with progress" if remedy.free_with_progress else "yes"
+        changes = [
+            f"time x {remedy.time_factor:g}" if remedy.time_factor > 1 else "",
+            f"memory x {remedy.mem_factor:g}" if remedy.mem_factor > 1 else "",
+            "another node" if remedy.avoid_node else "",
+        ]
+        change = ", ".join(filter(None, changes)) or ("the same" if remedy.retry else "")
+        lines.append(f"| {kind} | {remedy.means} | {again} | {change} | {remedy.advice} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")

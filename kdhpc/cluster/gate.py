@@ -1,19 +1,18 @@
 """The small job after an array: `python -m kdhpc.cluster.gate RUN` advances the run once."""
 
-import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from kdhpc.artifacts import RunFolder
+from kdhpc.artifacts import RunFolder, read_once
 from kdhpc.cluster import runs, slurm
 from kdhpc.cluster.advance import advance
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.observe import State
 from kdhpc.cluster.task import load_pipeline
-from kdhpc.errors import BusyError, ClusterError
+from kdhpc.errors import BusyError, ClusterError, KdhpcError
 
 PATIENCE_S = 8 * 60.0
 RETRY_S = 15.0
@@ -23,8 +22,7 @@ def main() -> None:
     """Advance, and tell the user when nothing is left to wait for."""
     path = Path(sys.argv[1])
     _use_newest_code(path)
-    manifest = json.loads((path / "run.json").read_text())
-    run = runs.folder(path, load_pipeline(manifest["pipeline"]))
+    run = runs.folder(path, load_pipeline(read_once(path / "run.json")["pipeline"]))
     state = patiently(run)
     print(f"{len(state.situation.done)} of {len(state.plan.shards)} shards are done", flush=True)
     if not state.situation.active:
@@ -81,4 +79,7 @@ def tell(path: Path, state: State) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KdhpcError as error:
+        sys.exit(f"error: {error}")

@@ -7,19 +7,19 @@ failures/0001/<shard>.json  one failed shard of one submission
 """
 
 import contextlib
-import json
 import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from kdhpc.artifacts import write_once
+from kdhpc.artifacts import read_once, write_once
 from kdhpc.errors import DamagedError
 
+Made = TypeVar("Made")
 ORPHAN_AGE_S = 420.0
 """An intent without a job this old was left by a launcher that died; longer than every time limit
 on the way from one to the other."""
@@ -115,29 +115,32 @@ class Ledger:
     def requests(self) -> list[Request]:
         """All requests, oldest first."""
         found = []
-        for _, raw in self._read("requests", r"(\d+)\.json"):
-            raw["keys"] = tuple(raw["keys"]) if raw["keys"] is not None else None
-            found.append(Request(**raw))
+        for path, raw in self._read("requests", r"(\d+)\.json"):
+            if raw.get("keys") is not None:
+                raw["keys"] = tuple(raw["keys"])
+            found.append(_made(Request, path, raw))
         return found
 
     def submissions(self) -> list[Submission]:
         """All submissions, oldest first."""
         found = []
-        for _, raw in self._read("submissions", r"(\d+)\.json"):
-            raw["tasks"] = tuple(tuple(task) for task in raw["tasks"])
-            found.append(Submission(**raw))
+        for path, raw in self._read("submissions", r"(\d+)\.json"):
+            raw["tasks"] = tuple(tuple(task) for task in raw.get("tasks", ()))
+            found.append(_made(Submission, path, raw))
         return found
 
     def jobs(self) -> dict[int, Job]:
         """By submission number, what became of it."""
-        return {n: Job(**raw) for n, raw in self._read("submissions", r"(\d+)\.job\.json")}
+        found = self._read("submissions", r"(\d+)\.job\.json")
+        return {int(path.name.partition(".")[0]): _made(Job, path, raw) for path, raw in found}
 
     def failures(self) -> list[Failure]:
         """All failures, oldest first."""
         found = []
         for number in sorted(os.listdir(self.path / "failures"), key=int):
             found += [
-                Failure(**raw) for _, raw in self._read(f"failures/{number}", r"()[^.].*\.json")
+                _made(Failure, path, raw)
+                for path, raw in self._read(f"failures/{number}", r"[^.].*\.json")
             ]
         return sorted(found, key=lambda failure: failure.submission)
 
@@ -160,20 +163,18 @@ class Ledger:
         folder = self.path / "failures" / f"{failure.submission:04d}"
         return write_once(folder / f"{name}.json", asdict(failure))
 
-    def _read(self, folder: str, pattern: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        found = []
-        for entry in os.scandir(self.path / folder):
-            match = re.fullmatch(pattern, entry.name)
-            if match is None:
-                continue
-            try:
-                raw = json.loads(Path(entry.path).read_text())
-            except (OSError, ValueError) as error:
-                raise DamagedError(f"{entry.path}: not a readable record ({error})") from error
-            if not isinstance(raw, dict):
-                raise DamagedError(f"{entry.path}: not a readable record")
-            found.append((int(match[1] or 0), raw))
-        return iter(sorted(found, key=lambda item: item[0]))
+    def _read(self, folder: str, pattern: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        for name in sorted(os.listdir(self.path / folder)):
+            if re.fullmatch(pattern, name):
+                path = self.path / folder / name
+                yield path, read_once(path)
+
+
+def _made(kind: Callable[..., Made], path: Path, raw: Mapping[str, Any]) -> Made:
+    try:
+        return kind(**raw)
+    except TypeError as error:
+        raise DamagedError(f"{path}: of another version of kdhpc ({error})") from error
 
 
 def make(path: Path) -> Ledger:

@@ -114,7 +114,8 @@ def _is_done(run: RunFolder, plan: Plan, scan: Scan, key: str) -> bool:
 def _active(
     submissions: list[Submission], jobs: Mapping[int, Job], queued: tuple[slurm.Queued, ...]
 ) -> frozenset[str]:
-    present = {(task.job_id, task.index) for task in queued}
+    # By name: a controller that lost its newest state gives ids out again.
+    present = {(task.name, task.index) for task in queued}
     active: set[str] = set()
     for submission in submissions:
         job = jobs.get(submission.number)
@@ -123,7 +124,7 @@ def _active(
                 active.update(submission.keys)  # being submitted at this moment
         elif job.job_id:
             for index, keys in enumerate(submission.tasks):
-                if (job.job_id, index) in present:
+                if (submission.name, index) in present:
                     active.update(keys)
     return frozenset(active)
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from kdhpc import compose
-from kdhpc.artifacts import RunFolder, Scan, disk_errors, open_run, write_once
+from kdhpc.artifacts import RunFolder, Scan, disk_errors, open_run, read_once, write_once
 from kdhpc.cluster import ledger as ledgers
 from kdhpc.cluster.ledger import Request
 from kdhpc.cluster.task import load_pipeline
 from kdhpc.config import RunConfig, checked
-from kdhpc.errors import BusyError, InputError
+from kdhpc.errors import BusyError, DamagedError, InputError
 from kdhpc.shards import Pipeline, Plan
 
 PROJECT_DIR = Path(compose.__file__).resolve().parents[1]
@@ -67,7 +67,7 @@ def folder(path: Path, pipeline: Pipeline | None = None) -> RunFolder:
     """
     if pipeline is None:
         run = open_run(path, _NO_PIPELINE)
-        with contextlib.suppress(OSError, *PIPELINE_ERRORS):
+        with contextlib.suppress(DamagedError, *PIPELINE_ERRORS):
             return open_run(path, load_pipeline(_manifest(run.path)["pipeline"]))
         raise InputError(f"{path}/run.json: not readable; expected what sweep.py wrote")
     return open_run(path, pipeline)
@@ -77,8 +77,7 @@ _NO_PIPELINE = Pipeline(name="", config=RunConfig, stages=())
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((path / "run.json").read_text())
-    return found
+    return read_once(path / "run.json")
 
 
 def find(name: str, runs_dir: str = "runs") -> RunFolder:

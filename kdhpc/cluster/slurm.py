@@ -31,6 +31,9 @@ OVER_LIMIT = (
 )
 ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 """States without a process; COMPLETING still has one, or is about to be requeued."""
+HELD_REASONS = {"JobHeldUser", "launch failed requeued held", "launch_failed_requeued_held"}
+"""Of jobs that wait for a release: their launcher died before it could, or Slurm could not start
+them, as after a restart of the controller, and gave up."""
 NOT_YET_KNOWN = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "RESIZING")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from kdhpc import trainlog
 from kdhpc.artifacts import RunFolder
-from kdhpc.cluster import runs
+from kdhpc.cluster import runs, slurm
 from kdhpc.cluster.decide import Policy
 from kdhpc.cluster.failures import REMEDIES
 from kdhpc.cluster.ledger import Failure, Ledger
@@ -20,6 +21,8 @@ from kdhpc.errors import ClusterError
 from kdhpc.shards import Plan
 
 LOG_LINES = 6
+DISK_FULL_BYTES = 2**20
+"""A disk with less left counts as full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +162,10 @@ def status_of(
         if key not in failures and key not in situation.damaged:
             waiting[reason] = waiting.get(reason, 0) + 1
     notes += tuple(f"{count} shards are not started: {why}" for why, count in waiting.items())
+    held = [task.name for task in state.queued if task.reason in slurm.HELD_REASONS]
+    if held and not situation.stopped:
+        notes += (f"{len(held)} tasks are held by Slurm; sweep.py or rerun.py release them",)
+    notes += _forgotten(run, state)
     if situation.stopped:
         notes += ("cancelled; run sweep.py or rerun.py to go on",)
     return Status(
@@ -175,23 +182,46 @@ def status_of(
     )
 
 
+def _forgotten(run: RunFolder, state: State) -> tuple[str, ...]:
+    """What to say when shards could start and nobody is there to start them."""
+    situation = state.situation
+    names = {submission.name for submission in state.submissions}
+    queued = any(task.name.removeprefix("gate-") in names for task in state.queued)
+    if situation.active or situation.stopped or queued:
+        return ()
+    ready = [
+        key
+        for key, shard in state.plan.shards.items()
+        if key not in situation.done
+        and key not in state.decision.blocked
+        and all(read in situation.done for read in shard.reads)
+    ]
+    if not ready:
+        return ()
+    found = [f"{len(ready)} shards could start, the first {ready[0]}, and nothing is queued"]
+    if shutil.disk_usage(run.path).free < DISK_FULL_BYTES:
+        found.append("DISK_FULL: there is no space left to write down why; free some")
+    found.append("run sweep.py again")
+    return ("; ".join(found),)
+
+
 def _running(state: State) -> frozenset[str]:
-    started = {(task.job_id, task.index) for task in state.queued if task.state == "RUNNING"}
+    started = {(task.name, task.index) for task in state.queued if task.state == "RUNNING"}
     return frozenset(
         key
         for submission in state.submissions
         if (job := state.jobs.get(submission.number)) and job.job_id
         for index, keys in enumerate(submission.tasks)
-        if (job.job_id, index) in started
+        if (submission.name, index) in started
         for key in keys
     )
 
 
 def _waiting(state: State) -> dict[str, int]:
-    ids = {job.job_id for job in state.jobs.values() if job.job_id}
+    names = {submission.name for submission in state.submissions}
     found: dict[str, int] = {}
     for task in state.queued:
-        if task.job_id in ids and task.state == "PENDING":
+        if task.name in names and task.state == "PENDING":
             found[task.reason] = found.get(task.reason, 0) + 1
     return found
 

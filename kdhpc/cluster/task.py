@@ -21,9 +21,10 @@ from types import FrameType
 from typing import Any
 
 from kdhpc import compose
-from kdhpc.artifacts import RunFolder, Work, disk_errors
+from kdhpc.artifacts import RunFolder, Work, disk_errors, read_once
 from kdhpc.cluster import failures
 from kdhpc.cluster.ledger import Failure, Ledger, Submission
+from kdhpc.errors import KdhpcError
 from kdhpc.shards import Pipeline, Shard
 
 PROGRESS_EVERY_S = 2.0
@@ -88,8 +89,7 @@ def _progress_writer(path: Path) -> Callable[[str], Callable[[float], None]]:
 
 def run_task(path: Path, number: int, index: int) -> int:
     """Do one task. Returns the exit code: 0, 1 if a shard failed, 75 if told to stop."""
-    manifest = json.loads((path / "run.json").read_text())
-    pipeline = load_pipeline(manifest["pipeline"])
+    pipeline = load_pipeline(read_once(path / "run.json")["pipeline"])
     ledger = Ledger(path)
     submission = next(s for s in ledger.submissions() if s.number == number)
     request = next(r for r in ledger.requests() if r.number == submission.request)
@@ -139,6 +139,7 @@ def _attempt(shard: Shard, work: Work, ledger: Ledger, submission: Submission, i
             won = work.publish(shard, written, started)
     except Exception as error:
         traceback.print_exc()
+        work.discard()
         kind, message, fingerprint = failures.of_exception(error)
         failure = Failure(
             key=shard.key,
@@ -185,4 +186,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KdhpcError as error:
+        sys.exit(f"error: {error}")

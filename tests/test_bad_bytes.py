@@ -1,0 +1,292 @@
+"""Flipped, cut and random bytes in every kind of file that is read.
+
+Each is refused with its name or, where no digest can know, read as what was written; nothing else
+is raised, and the file is left as it was.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import ROOT, launch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kdhpc import checkpoints, compose, store
+from kdhpc.artifacts import RunFolder, Work, read_record
+from kdhpc.cluster import runs
+from kdhpc.cluster.ledger import Ledger
+from kdhpc.config import LanguageConfig, checked
+from kdhpc.errors import DamagedError, InputError
+from kdhpc.pipeline import LANGUAGE
+
+FEW = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+Damage = Callable[[bytes], bytes]
+
+
+@st.composite
+def damages(draw: st.DrawFn) -> Damage:
+    """A way to spoil bytes: a flipped bit, a cut end, some of it overwritten, more at the end."""
+    kind = draw(st.sampled_from(["flip", "cut", "overwrite", "append", "empty"]))
+    where = draw(st.floats(0, 1, exclude_max=True))
+    bit, noise = draw(st.integers(0, 7)), draw(st.binary(min_size=1, max_size=16))
+
+    def spoil(data: bytes) -> bytes:
+        at = int(where * len(data))
+        if kind == "flip":
+            return data[:at] + bytes([data[at] ^ (1 << bit)]) + data[at + 1 :]
+        if kind == "overwrite":
+            return data[:at] + noise + data[at + len(noise) :]
+        return {"cut": data[:at], "append": data + noise, "empty": b""}[kind]
+
+    return spoil
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> Path:
+    """A finished tiny run that may be spoilt."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
+
+
+def assert_refused(path: Path, spoil: Damage, read: Callable[[], object]) -> None:
+    """Reading raises our own error with the file's name, and does not touch the file."""
+    good = path.read_bytes()
+    bad = spoil(good)
+    if bad == good:
+        return
+    path.write_bytes(bad)
+    try:
+        with pytest.raises((DamagedError, InputError)) as caught:
+            read()
+        assert path.name in str(caught.value)
+        assert path.read_bytes() == bad
+    finally:
+        path.write_bytes(good)
+
+
+def attempt(read: Callable[[], object]) -> tuple[object, str]:
+    """What was read, or what was said against it."""
+    try:
+        return read(), ""
+    except (DamagedError, InputError) as error:
+        return None, str(error)
+
+
+def assert_refused_or_equal(path: Path, spoil: Damage, read: Callable[[], object]) -> None:
+    """The same for files where damage outside the values cannot matter."""
+    good, before = path.read_bytes(), read()
+    bad = spoil(good)
+    path.write_bytes(bad)
+    try:
+        found, said = attempt(read)
+        assert path.name in said if said else found == before
+        assert path.read_bytes() == bad
+    finally:
+        path.write_bytes(good)
+
+
+LEDGER: dict[str, tuple[str, Callable[[Ledger], object]]] = {
+    "request": ("requests/0001.json", Ledger.requests),
+    "submission": ("submissions/0002.json", Ledger.submissions),
+    "job": ("submissions/0002.job.json", Ledger.jobs),
+    "failure": ("failures/0001/a.json", Ledger.failures),
+}
+
+
+@pytest.mark.parametrize("kind", LEDGER)
+@FEW
+@given(spoil=damages())
+def test_a_damaged_ledger_is_named(kind: str, run: Path, spoil: Damage) -> None:
+    name, read = LEDGER[kind]
+    ledger = Ledger(run)
+    if kind == "failure" and not (run / name).exists():
+        add_failure(run / name)
+    assert_refused_or_equal(run / name, spoil, lambda: read(ledger))
+
+
+def add_failure(path: Path) -> None:
+    from kdhpc.artifacts import write_once
+
+    write_once(
+        path,
+        {"key": "score/x/0", "kind": "LOST", "message": "killed", "submission": 1, "time": 1.5},
+    )
+
+
+@FEW
+@given(spoil=damages())
+def test_a_damaged_manifest_is_named(run: Path, spoil: Damage) -> None:
+    assert_refused_or_equal(
+        run / "run.json", spoil, lambda: (runs.folder(run).identity, runs.folder(run).pipeline)
+    )
+
+
+@FEW
+@given(spoil=damages())
+def test_a_damaged_record_is_named(run: Path, spoil: Damage) -> None:
+    path = run / "2-sample-truth/train/00000.json"
+    assert_refused_or_equal(path, spoil, lambda: read_record(path, "sample-truth/train/00000"))
+    scan = RunFolder(run, LANGUAGE).scan()
+    assert scan.damaged == {}
+
+
+DATA = {
+    "token shard": "2-sample-truth/train/00000",
+    "score shard": "7-score/truth-under-truth/00000",
+    "merged file": "8-merge/results/*",
+}
+
+
+def data_of(run: Path, kind: str) -> tuple[Path, str]:
+    """Data of a shard of a kind, and the shard's key."""
+    wanted = {
+        "token shard": "2-sample-truth/train",
+        "score shard": "7-score/truth-under-teacher-s0",
+    }
+    folder = run / wanted.get(kind, "8-merge/results")
+    record = sorted(folder.glob("*.json"))[0]
+    data = folder / json.loads(record.read_text())["data"]
+    return data, f"{folder.parent.name.partition('-')[2]}/{folder.name}/{record.stem}"
+
+
+@pytest.mark.parametrize("kind", DATA)
+@FEW
+@given(spoil=damages())
+def test_damaged_data_is_named_before_it_is_used(kind: str, run: Path, spoil: Damage) -> None:
+    data, key = data_of(run, kind)
+    record = data.parent / f"{key.rpartition('/')[2]}.json"
+    published = record.read_bytes()
+    config = checked(compose.build(LanguageConfig, compose.compose(["tiny"])))
+
+    def read() -> Path:
+        work = Work(RunFolder(run, LANGUAGE), config, LANGUAGE.plan(config))
+        return work.input(key)
+
+    assert_refused(data, spoil, read)
+    for aside in record.parent.glob("*.damaged-*"):
+        aside.unlink()
+    record.write_bytes(published)
+
+
+@FEW
+@given(spoil=damages())
+def test_readers_of_a_damaged_token_shard_say_so(run: Path, spoil: Damage) -> None:
+    """Without its record it may read as other ids, but there is no other error."""
+    data, _ = data_of(run, "token shard")
+    good = data.read_bytes()
+    data.write_bytes(spoil(good))
+    try:
+        _, said = attempt(lambda: store.read_samples([data]))
+        assert not said or data.name in said
+    finally:
+        data.write_bytes(good)
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "score shard": lambda path: store.read_scores(path).log_prob_sum.tobytes(),
+    "merged file": store.logical_digest,
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+@FEW
+@given(spoil=damages())
+def test_readers_of_damaged_hdf5_say_so(kind: str, run: Path, spoil: Damage) -> None:
+    """As analysis does, without the record."""
+    data, _ = data_of(run, kind)
+    assert_refused_or_equal(data, spoil, lambda: READERS[kind](data))
+
+
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+@FEW
+@given(spoil=damages())
+def test_a_damaged_checkpoint_is_passed_over(suffix: str, tmp_path: Path, spoil: Damage) -> None:
+    import torch
+
+    folder = tmp_path / "checkpoints"
+    shutil.rmtree(folder, ignore_errors=True)
+    for step in (1, 2):
+        checkpoints.save(
+            folder, step=step, tensors={"w": torch.full((4,), step)}, recipe="r", num_kept=2
+        )
+    [path] = folder.glob(f"000000002*.{suffix}")
+    good = path.read_bytes()
+    bad = spoil(good)
+    if bad == good:
+        return
+    path.write_bytes(bad)
+    found = checkpoints.newest(folder, "r")
+    assert found is not None
+    assert found[0] == 1
+    assert found[1]["w"].tolist() == [1, 1, 1, 1]
+    kept = [other.read_bytes() for other in folder.iterdir() if other.name.startswith("000000002")]
+    assert bad in kept
+
+
+@FEW
+@given(spoil=damages())
+def test_a_damaged_preset_is_refused_or_is_another_preset(tmp_path: Path, spoil: Damage) -> None:
+    path = tmp_path / "spoilt.yaml"
+    path.write_bytes(spoil((ROOT / "configs" / "tiny.yaml").read_bytes()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compose, "CONFIGS_DIR", tmp_path)
+        _, said = attempt(lambda: runs.from_words(["spoilt", "executor=local", "cluster=auto"]))
+        assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run.json",
+        "requests/0001.json",
+        "submissions/0002.json",
+        "submissions/0002.job.json",
+        "2-sample-truth/train/00000.json",
+    ],
+)
+def test_commands_name_a_damaged_file_in_one_line(run: Path, name: str) -> None:
+    path = run / name
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 2
+    path.write_bytes(raw)
+    before = path.read_bytes()
+    found = launch("status", str(run), code=None)
+    assert found.returncode in {1, 2}
+    assert Path(name).name in found.stdout + found.stderr
+    assert "Traceback" not in found.stderr
+    assert path.read_bytes() == before
+
+
+def test_analysis_names_damaged_results(run: Path) -> None:
+    """The name that people open is a link to the published file."""
+    path = run / "8-merge" / "results.h5"
+    raw = bytearray(path.read_bytes())
+    for spot in range(len(raw) // 4, len(raw), 97):
+        raw[spot] ^= 4
+    path.write_bytes(raw)
+    found = subprocess.run(
+        [sys.executable, str(ROOT / "analysis/precision_recall.py"), str(run)],
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode in {1, 2}
+    assert "results.h5" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_a_seal_covers_lists_and_tuples_alike(tmp_path: Path) -> None:
+    from kdhpc.artifacts import read_once, write_once
+
+    value = {"a": (1, 2), "b": {"c": 0.1}, "d": np.float64(0.5).item(), "time": time.time()}
+    write_once(tmp_path / "x.json", value)
+    assert read_once(tmp_path / "x.json") == {**value, "a": [1, 2]}
