@@ -2,6 +2,7 @@
 # Every process of every job comes through here, on the compute node. Put here what `slurm.setup` in
 # the cluster's YAML cannot say; what you change is copied into a run at the next submission.
 export PYTHONPATH="$1${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONSAFEPATH=1  # or `python -m` takes kdhpc from the folder where sweep.py was typed
 shift
 threads="${SLURM_CPUS_PER_TASK:-1}"
 export OMP_NUM_THREADS="$threads" MKL_NUM_THREADS="$threads" OPENBLAS_NUM_THREADS="$threads"
