@@ -1,9 +1,10 @@
 # What people and CI type. Every target makes what it needs.
 PYTHON ?= python3
+SEED ?= 1
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo mixture test check bench clean
+.PHONY: help install demo mixture test faults chaos mutations check bench clean
 
 help:  ## Show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -39,6 +40,16 @@ check: $(VENV)/installed-dev  ## Format, lint, types, layers
 test: $(VENV)/installed-dev  ## All tests; with CI=true on a real Slurm that it installs (root)
 	@if [ "$$CI" = true ]; then slurm/devcluster install; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+faults: $(VENV)/installed-dev  ## The fault suite on a real Slurm; FAULTS=all: the long ones too
+	@if [ "$$CI" = true ]; then slurm/devcluster install; fi
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
+
+chaos: $(VENV)/installed-dev  ## Twenty random faults in one run: make chaos SEED=1
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults.chaos $(SEED)
+
+mutations: $(VENV)/installed-dev  ## Break the product on purpose; every scenario must notice
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/mutations.py
 
 bench: install  ## Time what should be quick
 	$(BIN)/python benchmarks/login_node.py

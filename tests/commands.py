@@ -9,19 +9,23 @@ from typing import Any
 
 from light import expected
 
+from kdhpc import store
+
+LIGHT_RESULTS = "3-merge/results.h5"
 ROOT = Path(__file__).parents[1]
 
 
 def launch(
-    script: str, *words: str, code: int | None = 0, **environment: str
+    script: str, *words: str, code: int | None = 0, project: str = str(ROOT), **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `launch/<script>.py`; fails unless it ends with `code` (None: any)."""
     found = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / f"{script}.py"), *words],
+        [sys.executable, f"{project}/launch/{script}.py", *words],
         capture_output=True,
         text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"} | environment,
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": f"{project}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
+        | environment,
     )
     assert code is None or found.returncode == code, f"{found.stdout}\n{found.stderr}"
     return found
@@ -33,7 +37,8 @@ def status(run: Path, code: int | None = None) -> dict[str, Any]:
 
 
 def light_result(run: Path) -> list[int]:
-    found: list[int] = json.loads((run / "3-merge" / "all.json").read_text())
+    table = store.read_results(run / LIGHT_RESULTS).tables["all"]["value"]
+    found: list[int] = table[:, 0].tolist()
     return found
 
 
@@ -42,4 +47,6 @@ def assert_light_complete(run: Path, num_shards: int) -> None:
     assert light_result(run) == expected(num_shards)
     for stage in ("1-make", "2-square"):
         assert len(list((run / stage / "arm").glob("*[0-9].json"))) == num_shards
-        assert len(list((run / stage / "arm").glob("*.txt"))) == num_shards
+        assert (
+            len(list((run / stage / "arm").glob("*.txt"))) >= num_shards
+        )  # killed ones leave some

@@ -1,11 +1,21 @@
 """A pipeline of the tests' own: records that are a pure function of shard and index, and quick.
 
-Two stages and a merge. A shard misbehaves while the file `trouble/<shard name>` exists: its content
-says how (`raise`, `kill`, `sleep SECONDS`).
+Two stages and a merge. A shard misbehaves in the middle of writing while the file
+`trouble/<stage>-<shard>` (`trouble/merge`) exists, or with all its data written and nothing
+published while `trouble/<stage>-<shard>-written` does. Its content says how:
+
+raise          an exception
+kill           SIGKILL
+hang [...]     stays until the file is gone; then does the rest
+sleep SECONDS  takes longer
+oom            asks for more memory than it may have
+flood BYTES    writes so much into its file
+once ...       any of these; the file gets the ending `.taken`, so that another attempt goes well
 """
 
 import json
 import os
+import resource
 import signal
 import time
 from collections.abc import Sequence
@@ -13,18 +23,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdhpc.artifacts import Work, Written
+from kdhpc.artifacts import RESULTS, Work, Written
 from kdhpc.config import RunConfig
 from kdhpc.shards import Arm, Pipeline, Plan, Shard, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
 class LightConfig(RunConfig):
-    """How many shards, where trouble is announced, how long a shard takes."""
+    """How many shards of how many numbers, where trouble is announced, how long a shard takes."""
 
     small: bool = True
     num_shards: int = 6
+    width: int = 1
     trouble: str = ""
+    trace: str = ""
+    """File with a line for every start of a shard; work is counted there."""
     seconds: float = 0.02
 
 
@@ -43,29 +56,56 @@ def plan_square(config: LightConfig, before: Plan) -> list[Shard]:
 
 def plan_merge(config: LightConfig, before: Plan) -> list[Shard]:
     keys = tuple(shard.key for shard in before.stage("square"))
-    arm = Arm(stage="merge", name="all", fields={"keys": list(keys)}, inputs={})
+    fields = {"keys": list(keys), "width": config.width}
+    arm = Arm(stage="merge", name="all", fields=fields, inputs={})
     return [Shard(arm=arm, name=arm.recipe[:12], reads=keys)]
 
 
-def write(shard: Shard, work: Work, value: Any) -> Written:
-    misbehave(Path(work.config.trouble) / f"{shard.stage}-{shard.name}", work)
-    time.sleep(work.config.seconds)
-    path = work.new_path(shard, ".json")
-    path = path.with_suffix(".txt")
-    path.write_text(json.dumps(value))
+def begin(shard: Shard, work: Work) -> str:
+    """Note in the trace that a shard starts. Returns its name for trouble."""
+    if work.config.trace:
+        restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+        with Path(work.config.trace).open("a") as file:
+            file.write(f"{shard.key} {restart} {os.getpid()}\n")
+    return "merge" if shard.stage == "merge" else f"{shard.stage}-{shard.name}"
+
+
+def write(shard: Shard, work: Work, value: int) -> Written:
+    name = begin(shard, work)
+    path = work.new_path(shard, ".txt")
+    text = json.dumps(value)
+    with path.open("w") as file:
+        file.write(text[:1])
+        file.flush()
+        misbehave(name, work, path)
+        time.sleep(work.config.seconds)
+        file.write(text[1:])
+    misbehave(f"{name}-written", work)
     return Written(path=path, rows=1)
 
 
-def misbehave(path: Path, work: Work) -> None:
+def misbehave(name: str, work: Work, data: Path | None = None) -> None:
+    path = Path(work.config.trouble) / name
     if not work.config.trouble or not path.is_file():
         return
-    what, _, argument = path.read_text().partition(" ")
-    if what == "raise":
+    what = path.read_text().split()
+    if what[0] == "once":
+        path = path.rename(f"{path}.taken")
+        what = what[1:]
+    while what[0] == "hang" and path.is_file():
+        time.sleep(0.1)
+    what = what[1:] if what[0] == "hang" and what[1:] else what
+    if what[0] == "raise":
         raise RuntimeError("trouble was asked for")
-    if what == "kill":
+    if what[0] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if what == "sleep":
-        time.sleep(float(argument))
+    if what[0] == "sleep":
+        time.sleep(float(what[1]))
+    if what[0] == "oom":
+        resource.setrlimit(resource.RLIMIT_AS, (2**30, resource.RLIM_INFINITY))
+        bytearray(2**32)
+    if what[0] == "flood" and data is not None:
+        data.write_bytes(bytes(int(what[1])))
 
 
 def run_make(shard: Shard, work: Work) -> Written:
@@ -77,7 +117,26 @@ def run_square(shard: Shard, work: Work) -> Written:
 
 
 def run_merge(shard: Shard, work: Work) -> Written:
-    return write(shard, work, [json.loads(work.input(key).read_text()) for key in shard.reads])
+    import numpy as np
+
+    from kdhpc import store
+
+    name = begin(shard, work)
+    misbehave(name, work)
+    values = [json.loads(work.input(key).read_text()) for key in shard.reads]
+    table = np.add.outer(np.array(values, np.int64), np.arange(work.config.width))
+    path = work.new_path(shard, ".h5")
+    store.write_results(
+        path,
+        iter(()),
+        {},
+        tables=[("all", {"value": table})],
+        recipe=shard.recipe,
+        complete=True,
+        provenance=work.provenance(shard.reads, ["numpy", "h5py"]),
+    )
+    misbehave(f"{name}-written", work)
+    return Written(path=path, rows=len(values))
 
 
 def stage(name: str, plan: Any, run: Any, alias: str | None = None) -> Stage:
@@ -99,7 +158,7 @@ PIPELINE = Pipeline(
     stages=(
         stage("make", plan_make, run_make),
         stage("square", plan_square, run_square),
-        stage("merge", plan_merge, run_merge, alias="all.json"),
+        stage("merge", plan_merge, run_merge, alias=RESULTS),
     ),
 )
 

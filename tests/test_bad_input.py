@@ -375,6 +375,14 @@ def test_rerun_refuses_what_it_cannot_do(case: Case, finished: Path) -> None:
     assert content(finished) == before
 
 
+def test_only_a_planned_shard_can_be_explained(finished: Path) -> None:
+    key = "score/truth-under-teacher-s0/00001"
+    words = ["status", str(finished), "--explain"]
+    assert "published" in launch(*words, key, code=0, **NO_SLURM).stdout
+    found = launch(*words, key.replace("score", "scores"), code=None, **NO_SLURM)
+    assert_refused(found, "--explain scores/", "no such shard", key)
+
+
 @pytest.mark.parametrize("script", ["status", "rerun", "cancel", "verify", "clean"])
 def test_a_folder_that_is_no_run_is_refused(script: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()

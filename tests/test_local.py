@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT, assert_light_complete, launch, light_result, status
+from commands import LIGHT_RESULTS, ROOT, assert_light_complete, launch, light_result, status
 from light import expected
 
 from kdhpc import compose, store
@@ -295,7 +295,7 @@ def test_an_input_with_a_flipped_bit_is_made_again_by_its_reader(tmp_path: Path)
 
 def test_a_lost_alias_is_made_again(tmp_path: Path) -> None:
     run = light(tmp_path)
-    (run / "3-merge/all.json").unlink()
+    (run / LIGHT_RESULTS).unlink()
     light(tmp_path)
     assert light_result(run) == expected(6)
 

@@ -121,6 +121,13 @@ def test_the_readme_tables_are_the_pipelines() -> None:
     assert rows == expected
 
 
+def test_the_table_of_remedies_is_the_code() -> None:
+    command = [sys.executable, "-m", "kdhpc.cluster.failures"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    docs = (ROOT / "docs" / "reliability.md").read_text()
+    assert f"<!-- remedies -->\n{found}<!-- end of remedies -->\n" in docs
+
+
 def test_the_readme_installs_like_the_makefile() -> None:
     makefile = (ROOT / "Makefile").read_text()
     block = makefile.partition("$(VENV)/installed:")[2].partition("\n\n")[0]

@@ -1,0 +1,280 @@
+"""Twenty random faults over one `tiny` run with many shards, on the real cluster.
+
+    make chaos SEED=1      # PYTHONPATH=tests python -m faults.chaos 1
+
+At the end one rerun.py is allowed; then the logical digest must be that of an undisturbed run in
+local processes. Exit code 0 if it is.
+"""
+
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from commands import ROOT, launch, status
+from real_slurm import DEVCLUSTER, SMALL, queue, running_cluster, wait_for
+
+from faults.test_launchers import DEATHS, wrapper
+from kdhpc import store
+from kdhpc.cluster.ledger import Ledger
+
+RESULTS = "8-merge/results.h5"
+NUM_FAULTS = 20
+WORDS = [
+    "tiny", "sampling.train_sequences=384", "sampling.eval_sequences=192",
+    "sampling.shard_sequences=32", "scoring.shard_sequences=48", "scoring.batch_rows=24",
+    "teacher.training.checkpoint_every_steps=2",
+]  # fmt: skip
+ON_SLURM = [
+    "cluster=slurm", *SMALL, "slurm.mem_gb=1.3", "slurm.task_min=0.25", "slurm.canary=0",
+    "slurm.partition=low", "slurm.max_parallel=4",
+]  # fmt: skip
+NODES = ("n1", "n2", "n3", "n4")
+
+
+class Chaos:
+    """One run and all that is done to it."""
+
+    def __init__(self, seed: int, folder: Path, cluster: Path) -> None:
+        self.random = random.Random(seed)  # noqa: S311 (no secret)
+        self.folder, self.cluster, self.run = folder, cluster, folder / "tiny"
+        self.later: list[threading.Timer] = []
+        self.num_launches = 0
+
+    def faults(self) -> dict[str, Callable[[], str]]:
+        return {
+            "1 scancel": self.cancel,
+            "2 kill -9": self.kill,
+            "3 node down": self.node_down,
+            "4 slurmd stopped": self.stop_slurmd,
+            "5 told to stop": self.tell_to_stop,
+            "6 requeue": self.requeue,
+            "6 preemption": self.preempt,
+            "6 SIGTERM": self.terminate,
+            "7 slurmctld stopped": self.stop_controller,
+            "7 slurmctld killed": self.kill_controller,
+            "8 launcher killed": self.kill_launcher,
+            "14 slurmdbd killed": self.kill_accounting,
+            "15 killed at a checkpoint": self.kill_at_checkpoint,
+        }
+
+    # what there is
+
+    def running(self) -> list[str]:
+        """Array elements that run, gates left out."""
+        return [line for line in queue("%i:%T") if line.endswith(":RUNNING") and "_" in line]
+
+    def element(self) -> str:
+        return self.random.choice(self.running()).partition(":")[0]
+
+    def processes(self) -> list[int]:
+        """Python processes of this run's tasks."""
+        words = ["pgrep", "-f", f"kdhpc.cluster.task {self.run}"]
+        found = subprocess.run(words, capture_output=True, text=True).stdout.split()
+        return [pid for pid in map(int, found) if name_of(pid).startswith("python")]
+
+    def devcluster(self, *words: str) -> None:
+        command = [DEVCLUSTER, words[0], str(self.cluster), *words[1:]]
+        subprocess.run(command, capture_output=True)
+
+    def after(self, seconds: float, *command: str) -> None:
+        timer = threading.Timer(
+            seconds, lambda: subprocess.run(command, capture_output=True, check=False)
+        )
+        timer.start()
+        self.later.append(timer)
+
+    # what is done
+
+    def cancel(self) -> str:
+        element = self.element()
+        subprocess.run(["scancel", element], check=False)
+        return element
+
+    def kill(self, number: int = 9) -> str:
+        pid = self.random.choice(self.processes())
+        os.kill(pid, number)
+        return str(pid)
+
+    def terminate(self) -> str:
+        return self.kill(15)
+
+    def node_down(self) -> str:
+        node = self.random.choice(NODES)
+        words = ["scontrol", "update", f"nodename={node}"]
+        subprocess.run([*words, "state=down", "reason=chaos"], capture_output=True)
+        self.after(5, *words, "state=resume")
+        return node
+
+    def stop_slurmd(self) -> str:
+        node = self.random.choice(NODES)
+        self.devcluster("kill", node, "--signal", "STOP")
+        command = [DEVCLUSTER, "kill", str(self.cluster), node, "--signal", "CONT"]
+        self.after(self.random.choice([5, 30]), *command)
+        return node
+
+    def tell_to_stop(self) -> str:
+        element = self.element()
+        subprocess.run(["scancel", "--signal=USR2", element], check=False)
+        return element
+
+    def requeue(self) -> str:
+        element = self.element()
+        subprocess.run(["scontrol", "requeue", element], capture_output=True)
+        return element
+
+    def preempt(self) -> str:
+        subprocess.run(
+            ["sbatch", "--partition=hi", "--nodes=2", "--exclusive", "--mem=50M", "--wrap=sleep 1",
+             "--output=/dev/null", "--chdir=/tmp", "--job-name=other"],
+            capture_output=True,
+        )  # fmt: skip
+        return "two nodes"
+
+    def stop_controller(self) -> str:
+        self.devcluster("kill", "slurmctld", "--signal", "STOP")
+        time.sleep(8)
+        self.devcluster("kill", "slurmctld", "--signal", "CONT")
+        return "for 8 s"
+
+    def kill_controller(self) -> str:
+        self.devcluster("kill", "slurmctld")
+        time.sleep(3)
+        self.devcluster("start", "slurmctld")
+        return "for 3 s"
+
+    def kill_accounting(self) -> str:
+        self.devcluster("kill", "slurmdbd")
+        self.after(10, DEVCLUSTER, "start", str(self.cluster), "slurmdbd")
+        return "for 10 s"
+
+    def kill_launcher(self) -> str:
+        """Sweep typed again, killed at a step if it gets that far; and once more."""
+        name = self.random.choice(list(DEATHS))
+        self.num_launches += 1
+        folder = self.folder / f"bin{self.num_launches}"
+        self.sweep(code=None, PATH=wrapper(folder, *DEATHS[name]))
+        self.sweep(code=None)
+        return name
+
+    def kill_at_checkpoint(self) -> str:
+        """Kill a training while data of a checkpoint lies there without its record."""
+        deadline = time.monotonic() + 3
+        while time.monotonic() < deadline:
+            for data in self.run.glob("*/*/*.checkpoints/*/*.safetensors"):
+                record = data.with_name(f"{data.name.partition('.')[0]}.json")
+                if not record.exists():
+                    return f"{self.kill()} at {data.name.partition('.')[0]}"
+        return f"{self.kill()}, no training was writing"
+
+    def sweep(self, code: int | None = 0, **environment: str) -> None:
+        words = [*WORDS, *ON_SLURM, f"runs_dir={self.folder}"]
+        launch("sweep", *words, code=code, **environment)
+
+    # the play
+
+    def play(self) -> int:
+        self.sweep()
+        for number in range(1, NUM_FAULTS + 1):
+            name, fault = self.random.choice(list(self.faults().items()))
+            wait_for(lambda: bool(self.processes() and self.running()) or self.stuck(), "work")
+            if self.stuck():
+                if status(self.run)["complete"]:
+                    print(f"the run was complete after {number - 1} faults", flush=True)
+                    break
+                name, fault = "8 launcher killed", self.kill_launcher
+            self.wait_for_progress(number)
+            try:
+                what = fault()
+            except (IndexError, ProcessLookupError):
+                what = "it was gone already"
+            print(f"{number:2d}. {name}: {what}", flush=True)
+        for timer in self.later:
+            timer.join()
+        for name in ("slurmdbd", "slurmctld", *NODES):
+            self.devcluster("start", name)
+        resume = ["scontrol", "update", "nodename=n[1-4]", "state=resume"]
+        subprocess.run(resume, capture_output=True)
+        wait_for(self.stuck, "the end", limit_s=600)
+        return number
+
+    def wait_for_progress(self, number: int) -> None:
+        """Spread the faults over the run: some more shards, or ten seconds."""
+        wanted = 4 * number
+        deadline = time.monotonic() + self.random.uniform(2, 10)
+        while time.monotonic() < deadline and self.num_published() < wanted:
+            time.sleep(0.5)
+
+    def num_published(self) -> int:
+        return len(list(self.run.glob("[0-9]-*/*/*[0-9a-f].json")))
+
+    def stuck(self) -> bool:
+        """Whether nothing will start by itself, seen for ten seconds: the end, or held tasks."""
+        for _ in range(10):
+            jobs = [line.split("|") for line in queue("%j|%T|%r")]
+            waiting = {"Dependency", "JobHeldUser", "JobHeldAdmin", "launch failed requeued held"}
+            if any(name != "other" and reason not in waiting for name, _, reason in jobs):
+                return False
+            time.sleep(1)
+        return True
+
+
+def name_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return ""
+
+
+def published_twice(run: Path) -> int:
+    """Publications beyond the first one a shard, by the logs."""
+    found: dict[str, int] = {}
+    for path in run.glob("logs/*/[0-9]*.log"):
+        for match in re.finditer(r"^(\S+): published", path.read_text(errors="replace"), re.M):
+            found[match[1]] = found.get(match[1], 0) + 1
+    aside = len(list(run.glob("[0-9]-*/*/*.json.damaged-*")))
+    return sum(number - 1 for number in found.values()) - aside
+
+
+def main() -> int:
+    seed = int(sys.argv[1])
+    with tempfile.TemporaryDirectory(prefix="kdhpc-chaos-") as name:
+        folder = Path(name)
+        launch("sweep", *WORDS, "cluster=local", "local_workers=1", f"runs_dir={folder}/whole")
+        expected = store.logical_digest(folder / "whole/tiny" / RESULTS)
+        with running_cluster("--min-job-age", "5", "--memory-mb", "1800") as cluster:
+            started = time.monotonic()
+            chaos = Chaos(seed, folder, cluster)
+            num_faults = chaos.play()
+            complete = status(chaos.run)["complete"]
+            if not complete:
+                launch("rerun", str(chaos.run))
+                wait_for(chaos.stuck, "the end after rerun", limit_s=600)
+            shown = launch("status", str(chaos.run), code=None)
+            if shown.returncode:
+                print(shown.stdout)
+                return 1
+            found = store.logical_digest(chaos.run / RESULTS)
+            ledger = Ledger(chaos.run)
+            kinds = sorted({failure.kind for failure in ledger.failures()})
+            num_shards = chaos.num_published()
+            twice = published_twice(chaos.run)
+            print(
+                f"seed {seed}: {num_faults} faults, {num_shards} shards, "
+                f"{len(ledger.submissions())} submissions, {len(ledger.failures())} failures "
+                f"({', '.join(kinds)}), {'no rerun' if complete else 'one rerun'}, "
+                f"{time.monotonic() - started:.0f} s, published twice {twice}, "
+                f"digest {found[:12]} {'equal' if found == expected else 'DIFFERS'}"
+            )
+            return 0 if found == expected and not twice else 1
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    sys.exit(main())

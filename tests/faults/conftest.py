@@ -1,0 +1,75 @@
+"""The cluster that the scenarios share, and the table that they leave."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commands import ROOT
+from real_slurm import DEVCLUSTER, queue, running_cluster, wait_for
+
+from faults.scenario import Row, Scenario, write_table
+
+ROWS: list[Row] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long ones run with FAULTS=all only, or when asked for by name."""
+    for item in items:
+        if item.get_closest_marker("long") and os.environ.get("FAULTS") != "all":
+            item.add_marker(pytest.mark.skip(reason="long: FAULTS=all make faults"))
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    os.environ["FAULTS_DIR"] = str(tmp_path_factory.mktemp("faults"))
+    with running_cluster("--min-job-age", "5", "--memory-mb", "1800") as path:
+        yield path
+
+
+@pytest.fixture
+def scenario(request: pytest.FixtureRequest, tmp_path: Path, cluster: Path) -> Iterator[Scenario]:
+    """A scenario named after its test; everything is well and empty again after it."""
+    marker = request.node.get_closest_marker("scenario")
+    title = request.node.originalname.removeprefix("test_").replace("_", " ")
+    found = Scenario(marker.args[0], title, tmp_path, cluster)
+    yield found
+    ROWS.extend(found.rows)
+    if found.touched_daemons:
+        revive(cluster)
+    subprocess.run(["scancel", "--me"], check=False)
+    wait_for(lambda: not queue(), "an empty queue")
+    if found.jobs_forgotten:  # nodes remember jobs whose ids the controller gives out again
+        for node in ("n1", "n2", "n3", "n4"):
+            subprocess.run([DEVCLUSTER, "kill", str(cluster), node], check=True)
+            subprocess.run([DEVCLUSTER, "start", str(cluster), node], check=True)
+        resume_nodes()
+
+
+def revive(cluster: Path) -> None:
+    """Start what is dead, continue what is stopped, resume every node."""
+    for name in ("slurmdbd", "slurmctld", "n1", "n2", "n3", "n4"):
+        command = [DEVCLUSTER, "kill", str(cluster), name, "--signal", "CONT"]
+        if subprocess.run(command, capture_output=True).returncode:
+            subprocess.run([DEVCLUSTER, "start", str(cluster), name], check=True)
+    resume_nodes()
+
+
+def resume_nodes() -> None:
+    def states() -> list[str]:
+        command = ["sinfo", "-h", "-N", "-p", "main", "-o", "%T"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.split()
+
+    words = ["scontrol", "update", "nodename=n[1-4]", "state=resume"]
+    subprocess.run(words, capture_output=True)
+    usable = {"idle", "mixed", "allocated", "completing"}
+    wait_for(lambda: len(states()) == 4 and set(states()) <= usable, "four nodes")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def table() -> Iterator[None]:
+    """Written by whatever was played."""
+    yield
+    if ROWS:
+        write_table(ROWS, ROOT / "build" / "faults.md")

@@ -1,0 +1,107 @@
+"""Break the product on purpose, one way at a time, and see that its scenario fails.
+
+    python tests/faults/mutations.py [NAME ...]
+
+Each mutation is made in a copy of the tree. Exit code 0 if every one is caught.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+Edit = tuple[str, str, str]
+"""File, what stands there, what stands there instead."""
+
+MUTATIONS: dict[str, tuple[list[Edit], str]] = {
+    "publish becomes rename": (
+        [("kdhpc/artifacts.py", "os.link(temporary, path)\n", "os.replace(temporary, path)\n")],
+        "test_of_two_live_writers_the_first_wins",
+    ),
+    "the gate waits with afterok": (
+        [("kdhpc/cluster/submission.py", "afterany:", "afterok:")],
+        "test_a_process_killed_before_it_publishes_is_tried_again",
+    ),
+    "the map is rewritten on relaunch": (
+        [
+            (
+                "kdhpc/cluster/ledger.py",
+                "        return write_once(path, asdict(submission))\n",
+                "        won = write_once(path, asdict(submission))\n"
+                "        first = path.with_name('0001.json')\n"
+                "        if won and path != first:  # the newest plan replaces the old one\n"
+                "            again = {**read_once(first), 'tasks': submission.tasks}\n"
+                "            first.unlink()\n"
+                "            write_once(first, again)\n"
+                "        return won\n",
+            )
+        ],
+        "test_a_relaunch_while_half_the_array_is_queued_changes_no_queued_task",
+    ),
+    "the merge verifies nothing": (
+        [("kdhpc/artifacts.py", "            self._verify(record)\n", "")],
+        "test_damage_found_by_the_merge_is_not_merged",
+    ),
+    "--open-mode=append goes": (
+        [
+            (
+                "kdhpc/cluster/slurm.py",
+                "    text = executor.script(command, num_tasks)\n",
+                "    text = executor.script(command, num_tasks)\n"
+                '    text = text.replace("--open-mode=append", "--open-mode=truncate")\n',
+            )
+        ],
+        "test_a_requeued_task_keeps_the_log_of_its_first_try",
+    ),
+}
+
+
+def copy_of_the_tree(folder: Path) -> Path:
+    """Tracked files and those that git does not ignore."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def play(name: str, edits: list[Edit], test: str) -> bool:
+    """Whether the scenario fails on the broken copy."""
+    with tempfile.TemporaryDirectory(prefix="kdhpc-mutant-") as folder:
+        tree = copy_of_the_tree(Path(folder))
+        for file, old, new in edits:
+            text = (tree / file).read_text()
+            if text.count(old) != 1:
+                sys.exit(f"{name}: {file} has {text.count(old)} times {old!r}; expected once")
+            (tree / file).write_text(text.replace(old, new))
+        started = time.monotonic()
+        found = subprocess.run(
+            [sys.executable, "-m", "pytest", "tests/faults", "-q", "-x", "-k", test],
+            cwd=tree,
+            env={**os.environ, "PYTHONPATH": str(tree), "FAULTS": "all"},
+            capture_output=True,
+            text=True,
+        )
+    caught = found.returncode == 1 and f"{test}" in found.stdout and "1 failed" in found.stdout
+    why = [line for line in found.stdout.splitlines() if line.startswith("E  ")][:1]
+    seconds = time.monotonic() - started
+    print(f"{'caught' if caught else 'MISSED'}  {name}  ({seconds:.0f} s; {test})", flush=True)
+    print(f"        {' '.join(why)[:160] if caught else found.stdout[-3000:]}", flush=True)
+    return caught
+
+
+def main() -> int:
+    wanted = sys.argv[1:] or list(MUTATIONS)
+    results = [play(name, *MUTATIONS[name]) for name in wanted]
+    print(f"{sum(results)} of {len(results)} mutations caught")
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""One oracle for every scenario, and the row that it leaves in the table of docs/reliability.md."""
+
+import collections
+import json
+import os
+import re
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from commands import LIGHT_RESULTS, ROOT, launch, status
+from light import PIPELINE
+from real_slurm import DEVCLUSTER, jobs_of, log_of, sweep_light, trouble, wait_for, wait_for_end
+
+from kdhpc import store
+from kdhpc.cluster.ledger import Ledger
+from kdhpc.pipeline import LANGUAGE
+
+_digests: dict[tuple[str, ...], str] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One scenario that was played to its end."""
+
+    number: int
+    scenario: str
+    injected: str
+    recover_s: float
+    """From the fault to the end of the run, the waiting of the fault included."""
+    rerun: int
+    """Starts of shards beyond the first one each."""
+    lost: int
+    """Planned shards without a published result."""
+    duplicated: int
+    """Publications beyond the first one a shard."""
+
+
+def undisturbed(*words: str) -> str:
+    """Logical digest of the light pipeline's merged file when nothing happens; local processes."""
+    if words not in _digests:
+        folder = Path(os.environ["FAULTS_DIR"]) / f"undisturbed-{len(_digests)}"
+        where = [f"runs_dir={folder}", "name=light", "cluster=local"]
+        launch("sweep", "pipeline=light:PIPELINE", *where, *words)
+        _digests[words] = store.logical_digest(folder / "light" / LIGHT_RESULTS)
+    return _digests[words]
+
+
+class Scenario:
+    """A run of the light pipeline on the cluster, what is done to it, and what must be true then.
+
+    The trace of starts lies on local disk and exists in tests only.
+    """
+
+    def __init__(self, number: int, title: str, folder: Path, cluster: Path) -> None:
+        self.number, self.title, self.folder, self.cluster = number, title, folder, cluster
+        self.run = folder / "light"
+        self.words: tuple[str, ...] = ()
+        self.injected: list[str] = []
+        self.rows: list[Row] = []
+        self.touched_daemons = False
+        self.jobs_forgotten = False
+        self.on_disk: tuple[str, ...] = ()
+
+    # what the user types
+
+    def sweep(
+        self,
+        *words: str,
+        code: int | None = 0,
+        project: str = str(ROOT),
+        **environment: str,
+    ) -> Path:
+        self.words = tuple(w for w in words if w.startswith(("num_shards", "width")))
+        packed = [] if any("task_min" in word for word in words) else ["slurm.task_min=0.04"]
+        return sweep_light(
+            self.folder, *packed, *self.on_disk, *words, code=code, project=project, **environment
+        )
+
+    def use_disk(self, path: Path) -> None:
+        """Put the run, not its troubles and trace, on another disk."""
+        self.run, self.on_disk = path / "light", (f"runs_dir={path}",)
+
+    def rerun(self, *words: str) -> None:
+        launch("rerun", str(self.run), *words)
+
+    # what happens to it
+
+    def trouble(self, shard: str, what: str) -> Path:
+        return trouble(self.folder, shard, what)
+
+    def taken(self, shard: str) -> Path:
+        """The trouble of a shard, once that has met it."""
+        path = self.folder / "trouble" / f"{shard}.taken"
+        wait_for(path.exists, f"{shard} to meet its trouble")
+        return path
+
+    def inject(self, what: str) -> None:
+        """Say what is done now; the clock starts at the first one."""
+        if not self.injected:
+            self.started = time.monotonic()
+        self.injected.append(what)
+
+    def seconds(self) -> float:
+        """Since the fault."""
+        return round(time.monotonic() - self.started, 1)
+
+    def daemon(self, name: str, signal: str) -> None:
+        self.touched_daemons = True
+        subprocess.run(
+            [DEVCLUSTER, "kill", str(self.cluster), name, "--signal", signal], check=True
+        )
+
+    def daemon_pid(self, name: str) -> int:
+        return int((self.cluster / "pid" / name).read_text().split()[0])
+
+    def start_daemon(self, name: str) -> None:
+        subprocess.run([DEVCLUSTER, "start", str(self.cluster), name], check=True)
+
+    # where a shard is
+
+    def place(self, key: str) -> tuple[str, int]:
+        """Job id and array index of the newest submission of a shard."""
+        for number, job in reversed(list(enumerate(jobs_of(self.run), 1))):
+            for index, task in enumerate(self.submission(number)["tasks"]):
+                if key in task and job["job_id"]:
+                    return job["job_id"], index
+        raise AssertionError(f"{key} was never submitted")
+
+    def submission(self, number: int) -> dict[str, Any]:
+        path = self.run / "submissions" / f"{number:04d}.json"
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    def job_ids(self) -> list[str]:
+        return [i for job in jobs_of(self.run) for i in (job["job_id"], job["gate_id"]) if i]
+
+    def known_to_slurm(self, job_ids: list[str]) -> bool:
+        """Whether the controller still knows any of these jobs."""
+        command = ["scontrol", "--oneliner", "show", "jobs"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return any(f"JobId={i} " in shown or f"ArrayJobId={i} " in shown for i in job_ids)
+
+    def element(self, key: str) -> str:
+        job_id, index = self.place(key)
+        return f"{job_id}_{index}"
+
+    def node(self, key: str) -> str:
+        command = ["squeue", "--noheader", "--format=%N", "--jobs", self.element(key)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    def starts(self) -> collections.Counter[str]:
+        """By shard, how often an attempt began its work."""
+        trace = self.folder / "trace"
+        lines = trace.read_text().splitlines() if trace.exists() else []
+        return collections.Counter(line.split()[0] for line in lines)
+
+    def pid(self, key: str) -> int:
+        """Process of the newest attempt of a shard."""
+        lines = (self.folder / "trace").read_text().splitlines()
+        return int(next(line.split()[2] for line in reversed(lines) if line.split()[0] == key))
+
+    def reruns(self) -> int:
+        return sum(number - 1 for number in self.starts().values())
+
+    def record(self, key: str) -> Path:
+        stage, arm, name = key.split("/")
+        pipeline = LANGUAGE if self.run.name == "tiny" else PIPELINE
+        return self.run / pipeline.folder(stage) / arm / f"{name}.json"
+
+    def failure_kinds(self) -> dict[str, list[str]]:
+        """By shard, the classes of its failures, oldest first."""
+        found: dict[str, list[str]] = {}
+        for failure in Ledger(self.run).failures():
+            found.setdefault(failure.key, []).append(failure.kind)
+        return found
+
+    def log(self, number: int, task: int) -> str:
+        return log_of(self.run, number, task)
+
+    def logs(self) -> str:
+        """All logs, for whoever reads why a test failed."""
+        paths = sorted(self.run.glob("logs/*/*.log"))
+        return "".join(f"{path.relative_to(self.run)}\n{path.read_text()}" for path in paths)
+
+    def wait(self, *, limit_s: float = 150) -> None:
+        wait_for_end(self.run, limit_s=limit_s)
+
+    # what must be true
+
+    def assert_named(self, kind: str, *keys: str) -> None:
+        """status.py exits 1, names the class, the shards and a remedy."""
+        causes = status(self.run, code=1)["causes"]
+        assert kind in {cause["kind"] for cause in causes}, causes
+        named = {key for cause in causes if cause["kind"] == kind for key in cause["shards"]}
+        assert named == set(keys), causes
+        shown = launch("status", str(self.run), code=1).stdout
+        assert kind in shown
+        assert "what to do: " in shown
+        for key in keys:
+            answer = launch("status", str(self.run), "--explain", key, code=1).stdout
+            assert kind in answer, answer
+            assert "what to do: " in answer, answer
+
+    def assert_whole(self, *, reruns: int, least: int | None = None) -> None:
+        """The run is complete, equal to an undisturbed one, and little ran twice.
+
+        Args:
+            reruns: starts beyond the first that the fault implies, at most.
+            least: and at least, to see that the fault was one; as many, if not given.
+        """
+        recover_s = self.seconds()
+        launch("status", str(self.run), code=0)
+        assert store.logical_digest(self.run / LIGHT_RESULTS) == undisturbed(*self.words)
+        assert "0 damaged" in launch("verify", str(self.run), code=0).stdout
+        planned = self.starts().keys()
+        lost = [key for key in planned if not self.record(key).exists()]
+        published = collections.Counter(
+            match[1]
+            for path in self.run.glob("logs/*/[0-9]*.log")
+            for match in re.finditer(r"^(\S+): published", path.read_text(), re.MULTILINE)
+        )
+        for path in self.run.glob("[0-9]-*/*/*.json.damaged-*"):  # made again on purpose
+            stage, arm, name = str(path.relative_to(self.run)).split("/")
+            published[f"{stage.partition('-')[2]}/{arm}/{name.partition('.')[0]}"] -= 1
+        duplicated = sum(max(0, number - 1) for number in published.values())
+        assert (lost, duplicated) == ([], 0), published
+        found = self.reruns()
+        assert (reruns if least is None else least) <= found <= reruns, self.starts()
+        row = Row(
+            number=self.number,
+            scenario=self.title,
+            injected="; ".join(self.injected),
+            recover_s=recover_s,
+            rerun=found,
+            lost=len(lost),
+            duplicated=duplicated,
+        )
+        print(asdict(row))
+        self.rows.append(row)
+
+
+def sum_of(number: int, title: str, injected: str, rows: list[Row]) -> Row:
+    """One row for several runs that were played together."""
+    return Row(
+        number=number,
+        scenario=title,
+        injected=injected,
+        recover_s=max(row.recover_s for row in rows),
+        rerun=sum(row.rerun for row in rows),
+        lost=sum(row.lost for row in rows),
+        duplicated=sum(row.duplicated for row in rows),
+    )
+
+
+HEAD = [
+    "| # | scenario | injected | seconds to recover | shards rerun | lost | duplicated |",
+    "|--:|---|---|--:|--:|--:|--:|",
+]
+
+
+def write_table(rows: list[Row], path: Path) -> None:
+    """Markdown of all rows; with UPDATE_DOCS=1 these also replace theirs in docs/reliability.md."""
+    lines = [f"| {' | '.join(str(value) for value in asdict(row).values())} |" for row in rows]
+    text = as_table(lines)
+    print(f"\n{text}")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    if os.environ.get("UPDATE_DOCS"):
+        docs = ROOT / "docs" / "reliability.md"
+        before, begin, rest = docs.read_text().partition("<!-- scenarios -->\n")
+        old, end, after = rest.partition("<!-- end of scenarios -->\n")
+        kept = [line for line in old.splitlines() if re.match(r"\| \d", line)]
+        docs.write_text(f"{before}{begin}{as_table(kept + lines)}{end}{after}")
+
+
+def as_table(lines: list[str]) -> str:
+    """Rows in order; of one scenario the last."""
+    newest = {line.split(" | ")[1]: line for line in lines}
+    ordered = sorted(newest.values(), key=lambda line: (int(line.split()[1]), line))
+    return "\n".join([*HEAD, *ordered]) + "\n"
