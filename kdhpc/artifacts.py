@@ -108,6 +108,11 @@ class RunFolder:
         stage, arm, name = key.split("/")
         return self.stage_dir(stage) / arm / f"{name}.checkpoints"
 
+    def checkpoint_since(self, key: str, time_s: float) -> bool:
+        """Whether a shard has a checkpoint that is newer than that."""
+        found = self.scratch_path(key).glob("*/*.json")
+        return any(path.stat().st_mtime > time_s for path in found)
+
     def alias_path(self, stage: Stage) -> Path | None:
         return self.stage_dir(stage.name) / stage.alias if stage.alias else None
 

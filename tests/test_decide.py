@@ -3,10 +3,12 @@
 import dataclasses
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kdhpc.cluster.decide import Policy, Situation, decide
+from kdhpc.cluster.failures import of_exception
 from kdhpc.cluster.ledger import Failure
 from kdhpc.shards import Arm, Pipeline, Plan, Shard, Stage
 
@@ -176,3 +178,17 @@ def test_a_stage_that_cannot_be_launched_is_not_tried_shard_by_shard() -> None:
 def test_after_a_cancel_only_what_was_asked_for_starts() -> None:
     found = decide(PIPELINE, PLAN, situation(only=frozenset(FIRST[3:5])), POLICY)
     assert started(found) == FIRST[3:5]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("gloo: Read error: Connection reset by peer"), "LOST"),
+        (RuntimeError("CUDA out of memory"), "OOM"),
+        (OSError(28, "No space left on device"), "DISK_FULL"),
+        (FloatingPointError("loss"), "DIVERGED"),
+        (ValueError("a bug"), "EXCEPTION"),
+    ],
+)
+def test_exceptions_have_a_class(error: Exception, kind: str) -> None:
+    assert of_exception(error)[0] == kind

@@ -146,7 +146,8 @@ def _explain_ended(run: RunFolder, ledger: Ledger, state: State) -> bool:
         for key in keys if kind in {"CANCELLED", "LAUNCH"} or not started else started[-1:]:
             if key not in keys:
                 continue  # it died between two shards: nobody's fault
-            further = " (got further)" if _checkpoint_since(run, key, submission) else ""
+            got_further = run.checkpoint_since(key, submission.time)
+            further = failures.GOT_FURTHER if got_further else ""
             written |= ledger.add_failure(
                 Failure(
                     key=key,
@@ -160,8 +161,3 @@ def _explain_ended(run: RunFolder, ledger: Ledger, state: State) -> bool:
                 )
             )
     return written
-
-
-def _checkpoint_since(run: RunFolder, key: str, submission: Submission) -> bool:
-    found = run.scratch_path(key).glob("*/*.json")
-    return any(path.stat().st_mtime > submission.time for path in found)

@@ -112,6 +112,12 @@ SLURM_STATES = {
     "REVOKED": "CANCELLED",
 }
 
+RANK_GONE = re.compile(
+    r"connection (reset|closed) by|broken pipe|ncclRemoteError|ncclSystemError", re.IGNORECASE
+)
+"""What gloo and NCCL say when another rank is gone."""
+GOT_FURTHER = " (got further)"
+"""End of the message of a failure that left a newer checkpoint."""
 STOPPED_EXIT_CODE = 75
 """Exit code of a task that was told to stop and did so between shards or at a checkpoint."""
 
@@ -127,6 +133,8 @@ def of_exception(error: BaseException) -> tuple[str, str, str]:
         kind = "OOM"
     elif isinstance(error, FloatingPointError):
         kind = "DIVERGED"
+    elif RANK_GONE.search(str(error)):
+        kind = "LOST"  # what the others see of a rank that was killed
     elif isinstance(error, InputError):
         kind = "REFUSED"
     elif isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:

@@ -192,7 +192,7 @@ def _progressed(failure: Failure, submissions: list[Submission], done: frozenset
     """Whether the task of a failure published a shard, or its training left a newer checkpoint."""
     submission = next(s for s in submissions if s.number == failure.submission)
     task = next((task for task in submission.tasks if failure.key in task), ())
-    return failure.message.endswith("(got further)") or any(key in done for key in task)
+    return failure.message.endswith(failures.GOT_FURTHER) or any(key in done for key in task)
 
 
 def _policy(

@@ -141,6 +141,8 @@ def _attempt(shard: Shard, work: Work, ledger: Ledger, submission: Submission, i
         traceback.print_exc()
         work.discard()
         kind, message, fingerprint = failures.of_exception(error)
+        if kind == "LOST" and work.run.checkpoint_since(shard.key, started):
+            message += failures.GOT_FURTHER
         failure = Failure(
             key=shard.key,
             kind=kind,

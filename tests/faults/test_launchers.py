@@ -96,8 +96,7 @@ def test_a_controller_that_forgot_the_jobs_is_made_good_by_sweep(scenario: Scena
         assert any("sweep.py" in note for note in found["notes"]), found["notes"]
         time.sleep(5)
         scenario.sweep()
-    scenario.wait()
-    scenario.assert_whole(reruns=1, least=0)
+    scenario.assert_whole(reruns=1, least=0)  # a gate may still be held, with nothing left to do
 
 
 DEATHS = {
