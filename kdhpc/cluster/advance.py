@@ -143,6 +143,9 @@ def _explain_ended(run: RunFolder, ledger: Ledger, state: State) -> bool:
         text = log.read_text(errors="replace") if log.exists() else ""
         started = [key for key in submission.tasks[index] if f"{key}: started" in text]
         kind, message = failures.of_slurm(said.state, said.exit_code, started=bool(started))
+        if any(text.rfind(f"{key}: stopped") > text.rfind(f"{key}: started") for key in started):
+            # Slurm kills the other ranks when the first one leaves, and reports that.
+            kind, message = "STOPPED", "was told to stop and did"
         for key in keys if kind in {"CANCELLED", "LAUNCH"} or not started else started[-1:]:
             if key not in keys:
                 continue  # it died between two shards: nobody's fault
