@@ -52,8 +52,10 @@ def main() -> None:
 
 def compare(dtype: str, options: argparse.Namespace) -> None:
     """Time all systems in one dtype."""
-    workers = {name: _start(name, dtype, options) for name in options.systems}
-    first = {name: json.loads(_answer(worker)) for name, worker in workers.items()}
+    workers, first = {}, {}
+    for name in options.systems:  # one after the other, so that nobody disturbs the first steps
+        workers[name] = _start(name, dtype, options)
+        first[name] = json.loads(_answer(workers[name]))
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     memory: dict[str, float] = {}
     for _ in range(options.rounds):
@@ -132,12 +134,10 @@ def work(options: argparse.Namespace) -> NoReturn:
         "flops_per_token": training_flops(shape, VOCAB_SIZE, LENGTH),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
-    turns = 0
+    answers = sys.stdout
 
     def wait() -> None:
-        nonlocal turns
-        turns += 1
-        print(json.dumps({"peak_bytes": _peak_bytes(device), **facts}), flush=True)
+        print(json.dumps({"peak_bytes": _peak_bytes(device), **facts}), file=answers, flush=True)
         if not sys.stdin.readline():
             os._exit(0)
 
@@ -164,7 +164,8 @@ def _kdhpc(
 
     small = options.worker == "kdhpc small"
     device = models.pick_device("auto")
-    models.keep_freed_memory()
+    if not small:
+        models.keep_freed_memory()
     ranks.join(rank=0, world_size=1, address="", port=0, device=device)
     training.train(
         model,

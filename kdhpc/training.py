@@ -27,6 +27,7 @@ from kdhpc.errors import InputError
 from kdhpc.likelihood import summed_nll
 from kdhpc.models import DTYPES, matmul_flops_per_s
 from kdhpc.ranks import any_rank, from_first, summed
+from kdhpc.sizes import BUCKET
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -181,7 +182,11 @@ def deepspeed_settings(recipe: Training) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": recipe.micro_batch,
         "gradient_accumulation_steps": recipe.accumulation,
         "gradient_clipping": recipe.gradient_clip,
-        "zero_optimization": {"stage": recipe.zero_stage},
+        "zero_optimization": {
+            "stage": recipe.zero_stage,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+        },
         "steps_per_print": 10**9,
         "bf16": {"enabled": recipe.dtype == "bfloat16"},
     }

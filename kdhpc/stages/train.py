@@ -39,7 +39,7 @@ def _recipe_fields(model: Model, config: LanguageConfig) -> dict[str, Any]:
     }
 
 
-def _states_recipe(arm: Arm) -> str:
+def states_recipe(arm: Arm) -> str:
     """Recipe of an arm's checkpoints: they serve whatever the layout of the ranks is."""
     training = arm.fields["training"]
     kept = {name: value for name, value in training.items() if name not in LAYOUT}
@@ -214,7 +214,8 @@ def _join(model: Model, work: Work) -> None:
 
     config: LanguageConfig = work.config
     models.set_threads(config.threads)
-    models.keep_freed_memory()
+    if not model.training.activation_checkpointing:  # who asks for that is short of memory
+        models.keep_freed_memory()
     if work.world_size != model.training.world_size:
         raise ClusterError(
             f"{work.world_size} processes were started; expected {model.training.world_size} "
@@ -249,9 +250,9 @@ def _train(
     init_seed = seeding.integer_seed(config.seed, f"{stream}/init")
     folder = work.run.scratch_path(shard.key)
     # By recipe: other settings after a cancel must not meet the old settings' checkpoints.
-    states_recipe = _states_recipe(shard.arm)
-    states = folder / states_recipe[:12]
-    found = checkpoints.newest(states, states_recipe) if work.rank == 0 else None
+    resumable = states_recipe(shard.arm)
+    states = folder / resumable[:12]
+    found = checkpoints.newest(states, resumable) if work.rank == 0 else None
     kept = training.Schedule.of(recipe, len(corpus)).kept
     started = time.time()
 
@@ -260,7 +261,7 @@ def _train(
             states,
             step=state.step,
             tensors=state.tensors,
-            recipe=states_recipe,
+            recipe=resumable,
             num_kept=recipe.keep_checkpoints,
             for_good=state.step in kept,
         )
