@@ -18,7 +18,7 @@ from kdhpc.config import LAYOUT, WATCHING, LanguageConfig, Model, tokens_per_s
 from kdhpc.errors import ClusterError, InputError
 from kdhpc.shards import Arm, Plan, Shard, Stage
 from kdhpc.sizes import num_parameters, training_flops
-from kdhpc.trainlog import TrainingLog
+from kdhpc.trainlog import TrainingLog, read_log
 
 if TYPE_CHECKING:
     from kdhpc.training import Corpus
@@ -295,6 +295,8 @@ def _train(
     result.load_state_dict(dict(trained.weights), strict=False)
     path = work.new_path(shard)
     models.save_model(result, tokenizer_path, path)
+    # A process that found the last step's checkpoint did no step itself.
+    final_loss = trained.losses[-1] if trained.losses else read_log(folder)[-1]["loss"]
     return Written(
         path=path,
         rows=1,
@@ -302,7 +304,7 @@ def _train(
             "parameters": sum(p.numel() for p in result.parameters()),
             "steps": trained.step,
             "resumed_from_step": found[0] if found else 0,
-            "final_loss_nats": trained.losses[-1] if trained.losses else None,
+            "final_loss_nats": final_loss,
             "train_s": round(time.time() - started, 3),
             "device": models.pick_device(config.device).type,
         },
