@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -101,6 +103,36 @@ def test_watching_a_training_changes_no_weight(tiny_run: Path, copy: Path) -> No
     assert all(0 < facts["mfu"] < 1 and facts["data_s"] >= 0 for facts in log)
     assert log[-1]["validation_loss"] == pytest.approx(log[-1]["loss"], rel=0.1)
     assert list(folder.glob("events.out.tfevents.*"))
+
+
+def test_an_interrupted_training_is_seen_live_and_goes_on_with_another_zero_stage(
+    copy: Path,
+) -> None:
+    for folder in copy.glob("[3-8]-*"):
+        shutil.rmtree(folder)
+    words = ["tiny", "cluster=local", f"runs_dir={copy.parent}", "teacher.training.epochs=60"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch/sweep.py"), *words], stdout=subprocess.DEVNULL
+    )
+    live: list[str] = []
+    while not live:
+        assert process.poll() is None
+        found = status(copy)["live"]
+        live = [line for line in found if "teacher" in line and "MFU" in line]
+    assert re.search(
+        r"train-on-truth/teacher-s0/00000 \d+% step \d+ of 480 loss \d\.\d+ lr \S+ norm \S+ "
+        r"\d+ tokens/s MFU \d+%$",
+        live[0],
+    )
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    record = copy / "3-train-on-truth/teacher-s0/00000.json"
+    assert not record.exists()
+    launch("sweep", *words, "teacher.training.zero_stage=2")
+    stats = json.loads(record.read_text())["stats"]
+    assert (stats["steps"], 0 < stats["resumed_from_step"] < 480) == (480, True)
+    log = trainlog.read_log(record.with_suffix(".checkpoints"))
+    assert [facts["step"] for facts in log] == list(range(1, 481))
 
 
 def test_checkpoints_serve_other_ranks_but_no_other_recipe() -> None:
