@@ -1,6 +1,5 @@
 """Parameters, arithmetic and memory of a model, from its shape alone: for plans and estimates."""
 
-import dataclasses
 from dataclasses import dataclass
 
 from kdhpc.config import Shape, Training
@@ -31,7 +30,7 @@ def training_flops(shape: Shape, vocab_size: int, length: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
-    """Bytes on each rank where memory is fullest: at the loss of the second micro-batch."""
+    """Bytes on each rank; fullest at the loss of the second micro-batch, or at the update."""
 
     weights: float
     gradients: float
@@ -43,10 +42,13 @@ class TrainingMemory:
     """Logits of `head_tokens` positions, and the gradients that are made from them."""
     buckets: float
     """In which gradients are reduced over ranks."""
+    update: float
+    """This rank's gradients in one piece, and in float32, while activations are gone."""
 
     @property
     def total(self) -> float:
-        return float(sum(dataclasses.astuple(self)))
+        states = self.weights + self.gradients + self.optimizer + self.buckets
+        return states + max(self.activations + self.head, self.update)
 
 
 BUCKET = 5 * 10**7
@@ -84,5 +86,8 @@ def training_memory(
             else shape.layers * layer
         ),
         head=8.0 * chunk * vocab_size + head_sums + size * (vocab_size + tokens) * shape.hidden,
+        update=0.0
+        if recipe.zero_stage == 0
+        else (4.0 + (size if size < 4 else 0)) * parameters / over(1),
         buckets=0.0 if recipe.zero_stage == 0 else 2.0 * size * min(BUCKET, parameters),
     )

@@ -223,12 +223,14 @@ class _Engine:
         # at the end of a row, and no longer be those of the saved model.
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         model.to(DTYPES[recipe.dtype])
-        if device.type == "cpu" and not recipe.compile:
+        if device.type == "cpu":
             model.set_attn_implementation(attention.NAME)
         if recipe.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        if recipe.compile:
-            model.base_model.compile()
+        for layer in model.base_model.layers if recipe.compile else ():
+            # Only what is no matrix product: one graph of each kind serves all layers.
+            for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+                part.compile()
         optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=recipe.learning_rate,

@@ -105,6 +105,7 @@ def test_zero_stages_train_the_same_model(long: Trained, stage: int) -> None:
     assert_same_curve(run(dataclasses.replace(LONG, zero_stage=stage)).losses, long.losses)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at it itself
 @pytest.mark.parametrize(
     "layout",
     [

@@ -214,8 +214,8 @@ def _join(model: Model, work: Work) -> None:
 
     config: LanguageConfig = work.config
     models.set_threads(config.threads)
-    if not model.training.activation_checkpointing:  # who asks for that is short of memory
-        models.keep_freed_memory()
+    # Who asks for activation checkpointing is short of memory.
+    models.set_allocator(keep_freed=not model.training.activation_checkpointing)
     if work.world_size != model.training.world_size:
         raise ClusterError(
             f"{work.world_size} processes were started; expected {model.training.world_size} "
