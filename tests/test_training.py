@@ -36,6 +36,7 @@ from kdhpc.config import Dtype, Shape, Training
 from kdhpc.errors import ClusterError, InputError
 from kdhpc.training import DivergedError, Schedule, Trained, Watch
 
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 TOY = Path(__file__).with_name("toy_training.py")
 
 
@@ -110,7 +111,7 @@ def test_zero_stages_train_the_same_model(long: Trained, stage: int) -> None:
     "layout",
     [
         {"activation_checkpointing": True},
-        {"compile": True},
+        pytest.param({"compile": True}, marks=COMPILER),
         {"head_tokens": 100},
         {"micro_batch_sequences": 7},
     ],
