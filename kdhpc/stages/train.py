@@ -189,7 +189,7 @@ def run(shard: Shard, work: Work) -> Written | None:
         return Corpus(
             ids=rows,
             length=rows.length,
-            num_prompt=max(1, num_prompt),
+            num_prompt=num_prompt,
             masked_eos=tokenizer.eos_token_id if config.eos == "mask" else None,
         )
 
@@ -325,7 +325,7 @@ def _text_corpus(config: LanguageConfig, tokenizer: Any) -> "Corpus":
     padded = np.zeros((len(rows), config.length), np.uint16)
     for row, ids in zip(padded, rows, strict=True):
         row[: len(ids)] = ids
-    return Corpus(ids=padded, length=np.array([len(ids) for ids in rows], np.int32), num_prompt=1)
+    return Corpus(ids=padded, length=np.array([len(ids) for ids in rows], np.int32), num_prompt=0)
 
 
 def _count(path: Path) -> int:
