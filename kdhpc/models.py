@@ -63,17 +63,22 @@ def set_threads(threads: int) -> None:
         torch.set_num_interop_threads(1)
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc's allocator to keep what is freed, for processes that reuse large buffers.
+def set_allocator(*, keep_freed: bool) -> None:
+    """Tell glibc's allocator whether to keep what is freed, for processes that reuse large buffers.
 
-    By default every large tensor is given back to the kernel and comes again page by page: a fifth
-    of the time of a training step on CPUs (docs/log.md). Without glibc nothing changes.
+    By default most large tensors are given back to the kernel and come again page by page: a fifth
+    of the time of a training step on CPUs. Kept memory falls into pieces, though, so where memory
+    is short everything large is given back at once. Without glibc nothing changes.
     """
-    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4  # malloc.h
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    if not hasattr(libc, "mallopt"):
+        return
+    if keep_freed:
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, -1)
+    else:
+        libc.mallopt(m_mmap_threshold, 2**20)
 
 
 def synchronize(device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kdhpc.config import Shape
+from kdhpc.config import Shape, Training
 
 NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -30,16 +30,64 @@ def training_flops(shape: Shape, vocab_size: int, length: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
-    """Bytes on each rank at the end of the first backward pass, where memory is fullest."""
+    """Bytes on each rank; fullest at the loss of the second micro-batch, or at the update."""
 
     weights: float
     gradients: float
     optimizer: float
     """Float32 weights and AdamW's two moments."""
     activations: float
+    """What the layers keep for the backward pass."""
     head: float
-    """Logits of `head_tokens` positions and the gradient of the head."""
+    """Logits of `head_tokens` positions, and the gradients that are made from them."""
+    buckets: float
+    """In which gradients are reduced over ranks."""
+    update: float
+    """This rank's gradients in one piece, and in float32, while activations are gone."""
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+        states = self.weights + self.gradients + self.optimizer + self.buckets
+        return states + max(self.activations + self.head, self.update)
+
+
+BUCKET = 5 * 10**7
+"""Elements that DeepSpeed reduces or gathers at once."""
+
+
+def training_memory(
+    shape: Shape, recipe: Training, *, vocab_size: int, length: int
+) -> TrainingMemory:
+    """What one rank holds in training; ZeRO spreads it over the recipe's ranks.
+
+    Activations are counted tensor by tensor for transformers' Llama (`docs/training.md`).
+    """
+    size = NUM_BYTES[recipe.dtype]
+    parameters, ranks = num_parameters(shape, vocab_size), recipe.world_size
+    tokens = recipe.micro_batch * length
+    kv = shape.hidden // shape.heads * shape.kv_heads
+    norms = 2 * shape.hidden * (2 * size + 4)  # input in float32, what is scaled, output
+    attention = size * (3 * shape.hidden + 2 * kv)
+    layer = norms + attention + size * 4 * shape.ffn
+    chunk = min(recipe.head_tokens, tokens)
+    head_sums = 0 if chunk == tokens else 4 * vocab_size * shape.hidden
+
+    def over(stage: int) -> int:
+        return ranks if recipe.zero_stage >= stage else 1
+
+    return TrainingMemory(
+        weights=size * parameters / over(3),
+        gradients=size * parameters / over(2),
+        optimizer=(8.0 if recipe.zero_stage == 0 else 12.0) * parameters / over(1),
+        activations=tokens
+        * (
+            layer + shape.layers * size * shape.hidden
+            if recipe.activation_checkpointing
+            else shape.layers * layer
+        ),
+        head=8.0 * chunk * vocab_size + head_sums + size * (vocab_size + tokens) * shape.hidden,
+        update=0.0
+        if recipe.zero_stage == 0
+        else (4.0 + (size if size < 4 else 0)) * parameters / over(1),
+        buckets=0.0 if recipe.zero_stage == 0 else 2.0 * size * min(BUCKET, parameters),
+    )

@@ -115,21 +115,41 @@ TYPED: dict[str, Case] = {
     "speed of no stage": ("throughput.scores=9", "throughput.scores", "score"),
     # training
     "uneven batch": (
+        "students.small.training.batch_sequences=33 students.small.training.nodes=2",
         "students.small.training.batch_sequences=33",
-        "students.small.training.batch_sequences=33",
-        "multiple of micro_batch_sequences=32 times 1 ranks",
+        "multiple of its 2 ranks",
     ),
     "uneven ranks": (
         "teacher.training.ranks_per_node=3",
         "teacher.training.batch_sequences=32",
-        "times 3 ranks",
+        "ranks_per_node=3",
+    ),
+    "no micro-batch": (
+        "teacher.training.micro_batch_sequences=0",
+        "teacher.training.micro_batch_sequences=0",
+        "at least 1",
+    ),
+    "checkpoint beyond the end": (
+        "teacher.training.keep_epochs=[1,7]",
+        "teacher.training.keep_epochs=[1.0, 7.0]",
+        "at most epochs=2.0",
+    ),
+    "compiled stage 3": (
+        "teacher.training.compile=true teacher.training.zero_stage=3",
+        "teacher.training.compile=true",
+        "got 3",
     ),
     "float16 on a CPU": (
         "teacher.training.dtype=float16 device=cpu",
         "teacher.training.dtype=float16",
         "needs a GPU",
     ),
-    "stage 0": ("teacher.training.zero_stage=0", "teacher.training.zero_stage=0", "1, 2 or 3"),
+    "stage 4": ("teacher.training.zero_stage=4", "teacher.training.zero_stage=4", "0, 1, 2 or 3"),
+    "stage 0 in bfloat16": (
+        "teacher.training.zero_stage=0 teacher.training.dtype=bfloat16",
+        "teacher.training.zero_stage=0",
+        "silently takes another optimizer",
+    ),
     **{
         f"{key} {value}": (
             f"truth.training.{key}={value}",
@@ -146,6 +166,8 @@ TYPED: dict[str, Case] = {
             ("warmup_fraction", "7"),
             ("decay_fraction", "-1"),
             ("checkpoint_every_steps", "-1"),
+            ("validate_every_steps", "-1"),
+            ("max_gradient_norm", "0"),
         ]
     },
     "moment that grows": ("truth.training.betas=[0.9,2]", "truth.training.betas=", "expected"),

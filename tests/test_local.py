@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,10 +17,11 @@ import pytest
 from commands import LIGHT_RESULTS, ROOT, assert_light_complete, launch, light_result, status
 from light import expected
 
-from kdhpc import compose, store
+from kdhpc import compose, store, trainlog
 from kdhpc.artifacts import RunFolder, Work
 from kdhpc.config import LanguageConfig, checked
 from kdhpc.pipeline import LANGUAGE
+from kdhpc.stages.train import states_recipe
 
 RESULTS = Path("8-merge/results.h5")
 
@@ -81,6 +84,69 @@ def test_a_flipped_bit_is_named_by_verify_and_nothing_is_taken_for_good(copy: Pa
     data.write_bytes(bytes(raw))
     found = launch("verify", str(copy), code=1)
     assert data.name in found.stdout
+
+
+def test_watching_a_training_changes_no_weight(tiny_run: Path, copy: Path) -> None:
+    """The log has losses and costs, TensorBoard events lie beside it, named checkpoints stay."""
+    teacher = copy / "3-train-on-truth" / "teacher-s0"
+    shutil.rmtree(teacher)
+    watching = {"validate_every_steps": 4, "keep_epochs": "[1.0]", "checkpoint_every_steps": 5}
+    words = [f"teacher.training.{name}={value}" for name, value in watching.items()]
+    again(copy, "tensorboard=true", *words)
+    assert store.logical_digest(copy / RESULTS) == store.logical_digest(tiny_run / RESULTS)
+    folder = teacher / "00000.checkpoints"
+    log = trainlog.read_log(folder)
+    assert [facts["step"] for facts in log] == list(range(1, 17))
+    assert [f["step"] for f in log if "validation_loss" in f] == [4, 8, 12, 16]
+    assert [f["step"] for f in log if "checkpoint_s" in f] == [5, 8, 10, 15]
+    assert sorted(int(path.stem) for path in folder.glob("*/*.json")) == [8, 10, 15]
+    assert all(0 < facts["mfu"] < 1 and facts["data_s"] >= 0 for facts in log)
+    assert log[-1]["validation_loss"] == pytest.approx(log[-1]["loss"], rel=0.1)
+    assert list(folder.glob("events.out.tfevents.*"))
+
+
+def test_an_interrupted_training_is_seen_live_and_goes_on_with_another_zero_stage(
+    copy: Path,
+) -> None:
+    for folder in copy.glob("[3-8]-*"):
+        shutil.rmtree(folder)
+    words = ["tiny", "cluster=local", f"runs_dir={copy.parent}", "teacher.training.epochs=60"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch/sweep.py"), *words], stdout=subprocess.DEVNULL
+    )
+    live: list[str] = []
+    while not live:
+        assert process.poll() is None
+        found = status(copy)["live"]
+        live = [line for line in found if "teacher" in line and "MFU" in line]
+    assert re.search(
+        r"train-on-truth/teacher-s0/00000 \d+% step \d+ of 480 loss \d\.\d+ lr \S+ norm \S+ "
+        r"\d+ tokens/s MFU \d+%$",
+        live[0],
+    )
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    record = copy / "3-train-on-truth/teacher-s0/00000.json"
+    assert not record.exists()
+    launch("sweep", *words, "teacher.training.zero_stage=2")
+    stats = json.loads(record.read_text())["stats"]
+    assert (stats["steps"], 0 < stats["resumed_from_step"] < 480) == (480, True)
+    log = trainlog.read_log(record.with_suffix(".checkpoints"))
+    assert [facts["step"] for facts in log] == list(range(1, 481))
+
+
+def test_checkpoints_serve_other_ranks_but_no_other_recipe() -> None:
+    def recipe(*words: str) -> str:
+        plan = LANGUAGE.plan(compose.build(LanguageConfig, compose.compose(["tiny", *words])))
+        [teacher] = plan.arm("train-on-truth", "teacher-s0")
+        return states_recipe(teacher.arm)
+
+    training = "teacher.training"
+    for same in ("nodes=2", "ranks_per_node=4", "zero_stage=3", "micro_batch_sequences=8"):
+        assert recipe(f"{training}.{same}") == recipe()
+    for other in ("learning_rate=1.0e-4", "batch_sequences=64", "epochs=3"):
+        assert recipe(f"{training}.{other}") != recipe()
+    assert recipe("seed=1") != recipe()
 
 
 def test_adding_a_tau_runs_nothing_that_exists(copy: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import ROOT
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,6 +36,7 @@ from kdhpc.config import Dtype, Shape, Training
 from kdhpc.errors import ClusterError, InputError
 from kdhpc.training import DivergedError, Schedule, Trained, Watch
 
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 TOY = Path(__file__).with_name("toy_training.py")
 
 
@@ -103,11 +106,12 @@ def test_zero_stages_train_the_same_model(long: Trained, stage: int) -> None:
     assert_same_curve(run(dataclasses.replace(LONG, zero_stage=stage)).losses, long.losses)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at it itself
 @pytest.mark.parametrize(
     "layout",
     [
         {"activation_checkpointing": True},
-        {"compile": True},
+        pytest.param({"compile": True}, marks=COMPILER),
         {"head_tokens": 100},
         {"micro_batch_sequences": 7},
     ],
@@ -181,6 +185,35 @@ def test_another_zero_stage_goes_on_from_a_checkpoint(
     first = run(dataclasses.replace(LONG, zero_stage=(stage + 1) % 4), watch=watch)
     rest = run(dataclasses.replace(LONG, zero_stage=stage), state=newest(tmp_path))
     assert_same_curve(first.losses + rest.losses, long.losses)
+
+
+def test_two_nodes_train_the_same_model_and_go_on_from_one(long: Trained, tmp_path: Path) -> None:
+    """Every ZeRO stage, on a real Slurm."""
+    if shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin") is None:
+        assert os.environ.get("CI") != "true", "Slurm is not installed"
+        pytest.skip("Slurm is not installed: sudo slurm/devcluster install")
+    steps = iter(range(1, 100))
+    states = tmp_path / "states"
+    first = run(LONG, watch=Watch(should_stop=lambda: next(steps) == 20, save=saver(states)))
+    fresh_out, resumed_out = tmp_path / "fresh", tmp_path / "resumed"
+    for out in (fresh_out, resumed_out):
+        out.mkdir()
+    srun = f"srun --kill-on-bad-exit=1 --nodes=2 --ntasks=2 {sys.executable} {TOY}"
+    stages = "--zero-stages 0 1 2 3"
+    subprocess.run(
+        [
+            str(ROOT / "slurm" / "devcluster"), "run", "--nodes", "2", "--", "bash", "-ec",
+            f"{srun} {fresh_out} {stages}; {srun} {resumed_out} {stages} --states {states}",
+        ],
+        check=True,
+    )  # fmt: skip
+    for stage in range(4):
+        whole, rest = (
+            json.loads((out / f"losses-{stage}.json").read_text())
+            for out in (fresh_out, resumed_out)
+        )
+        assert_same_curve(whole, long.losses)
+        assert_same_curve(first.losses + rest, long.losses)
 
 
 def test_checkpoints_of_named_epochs_stay(tmp_path: Path) -> None:

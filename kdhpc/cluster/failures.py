@@ -75,7 +75,7 @@ REMEDIES = {
         advice="look at the traceback; mend it, then rerun.py RUN",
     ),
     "DIVERGED": Remedy(
-        means="a training's loss is no number",
+        means="a training's loss is no number, or its gradient exploded",
         retry=False,
         advice="a smaller training.learning_rate, or float32; with other settings it starts anew",
     ),

@@ -18,7 +18,7 @@ from kdhpc.config import LAYOUT, WATCHING, LanguageConfig, Model, tokens_per_s
 from kdhpc.errors import ClusterError, InputError
 from kdhpc.shards import Arm, Plan, Shard, Stage
 from kdhpc.sizes import num_parameters, training_flops
-from kdhpc.trainlog import TrainingLog
+from kdhpc.trainlog import TrainingLog, read_log
 
 if TYPE_CHECKING:
     from kdhpc.training import Corpus
@@ -39,7 +39,7 @@ def _recipe_fields(model: Model, config: LanguageConfig) -> dict[str, Any]:
     }
 
 
-def _states_recipe(arm: Arm) -> str:
+def states_recipe(arm: Arm) -> str:
     """Recipe of an arm's checkpoints: they serve whatever the layout of the ranks is."""
     training = arm.fields["training"]
     kept = {name: value for name, value in training.items() if name not in LAYOUT}
@@ -189,7 +189,7 @@ def run(shard: Shard, work: Work) -> Written | None:
         return Corpus(
             ids=rows,
             length=rows.length,
-            num_prompt=max(1, num_prompt),
+            num_prompt=num_prompt,
             masked_eos=tokenizer.eos_token_id if config.eos == "mask" else None,
         )
 
@@ -214,7 +214,8 @@ def _join(model: Model, work: Work) -> None:
 
     config: LanguageConfig = work.config
     models.set_threads(config.threads)
-    models.keep_freed_memory()
+    # Who asks for activation checkpointing is short of memory.
+    models.set_allocator(keep_freed=not model.training.activation_checkpointing)
     if work.world_size != model.training.world_size:
         raise ClusterError(
             f"{work.world_size} processes were started; expected {model.training.world_size} "
@@ -249,9 +250,9 @@ def _train(
     init_seed = seeding.integer_seed(config.seed, f"{stream}/init")
     folder = work.run.scratch_path(shard.key)
     # By recipe: other settings after a cancel must not meet the old settings' checkpoints.
-    states_recipe = _states_recipe(shard.arm)
-    states = folder / states_recipe[:12]
-    found = checkpoints.newest(states, states_recipe) if work.rank == 0 else None
+    resumable = states_recipe(shard.arm)
+    states = folder / resumable[:12]
+    found = checkpoints.newest(states, resumable) if work.rank == 0 else None
     kept = training.Schedule.of(recipe, len(corpus)).kept
     started = time.time()
 
@@ -260,7 +261,7 @@ def _train(
             states,
             step=state.step,
             tensors=state.tensors,
-            recipe=states_recipe,
+            recipe=resumable,
             num_kept=recipe.keep_checkpoints,
             for_good=state.step in kept,
         )
@@ -294,6 +295,8 @@ def _train(
     result.load_state_dict(dict(trained.weights), strict=False)
     path = work.new_path(shard)
     models.save_model(result, tokenizer_path, path)
+    # A process that found the last step's checkpoint did no step itself.
+    final_loss = trained.losses[-1] if trained.losses else read_log(folder)[-1]["loss"]
     return Written(
         path=path,
         rows=1,
@@ -301,7 +304,7 @@ def _train(
             "parameters": sum(p.numel() for p in result.parameters()),
             "steps": trained.step,
             "resumed_from_step": found[0] if found else 0,
-            "final_loss_nats": trained.losses[-1] if trained.losses else None,
+            "final_loss_nats": final_loss,
             "train_s": round(time.time() - started, 3),
             "device": models.pick_device(config.device).type,
         },
@@ -322,7 +325,7 @@ def _text_corpus(config: LanguageConfig, tokenizer: Any) -> "Corpus":
     padded = np.zeros((len(rows), config.length), np.uint16)
     for row, ids in zip(padded, rows, strict=True):
         row[: len(ids)] = ids
-    return Corpus(ids=padded, length=np.array([len(ids) for ids in rows], np.int32), num_prompt=1)
+    return Corpus(ids=padded, length=np.array([len(ids) for ids in rows], np.int32), num_prompt=0)
 
 
 def _count(path: Path) -> int:

@@ -1,0 +1,140 @@
+#!/usr/bin/env python
+"""Memory of training: the formula of kdhpc/sizes.py against what processes really hold.
+
+python benchmarks/training_memory.py             measure on CPUs, print both
+python benchmarks/training_memory.py --plan      what each GPU would hold, by the formula
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import subprocess
+import sys
+
+from kdhpc.config import Shape, Training
+from kdhpc.sizes import num_parameters, training_memory
+
+LENGTH, VOCAB_SIZE = 512, 49152
+SHAPES = {
+    "135M": Shape(layers=30, hidden=576, heads=9, kv_heads=3, ffn=1536),
+    "360M": Shape(layers=32, hidden=960, heads=15, kv_heads=5, ffn=2560),
+    "1.7B": Shape(layers=24, hidden=2048, heads=32, kv_heads=32, ffn=8192),
+    "eight layers": Shape(layers=8, hidden=576, heads=9, kv_heads=3, ffn=1536),
+}
+BASE = Training(batch_sequences=8, micro_batch_sequences=2, dtype="bfloat16")
+CASES: list[tuple[str, dict[str, object]]] = [
+    ("eight layers", {}),
+    ("eight layers", {"dtype": "float32"}),
+    ("eight layers", {"micro_batch_sequences": 4}),
+    ("eight layers", {"activation_checkpointing": True, "head_tokens": 256}),
+    ("eight layers", {"ranks_per_node": 2}),
+    ("eight layers", {"ranks_per_node": 2, "zero_stage": 3}),
+    ("135M", {}),
+    ("135M", {"activation_checkpointing": True, "head_tokens": 256}),
+]
+
+
+def main() -> None:
+    """Measure, or print the plan."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--plan", action="store_true")
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case is not None:
+        hold(*CASES[options.case])
+    elif options.plan:
+        plan()
+    else:
+        measure()
+
+
+def plan() -> None:
+    """A table for the paper's batch of 256 sequences in bfloat16, ZeRO-1 unless it says 3."""
+    print("| model | GPUs | ZeRO | at once x parts | states GB | activations GB | total GB |")
+    print("|---|---|---|---|---|---|---|")
+    for name in ("135M", "360M", "1.7B"):
+        for gpus in (4, 8, 64):
+            for stage in (1, 3) if name == "1.7B" else (1,):
+                recipe = Training(
+                    batch_sequences=256, micro_batch_sequences=16, dtype="bfloat16",
+                    zero_stage=stage, ranks_per_node=gpus,
+                )  # fmt: skip
+                found = training_memory(SHAPES[name], recipe, vocab_size=VOCAB_SIZE, length=LENGTH)
+                states = found.weights + found.gradients + found.optimizer + found.buckets
+                print(
+                    f"| {name} | {gpus} | {stage} | {recipe.micro_batch} x {recipe.accumulation} "
+                    f"| {states / 1e9:.1f} | {(found.activations + found.head) / 1e9:.1f} "
+                    f"| {found.total / 1e9:.1f} |"
+                )
+
+
+def measure() -> None:
+    """Run every case in processes of its own."""
+    print("| model | setting | formula GB | measured GB |\n|---|---|---|---|")
+    for index, (name, changes) in enumerate(CASES):
+        recipe = dataclasses.replace(BASE, **changes)  # type: ignore[arg-type]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--case", str(index)],
+                env=os.environ
+                | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
+                | {"RANK": str(rank), "WORLD_SIZE": str(recipe.world_size)}
+                | {"MASTER_PORT": str(20000 + os.getpid() % 10000)},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(recipe.world_size)
+        ]
+        answers = [rank.communicate()[0] for rank in ranks]
+        measured = json.loads(answers[0].splitlines()[-1])
+        formula = training_memory(SHAPES[name], recipe, vocab_size=VOCAB_SIZE, length=LENGTH).total
+        what = ", ".join(f"{key}={value}" for key, value in changes.items()) or "as they are"
+        millions = num_parameters(SHAPES[name], VOCAB_SIZE) / 1e6
+        print(
+            f"| {name} ({millions:.0f}M) | {what} | {formula / 1e9:.2f} | {measured / 1e9:.2f} |",
+            flush=True,
+        )
+
+
+def hold(name: str, changes: dict[str, object]) -> None:
+    """Train two steps and print how much more was held than before the model was made."""
+    import numpy as np
+    import torch
+
+    from kdhpc import models, ranks, training
+    from kdhpc.cluster.task import find_rank
+
+    models.set_threads(1)
+    rank, world_size = find_rank()
+    cpu = torch.device("cpu")
+    ranks.join(
+        rank=rank, world_size=world_size, address="127.0.0.1",
+        port=int(os.environ["MASTER_PORT"]), device=cpu,
+    )  # fmt: skip
+    training._deepspeed()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    recipe = dataclasses.replace(BASE, **changes)  # type: ignore[arg-type]
+    ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, (64, LENGTH)).astype(np.uint16)
+    steps = iter(range(1, 100))
+    training.train(
+        models.new_model(SHAPES[name], vocab_size=VOCAB_SIZE, length=LENGTH, eos=0, seed=0),
+        training.Corpus(ids=ids, length=np.full(64, LENGTH, np.int32), num_prompt=1),
+        recipe,
+        seed=0,
+        stream="memory",
+        device=cpu,
+        watch=training.Watch(on_step=lambda facts: _end(before) if next(steps) == 2 else None),
+    )
+
+
+def _end(before: int) -> None:
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Attention and loss of training, against torch's own."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kdhpc.attention import attend
+from kdhpc.likelihood import summed_nll
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape).to(dtype).requires_grad_()
+
+
+def backward(out: Tensor, *inputs: Tensor, by: Tensor) -> list[Tensor]:
+    return [x.detach() for x in (out, *torch.autograd.grad(out, inputs, by))]
+
+
+@settings(deadline=None, max_examples=25)
+@given(length=st.integers(1, 200), heads=st.integers(1, 3), groups=st.integers(1, 3))
+def test_blocks_give_the_attention_and_gradients_of_torch(
+    length: int, heads: int, groups: int
+) -> None:
+    torch.manual_seed(length)
+    q = random(2, heads * groups, length, 8)
+    k, v = random(2, heads, length, 8), random(2, heads, length, 8)
+    by = torch.randn(2, heads * groups, length, 8, dtype=torch.float64)
+    out, weights = attend(nn.Identity(), q, k, v, None, scaling=0.3)
+    expected = scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=0.3, enable_gqa=groups > 1
+    )
+    assert weights is None
+    found = backward(out.transpose(1, 2), q, k, v, by=by)
+    # Softmax and sums are float32.
+    for ours, theirs in zip(found, backward(expected, q, k, v, by=by), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_blocks_refuse_masks_and_caches() -> None:
+    q, k = random(1, 2, 4, 8), random(1, 2, 6, 8)
+    with pytest.raises(ValueError, match="causal over whole rows"):
+        attend(nn.Identity(), q, q, q, torch.ones(4, 4))
+    with pytest.raises(ValueError, match="causal over whole rows"):
+        attend(nn.Identity(), q, k, k, None)
+
+
+@pytest.mark.parametrize("head_tokens", [1, 7, 40, 99])
+def test_the_loss_by_chunks_has_the_value_and_gradients_of_cross_entropy(head_tokens: int) -> None:
+    torch.manual_seed(0)
+    hidden, weight = random(40, 8, dtype=torch.float32), random(50, 8, dtype=torch.float32)
+    targets = torch.randint(50, (40,))
+    targets[::3] = -100
+    found = summed_nll(hidden, weight, targets, head_tokens=head_tokens, gain=0.125)
+    expected = cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    by = torch.tensor(0.125)
+    for ours, theirs in zip(
+        backward(found, hidden, weight, by=by), backward(expected, hidden, weight, by=by),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The largest tensor that was made."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numel: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            self.numel = max(self.numel, found.numel())
+        return found
+
+
+def test_no_logits_of_the_whole_batch_are_made() -> None:
+    hidden, weight = random(512, 4, dtype=torch.float32), random(300, 4, dtype=torch.float32)
+    largest = Largest()
+    with largest:
+        summed_nll(hidden, weight, torch.zeros(512, dtype=torch.int64), head_tokens=16).backward()  # type: ignore[no-untyped-call]
+    assert largest.numel == 16 * 300
