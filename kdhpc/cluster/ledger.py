@@ -164,7 +164,8 @@ class Ledger:
         return write_once(folder / f"{name}.json", asdict(failure))
 
     def _read(self, folder: str, pattern: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-        for name in sorted(os.listdir(self.path / folder)):
+        # Numbers have four digits, and one day five.
+        for name in sorted(os.listdir(self.path / folder), key=lambda name: (len(name), name)):
             if re.fullmatch(pattern, name):
                 path = self.path / folder / name
                 yield path, read_once(path)
