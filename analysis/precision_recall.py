@@ -130,8 +130,10 @@ def draw(found: list[Row]) -> Figure:
                 axes.annotate(
                     label,
                     (row.recall, row.precision),
-                    xytext=(6, 4) if kind == "tau" else (6, -12),
+                    # Taus to the left of the curve, so that they do not meet the direct students.
+                    xytext=(-6, -11) if kind == "tau" else (6, 5),
                     textcoords="offset points",
+                    ha="right" if kind == "tau" else "left",
                     fontsize=8,
                 )
     axes.set_xlabel("recall: log p'' over truth's samples (nats per token)")
