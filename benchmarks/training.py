@@ -200,7 +200,7 @@ def _trainer(
 
     from kdhpc import training
 
-    training._deepspeed()  # quiet, and no op compiled in the background
+    training.load_deepspeed()  # quiet, and no op compiled in the background
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(20000 + os.getpid() % 10000)
     # It asks for a GPU before it takes bfloat16; DeepSpeed itself does not.

@@ -115,7 +115,7 @@ def hold(name: str, changes: dict[str, object]) -> None:
         rank=rank, world_size=world_size, address="127.0.0.1",
         port=int(os.environ["MASTER_PORT"]), device=cpu,
     )  # fmt: skip
-    training._deepspeed()
+    training.load_deepspeed()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     recipe = dataclasses.replace(BASE, **changes)  # type: ignore[arg-type]
     ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, (64, LENGTH)).astype(np.uint16)

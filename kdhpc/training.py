@@ -195,7 +195,7 @@ def deepspeed_settings(recipe: Training) -> dict[str, Any]:
     return settings
 
 
-def _deepspeed() -> Any:
+def load_deepspeed() -> Any:
     """DeepSpeed, quiet, and without its shared-memory op, which compiles C++ at first use."""
     import deepspeed
 
@@ -211,7 +211,7 @@ class _Engine:
     def __init__(
         self, model: PreTrainedModel, recipe: Training, schedule: Schedule, device: torch.device
     ) -> None:
-        self.deepspeed = _deepspeed()
+        self.deepspeed = load_deepspeed()
         self.recipe, self.device = recipe, device
         self.linear = functional.linear  # ZeRO-3 replaces it for the whole process
         rank = distributed.get_rank()

@@ -6,11 +6,10 @@ export PYTHONSAFEPATH=1  # or `python -m` takes kdhpc from the folder where swee
 shift
 threads="${SLURM_CPUS_PER_TASK:-1}"
 export OMP_NUM_THREADS="$threads" MKL_NUM_THREADS="$threads" OPENBLAS_NUM_THREADS="$threads"
-# Just-in-time caches are written by many nodes at once: keep them off the shared file system.
-# What lies in them is run as code: a folder that somebody else may have made is not used.
-scratch="${KDHPC_SCRATCH:-${TMPDIR:-/tmp}}/kdhpc-$(id -u)-${SLURM_JOB_ID:-local}"
-if [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && mkdir -m 700 -p "$scratch" && [ ! -L "$scratch" ] \
-    && [ -O "$scratch" ]; then :; else scratch="$scratch-$RANDOM$RANDOM$RANDOM"; fi
+# Just-in-time caches stay on the node, one for all jobs of a user: off the shared file system. What
+# lies in them is run as code: a folder that somebody else has made is not used.
+scratch="${KDHPC_SCRATCH:-${TMPDIR:-/tmp}}/kdhpc-$(id -u)"
+{ mkdir -m 700 -p "$scratch" && [ ! -L "$scratch" ] && [ -O "$scratch" ]; } || scratch="$(mktemp -d)"
 export TRITON_CACHE_DIR="$scratch/triton" TORCHINDUCTOR_CACHE_DIR="$scratch/inductor"
 # Compute nodes need no network.
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false

