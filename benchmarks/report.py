@@ -1,0 +1,83 @@
+"""What every benchmark prints and saves: a table, and under which conditions it came about."""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "build" / "benchmarks"
+"""Where `save` writes; not kept by git."""
+PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "h5py")
+
+
+def conditions() -> dict[str, Any]:
+    """The machine, the versions, and the cores and threads this process may use."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
+        "python": platform.python_version(),
+        **{name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def save(
+    name: str,
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Print a Markdown table, and write it and its figures to `RESULTS`.
+
+    Args:
+        name: of the files, `<name>.md` and `<name>.json`.
+        title: one line that says what was measured.
+        rows: one a system; all have the same columns, in order.
+        facts: what else the numbers depend on: sizes, measured limits, repetitions.
+    """
+    about = conditions() | dict(facts or {})
+    head = list(rows[0])
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    lines += [" | ".join(_cell(row[column]) for column in head) for row in rows]
+    table = "\n".join(f"| {line} |" for line in lines)
+    under = ", ".join(f"{key} {_cell(value)}" for key, value in about.items())
+    text = f"**{title}**\n\n{table}\n\n{under}\n"
+    print(f"\n{text}", flush=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(text)
+    saved = {"title": title, "conditions": about, "rows": list(rows)}
+    (RESULTS / f"{name}.json").write_text(json.dumps(saved, indent=1) + "\n")
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """A parser that shows a module's docstring as it is."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return "" if value is None else str(value)
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
