@@ -1,4 +1,4 @@
-"""Causal attention for training on CPUs, in blocks of queries.
+"""Causal attention of whole rows on CPUs, in blocks of queries.
 
 torch's scaled_dot_product_attention is the way on GPUs. Its CPU kernel takes a quarter of a
 training step at a fraction of the matrix rate; the same sums as batched matrix products of 64
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 NAME = "kdhpc_blocks"
 BLOCK = 64
@@ -110,3 +110,9 @@ def attend(
 
 
 AttentionInterface.register(NAME, attend)
+
+
+def use_blocks(model: PreTrainedModel) -> None:
+    """Let a Llama on a CPU attend in blocks; every other model stays as it is."""
+    if model.device.type == "cpu" and model.config.model_type == "llama":
+        model.set_attn_implementation(NAME)

@@ -1,12 +1,16 @@
 """Log-probabilities of stored ids under a model, without logits of a whole batch in memory."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
-from kdhpc.models import exact_matmuls
+from kdhpc.errors import InputError
+from kdhpc.models import exact_matmuls, frozen_head
 
 
 def counted(
@@ -29,38 +33,64 @@ def counted(
     return (position >= num_prompt) & (position < stop[:, None])
 
 
+CPU_TOKENS = 128
+"""Positions whose logits stay in a CPU's cache between the product and the softmax."""
+
+
 @torch.inference_mode()
-def token_log_probs(model: PreTrainedModel, ids: Tensor, *, head_tokens: int) -> Tensor:
+def token_log_probs(
+    model: PreTrainedModel, ids: Tensor, *, head_tokens: int, taus: Sequence[float] = (1.0,)
+) -> Tensor:
     """Log p(token | tokens before it) for every token but the first of each row.
 
-    The body runs in the model's dtype; logits and log-softmax are float32, for `head_tokens`
+    The body runs once, in the model's dtype; logits and log-softmax are float32, for `head_tokens`
     positions at a time. Rows are padded on the right; attention is causal, so padding is never
     seen.
 
     Args:
-        model: any causal language model of transformers.
+        model: a causal language model of transformers whose logits are a product with its head.
         ids: [B, L] int64.
-        head_tokens: positions whose logits [head_tokens, V] are in memory at once.
+        head_tokens: most positions whose logits [head_tokens, V] are in memory at once.
+        taus: temperatures, each of which divides the logits.
 
     Returns:
-        [B, L] float32 in nats; column 0 is NaN.
+        [len(taus), B, L] float32 in nats; column 0 is NaN.
+
+    Raises:
+        InputError: for a model whose logits are something else.
     """
+    check_head(model)
     hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, :-1]
-    weight = model.get_output_embeddings().weight.float()
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1)
-    found = torch.full(ids.shape, torch.nan, device=ids.device)
+    size = min(head_tokens, CPU_TOKENS) if ids.device.type == "cpu" else head_tokens
+    head = frozen_head(model.get_output_embeddings().weight, size)
+    picked = torch.empty((len(taus), len(flat)), device=ids.device)
     with exact_matmuls():
-        parts = [
-            _picked(flat[at : at + head_tokens].float() @ weight.T, targets[at : at + head_tokens])
-            for at in range(0, len(flat), head_tokens)
-        ]
-    found[:, 1:] = torch.cat(parts).view(hidden.shape[:2])
-    return found
+        for at in range(0, len(flat), size):
+            logits, wanted = head(flat[at : at + size]), targets[at : at + size, None]
+            for found, tau in zip(picked, taus, strict=True):
+                log_p = (logits if tau == 1.0 else logits / tau).log_softmax(1)
+                found[at : at + size] = log_p.gather(1, wanted).squeeze(1)
+    return functional.pad(picked.view(-1, *hidden.shape[:2]), (1, 0), value=torch.nan)
 
 
-def _picked(logits: Tensor, targets: Tensor) -> Tensor:
-    chosen = logits.gather(1, targets[:, None]).squeeze(1)
-    return chosen - logits.logsumexp(dim=1)
+@functools.lru_cache(maxsize=1)
+def check_head(model: PreTrainedModel) -> None:
+    """Refuse a model that does more to its logits than a product: a bias, a cap, a scale.
+
+    Raises:
+        InputError: naming its architecture.
+    """
+    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
+    hidden = model.base_model(ids, use_cache=False).last_hidden_state.double()
+    logits = hidden @ model.get_output_embeddings().weight.double().T
+    found = model(ids, use_cache=False).logits.double()
+    if (found - logits).abs().max() > 0.02 * logits.abs().max():
+        kind = model.config.model_type
+        raise InputError(
+            f"a model of type {kind}: its logits are not hidden states times its head; expected an "
+            "architecture without logit bias, cap or scale"
+        )
 
 
 class _SummedNll(torch.autograd.Function):

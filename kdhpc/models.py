@@ -5,11 +5,13 @@ import ctypes
 import functools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -214,6 +216,56 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     if not ids:
         raise InputError(f"prompt={prompt!r}: the tokenizer makes no token of it")
     return ids
+
+
+Linear = Callable[[Tensor], Tensor]
+
+
+def frozen_linear(weight: Tensor, rows: int) -> Linear:
+    """A product with a weight [O, I] that never changes, for inputs of about `rows` rows.
+
+    On CPUs oneDNN lays the weight out once for the product, which is 1.2 to 2 times as fast for few
+    rows as doing so each time. These operators are what torch's own compiler calls.
+    """
+    supported = torch.backends.mkldnn.is_available() and (  # type: ignore[no-untyped-call]
+        weight.dtype == torch.float32
+        or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+    if weight.device.type != "cpu" or not supported:
+        return lambda x: functional.linear(x, weight)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+    apply = torch.ops.mkldnn._linear_pointwise
+    return lambda x: cast(Tensor, apply(x, packed, None, "none", [], ""))
+
+
+def frozen_head(weight: Tensor, rows: int) -> Linear:
+    """Float32 logits from hidden states of the weight's dtype; nothing is rounded to 16 bits."""
+    if weight.device.type == "cuda" and weight.dtype != torch.float32:
+        return lambda x: torch.mm(x, weight.T, out_dtype=torch.float32)
+    if weight.dtype != torch.bfloat16:
+        wide = frozen_linear(weight.float(), rows)
+        return lambda x: wide(x.float())
+    # Products of bfloat16 numbers are exact in float32: matrix units may be used where there are.
+    with bfloat16_products():
+        wide = frozen_linear(weight.float(), rows)
+
+    def head(x: Tensor) -> Tensor:
+        with bfloat16_products():
+            return wide(x.float())
+
+    return head
+
+
+@contextlib.contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Float32 products on CPUs whose factors are rounded to bfloat16; sums stay float32."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 @contextlib.contextmanager

@@ -39,22 +39,6 @@ def uniform_block(seed: int, stream: str, num_rows: int, num_columns: int) -> ND
     return ((raw >> np.uint64(11)).astype(np.float64) + 0.5).reshape(num_rows, -1) * 2.0**-53
 
 
-def gumbels(
-    seed: int, stream: str, sequence_indices: range, position: int, num_tokens: int
-) -> NDArray[np.float64]:
-    """Standard Gumbel noise for every entry of the vocabulary at one position.
-
-    Returns:
-        [N, num_tokens] float64.
-    """
-    rows = [
-        _philox(seed, stream, i, lane=1 + position).random_raw(num_tokens) for i in sequence_indices
-    ]
-    # The half keeps the argument of the logarithm inside (0, 1).
-    u = ((np.stack(rows) >> np.uint64(11)) + 0.5) * 2.0**-53
-    return np.asarray(-np.log(-np.log(u)))
-
-
 def permutation(seed: int, stream: str, epoch: int, num_items: int) -> NDArray[np.int64]:
     """The order of `num_items` items in `epoch`, the same for every number of ranks.
 

@@ -223,8 +223,7 @@ class _Engine:
         # the end of a row of 512 tokens, and no longer be those of the saved model.
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         model.to(DTYPES[recipe.dtype])
-        if device.type == "cpu":
-            model.set_attn_implementation(attention.NAME)
+        attention.use_blocks(model)
         if recipe.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         for layer in model.base_model.layers if recipe.compile else ():

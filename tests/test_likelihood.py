@@ -1,17 +1,24 @@
 """Scores agree with a float64 loop over a transformers model."""
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 from models_for_tests import small_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from kdhpc.likelihood import counted, token_log_probs
-from kdhpc.sampling import Selector, sample
+from kdhpc.draws import Selector
+from kdhpc.errors import InputError
+from kdhpc.likelihood import CPU_TOKENS, check_head, counted, token_log_probs
+from kdhpc.sampling import Sampler, sample
 
 
 def test_token_log_probs_agree_with_a_float64_loop() -> None:
     model = small_model(300, 16)
     ids = torch.randint(0, 300, (7, 16))
-    found = token_log_probs(model, ids, head_tokens=13)
+    [found] = token_log_probs(model, ids, head_tokens=13)
     exact = model.double()
     assert torch.isnan(found[:, 0]).all()
     for row in range(7):
@@ -20,12 +27,60 @@ def test_token_log_probs_agree_with_a_float64_loop() -> None:
             assert abs(found[row, position].item() - log_p[ids[row, position]].item()) < 1e-4
 
 
+def test_several_temperatures_take_one_pass_and_agree_with_one_at_a_time() -> None:
+    model = small_model(300, 16)
+    ids = torch.randint(0, 300, (7, 16))
+    taus = (1.0, 0.8, 0.5)
+    calls = []
+    model.model.register_forward_hook(lambda *of: calls.append(1))
+    check_head(model)
+    calls.clear()
+    found = token_log_probs(model, ids, head_tokens=50, taus=taus)
+    assert len(calls) == 1
+    logits = model(ids).logits[:, :-1].double()
+    for tau, log_probs in zip(taus, found, strict=True):
+        exact = (logits / tau).log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+        assert (log_probs[:, 1:] - exact).abs().max() < 1e-5
+
+
+def test_memory_does_not_grow_with_vocabulary_times_length() -> None:
+    """No tensor is as large as logits of every position."""
+    model = small_model(3000, 64)
+    ids = torch.randint(0, 3000, (16, 64))
+    check_head(model)
+    largest = 0
+
+    class Look(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Look():  # type: ignore[no-untyped-call]
+        token_log_probs(model, ids, head_tokens=10**6)
+    assert 64 * 3000 < largest <= CPU_TOKENS * 3000
+
+
+def test_a_model_with_capped_logits_is_refused() -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    model = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=300, num_attention_heads=4, num_key_value_heads=2,
+            final_logit_softcapping=0.1, **shape,
+        )
+    )  # fmt: skip
+    with pytest.raises(InputError, match="gemma2: its logits are not"):
+        token_log_probs(model, torch.randint(0, 300, (2, 8)), head_tokens=8)
+
+
 def test_padding_changes_no_score() -> None:
     model = small_model(300, 16)
     ids = torch.randint(1, 300, (3, 16))
     padded = ids.clone()
     padded[:, 9:] = 0
-    full, cut = (token_log_probs(model, x, head_tokens=64) for x in (ids, padded))
+    full, cut = (token_log_probs(model, x, head_tokens=64)[0] for x in (ids, padded))
     assert torch.allclose(full[:, 1:9], cut[:, 1:9], atol=1e-6)
 
 
@@ -33,24 +88,22 @@ def test_the_samplers_own_sums_agree_with_the_scorer() -> None:
     model = small_model(300, 12)
     for count_eos in (True, False):
         for tau in (1.0, 0.7):
-            samples = sample(
+            sampler = Sampler(
                 model,
                 prompt_ids=[2, 3],
                 length=12,
-                rows=range(96),
                 batch_rows=32,
                 selector=Selector(tau=tau),
-                seed=0,
-                stream="test",
                 draw="inverse_cdf",
                 eos=0,
                 count_eos=count_eos,
             )
+            samples = sample(sampler, rows=range(96), seed=0, stream="test")
             ids = torch.from_numpy(samples.ids.astype(np.int64))
             length = torch.from_numpy(samples.length)
             ended = ids.gather(1, (length.long() - 1)[:, None]).squeeze(1) == 0
             counts = counted(length, 12, num_prompt=2, ended=ended, count_eos=count_eos)
-            scores = token_log_probs(model, ids, head_tokens=100)
+            [scores] = token_log_probs(model, ids, head_tokens=100)
             sums = torch.where(counts, scores, 0.0).double().sum(1).numpy()
             assert np.abs(sums - samples.log_prob_sum).max() < 1e-4 * 12
             if tau == 1.0:

@@ -8,44 +8,54 @@ import pytest
 import torch
 from models_for_tests import small_model
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdhpc import seeding
-from kdhpc.models import load_model
-from kdhpc.sampling import (
-    LlamaDecoder,
-    Selector,
-    TransformersDecoder,
-    draw_gumbel,
-    draw_inverse_cdf,
-    sample,
-)
+from kdhpc.decoding import LlamaDecoder, TransformersDecoder, bucket_of
+from kdhpc.draws import DRAWS, Gumbel, Selector, invert_cdf, philox
+from kdhpc.models import frozen_head, load_model
+from kdhpc.sampling import Sampler, sample
+
+CPU = torch.device("cpu")
 
 
-def draw(model: Any, rows: range = range(64), **changes: Any) -> Any:
+def sampler(model: Any, **changes: Any) -> Sampler:
     options: dict[str, Any] = {
         "prompt_ids": [2, 3],
         "length": 10,
-        "rows": rows,
         "batch_rows": 32,
         "selector": Selector(),
-        "seed": 0,
-        "stream": "test",
         "draw": "inverse_cdf",
         "eos": 0,
         "count_eos": True,
     }
-    return sample(model, **(options | changes))
+    return Sampler(model, **(options | changes))
+
+
+def draw(model: Any, rows: range = range(64), **changes: Any) -> Any:
+    return sample(sampler(model, **changes), rows=rows, seed=0, stream="test")
 
 
 @pytest.mark.parametrize("decoder_class", [LlamaDecoder, TransformersDecoder])
 def test_decoded_logits_equal_a_forward_pass(decoder_class: Any) -> None:
-    model = small_model(300, 12)
-    ids = torch.randint(0, 300, (5, 12))
-    decoder = decoder_class(model, 5, 12)
+    length = 40  # over three buckets of keys
+    model = small_model(300, length)
+    ids = torch.randint(0, 300, (5, length))
+    decoder = decoder_class(model, 5, length)
     with torch.inference_mode():
-        stepped = torch.stack([decoder.step(ids[:, t], t) for t in range(12)], dim=1)
-        whole = model(ids).logits
-    assert torch.allclose(stepped, whole, atol=1e-4)
+        for _ in range(2):  # a second batch finds the keys of the first
+            decoder.restart()
+            stepped = [
+                decoder.step(ids[:, t], torch.tensor([t]), bucket_of(t, CPU, length))
+                for t in range(length)
+            ]
+            whole = model(ids).logits
+            assert torch.allclose(torch.stack(stepped, dim=1), whole, atol=1e-4)
+
+
+def test_bfloat16_logits_are_the_exact_products_of_what_they_are_made_from() -> None:
+    hidden, weight = torch.randn(8, 64).bfloat16(), torch.randn(500, 64).bfloat16()
+    exact = hidden.double() @ weight.double().T
+    assert (frozen_head(weight, 8)(hidden) - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.8, 0.5])
@@ -94,29 +104,107 @@ def test_a_token_of_rank_beyond_50_appears() -> None:
     assert sum(int(token) in rare for token in samples.ids[:, 1]) > 100
 
 
-def test_a_token_of_probability_2_to_the_minus_30_is_drawn_as_often_as_it_should() -> None:
-    logits = torch.tensor([[0.0, 0.0, -30 * np.log(2.0)]], dtype=torch.float32)
+@pytest.mark.parametrize("index", [2, 255, 256, 599])
+def test_a_token_of_probability_2_to_the_minus_30_is_drawn_as_often_as_it_should(
+    index: int,
+) -> None:
+    """The uniforms that draw it are a stretch of the length of its probability, wherever it is."""
+    logits = torch.full((1, 600), -torch.inf)
+    logits[0, 0] = logits[0, 400] = 0.0
+    logits[0, index] = -30 * np.log(2.0)
+
+    def first_uniform(token: int) -> float:
+        """The least uniform that draws this token or a later one, by bisection."""
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            drawn, log_prob = invert_cdf(logits, torch.tensor([middle], dtype=torch.float64))
+            if drawn == index:
+                assert log_prob.item() == pytest.approx(np.log(share), rel=1e-6)
+            low, high = (low, middle) if drawn >= token else (middle, high)
+        return high
+
     share = 2.0**-30 / (2 + 2.0**-30)
-    edge = torch.tensor([1 - share * 1.0001, 1 - share * 0.999], dtype=torch.float64)
-    tokens, log_probs = draw_inverse_cdf(logits.expand(2, 3), edge)
-    assert tokens.tolist() == [1, 2]
-    assert log_probs[1].item() == pytest.approx(np.log(share), rel=1e-6)
+    stretch = first_uniform(index + 1) - first_uniform(index)
+    assert stretch == pytest.approx(share, rel=1e-4)
 
 
 def test_no_uniform_draws_an_impossible_token() -> None:
     logits = torch.full((4, 1000), -torch.inf)
     logits[:, 300] = logits[:, 700] = 0.0
     uniform = torch.tensor([0.0, 0.5, 1 - 2.0**-53, 0.5 - 2.0**-53], dtype=torch.float64)
-    assert draw_inverse_cdf(logits, uniform)[0].tolist() == [300, 700, 700, 300]
+    assert invert_cdf(logits, uniform)[0].tolist() == [300, 700, 700, 300]
 
 
-def test_both_draws_give_the_log_probability_of_what_they_drew() -> None:
-    logits = torch.randn(64, 1000) * 3
-    uniform = torch.from_numpy(seeding.uniforms(0, "u", range(64), 1)[:, 0])
-    gumbel = torch.from_numpy(seeding.gumbels(0, "g", range(64), 0, 1000))
-    for tokens, log_probs in (draw_inverse_cdf(logits, uniform), draw_gumbel(logits, gumbel)):
-        exact = logits.double().log_softmax(1).gather(1, tokens[:, None]).squeeze(1)
-        assert torch.allclose(log_probs, exact, atol=1e-6)
+@pytest.mark.parametrize("method", ["inverse_cdf", "gumbel"])
+def test_both_draws_give_the_log_probability_of_what_they_drew(method: str) -> None:
+    logits = torch.randn(64, 1001) * 3
+    drawn = DRAWS[method](64, 4, CPU)
+    drawn.load(0, "u", range(64))
+    tokens, log_probs = drawn(logits, torch.tensor([2]))
+    exact = logits.double().log_softmax(1).gather(1, tokens[:, None]).squeeze(1)
+    assert torch.allclose(log_probs, exact, atol=1e-6)
+
+
+def test_philox_gives_the_published_words() -> None:
+    """Known answers that its authors ship with Random123."""
+    known = [
+        ("00000000 00000000 00000000 00000000", "00000000 00000000",
+         "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff",
+         "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0",
+         "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ]  # fmt: skip
+    for counter, key, answer in known:
+        words = [torch.tensor(int(word, 16)) for word in f"{counter} {key}".split()]
+        assert [f"{int(word):08x}" for word in philox(words[:4], words[4:])] == answer.split()
+
+
+def test_gumbel_noise_is_of_one_sequence_position_and_token() -> None:
+    drawn = Gumbel(3, 8, CPU)
+    drawn.load(5, "noise", range(10, 13))
+    whole = drawn.noise(torch.tensor([4]), range(1001))
+    parts = [drawn.noise(torch.tensor([4]), part) for part in (range(500), range(500, 1001))]
+    assert torch.equal(whole, torch.cat(parts, dim=1))
+    assert not torch.equal(whole, drawn.noise(torch.tensor([5]), range(1001)))
+    drawn.load(5, "noise", range(12, 15))
+    assert torch.equal(whole[2], drawn.noise(torch.tensor([4]), range(1001))[0])
+    many = torch.cat([drawn.noise(torch.tensor([p]), range(20000)) for p in range(5)])
+    assert stats.kstest(many.flatten().numpy(), "gumbel_r").pvalue > 1e-4
+
+
+@pytest.mark.parametrize("method", ["inverse_cdf", "gumbel"])
+@pytest.mark.parametrize("selector", [Selector(), Selector(tau=0.8), Selector(top_k=5, top_p=0.9)])
+def test_a_step_never_waits_for_the_device(method: str, selector: Selector) -> None:
+    """No value is read, nothing is copied from elsewhere, and no shape depends on data."""
+
+    seen: list[tuple[str, list[tuple[int, ...]]]] = []
+
+    class Look(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            outs = out if isinstance(out, tuple | list) else [out]
+            shapes = [tuple(x.shape) for x in outs if isinstance(x, torch.Tensor)]
+            seen.append((func._schema.name, shapes))
+            return out
+
+    decoding = sampler(small_model(300, 10), draw=method, selector=selector)
+    decoding.draw.load(0, "test", range(32))
+    traces = []
+    for start in (range(32), range(32, 64)):
+        decoding.draw.load(0, "test", start)
+        seen.clear()
+        with torch.inference_mode(), Look():  # type: ignore[no-untyped-call]
+            decoding.step(10)
+        traces.append(list(seen))
+    assert traces[0] == traces[1]
+    names = {name for name, _ in traces[0]}
+    assert "aten::index_copy_" in names
+    assert not names & {
+        "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::item",
+        "aten::unique", "aten::is_nonzero", "aten::lift_fresh", "aten::scalar_tensor",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["inverse_cdf", "gumbel"])

@@ -57,32 +57,40 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
 
 def run(shard: Shard, work: Work) -> Written:
     """Sample one shard."""
-    from kdhpc import models, sampling, store
+    from kdhpc import draws, models, sampling, store
 
     config: LanguageConfig = work.config
     fields = shard.arm.fields
     model_path = work.local_input(shard.reads[0])
     models.set_threads(config.threads)
+    models.set_allocator(keep_freed=True)
     model, tokenizer = models.load_for_inference(model_path, str(fields["dtype"]), config.device)
     first, stop = shard.rows or (0, 0)
-    samples = sampling.sample(
+    sampler = sampling.sampler(
         model,
-        prompt_ids=models.encode_prompt(tokenizer, config.prompt),
+        prompt_ids=tuple(models.encode_prompt(tokenizer, config.prompt)),
         length=config.length,
-        rows=range(first, stop),
         batch_rows=config.sampling.batch_rows,
-        selector=sampling.Selector(tau=fields["tau"], top_k=fields["top_k"], top_p=fields["top_p"]),
-        seed=config.seed,
-        stream=str(fields["stream"]),
+        selector=draws.Selector(tau=fields["tau"], top_k=fields["top_k"], top_p=fields["top_p"]),
         draw=config.sampling.draw,
         eos=tokenizer.eos_token_id,
         count_eos=config.eos == "learn",
+    )
+    samples = sampling.sample(
+        sampler,
+        rows=range(first, stop),
+        seed=config.seed,
+        stream=str(fields["stream"]),
         on_batch=lambda done: work.progress(done / shard.num_rows),
     )
     path = work.new_path(shard, ".arrow")
     about = {"kdhpc.key": shard.key, "kdhpc.recipe": shard.recipe, "kdhpc.draw": fields["draw"]}
     store.write_samples(path, samples, about)
-    return Written(path=path, rows=len(samples), stats={"device": model.device.type})
+    return Written(
+        path=path,
+        rows=len(samples),
+        stats={"device": model.device.type, "decoder": sampler.decoder.name},
+    )
 
 
 SAMPLE_TRUTH = Stage(

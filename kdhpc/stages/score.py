@@ -68,13 +68,15 @@ def run(shard: Shard, work: Work) -> Written:
     import numpy as np
     import torch
 
-    from kdhpc import likelihood, models, store
+    from kdhpc import attention, likelihood, models, store
 
     config: LanguageConfig = work.config
     models.set_threads(config.threads)
+    models.set_allocator(keep_freed=True)
     model, tokenizer = models.load_for_inference(
         work.local_input(shard.reads[0]), config.scoring.dtype, config.device
     )
+    attention.use_blocks(model)
     samples, offset = _rows(shard, work)
     first, stop = shard.rows or (0, 0)
     num_prompt = len(models.encode_prompt(tokenizer, config.prompt))
@@ -91,7 +93,7 @@ def run(shard: Shard, work: Work) -> Written:
             ended=last == tokenizer.eos_token_id,
             count_eos=config.eos == "learn",
         )
-        log_probs = likelihood.token_log_probs(model, ids, head_tokens=config.scoring.head_tokens)
+        [log_probs] = likelihood.token_log_probs(model, ids, head_tokens=config.scoring.head_tokens)
         found.append(
             store.Scores(
                 log_prob_sum=torch.where(counts, log_probs, 0.0).double().sum(1).cpu().numpy(),
