@@ -12,6 +12,7 @@ are not installed (benchmarks/peers/install.sh) are left out.
 
 import argparse
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -153,9 +154,8 @@ def work(options: argparse.Namespace) -> None:
 
 
 def _kdhpc(model: Any, options: argparse.Namespace) -> Any:
-    import time
 
-    from kdhpc import draws, models, sampling
+    from kdhpc import draws, sampling
 
     sampler = sampling.Sampler(
         model,
@@ -189,7 +189,7 @@ def _kdhpc(model: Any, options: argparse.Namespace) -> Any:
 
     batch()
     if model.device.type == "cpu":  # a GPU does not wait for each operation
-        type(sampler.draw).__call__ = timed  # type: ignore[method-assign]
+        type(sampler.draw).__call__ = timed  # type: ignore[assignment,method-assign]
     return batch
 
 

@@ -1,0 +1,117 @@
+#!/usr/bin/env python
+"""Seconds and memory to score rows of 512 tokens, side by side with the paper's released way.
+
+    taskset -c 0 python benchmarks/scoring.py
+
+The released way: transformers in float32, 16 rows at once, log-softmax over logits [B, L, V].
+`body` is transformers' own forward pass without the head. Systems take turns.
+"""
+
+import argparse
+import resource
+import sys
+from typing import Any
+
+import limits
+import report
+import turns
+from sampling import real_model
+
+LENGTH, ROWS = 512, 16
+SYSTEMS = ("released way", "body float32", "kdhpc float32", "body bfloat16", "kdhpc bfloat16")
+
+
+def main() -> None:
+    """Start every system, let them take turns, print a table."""
+    parser = report.options(__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--systems", nargs="*", default=list(SYSTEMS))
+    parser.add_argument("--batch-rows", type=int, default=4, help="rows at once in kdhpc")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options)
+    real_model()
+    workers = {}
+    for name in options.systems:
+        print(f"starting {name}", file=sys.stderr, flush=True)
+        command = [sys.executable, __file__, "--batch-rows", str(options.batch_rows)]
+        workers[name] = turns.Worker([*command, "--worker", name])
+    rates = {dtype: limits.matrix_rate(dtype) for dtype in ("float32", "bfloat16")}
+    answers = turns.take_turns(workers, options.rounds)
+    base = turns.median(answers[options.systems[0]])
+    tokens = ROWS * LENGTH
+    rows: list[dict[str, Any]] = []
+    for name, found in answers.items():
+        each = turns.median(found)
+        dtype = "bfloat16" if name.endswith("bfloat16") else "float32"
+        flops = limits.forward_flops(limits.LARGE, LENGTH) * tokens
+        body = turns.median(answers[key]) if (key := f"body {dtype}") in answers else None
+        rows.append(
+            {
+                "system": name,
+                "tokens/s": tokens / each,
+                "times the released way": base / each,
+                "times the body alone": body / each if body else None,
+                "of the matrix rate": None if "body" in name else flops / each / rates[dtype],
+                "peak GB": max(answer["peak_bytes"] for answer in found) / 1e9,
+            }
+        )
+    report.save(
+        f"scoring-{report.conditions()['cores']}-cores",
+        f"Scoring, 135M, {ROWS} rows x {LENGTH} tokens",
+        rows,
+        facts={f"TFLOP/s {dtype}": rate / 1e12 for dtype, rate in rates.items()}
+        | {"rounds": options.rounds, "rows at once in kdhpc": options.batch_rows},
+    )
+    for worker in workers.values():
+        worker.stop()
+
+
+def work(options: argparse.Namespace) -> None:
+    """One system: load, score all rows once a line."""
+    import torch
+
+    from kdhpc import attention, likelihood, models
+
+    models.set_threads(report.conditions()["cores"])
+    device = models.pick_device("auto")
+    name, _, dtype = options.worker.rpartition(" ")
+    ours = name == "kdhpc"
+    if ours:
+        models.set_allocator(keep_freed=True)
+    dtype = dtype if dtype in models.DTYPES else "float32"
+    model = models.load_model(real_model(), dtype=dtype, device=device)
+    if ours:
+        attention.use_blocks(model)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (ROWS, LENGTH), generator=generator).to(device)
+
+    @torch.inference_mode()
+    def score() -> turns.Answer:
+        if name == "released":
+            logits = model(ids, use_cache=False).logits
+            log_p = torch.log_softmax(logits, dim=-1)
+            total = log_p[:, :-1].gather(2, ids[:, 1:, None]).sum()
+        elif name == "body":
+            total = model.base_model(ids, use_cache=False).last_hidden_state.sum()
+        else:
+            parts = ids.split(options.batch_rows)
+            found = [likelihood.token_log_probs(model, part, head_tokens=4096) for part in parts]
+            total = torch.cat(found, dim=1)[0, :, 1:].sum()
+        return {"sum": float(total), "peak_bytes": _peak_bytes(device)}
+
+    score()
+    turns.serve(score)
+
+
+def _peak_bytes(device: Any) -> float:
+    import torch
+
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_reserved(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+if __name__ == "__main__":
+    main()
