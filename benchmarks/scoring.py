@@ -96,7 +96,7 @@ def work(options: argparse.Namespace) -> None:
         elif name == "body":
             total = model.base_model(ids, use_cache=False).last_hidden_state.sum()
         else:
-            parts = ids.split(options.batch_rows)
+            parts = torch.split(ids, options.batch_rows)
             found = [likelihood.token_log_probs(model, part, head_tokens=4096) for part in parts]
             total = torch.cat(found, dim=1)[0, :, 1:].sum()
         return {"sum": float(total), "peak_bytes": _peak_bytes(device)}
