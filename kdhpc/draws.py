@@ -57,15 +57,16 @@ class Draw(Protocol):
         """Take the random numbers of these sequences of a stream."""
         ...
 
-    def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draw the tokens at `position`.
 
         Args:
-            logits: [B, V] float32, -inf where a token is impossible.
+            logits: [B, V] float32 of the model, -inf where a token is impossible.
             position: [1] int64.
 
         Returns:
-            ids [B] int64 and their log-probabilities [B] float64 in nats.
+            ids [B] int64; their log-probabilities [B] float64 in nats under what is drawn from, and
+            under the model at temperature 1.
         """
         ...
 
@@ -73,15 +74,20 @@ class Draw(Protocol):
 class InverseCdf:
     """One uniform number of 53 bits a token."""
 
-    def __init__(self, rows: int, length: int, device: torch.device) -> None:
+    def __init__(self, selector: Selector, rows: int, length: int, device: torch.device) -> None:
+        self.selector = selector
         self.uniform = torch.zeros((length, rows), dtype=torch.float64, device=device)
 
     def load(self, seed: int, stream: str, rows: range) -> None:
         found = seeding.uniforms(seed, stream, rows, len(self.uniform))
         self.uniform.copy_(torch.from_numpy(found.T.copy()))
 
-    def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        return invert_cdf(logits, self.uniform.index_select(0, position)[0])
+    def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        uniform = self.uniform.index_select(0, position)[0]
+        token, log_prob_tau = invert_cdf(self.selector.select(logits), uniform)
+        if self.selector.keeps_all:
+            return token, log_prob_tau, log_prob_tau
+        return token, log_prob_tau, log_prob_of(logits, token)
 
 
 def invert_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +135,8 @@ class Gumbel:
     pairs of vocabulary entries, positions and sequences under a key of seed and stream.
     """
 
-    def __init__(self, rows: int, length: int, device: torch.device) -> None:
+    def __init__(self, selector: Selector, rows: int, length: int, device: torch.device) -> None:
+        self.selector = selector
         self.key = torch.zeros(2, dtype=torch.int64, device=device)
         self.sequence = torch.zeros((rows, 1), dtype=torch.int64, device=device)
 
@@ -150,19 +157,22 @@ class Gumbel:
         exponential = uniform.neg_().log1p_().neg_()
         return exponential.log_().neg_()[:, : len(vocab)]
 
-    def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        vocab_size = logits.shape[1]
+    def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        chosen, vocab_size = self.selector.select(logits), logits.shape[1]
         # On CPUs what is worked on at once should stay in the cache.
         width = vocab_size if logits.is_cuda else 2 * (2**15 // len(logits) + 1)
         best = [
-            (logits[:, at : at + width].double() + self.noise(position, vocab)).max(dim=1)
+            (chosen[:, at : at + width].double() + self.noise(position, vocab)).max(dim=1)
             for at in range(0, vocab_size, width)
             for vocab in [range(at, min(at + width, vocab_size))]
         ]
         part = torch.stack([found.values for found in best]).argmax(dim=0)
         inside = torch.stack([found.indices for found in best]).gather(0, part[None])[0]
         token = part * width + inside
-        return token, log_prob_of(logits, token)
+        log_prob = log_prob_of(logits, token)
+        if self.selector.keeps_all:
+            return token, log_prob, log_prob
+        return token, log_prob_of(chosen, token), log_prob
 
 
 MASK = 2**32 - 1

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from kdhpc.decoding import bucket_of, decoder_for
-from kdhpc.draws import DRAWS, Selector, log_prob_of
+from kdhpc.decoding import Decoder, bucket_of, decoder_for
+from kdhpc.draws import DRAWS, Draw, Selector
 from kdhpc.models import exact_matmuls
 from kdhpc.store import Samples
 
@@ -40,6 +40,7 @@ class Sampler:
         draw: str,
         eos: int,
         count_eos: bool,
+        engine: str = "torch",
     ) -> None:
         """Make room for a batch.
 
@@ -52,12 +53,12 @@ class Sampler:
             draw: `inverse_cdf` or `gumbel`.
             eos: id that ends a sequence.
             count_eos: whether a drawn end counts in the sums of log-probabilities.
+            engine: `torch`, or `native` for the extension where it can be used.
         """
         self.device = device = model.device
         self.prompt, self.batch_rows = torch.tensor(prompt_ids, device=device), batch_rows
-        self.selector, self.eos, self.count_eos = selector, eos, count_eos
-        self.decoder = decoder_for(model, batch_rows, length)
-        self.draw = DRAWS[draw](batch_rows, length, device)
+        self.eos, self.count_eos = eos, count_eos
+        self.decoder, self.draw = _parts(model, batch_rows, length, selector, draw, engine)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.ids = torch.zeros((length, batch_rows), dtype=torch.int64, device=device)
         self.length = torch.zeros(batch_rows, dtype=torch.int32, device=device)
@@ -102,8 +103,7 @@ class Sampler:
             self.ids.index_select(0, self.position)[0], self.position, num_keys
         )
         self.position += 1
-        token, log_prob_tau = self.draw(self.selector.select(logits), self.position)
-        log_prob = log_prob_tau if self.selector.keeps_all else log_prob_of(logits, token)
+        token, log_prob_tau, log_prob = self.draw(logits, self.position)
         ended = token == self.eos
         counts = self.alive if self.count_eos else self.alive & ~ended
         self.log_prob += log_prob.masked_fill(~counts, 0.0)
@@ -128,6 +128,24 @@ class Sampler:
         except RuntimeError as error:
             log.warning("no CUDA graph of a decoding step, running it eagerly: %s", error)
             self.capture = False
+
+
+def _parts(
+    model: PreTrainedModel, rows: int, length: int, selector: Selector, draw: str, engine: str
+) -> tuple[Decoder, Draw]:
+    """What decodes and what draws."""
+    if engine == "native":
+        from kdhpc import native
+
+        why = native.missing() or native.unfit(model)
+        if not why:
+            return native.NativeDecoder(model, rows, length), (
+                native.NativeDraw(selector, rows, length, model.device)
+                if draw == "inverse_cdf"
+                else DRAWS[draw](selector, rows, length, model.device)
+            )
+        log.warning("sampling.engine=native: %s; plain torch does the work", why)
+    return decoder_for(model, rows, length), DRAWS[draw](selector, rows, length, model.device)
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,21 +1,34 @@
 """Draws are exact, and depend on a sequence's own stream only."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from models_for_tests import small_model
+from commands import need
+from models_for_tests import SHAPE, small_model
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kdhpc import native
 from kdhpc.decoding import LlamaDecoder, TransformersDecoder, bucket_of
-from kdhpc.draws import DRAWS, Gumbel, Selector, invert_cdf, philox
+from kdhpc.draws import DRAWS, Gumbel, InverseCdf, Selector, philox
 from kdhpc.models import frozen_head, load_model
+from kdhpc.native import NativeDecoder
 from kdhpc.sampling import Sampler, sample
 
 CPU = torch.device("cpu")
+ENGINES = ["torch", "native"]
+
+
+@pytest.fixture(autouse=True)
+def need_native(request: pytest.FixtureRequest) -> None:
+    """Tests of the extension need it built."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec and "native" in callspec.params.values():
+        need(not native.missing(), f"the extension: {native.missing()}")
 
 
 def sampler(model: Any, **changes: Any) -> Sampler:
@@ -31,21 +44,34 @@ def sampler(model: Any, **changes: Any) -> Sampler:
     return Sampler(model, **(options | changes))
 
 
+def draw_of(engine: str, logits: torch.Tensor, uniform: float) -> Any:
+    """What one uniform draws from one row of logits."""
+    kind = native.NativeDraw if engine == "native" else InverseCdf
+    drawn = kind(Selector(), 1, 1, CPU)
+    drawn.uniform.fill_(uniform)
+    return drawn(logits, torch.tensor([0]))
+
+
 def draw(model: Any, rows: range = range(64), **changes: Any) -> Any:
     return sample(sampler(model, **changes), rows=rows, seed=0, stream="test")
 
 
-@pytest.mark.parametrize("decoder_class", [LlamaDecoder, TransformersDecoder])
-def test_decoded_logits_equal_a_forward_pass(decoder_class: Any) -> None:
+DECODERS = {"torch": LlamaDecoder, "native": NativeDecoder, "transformers": TransformersDecoder}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+def test_decoded_logits_equal_a_forward_pass(decoder: str, kv_heads: int) -> None:
     length = 40  # over three buckets of keys
-    model = small_model(300, length)
+    shape = replace(SHAPE, hidden=192, heads=6, kv_heads=kv_heads)
+    model = small_model(300, length, shape=shape)
     ids = torch.randint(0, 300, (5, length))
-    decoder = decoder_class(model, 5, length)
+    decoding: Any = DECODERS[decoder](model, 5, length)
     with torch.inference_mode():
         for _ in range(2):  # a second batch finds the keys of the first
-            decoder.restart()
+            decoding.restart()
             stepped = [
-                decoder.step(ids[:, t], torch.tensor([t]), bucket_of(t, CPU, length))
+                decoding.step(ids[:, t], torch.tensor([t]), bucket_of(t, CPU, length))
                 for t in range(length)
             ]
             whole = model(ids).logits
@@ -58,9 +84,10 @@ def test_bfloat16_logits_are_the_exact_products_of_what_they_are_made_from() -> 
     assert (frozen_head(weight, 8)(hidden) - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("tau", [1.0, 0.8, 0.5])
 @pytest.mark.parametrize("method", ["inverse_cdf", "gumbel"])
-def test_sequences_follow_the_exact_distribution(tau: float, method: str) -> None:
+def test_sequences_follow_the_exact_distribution(tau: float, method: str, engine: str) -> None:
     """Every sequence of three tokens over a vocabulary of five is enumerated."""
     model = small_model(5, 4)
     num, eos = 20000, 0
@@ -72,6 +99,7 @@ def test_sequences_follow_the_exact_distribution(tau: float, method: str) -> Non
         batch_rows=1000,
         selector=Selector(tau=tau),
         draw=method,
+        engine=engine,
     )
     expected: dict[tuple[int, ...], float] = {}
     for tokens in itertools.product(range(5), repeat=3):
@@ -96,17 +124,19 @@ def test_sequences_follow_the_exact_distribution(tau: float, method: str) -> Non
     assert stats.chisquare(observed, np.array(wanted) * (num / sum(wanted))).pvalue > 1e-4
 
 
-def test_a_token_of_rank_beyond_50_appears() -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_token_of_rank_beyond_50_appears(engine: str) -> None:
     model = small_model(300, 4)
-    samples = draw(model, range(4096), prompt_ids=[2], length=2, batch_rows=1024)
+    samples = draw(model, range(4096), prompt_ids=[2], length=2, batch_rows=1024, engine=engine)
     order = model(torch.tensor([[2]])).logits[0, -1].argsort(descending=True)
     rare = set(order[50:].tolist())
     assert sum(int(token) in rare for token in samples.ids[:, 1]) > 100
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("index", [2, 255, 256, 599])
 def test_a_token_of_probability_2_to_the_minus_30_is_drawn_as_often_as_it_should(
-    index: int,
+    index: int, engine: str
 ) -> None:
     """The uniforms that draw it are a stretch of the length of its probability, wherever it is."""
     logits = torch.full((1, 600), -torch.inf)
@@ -118,7 +148,7 @@ def test_a_token_of_probability_2_to_the_minus_30_is_drawn_as_often_as_it_should
         low, high = 0.0, 1.0
         for _ in range(60):
             middle = (low + high) / 2
-            drawn, log_prob = invert_cdf(logits, torch.tensor([middle], dtype=torch.float64))
+            drawn, log_prob, _ = draw_of(engine, logits, middle)
             if drawn == index:
                 assert log_prob.item() == pytest.approx(np.log(share), rel=1e-6)
             low, high = (low, middle) if drawn >= token else (middle, high)
@@ -129,21 +159,45 @@ def test_a_token_of_probability_2_to_the_minus_30_is_drawn_as_often_as_it_should
     assert stretch == pytest.approx(share, rel=1e-4)
 
 
-def test_no_uniform_draws_an_impossible_token() -> None:
-    logits = torch.full((4, 1000), -torch.inf)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_uniform_draws_an_impossible_token(engine: str) -> None:
+    logits = torch.full((1, 1000), -torch.inf)
     logits[:, 300] = logits[:, 700] = 0.0
-    uniform = torch.tensor([0.0, 0.5, 1 - 2.0**-53, 0.5 - 2.0**-53], dtype=torch.float64)
-    assert invert_cdf(logits, uniform)[0].tolist() == [300, 700, 700, 300]
+    for uniform, wanted in ((0.0, 300), (0.5, 700), (1 - 2.0**-53, 700), (0.5 - 2.0**-53, 300)):
+        assert draw_of(engine, logits, uniform)[0].item() == wanted
 
 
-@pytest.mark.parametrize("method", ["inverse_cdf", "gumbel"])
-def test_both_draws_give_the_log_probability_of_what_they_drew(method: str) -> None:
+@pytest.mark.parametrize("tau", [1.0, 0.7])
+@pytest.mark.parametrize("method", ["inverse_cdf", "gumbel", "native"])
+def test_draws_give_the_log_probabilities_of_what_they_drew(method: str, tau: float) -> None:
     logits = torch.randn(64, 1001) * 3
-    drawn = DRAWS[method](64, 4, CPU)
+    drawn = (DRAWS | {"native": native.NativeDraw})[method](Selector(tau=tau), 64, 4, CPU)
     drawn.load(0, "u", range(64))
-    tokens, log_probs = drawn(logits, torch.tensor([2]))
-    exact = logits.double().log_softmax(1).gather(1, tokens[:, None]).squeeze(1)
-    assert torch.allclose(log_probs, exact, atol=1e-6)
+    tokens, log_prob_tau, log_prob = drawn(logits, torch.tensor([2]))
+    for found, divisor in ((log_prob_tau, tau), (log_prob, 1.0)):
+        exact = (logits.double() / divisor).log_softmax(1).gather(1, tokens[:, None]).squeeze(1)
+        assert torch.allclose(found, exact, atol=2e-6)
+
+
+def test_engines_draw_the_same_tokens() -> None:
+    """Up to rounding, which may move a uniform over an edge once in a while."""
+    need(not native.missing(), f"the extension: {native.missing()}")
+    model = small_model(300, 40)
+    parts = [draw(model, range(256), length=40, engine=engine, eos=-1) for engine in ENGINES]
+    same = (parts[0].ids == parts[1].ids).all(axis=1)
+    assert same.mean() > 0.99
+    sums = [part.log_prob_sum[same] for part in parts]
+    assert np.abs(sums[0] - sums[1]).max() < 1e-4 * 40
+
+
+def test_without_the_extension_plain_torch_does_the_work_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = small_model(300, 10, shape=replace(SHAPE, hidden=32))
+    found = sampler(model, engine="native")
+    assert found.decoder.name == "llama"
+    assert "sampling.engine=native: " in caplog.text
+    assert "plain torch does the work" in caplog.text
 
 
 def test_philox_gives_the_published_words() -> None:
@@ -162,7 +216,7 @@ def test_philox_gives_the_published_words() -> None:
 
 
 def test_gumbel_noise_is_of_one_sequence_position_and_token() -> None:
-    drawn = Gumbel(3, 8, CPU)
+    drawn = Gumbel(Selector(), 3, 8, CPU)
     drawn.load(5, "noise", range(10, 13))
     whole = drawn.noise(torch.tensor([4]), range(1001))
     parts = [drawn.noise(torch.tensor([4]), part) for part in (range(500), range(500, 1001))]
@@ -207,18 +261,23 @@ def test_a_step_never_waits_for_the_device(method: str, selector: Selector) -> N
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("method", ["inverse_cdf", "gumbel"])
-def test_ids_do_not_depend_on_shards_or_order(method: str) -> None:
+def test_ids_do_not_depend_on_shards_or_order(method: str, engine: str) -> None:
     model = small_model(300, 10)
-    whole = draw(model, range(100), draw=method)
-    parts = [draw(model, r, draw=method) for r in (range(64, 100), range(32), range(32, 64))]
+    whole = draw(model, range(100), draw=method, engine=engine)
+    parts = [
+        draw(model, r, draw=method, engine=engine)
+        for r in (range(64, 100), range(32), range(32, 64))
+    ]
     again = np.concatenate([parts[1].ids, parts[2].ids, parts[0].ids])
     assert np.array_equal(whole.ids, again)
     assert np.array_equal(whole.log_prob_sum[:32], parts[1].log_prob_sum)
 
 
-def test_rows_end_at_eos_and_stay_empty_after_it() -> None:
-    samples = draw(small_model(5, 10), range(256))
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_end_at_eos_and_stay_empty_after_it(engine: str) -> None:
+    samples = draw(small_model(5, 10), range(256), engine=engine)
     ended = samples.ids[np.arange(256), samples.length - 1] == 0
     assert ended.any()
     for row, length in zip(samples.ids, samples.length, strict=True):

@@ -1,0 +1,390 @@
+// What is slow between the matrix products of a decoding step on CPUs, for float32 and bfloat16:
+// normalisation, rotary positions with attention over the cache, SiLU, and the draw; and the one
+// product that torch does not offer on CPUs, bfloat16 with float32 results, by oneDNN's kernel.
+// Built by `make native`; kdhpc/native.py is the Python side and says what every function takes.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+namespace {
+
+using at::BFloat16;
+using at::Tensor;
+constexpr int64_t WIDTH = 16;   // numbers in a vector
+constexpr int64_t BLOCK = 256;  // vocabulary entries summed together, as kdhpc.draws.BLOCK
+constexpr int64_t HEAD_COLUMNS = 64;
+typedef float Vec __attribute__((vector_size(WIDTH * 4)));
+typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
+typedef uint16_t Halves __attribute__((vector_size(WIDTH * 2)));
+
+inline Vec load(const float* from) {
+    Vec v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+inline Vec load(const BFloat16* from) {
+    Halves h;
+    std::memcpy(&h, from, sizeof h);
+    return (Vec)(__builtin_convertvector(h, Ints) << 16);
+}
+
+inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+
+inline void store(BFloat16* to, Vec v) {  // rounds to the nearest, ties to even
+    const Ints bits = (Ints)v, even = (bits >> 16) & 1;
+    const Halves h = __builtin_convertvector((bits + 0x7FFF + even) >> 16, Halves);
+    std::memcpy(to, &h, sizeof h);
+}
+
+template <typename T>
+inline Vec rounded(Vec v) {
+    T kept[WIDTH];
+    store(kept, v);
+    return load(kept);
+}
+
+inline float sum(Vec v) {
+    float total = 0;
+    for (int64_t i = 0; i < WIDTH; i++) total += v[i];
+    return total;
+}
+
+inline float largest(Vec v) {
+    float most = v[0];
+    for (int64_t i = 1; i < WIDTH; i++) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
+// e^x to 2e-7, 0 below -87: x = n log 2 + r, and a polynomial in r (Cephes' expf).
+inline Vec exponential(Vec x) {
+    const Vec zero = {}, one = zero + 1.0f, least = zero - 87.0f;
+    const auto gone = x < least;
+    x = gone ? least : x;
+    const Vec shift = zero + 12582912.0f;  // 1.5 x 2^23: adding it rounds to an integer
+    const Vec n = (x * 1.44269504088896341f + shift) - shift;
+    const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vec p = zero + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + one;
+    const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+    const Vec found = p * (Vec)power;
+    return gone ? zero : found;
+}
+
+template <typename T>
+const T* in(const Tensor& x) {
+    TORCH_CHECK(x.is_contiguous(), "expected a contiguous tensor");
+    return x.const_data_ptr<T>();
+}
+
+template <typename F>
+void each_row(int64_t rows, const F& work) {
+    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) work(row);
+    });
+}
+
+#define FOR_DTYPE(tensor, ...)                                             \
+    if ((tensor).scalar_type() == at::kBFloat16) {                         \
+        using T = BFloat16;                                                \
+        __VA_ARGS__                                                        \
+    } else {                                                               \
+        TORCH_CHECK((tensor).scalar_type() == at::kFloat, "wrong dtype"); \
+        using T = float;                                                   \
+        __VA_ARGS__                                                        \
+    }
+
+Tensor add_norm(Tensor& x, const std::optional<Tensor>& delta, const Tensor& weight, double eps) {
+    const int64_t size = x.size(1);
+    Tensor out = at::empty_like(x);
+    FOR_DTYPE(x, {
+        T* xs = x.mutable_data_ptr<T>();
+        T* outs = out.mutable_data_ptr<T>();
+        const T* deltas = delta ? in<T>(*delta) : nullptr;
+        const T* weights = in<T>(weight);
+        each_row(x.size(0), [&](int64_t row) {
+            T* at = xs + row * size;
+            Vec squares = {};
+            for (int64_t i = 0; i < size; i += WIDTH) {
+                Vec v = load(at + i);
+                if (deltas) {
+                    v += load(deltas + row * size + i);
+                    store(at + i, v);
+                    v = load(at + i);
+                }
+                squares += v * v;
+            }
+            const float scale = 1.0f / std::sqrt(sum(squares) / size + (float)eps);
+            for (int64_t i = 0; i < size; i += WIDTH)
+                store(outs + row * size + i, rounded<T>(load(at + i) * scale) * load(weights + i));
+        });
+    })
+    return out;
+}
+
+Tensor silu_mul(const Tensor& gate_up) {
+    const int64_t size = gate_up.size(1) / 2;
+    Tensor out = at::empty({gate_up.size(0), size}, gate_up.options());
+    FOR_DTYPE(gate_up, {
+        const T* from = in<T>(gate_up);
+        T* outs = out.mutable_data_ptr<T>();
+        each_row(gate_up.size(0), [&](int64_t row) {
+            const T* gate = from + row * 2 * size;
+            for (int64_t i = 0; i < size; i += WIDTH) {
+                const Vec g = load(gate + i);
+                const Vec silu = rounded<T>(g / (exponential(-g) + 1.0f));
+                store(outs + row * size + i, silu * load(gate + size + i));
+            }
+        });
+    })
+    return out;
+}
+
+// One row and key head: `groups` queries over the first `seen` keys. Keys are columns [D, L].
+template <typename T, int GROUPS>
+void attend_head(const float* query, const T* keys, const T* values, int64_t length, int64_t seen,
+                 int64_t size, float* scores, T* out) {
+    const int64_t padded = (seen + WIDTH - 1) / WIDTH * WIDTH;  // at most `length`
+    for (int64_t at = 0; at < padded; at += WIDTH) {
+        Vec sums[GROUPS] = {};
+        for (int64_t d = 0; d < size; d++) {
+            const Vec key = load(keys + d * length + at);
+            for (int g = 0; g < GROUPS; g++) sums[g] += key * query[g * size + d];
+        }
+        for (int g = 0; g < GROUPS; g++) store(scores + g * padded + at, sums[g]);
+    }
+    for (int g = 0; g < GROUPS; g++) {
+        float* row = scores + g * padded;
+        for (int64_t i = seen; i < padded; i++) row[i] = -std::numeric_limits<float>::infinity();
+        Vec most = load(row);
+        for (int64_t i = WIDTH; i < padded; i += WIDTH) {
+            const Vec v = load(row + i);
+            most = v > most ? v : most;
+        }
+        const float top = largest(most);
+        Vec total = {};
+        for (int64_t i = 0; i < padded; i += WIDTH) {
+            const Vec p = exponential(load(row + i) - top);
+            store(row + i, p);
+            total += p;
+        }
+        const float scale = 1.0f / sum(total);
+        for (int64_t i = 0; i < padded; i += WIDTH) store(row + i, rounded<T>(load(row + i) * scale));
+    }
+    for (int64_t d = 0; d < size; d += WIDTH) {
+        Vec sums[GROUPS] = {};
+        for (int64_t i = 0; i < seen; i++) {
+            const Vec value = load(values + i * size + d);
+            for (int g = 0; g < GROUPS; g++) sums[g] += value * scores[g * padded + i];
+        }
+        for (int g = 0; g < GROUPS; g++) store(out + g * size + d, sums[g]);
+    }
+}
+
+template <typename T>
+void turn(const T* from, const T* cos, const T* sin, int64_t size, T* to) {
+    const int64_t half = size / 2;
+    for (int64_t i = 0; i < size; i += WIDTH) {
+        const Vec other = load(from + (i < half ? i + half : i - half));
+        store(to + i, rounded<T>(load(from + i) * load(cos + i)) + other * load(sin + i));
+    }
+}
+
+template <typename T>
+void attend_rows(const Tensor& qkv, Tensor& keys, Tensor& values, const Tensor& cos,
+                 const Tensor& sin, int64_t position, int64_t groups, double scale, Tensor& out) {
+    const int64_t kv_heads = keys.size(1), size = keys.size(2), length = keys.size(3);
+    const int64_t heads = kv_heads * groups, stride = (heads + 2 * kv_heads) * size;
+    const int64_t seen = position + 1, padded = (seen + WIDTH - 1) / WIDTH * WIDTH;
+    const T *from = in<T>(qkv), *c = in<T>(cos) + position * size, *s = in<T>(sin) + position * size;
+    T *all_keys = keys.mutable_data_ptr<T>(), *all_values = values.mutable_data_ptr<T>();
+    T* outs = out.mutable_data_ptr<T>();
+    at::parallel_for(0, qkv.size(0) * kv_heads, 1, [&](int64_t begin, int64_t end) {
+        std::vector<float> query(groups * size), scores(groups * padded);
+        std::vector<T> turned(size);
+        for (int64_t item = begin; item < end; item++) {
+            const int64_t row = item / kv_heads, head = item % kv_heads;
+            const T* mine = from + row * stride;
+            T* key = all_keys + item * size * length;
+            T* value = all_values + item * size * length;
+            turn(mine + (heads + head) * size, c, s, size, turned.data());
+            for (int64_t d = 0; d < size; d++) key[d * length + position] = turned[d];
+            std::memcpy(value + position * size, mine + (heads + kv_heads + head) * size,
+                        size * sizeof(T));
+            for (int64_t g = 0; g < groups; g++) {
+                turn(mine + (head * groups + g) * size, c, s, size, turned.data());
+                for (int64_t d = 0; d < size; d++)
+                    query[g * size + d] = (float)turned[d] * (float)scale;
+            }
+            T* to = outs + row * heads * size + head * groups * size;
+            int64_t g = 0;
+            for (; g + 4 <= groups; g += 4)
+                attend_head<T, 4>(&query[g * size], key, value, length, seen, size, scores.data(),
+                                  to + g * size);
+            if (groups - g == 3)
+                attend_head<T, 3>(&query[g * size], key, value, length, seen, size, scores.data(),
+                                  to + g * size);
+            else
+                for (; g < groups; g++)
+                    attend_head<T, 1>(&query[g * size], key, value, length, seen, size,
+                                      scores.data(), to + g * size);
+        }
+    });
+}
+
+Tensor attend(const Tensor& qkv, Tensor& keys, Tensor& values, const Tensor& cos, const Tensor& sin,
+              const Tensor& position, int64_t groups, double scale) {
+    TORCH_CHECK(keys.size(2) % WIDTH == 0 && keys.size(3) % WIDTH == 0, "sizes are not whole vectors");
+    const int64_t at = in<int64_t>(position)[0];
+    TORCH_CHECK(at >= 0 && at < keys.size(3), "position ", at, " is outside the cache");
+    Tensor out = at::empty({qkv.size(0), keys.size(1) * groups * keys.size(2)}, qkv.options());
+    FOR_DTYPE(qkv, { attend_rows<T>(qkv, keys, values, cos, sin, at, groups, scale, out); })
+    return out;
+}
+
+Tensor pack_head(const Tensor& weight) {
+    const int64_t rows = weight.size(0), size = weight.size(1);
+    TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && size % 2 == 0, "expected bfloat16 [V, even]");
+    const int64_t blocks = (rows + HEAD_COLUMNS - 1) / HEAD_COLUMNS;
+    Tensor packed = at::zeros({blocks, size / 2, HEAD_COLUMNS, 2}, weight.options());
+    const BFloat16* from = in<BFloat16>(weight);
+    BFloat16* to = packed.mutable_data_ptr<BFloat16>();
+    each_row(rows, [&](int64_t row) {
+        BFloat16* column = to + (row / HEAD_COLUMNS * (size / 2) * HEAD_COLUMNS + row % HEAD_COLUMNS) * 2;
+        for (int64_t i = 0; i < size; i++)
+            column[i / 2 * HEAD_COLUMNS * 2 + i % 2] = from[row * size + i];
+    });
+    return packed;
+}
+
+Tensor head(const Tensor& hidden, const Tensor& packed, int64_t vocab_size) {
+    const int64_t rows = hidden.size(0), size = hidden.size(1), blocks = packed.size(0);
+    Tensor out = at::empty({rows, vocab_size}, hidden.options().dtype(at::kFloat));
+    const BFloat16 *from = in<BFloat16>(hidden), *weights = in<BFloat16>(packed);
+    float* to = out.mutable_data_ptr<float>();
+    at::parallel_for(0, blocks, 8, [&](int64_t begin, int64_t end) {
+        std::vector<float> part(rows * HEAD_COLUMNS);
+        for (int64_t block = begin; block < end; block++) {
+            const int64_t first = block * HEAD_COLUMNS;
+            const bool whole = first + HEAD_COLUMNS <= vocab_size;
+            at::native::cpublas::brgemm(rows, HEAD_COLUMNS, size, size, HEAD_COLUMNS,
+                                        whole ? vocab_size : HEAD_COLUMNS, false, from,
+                                        weights + block * size * HEAD_COLUMNS,
+                                        whole ? to + first : part.data());
+            for (int64_t row = 0; !whole && row < rows; row++)
+                std::memcpy(to + row * vocab_size + first, &part[row * HEAD_COLUMNS],
+                            (vocab_size - first) * sizeof(float));
+        }
+        at::native::cpublas::brgemm_release();
+    });
+    return out;
+}
+
+// Sums of e^(logit / tau - top) over one block; the block is copied to 16-number vectors first.
+inline float weigh(const float* logits, int64_t count, float inverse_tau, float top, float* weights) {
+    Vec total = {};
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        float last[WIDTH];
+        const float* from = logits + i;
+        if (count - i < WIDTH) {
+            for (int64_t j = 0; j < WIDTH; j++)
+                last[j] = i + j < count ? from[j] : -std::numeric_limits<float>::infinity();
+            from = last;
+        }
+        const Vec v = exponential(load(from) * inverse_tau - top);
+        if (weights) store(weights + i, v);
+        total += v;
+    }
+    return sum(total);
+}
+
+std::tuple<Tensor, Tensor, Tensor> draw(const Tensor& logits, const Tensor& uniform, double tau) {
+    const int64_t rows = logits.size(0), vocab_size = logits.size(1);
+    const int64_t blocks = (vocab_size + BLOCK - 1) / BLOCK;
+    Tensor token = at::empty({rows}, logits.options().dtype(at::kLong));
+    Tensor log_prob_tau = at::empty({rows}, logits.options().dtype(at::kDouble));
+    Tensor log_prob = at::empty_like(log_prob_tau);
+    const float* from = in<float>(logits);
+    const double* numbers = in<double>(uniform);
+    int64_t* tokens = token.mutable_data_ptr<int64_t>();
+    double *at_tau = log_prob_tau.mutable_data_ptr<double>(), *at_one = log_prob.mutable_data_ptr<double>();
+    const float inverse_tau = (float)(1.0 / tau);
+    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+        std::vector<double> sums(blocks);
+        std::vector<float> weights(BLOCK);
+        for (int64_t row = begin; row < end; row++) {
+            const float* mine = from + row * vocab_size;
+            float top = mine[0];
+            int64_t i = 0;
+            if (vocab_size >= WIDTH) {
+                Vec most = load(mine);
+                for (; i + WIDTH <= vocab_size; i += WIDTH) {
+                    const Vec v = load(mine + i);
+                    most = v > most ? v : most;
+                }
+                top = largest(most);
+            }
+            for (; i < vocab_size; i++) top = mine[i] > top ? mine[i] : top;
+            double total = 0, total_one = 0;
+            for (int64_t b = 0; b < blocks; b++) {
+                const int64_t first = b * BLOCK, count = std::min(BLOCK, vocab_size - first);
+                sums[b] = weigh(mine + first, count, inverse_tau, top * inverse_tau, nullptr);
+                total += sums[b];
+                if (tau != 1.0) total_one += weigh(mine + first, count, 1.0f, top, nullptr);
+            }
+            // The block, then the token in it: the first whose cumulated weight lies above the target.
+            double rest = numbers[row] * total;
+            int64_t block = 0, last = 0;
+            for (; block < blocks; block++) {
+                if (sums[block] > 0) last = block;
+                if (rest < sums[block]) break;
+                rest -= sums[block];
+            }
+            if (block == blocks) block = last, rest = sums[block];  // rounding at the very end
+            const int64_t first = block * BLOCK, count = std::min(BLOCK, vocab_size - first);
+            weigh(mine + first, count, inverse_tau, top * inverse_tau, weights.data());
+            double inside = 0;
+            for (int64_t j = 0; j < count; j++) inside += weights[j];
+            rest *= inside / sums[block];
+            int64_t found = 0;
+            last = 0;
+            for (; found < count; found++) {
+                if (weights[found] > 0) last = found;
+                if (rest < weights[found]) break;
+                rest -= weights[found];
+            }
+            if (found == count) found = last;
+            tokens[row] = first + found;
+            const double logit = mine[first + found];
+            at_tau[row] = (logit - top) * inverse_tau - std::log(total);
+            at_one[row] = tau == 1.0 ? at_tau[row] : logit - top - std::log(total_one);
+        }
+    });
+    return {token, log_prob_tau, log_prob};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(kdhpc, library) {
+    library.def("add_norm(Tensor(a!) x, Tensor? delta, Tensor weight, float eps) -> Tensor", &add_norm);
+    library.def("silu_mul(Tensor gate_up) -> Tensor", &silu_mul);
+    library.def(
+        "attend(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor cos, Tensor sin, "
+        "Tensor position, int groups, float scale) -> Tensor",
+        &attend);
+    library.def("pack_head(Tensor weight) -> Tensor", &pack_head);
+    library.def("head(Tensor hidden, Tensor packed, int vocab_size) -> Tensor", &head);
+    library.def("draw(Tensor logits, Tensor uniform, float tau) -> (Tensor, Tensor, Tensor)", &draw);
+}

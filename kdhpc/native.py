@@ -1,0 +1,146 @@
+"""The optional extension for CPUs: `make native` builds it, `sampling.engine: native` uses it.
+
+It does what is slow between the matrix products of a decoding step (`native.cpp`). It is built for
+the processor of the node that builds it, into the virtual environment, under a name that tells its
+source and torch's version. Where it is missing, or a node lacks one of that processor's features,
+plain torch does the work and a warning says so.
+"""
+
+import functools
+import hashlib
+import logging
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdhpc.decoding import LlamaDecoder
+from kdhpc.draws import InverseCdf, Selector
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
+VECTOR = 16
+"""Head sizes and lengths of caches are multiples of it."""
+HELP = "make native builds it"
+
+
+def library() -> Path:
+    """Where the built extension lies."""
+    words = SOURCE.read_bytes() + f"{torch.__version__} {FLAGS}".encode()
+    name = hashlib.sha256(words).hexdigest()[:12]
+    return Path(sysconfig.get_paths()["platlib"]) / "kdhpc_native" / name / "kdhpc_native.so"
+
+
+def build() -> Path:
+    """Compile the extension for this machine's processor; needs a C++ compiler."""
+    from torch.utils import cpp_extension
+
+    path = library()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cpp_extension.load(
+        name=path.stem,
+        sources=[str(SOURCE)],
+        extra_cflags=FLAGS,
+        build_directory=str(path.parent),
+        is_python_module=False,
+        with_cuda=False,
+    )
+    path.with_suffix(".features").write_text(" ".join(sorted(_features())))
+    return path
+
+
+def _features() -> frozenset[str]:
+    """What this processor can do, in Linux's words; nothing elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split()[2:])
+
+
+@functools.cache
+def missing() -> str:
+    """Why the extension cannot be used here; empty where it can, and then it is loaded."""
+    path = library()
+    if not path.exists():
+        return f"it is not built ({HELP})"
+    lacks = set(path.with_suffix(".features").read_text().split()) - _features()
+    if lacks:
+        return f"it was built for a processor with {', '.join(sorted(lacks)[:3])} ({HELP})"
+    torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    return ""
+
+
+def unfit(model: PreTrainedModel) -> str:
+    """Why the extension cannot decode this model; empty where it can."""
+    config = model.config
+    if model.device.type != "cpu":
+        return f"it is for CPUs, and the model is on {model.device.type}"
+    if not LlamaDecoder.fits(model):
+        return f"it is for Llama, and this is {config.model_type}"
+    if model.dtype not in (torch.float32, torch.bfloat16):
+        return f"it is for float32 and bfloat16, and this is {model.dtype}"
+    sizes = {
+        "head size": (config.head_dim, 2 * VECTOR),
+        "hidden size": (config.hidden_size, VECTOR),
+        "size of feed-forward layers": (config.intermediate_size, VECTOR),
+    }
+    for name, (size, unit) in sizes.items():
+        if size % unit:
+            return f"the model's {name} is {size}, no multiple of {unit}"
+    return ""
+
+
+class NativeDecoder(LlamaDecoder):
+    """Llama on CPUs, with everything but the products of its layers in the extension."""
+
+    name = "native"
+
+    def __init__(self, model: PreTrainedModel, rows: int, length: int) -> None:
+        super().__init__(model, rows, -(-length // VECTOR) * VECTOR)
+        weight = model.get_output_embeddings().weight
+        if weight.dtype == torch.bfloat16:
+            packed, vocab_size = torch.ops.kdhpc.pack_head(weight.contiguous()), len(weight)
+            self.head = lambda x: torch.ops.kdhpc.head(x, packed, vocab_size)
+
+    def step(self, ids: Tensor, position: Tensor, num_keys: int) -> Tensor:
+        ops, groups = torch.ops.kdhpc, self.heads // self.kv_heads
+        x, delta = torch.nn.functional.embedding(ids, self.embedding), None
+        for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
+            norm, qkv, out, mlp_norm, gate_up, down = layer
+            mixed = qkv(ops.add_norm(x, delta, norm, self.eps))
+            seen = ops.attend(
+                mixed, keys, values, self.cos, self.sin, position, groups, self.head_size**-0.5
+            )
+            delta = out(seen)
+            delta = down(ops.silu_mul(gate_up(ops.add_norm(x, delta, mlp_norm, self.eps))))
+        return self.head(ops.add_norm(x, delta, self.final_norm, self.eps))
+
+
+class NativeDraw(InverseCdf):
+    """Inverse CDF in one pass over the logits, with the log-probability at temperature 1."""
+
+    def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.selector != Selector(tau=self.selector.tau):
+            return super().__call__(logits, position)
+        uniform = self.uniform.index_select(0, position)[0]
+        token, log_prob_tau, log_prob = torch.ops.kdhpc.draw(logits, uniform, self.selector.tau)
+        return token, log_prob_tau, log_prob
+
+
+def main() -> int:
+    """Build, and say where."""
+    print(f"built {build()}")  # noqa: T201
+    if why := missing():
+        print(f"but {why}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
