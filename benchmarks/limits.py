@@ -40,7 +40,11 @@ def matrix_rate(dtype: str) -> float:
 
 
 def decoding(shape: Shape, *, rows: int, new_tokens: int, dtype: str) -> tuple[float, float]:
-    """Bytes and operations of one decoding step, at the mean position."""
+    """Bytes and operations of one decoding step, at the mean position.
+
+    Weights and the keys and values before the position are read once; attention, each a product
+    and a sum, goes over queries and keys and over weights and values.
+    """
     weights = num_parameters(shape, VOCAB_SIZE)
     kv_size = shape.hidden // shape.heads * shape.kv_heads
     keys = rows * (new_tokens + 1) / 2

@@ -176,6 +176,9 @@ class Sampling:
     draw: Literal["inverse_cdf", "gumbel"] = "inverse_cdf"
     """Exact draws both: `inverse_cdf` uses one uniform a token and is fastest; `gumbel` uses one a
     vocabulary entry and keeps ids comparable across kernels."""
+    engine: Literal["torch", "native"] = "torch"
+    """`native` uses the extension for CPUs that `make native` builds; where it cannot be used,
+    plain torch does the work and says so. Part of the result: it rounds differently."""
     truncations: tuple[str, ...] = ()
     """Further selective teachers beside the taus, at temperature 1: `top_k=50`, `top_p=0.9`."""
 
@@ -234,6 +237,8 @@ class Slurm:
     """Cores a process; at least `threads`."""
     gpus_per_node: int = 0
     """GPUs a node for stages that use a device."""
+    gpu_mem_gb: float | None = None
+    """Memory of one GPU; --dry-run then says which `sampling.batch_rows` fits."""
     stages: dict[str, StageResources] = field(default_factory=dict)
     """By stage name, what differs from the above."""
     gate: StageResources = field(default_factory=lambda: StageResources(time_min=10, mem_gb=1.0))
@@ -405,8 +410,8 @@ def checked(config: C) -> C:
 MAX_NAME_BYTES = 200
 """Of a run's folder: 255 for a file name, less what is added in the queue."""
 POSITIVE = (
-    "time_min", "mem_gb", "max_mem_gb", "cpus_per_task", "max_parallel", "max_array", "max_submit",
-    "task_min", "max_attempts",
+    "time_min", "mem_gb", "max_mem_gb", "gpu_mem_gb", "cpus_per_task", "max_parallel", "max_array",
+    "max_submit", "task_min", "max_attempts",
 )  # fmt: skip
 NOT_NEGATIVE = ("gpus_per_node", "canary", "signal_s")
 

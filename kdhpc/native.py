@@ -9,6 +9,7 @@ plain torch does the work and a warning says so.
 import functools
 import hashlib
 import logging
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -42,6 +43,8 @@ def build() -> Path:
 
     path = library()
     path.parent.mkdir(parents=True, exist_ok=True)
+    # ninja comes with kdhpc's dependencies, beside this python.
+    os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
     cpp_extension.load(
         name=path.stem,
         sources=[str(SOURCE)],

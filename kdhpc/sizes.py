@@ -1,6 +1,7 @@
 """Parameters, arithmetic and memory of a model, from its shape alone: for plans and estimates."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from kdhpc.config import Shape, Training
 
@@ -91,3 +92,24 @@ def training_memory(
         else (4.0 + (size if size < 4 else 0)) * parameters / over(1),
         buckets=0.0 if recipe.zero_stage == 0 else 2.0 * size * min(BUCKET, parameters),
     )
+
+
+def sampling_memory(
+    shape: Shape, rows: int, *, vocab_size: int, length: int, dtype: str, on_gpu: bool
+) -> float:
+    """Bytes that sampling holds: weights, keys and values, and what a step makes of its logits.
+
+    On CPUs weights lie there a second time, packed, and the head in float32.
+    """
+    size, parameters = NUM_BYTES[dtype], num_parameters(shape, vocab_size)
+    weights = size * parameters * (1 if on_gpu else 2)
+    head = 0 if on_gpu else 4 * vocab_size * shape.hidden
+    keys = 2.0 * size * shape.layers * (shape.hidden // shape.heads) * shape.kv_heads * length
+    logits = 16.0 * vocab_size  # logits, probabilities, and the same for tau or in float64
+    return weights + head + rows * (keys + logits + 64.0 * shape.ffn)
+
+
+def largest_batch_rows(num_bytes: float, shape: Shape, **made: Any) -> int:
+    """Rows that fit, 0 if the weights alone do not; `made` as for `sampling_memory`."""
+    weights = sampling_memory(shape, 0, **made)
+    return max(0, int((num_bytes - weights) // (sampling_memory(shape, 1, **made) - weights)))

@@ -46,6 +46,8 @@ def main(arguments: list[str]) -> int:
         plan = pipeline.plan(config)
         found = planning.preview(pipeline, plan, config, executor)
         console().print(plan_table(pipeline, plan, config, found.num_tasks, found.resources))
+        for line in found.batches:
+            print(line)
         print(f"planned for {executor}, in {config.runs_dir}/{config.name}; nothing was written")
         if found.refused:
             raise InputError(f"Slurm would refuse: {'; '.join(found.refused)}")

@@ -10,9 +10,10 @@ from kdhpc.cluster.decide import Batch, Policy, Situation, decide
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.observe import LOCAL_TASK_S, observe
 from kdhpc.cluster.submission import final_resources
-from kdhpc.config import RunConfig, check_run
+from kdhpc.config import LanguageConfig, RunConfig, check_run
 from kdhpc.errors import InputError
 from kdhpc.shards import Pipeline, Plan
+from kdhpc.sizes import largest_batch_rows, sampling_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class Preview:
     resources: dict[str, str]
     refused: tuple[str, ...]
     """What `sbatch --test-only` says against the scripts."""
+    batches: tuple[str, ...]
+    """How many rows a batch may have, one line a model that is sampled."""
 
 
 def preview(pipeline: Pipeline, plan: Plan, config: RunConfig, executor: str) -> Preview:
@@ -55,7 +58,12 @@ def preview(pipeline: Pipeline, plan: Plan, config: RunConfig, executor: str) ->
                 said = slurm.check_script(_script(batch, config, stage.uses_device))
                 if said:
                     refused[said] = None
-    return Preview(num_tasks=num_tasks, resources=resources, refused=tuple(refused))
+    return Preview(
+        num_tasks=num_tasks,
+        resources=resources,
+        refused=tuple(refused),
+        batches=batch_lines(config),
+    )
 
 
 def _words(batch: Batch, config: RunConfig, uses_device: bool) -> str:
@@ -81,6 +89,43 @@ def _script(batch: Batch, config: RunConfig, uses_device: bool) -> str:
         num_tasks=len(first.tasks),
         resources=final_resources(config, batch, uses_device),
     )
+
+
+OF_MEMORY = 0.9
+"""What of the stated memory is counted on: the rest is the process, and freed pieces."""
+
+
+def batch_lines(config: RunConfig) -> tuple[str, ...]:
+    """What `sampling.batch_rows` takes, and the largest that fits the stated memory."""
+    if not isinstance(config, LanguageConfig):
+        return ()
+    on_gpu = bool(config.slurm.gpus_per_node) and config.device != "cpu"
+    stated, key = (
+        (config.slurm.gpu_mem_gb, "slurm.gpu_mem_gb")
+        if on_gpu
+        else (config.slurm.mem_gb, "slurm.mem_gb")
+    )
+    if stated is None:
+        return (f"{key} is not stated: no check that sampling.batch_rows fits",)
+    rows, lines = config.sampling.batch_rows, []
+    sampled = {"teacher": config.teacher, **config.students}
+    shapes = {name: (model.shape, model.training.dtype) for name, model in sampled.items()}
+    if config.truth.shape:
+        shapes = {"truth": (config.truth.shape, config.truth.dtype)} | shapes
+    for name, (shape, dtype) in shapes.items():
+        made: dict[str, Any] = {
+            "vocab_size": 257 if config.truth.tokenizer == "bytes" else 2**16,
+            "length": config.length,
+            "dtype": dtype,
+            "on_gpu": on_gpu,
+        }
+        needs = sampling_memory(shape, rows, **made) / 1e9
+        most = largest_batch_rows(OF_MEMORY * 1e9 * stated, shape, **made)
+        lines.append(
+            f"sampling {name}: {rows} rows take about {needs:.2g} GB; with {key}={stated:g} "
+            f"at most {most} fit{'' if most >= rows else ': LOWER sampling.batch_rows'}"
+        )
+    return tuple(lines)
 
 
 def check_partitions(config: RunConfig) -> None:

@@ -251,7 +251,7 @@ def snapshot(run: RunFolder) -> str:
 
 def _sources(run: RunFolder) -> dict[str, Path]:
     """Files of a snapshot by relative name; for a pipeline from elsewhere, its module too."""
-    wanted = {".py", ".yaml", ".sh"}
+    wanted = {".py", ".cpp", ".yaml", ".sh"}
     files = [
         path
         for name in SNAPSHOT

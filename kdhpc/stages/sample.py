@@ -35,6 +35,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
                 "dtype": wanted.dtype,
                 "batch_rows": sampling.batch_rows,
                 "draw": sampling.draw,
+                "engine": sampling.engine,
                 "threads": config.threads,
                 **wanted.selection.fields,
             },
@@ -75,6 +76,7 @@ def run(shard: Shard, work: Work) -> Written:
         draw=config.sampling.draw,
         eos=tokenizer.eos_token_id,
         count_eos=config.eos == "learn",
+        engine=config.sampling.engine,
     )
     samples = sampling.sample(
         sampler,

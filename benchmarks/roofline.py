@@ -1,0 +1,62 @@
+#!/usr/bin/env python
+"""What one GPU could reach in preset `paper`, by arithmetic: nothing here is measured.
+
+python benchmarks/roofline.py [--tb-per-s 3.35] [--tflops 989] [--gb 80]   # an H100's data sheet
+"""
+
+from typing import Any
+
+import limits
+import report
+
+from kdhpc import compose
+from kdhpc.cluster.planning import OF_MEMORY
+from kdhpc.config import LanguageConfig, checked
+from kdhpc.sizes import largest_batch_rows
+
+SHARE = 0.5
+"""Of the limit by sums: what plain torch reaches on a CPU at least (docs/performance.md)."""
+
+
+def main() -> None:
+    """Print the table for truth, teacher and student."""
+    parser = report.options(__doc__)
+    parser.add_argument("--tb-per-s", type=float, default=3.35)
+    parser.add_argument("--tflops", type=float, default=989.0)
+    parser.add_argument("--gb", type=float, default=80.0)
+    options = parser.parse_args()
+    config = checked(compose.build(LanguageConfig, compose.compose(["paper"])))
+    shapes = {"truth": config.truth.shape, "teacher": config.teacher.shape}
+    shapes |= {name: student.shape for name, student in config.students.items()}
+    rows: list[dict[str, Any]] = []
+    for name, shape in shapes.items():
+        if shape is None:
+            continue
+        made = {"vocab_size": limits.VOCAB_SIZE, "length": config.length, "dtype": "bfloat16"}
+        fits = largest_batch_rows(OF_MEMORY * 1e9 * options.gb, shape, on_gpu=True, **made)
+        for batch in sorted({config.sampling.batch_rows, fits}):
+            num_bytes, flops = limits.decoding(
+                shape, rows=batch, new_tokens=config.length - 1, dtype="bfloat16"
+            )
+            read_s, compute_s = num_bytes / options.tb_per_s / 1e12, flops / options.tflops / 1e12
+            limit = batch / (read_s + compute_s)
+            rows.append(
+                {
+                    "model": name,
+                    "batch rows": batch,
+                    "read, ms a step": read_s * 1e3,
+                    "compute, ms a step": compute_s * 1e3,
+                    "limit, tokens/s": limit,
+                    f"expected at {SHARE}, tokens/s": SHARE * limit,
+                }
+            )
+    report.save(
+        "roofline",
+        f"Sampling on one GPU with {options.gb:g} GB, {options.tb_per_s:g} TB/s and "
+        f"{options.tflops:g} TFLOP/s: arithmetic, not run",
+        rows,
+    )
+
+
+if __name__ == "__main__":
+    main()
