@@ -1,0 +1,83 @@
+#!/usr/bin/env python
+"""Seconds of sampling and scoring as the work grows, each way alone, on a small model.
+
+    taskset -c 0 python benchmarks/growth.py
+
+`of linear` is time against 1x, over the factor: at most 1 is linear or better.
+"""
+
+import statistics
+import time
+from typing import Any
+
+import report
+import torch
+
+from kdhpc import attention, likelihood, models, sampling
+from kdhpc.config import Shape
+from kdhpc.draws import Selector
+
+SHAPE = Shape(layers=6, hidden=384, heads=6, kv_heads=2, ffn=1024)
+VOCAB_SIZE = 8192
+BASE = {"sequences": 32, "length": 32, "batch": 32}
+FACTORS = (1, 4, 16)
+
+
+def main() -> None:
+    """Grow sequences, length and batch (with the sequences) 16 times."""
+    parser = report.options(__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    models.set_threads(report.conditions()["cores"])
+    models.set_allocator(keep_freed=True)
+    rows: list[dict[str, Any]] = []
+    for work in (sample, score):
+        for grown in ("sequences", "length", "batch"):
+            row: dict[str, Any] = {"work": work.__name__, "grows": grown}
+            for factor in FACTORS:
+                size = dict(BASE)
+                size[grown] *= factor
+                size["sequences"] = max(size["sequences"], size["batch"])
+                run = work(**size)
+                run()
+                seconds = []
+                for _ in range(options.rounds):
+                    began = time.perf_counter()
+                    run()
+                    seconds.append(time.perf_counter() - began)
+                row[f"{factor}x, s"] = statistics.median(seconds)
+            for factor in FACTORS[1:]:
+                row[f"{factor}x, of linear"] = row[f"{factor}x, s"] / row["1x, s"] / factor
+            rows.append(row)
+    report.save("growth", "Cost as work grows, small model, float32", rows, facts=BASE)
+
+
+def sample(sequences: int, length: int, batch: int) -> Any:
+    """A function that samples."""
+    sampler = sampling.Sampler(
+        model(length), prompt_ids=[1], length=length, batch_rows=batch, selector=Selector(),
+        draw="inverse_cdf", eos=-1, count_eos=True,
+    )  # fmt: skip
+    return lambda: sampling.sample(sampler, rows=range(sequences), seed=0, stream="growth")
+
+
+def score(sequences: int, length: int, batch: int) -> Any:
+    """A function that scores."""
+    scorer = model(length)
+    attention.use_blocks(scorer)
+    ids = torch.randint(VOCAB_SIZE, (sequences, length))
+
+    def run() -> None:
+        for part in torch.split(ids, batch):
+            likelihood.token_log_probs(scorer, part, head_tokens=4096)
+
+    return run
+
+
+def model(length: int) -> Any:
+    made = models.new_model(SHAPE, vocab_size=VOCAB_SIZE, length=length, eos=0, seed=0)
+    return made.eval().requires_grad_(False)
+
+
+if __name__ == "__main__":
+    main()
