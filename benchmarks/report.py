@@ -63,6 +63,14 @@ def options(description: str | None) -> argparse.ArgumentParser:
     )
 
 
+def peak_bytes() -> float:
+    """The most memory that this process held, without what its parent held before it started it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return float(line.split()[1]) * 1024
+    return float("nan")
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
