@@ -361,6 +361,7 @@ class Work:
         self.rank = rank
         self.world_size = world_size
         self._code = code
+        self._ready_at = 0.0
         self._records: dict[str, Record] = {}
         self._verified: set[str] = set()
         self._unpublished: list[Path] = []
@@ -446,6 +447,10 @@ class Work:
         self._verified.add(str(copy))
         return copy
 
+    def ready(self) -> None:
+        """Say that all is imported, read and loaded: from here on a shard's time is useful work."""
+        self._ready_at = time.time()
+
     def provenance(self, keys: Sequence[str], packages: Sequence[str]) -> dict[str, str]:
         """Where merged numbers come from; outside their logical digest.
 
@@ -507,7 +512,7 @@ class Work:
             "fields": dict(shard.arm.fields),
             "inputs": dict(shard.arm.inputs),
             "code": self._code,
-            "attempt": attempt_facts(started_at),
+            "attempt": attempt_facts(started_at, max(started_at, self._ready_at)),
             "stats": dict(written.stats),
             "nonce": secrets.token_hex(8),
         }
@@ -560,18 +565,33 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def attempt_facts(started_at: float) -> dict[str, Any]:
-    """Where, when and under which job this process runs, for a record's provenance."""
+def attempt_facts(started_at: float, ready_at: float) -> dict[str, Any]:
+    """Where, when and under which job this process runs, for a record's provenance.
+
+    Args:
+        started_at: when the attempt began.
+        ready_at: when it had imported, read and loaded what it works on.
+    """
     return {
         "host": socket.gethostname(),
         "node": os.environ.get("SLURMD_NODENAME", ""),
         "pid": os.getpid(),
+        "process_started": round(process_started(), 3),
         "job": os.environ.get("SLURM_JOB_ID", ""),
         "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         "python": ".".join(str(part) for part in sys.version_info[:3]),
         "started": round(started_at, 3),
+        "ready": round(ready_at, 3),
         "seconds": round(time.time() - started_at, 3),
     }
+
+
+@functools.cache
+def process_started() -> float:
+    """When this process was started, by the kernel's account."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    up_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - up_s
 
 
 @contextlib.contextmanager

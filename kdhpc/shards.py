@@ -165,6 +165,8 @@ class Stage:
     """Work that one rank does in a second, by estimate; measured seconds replace it."""
     uses_device: bool = True
     """Whether its tasks ask for the GPUs of the cluster config."""
+    modules: tuple[str, ...] = ()
+    """What `run` imports that takes seconds: a local worker without a task loads it meanwhile."""
     alias: str | None = None
     """A fixed file name in the stage's folder for the newest output, replaced whole."""
 

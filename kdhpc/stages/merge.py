@@ -73,6 +73,7 @@ def run_partial(work: Work, present: frozenset[str], path: Path) -> None:
 def _write(path: Path, shard: Shard, work: Work, present: frozenset[str]) -> "Merged":
     from kdhpc import store
 
+    work.ready()
     return store.write_results(
         path,
         _scores(work, present),

@@ -65,6 +65,7 @@ def run(shard: Shard, work: Work) -> Written:
     models.set_threads(config.threads)
     model, tokenizer = models.load_for_inference(model_path, str(fields["dtype"]), config.device)
     first, stop = shard.rows or (0, 0)
+    work.ready()
     samples = sampling.sample(
         model,
         prompt_ids=models.encode_prompt(tokenizer, config.prompt),
@@ -92,6 +93,7 @@ SAMPLE_TRUTH = Stage(
     unit="tokens",
     plan=functools.partial(plan, arms.SAMPLE_TRUTH),
     run=run,
+    modules=("kdhpc.sampling",),
     rate=functools.partial(tokens_per_s, stage=arms.SAMPLE_TRUTH),
 )
 SAMPLE_TEACHER = Stage(
@@ -101,6 +103,7 @@ SAMPLE_TEACHER = Stage(
     unit="tokens",
     plan=functools.partial(plan, arms.SAMPLE_TEACHER),
     run=run,
+    modules=("kdhpc.sampling",),
     rate=functools.partial(tokens_per_s, stage=arms.SAMPLE_TEACHER),
 )
 SAMPLE_STUDENTS = Stage(
@@ -110,5 +113,6 @@ SAMPLE_STUDENTS = Stage(
     unit="tokens",
     plan=functools.partial(plan, arms.SAMPLE_STUDENTS),
     run=run,
+    modules=("kdhpc.sampling",),
     rate=functools.partial(tokens_per_s, stage=arms.SAMPLE_STUDENTS),
 )
