@@ -12,6 +12,7 @@ end of a shard: computing, writing, reading back and publishing. Exit code 1 if 
 """
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -33,9 +34,13 @@ def main() -> int:
     parser = report.options(__doc__)
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", action="store_true", help="one line of figures; nothing is saved")
     options = parser.parse_args()
     path = options.run or run_demo(report.RESULTS.parent / "runs" / "core-seconds")
     spent, span = account(path.resolve(), options.cores)
+    if options.json:
+        print(json.dumps({"spent": spent, "span": span}))
+        return 0
     all_s = span * options.cores
     useful = sum(seconds for name, seconds in spent.items() if name.startswith("useful"))
     rows = [
