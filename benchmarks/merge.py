@@ -9,7 +9,8 @@ a task does it (every byte of what it reads is checked, the result is read back,
 published), and `shutil.copyfile` of the score shards, synced file by file, take turns, each in a
 process of its own that has loaded its modules. Nothing else is waiting for the disk when a turn
 begins; files are in the page cache. Medians. Peak memory is the most that a process held. A second
-table is of growth: 1 to 16 times as many shards.
+table is of growth: 1 to 16 times as many shards. Exit code 1 if the merge has less than 0.7 of the
+copy's throughput, or holds more than 1 GB.
 """
 
 import argparse
@@ -34,9 +35,11 @@ from kdhpc.pipeline import LANGUAGE
 from kdhpc.stages import merge as merging
 
 GROWTH = 16
+LEAST_SHARE = 0.7
+MOST_BYTES = 1e9
 
 
-def main() -> None:
+def main() -> int:
     """Make the runs, let merge and copy take turns, print two tables."""
     parser = report.options(__doc__)
     parser.add_argument("--sequences", type=int, default=100_000, help="of every evaluation set")
@@ -47,11 +50,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         print(json.dumps(work(options.worker[0], Path(options.worker[1]))))
-        return
+        return 0
     options.folder.mkdir(parents=True, exist_ok=True)
     per_shard = options.sequences // GROWTH
     grown = []
-    for factor in (1, 4, GROWTH):
+    for factor in (1, 2, 4, 8, GROWTH):
         path = options.folder / f"merge-{factor}"
         shutil.rmtree(path, ignore_errors=True)
         config, run = make_run(path, factor * per_shard, per_shard, options.length)
@@ -85,6 +88,9 @@ def main() -> None:
         for row in grown
     ]
     report.save("merge_growth", "The merge as shards grow", lines, facts=about)
+    return int(
+        last["copy s"] / last["merge s"] < LEAST_SHARE or last["merge MB"] * 1e6 > MOST_BYTES
+    )
 
 
 def config_of(folder: Path, sequences: int, per_shard: int, length: int) -> Any:
@@ -195,4 +201,4 @@ def work(name: str, path: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

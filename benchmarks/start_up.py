@@ -13,7 +13,6 @@ waiting for a core. Exit code 1 if the first batch begins after more than 3 s.
 
 import json
 import os
-import resource
 import shutil
 import socket
 import statistics
@@ -139,9 +138,9 @@ def task(run: RunFolder, shard: Shard) -> dict[str, tuple[float, float | None]]:
     )
     ledger.claim(submission)
     command = [sys.executable, "-m", "kdhpc.cluster.task", str(run.path), str(number)]
-    before = cpu_of_children()
+    before = report.cpu_of_children()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment(run))
-    cpu_s = cpu_of_children() - before
+    cpu_s = report.cpu_of_children() - before
     facts = read_record(run.record_path(shard.key), shard.key).attempt
     begun = facts["process_started"]
     return {
@@ -149,11 +148,6 @@ def task(run: RunFolder, shard: Shard) -> dict[str, tuple[float, float | None]]:
         "task: first batch begins": (facts["ready"] - begun, None),
         "task: published": (facts["started"] + facts["seconds"] - begun, cpu_s),
     }
-
-
-def cpu_of_children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":
