@@ -3,6 +3,7 @@ PYTHON ?= python3
 SEED ?= 1
 VENV ?= .venv
 BIN := $(VENV)/bin
+BENCHMARKS := login_node start_up merge core_seconds
 
 .PHONY: help install native demo mixture test faults chaos mutations check bench clean
 
@@ -56,8 +57,10 @@ chaos: $(VENV)/installed-dev  ## Twenty random faults in one run: make chaos SEE
 mutations: $(VENV)/installed-dev  ## Break the product on purpose; every scenario must notice
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/mutations.py
 
-bench: install  ## Time what should be quick
-	$(BIN)/python benchmarks/login_node.py
+bench: install  ## Every benchmark, one after the other; tables go to build/benchmarks
+	@missed=; for name in $(BENCHMARKS); do \
+		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || missed="$$missed $$name"; \
+	done; test -z "$$missed" || { echo "missed a bar:$$missed"; exit 1; }
 
 clean:  ## Delete the virtual environment and caches, not runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,7 +1,7 @@
 """Checkpoints of a training: written beside, verified, then published, like every other output.
 
 3-train-on-truth/teacher-s0/00000.checkpoints/3f9a0c.../
-  000001000.json                     the record: step, data, sha256, recipe, kept
+  000001000.json                     the record: step, data, digest, recipe, kept
   000001000.5b1c77d2.safetensors     float32 weights and moments, written before the record
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdhpc.artifacts import read_once, remove, sha256_of, sync_tree, write_once
+from kdhpc.artifacts import digest_of, read_once, remove, sync_tree, write_once
 from kdhpc.errors import DamagedError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def save(
     record = {
         "step": step,
         "data": data.name,
-        "sha256": sha256_of(data),
+        "digest": digest_of(data),
         "recipe": recipe,
         "for_good": for_good,
     }
@@ -65,7 +65,7 @@ def newest(folder: Path, recipe: str) -> tuple[int, dict[str, "Tensor"]] | None:
             data = folder / record["data"]
             if record["recipe"] != recipe:
                 continue
-            if sha256_of(data) == record["sha256"]:
+            if digest_of(data) == record["digest"]:
                 return int(record["step"]), load_file(data)
         path.rename(path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}"))
     return None

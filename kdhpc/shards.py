@@ -65,7 +65,7 @@ class Shard:
     def stage(self) -> str:
         return self.arm.stage
 
-    @property
+    @cached_property
     def key(self) -> str:
         """`stage/arm/name`, unique in a plan and stable for ever."""
         return f"{self.arm.stage}/{self.arm.name}/{self.name}"
@@ -120,6 +120,7 @@ class Plan:
     def __init__(self) -> None:
         self.shards: dict[str, Shard] = {}
         self._arms: dict[tuple[str, str], list[Shard]] = {}
+        self._stages: dict[str, list[Shard]] = {}
 
     def add(self, shards: list[Shard]) -> None:
         for shard in shards:
@@ -127,6 +128,7 @@ class Plan:
                 raise ValueError(f"two shards are called {shard.key}")
             self.shards[shard.key] = shard
             self._arms.setdefault((shard.stage, shard.arm.name), []).append(shard)
+            self._stages.setdefault(shard.stage, []).append(shard)
 
     def arm(self, stage: str, name: str) -> list[Shard]:
         """Shards of one arm, in order; never empty.
@@ -140,7 +142,8 @@ class Plan:
         return {name: shards for (s, name), shards in self._arms.items() if s == stage}
 
     def stage(self, stage: str) -> list[Shard]:
-        return [shard for shard in self.shards.values() if shard.stage == stage]
+        """Shards of one stage, in order."""
+        return self._stages.get(stage, [])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,6 +165,8 @@ class Stage:
     """Work that one rank does in a second, by estimate; measured seconds replace it."""
     uses_device: bool = True
     """Whether its tasks ask for the GPUs of the cluster config."""
+    modules: tuple[str, ...] = ()
+    """What `run` imports that takes seconds: a local worker without a task loads it meanwhile."""
     alias: str | None = None
     """A fixed file name in the stage's folder for the newest output, replaced whole."""
 

@@ -22,9 +22,9 @@ from kdhpc import checkpoints, compose, store
 from kdhpc.artifacts import RunFolder, Work, read_record
 from kdhpc.cluster import runs
 from kdhpc.cluster.ledger import Ledger
-from kdhpc.config import LanguageConfig, checked
 from kdhpc.errors import DamagedError, InputError
 from kdhpc.pipeline import LANGUAGE
+from kdhpc.stages import merge
 
 FEW = settings(
     max_examples=60,
@@ -147,6 +147,13 @@ DATA = {
 }
 
 
+def work_of(run: Path) -> Work:
+    """What a task of a run sees."""
+    folder = RunFolder(run, LANGUAGE)
+    _, config, plan = runs.current(folder)
+    return Work(folder, config, plan)
+
+
 def data_of(run: Path, kind: str) -> tuple[Path, str]:
     """Data of a shard of a kind, and the shard's key."""
     wanted = {
@@ -166,16 +173,44 @@ def test_damaged_data_is_named_before_it_is_used(kind: str, run: Path, spoil: Da
     data, key = data_of(run, kind)
     record = data.parent / f"{key.rpartition('/')[2]}.json"
     published = record.read_bytes()
-    config = checked(compose.build(LanguageConfig, compose.compose(["tiny"])))
 
     def read() -> Path:
-        work = Work(RunFolder(run, LANGUAGE), config, LANGUAGE.plan(config))
-        return work.input(key)
+        return work_of(run).input(key)
 
+    assert read() == data
     assert_refused(data, spoil, read)
     for aside in record.parent.glob("*.damaged-*"):
         aside.unlink()
     record.write_bytes(published)
+
+
+@FEW
+@given(spoil=damages())
+def test_the_merge_names_a_damaged_score_shard_and_publishes_nothing(
+    run: Path, spoil: Damage
+) -> None:
+    """It copies while it checks; whatever is wrong with the file, its record is put aside."""
+    work = work_of(run)
+    [shard] = work.plan.stage("merge")
+    data, key = data_of(run, "score shard")
+    record, good = data.parent / f"{key.rpartition('/')[2]}.json", data.read_bytes()
+    published, bad = record.read_bytes(), spoil(good)
+    if bad == good:
+        return
+    data.write_bytes(bad)
+    try:
+        with pytest.raises(DamagedError) as caught:
+            merge.run(shard, work)
+        assert data.name in str(caught.value)
+        assert not record.exists()
+        [aside] = record.parent.glob("*.damaged-*")
+        assert aside.read_bytes() == published
+    finally:
+        work.discard()
+        for aside in record.parent.glob("*.damaged-*"):
+            aside.unlink()
+        record.write_bytes(published)
+        data.write_bytes(good)
 
 
 @FEW

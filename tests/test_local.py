@@ -1,6 +1,7 @@
 """A run on this machine: retyped, extended, damaged, troubled."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,7 +19,10 @@ from commands import LIGHT_RESULTS, ROOT, assert_light_complete, launch, light_r
 from light import expected
 
 from kdhpc import compose, store, trainlog
-from kdhpc.artifacts import RunFolder, Work
+from kdhpc.artifacts import RunFolder, Work, Written
+from kdhpc.cluster import runs
+from kdhpc.cluster.ledger import Ledger, Submission
+from kdhpc.cluster.observe import observe
 from kdhpc.config import LanguageConfig, checked
 from kdhpc.pipeline import LANGUAGE
 from kdhpc.stages.train import states_recipe
@@ -330,20 +334,106 @@ def test_after_a_killed_launcher_the_same_command_goes_on(tmp_path: Path, number
     assert all(records(run)[name] == digest for name, digest in kept.items())
 
 
-def test_status_reads_each_folder_of_results_once(tiny_run: Path) -> None:
+def test_status_reads_each_folder_and_each_record_once(tiny_run: Path) -> None:
+    """What it does grows with shards, and no faster."""
     code = f"""
 import sys, collections, os
 from pathlib import Path
 from kdhpc.cluster import runs, status
-seen = collections.Counter()
+folders, files = collections.Counter(), collections.Counter()
+seen = {{"os.scandir": folders, "open": files}}
 run = runs.find({str(tiny_run)!r})
-sys.addaudithook(lambda name, args: seen.update([str(args[0])]) if name == "os.scandir" else None)
+def hook(name, args):
+    if name in seen:
+        seen[name].update([os.path.relpath(str(args[0]), run.path)])
+sys.addaudithook(hook)
 status.look(run)
-found = {{path: n for path, n in seen.items() if "-" in os.path.relpath(path, {str(tiny_run)!r})}}
+stages = tuple(run.pipeline.folder(stage.name) for stage in run.pipeline.stages)
+found = {{path: n for path, n in folders.items() if path.startswith(stages)}}
 assert len(found) > 20 and set(found.values()) == {{1}}, found
+found = {{path: n for path, n in files.items() if path.startswith(stages)}}
+records = [str(path.relative_to(run.path)) for path in run.path.glob("[0-9]-*/*/*.json")]
+assert found == dict.fromkeys(records, 1), found
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_measured_seconds_decide_how_shards_are_packed(copy: Path) -> None:
+    """Two of four shards are there, and took 60 s each: the others get tasks of their own."""
+    run = RunFolder(copy, LANGUAGE)
+    _, config, plan = runs.current(run)
+    shards = plan.arm("sample-truth", "train")
+    for shard in shards:
+        run.record_path(shard.key).unlink()
+    before = observe(run, config, plan)
+    assert [len(batch.tasks) for batch in before.decision.batches] == [1]
+    work = Work(run, config, plan)
+    for shard in shards[:2]:
+        path = work.new_path(shard)
+        path.write_text("ids")
+        work.publish(shard, Written(path=path, rows=1), time.time() - 60)
+    policy = dataclasses.replace(before.policy, task_s=40.0)
+    found = observe(run, config, plan, policy=policy)
+    assert found.situation.seconds_per_work["sample-truth"] * shards[0].work > 30
+    assert [len(batch.tasks) for batch in found.decision.batches] == [2]
+
+
+def test_a_refresh_asks_slurm_once(copy: Path, tmp_path: Path) -> None:
+    """Programs that note that they were called stand where Slurm's do."""
+    (tmp_path / "bin").mkdir()
+    for name in ("squeue", "sacct", "scontrol", "sbatch", "scancel", "sinfo"):
+        program = tmp_path / "bin" / name
+        program.write_text(f"#!/bin/sh\necho {name} >> {tmp_path}/called\n")
+        program.chmod(0o755)
+    run = RunFolder(copy, LANGUAGE)
+    _, config, _ = runs.current(run)
+    runs.add_request(run, config, kind="sweep", executor="slurm")
+    launch("status", str(copy), PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    assert (tmp_path / "called").read_text().split() == ["squeue"]
+
+
+def test_a_task_loads_a_model_once(copy: Path) -> None:
+    run = RunFolder(copy, LANGUAGE)
+    number, _, plan = runs.current(run)
+    shards = plan.arm("sample-truth", "train")
+    assert len(shards) > 2
+    for shard in shards:
+        run.record_path(shard.key).unlink()
+    submission = Submission(
+        number=99,
+        request=number,
+        name="again",
+        stage="sample-truth",
+        tasks=(tuple(shard.key for shard in shards),),
+        resources={},
+        code="",
+        time=time.time(),
+        host="",
+        pid=0,
+    )
+    Ledger(copy).claim(submission)
+    code = f"""
+from pathlib import Path
+from kdhpc import models
+from kdhpc.cluster.task import run_task
+assert run_task(Path({str(copy)!r}), 99, 0) == 0
+print(models.load_for_inference.cache_info())
+"""
+    command = [sys.executable, "-c", code]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert f"hits={len(shards) - 1}, misses=1" in shown
+
+
+def test_core_seconds_add_up(tiny_run: Path) -> None:
+    """Processes start before shards, shards before they are ready; the rest is idle."""
+    command = [sys.executable, str(ROOT / "benchmarks/core_seconds.py"), str(tiny_run), "--json"]
+    shown = subprocess.run([*command, "--cores", "2"], capture_output=True, text=True).stdout
+    found = json.loads(shown.splitlines()[-1])
+    assert sum(found["spent"].values()) == pytest.approx(2 * found["span"])
+    wanted = {f"useful: {stage.name}" for stage in LANGUAGE.stages}
+    assert all(found["spent"][name] > 0 for name in wanted)
+    assert all(seconds >= 0 for name, seconds in found["spent"].items() if name != "idle")
 
 
 def test_an_input_with_a_flipped_bit_is_made_again_by_its_reader(tmp_path: Path) -> None:

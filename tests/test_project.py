@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 GOLDENS = Path(__file__).parent / "goldens"
 HEAVY = {
     "torch", "transformers", "deepspeed", "datasets", "h5py", "pyarrow", "scipy", "sklearn",
-    "matplotlib",
+    "matplotlib", "numpy", "submitit",
 }  # fmt: skip
 PRESETS = {
     "tiny": ["tiny"],

@@ -1,13 +1,21 @@
 """Files say what was written, open without this project, and are refused when damaged."""
 
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
+import h5py
 import numpy as np
 import pytest
 
 from kdhpc import store
+from kdhpc.artifacts import Digest, digest_of
 from kdhpc.errors import DamagedError
+from kdhpc.store import ScorePieces
 
 
 def samples(num_rows: int = 7, width: int = 5) -> store.Samples:
@@ -68,17 +76,28 @@ def test_a_truncated_file_is_refused_by_name(tmp_path: Path, name: str, keep: in
         store.read_samples([path]) if name.endswith("arrow") else store.read_scores(path)
 
 
+def whole(sampler: str, scorer: str, found: store.Scores, cuts: Sequence[int] = ()) -> ScorePieces:
+    """Scores in one piece, or cut before these rows."""
+    arrays = {name: array for name, array in vars(found).items() if array is not None}
+    pieces = [
+        (name, piece) for name, array in arrays.items() for piece in np.split(array, list(cuts))
+    ]
+    return ScorePieces(
+        sampler=sampler, scorer=scorer, num_rows=len(found.num_tokens), pieces=pieces
+    )
+
+
 def results(
     path: Path, *, provenance: str = "here", last: float = 1.0, complete: bool = True
 ) -> str:
     return store.write_results(
         path,
-        iter([("truth", "student", scores()), ("student", "truth", scores(per_token=False))]),
+        [whole("truth", "student", scores()), whole("student", "truth", scores(per_token=False))],
         {"student": {"kind": "student", "tau": last, "steps": 3}},
         recipe="r",
         complete=complete,
         provenance={"hosts": provenance},
-    )
+    ).logical_digest
 
 
 def test_merged_results_read_back(tmp_path: Path) -> None:
@@ -96,6 +115,116 @@ def test_the_logical_digest_ignores_provenance_and_nothing_else(tmp_path: Path) 
     assert results(path, provenance="elsewhere") == first
     assert results(path, last=0.9) != first
     assert results(path, complete=False) != first
+
+
+@pytest.mark.parametrize("num_parts", [2, 7])
+def test_the_logical_digest_does_not_know_of_shards(tmp_path: Path, num_parts: int) -> None:
+    cuts = np.linspace(0, 7, num_parts + 1).astype(int)[1:-1].tolist()
+    facts: dict[str, Any] = {"recipe": "r", "complete": True, "provenance": {}}
+    one = store.write_results(
+        tmp_path / "one.h5", [whole("truth", "student", scores())], {}, **facts
+    )
+    cut = store.write_results(
+        tmp_path / "cut.h5", [whole("truth", "student", scores(), cuts)], {}, **facts
+    )
+    assert one == cut
+    assert (tmp_path / "one.h5").read_bytes() == (tmp_path / "cut.h5").read_bytes()
+    assert cut.digest == digest_of(tmp_path / "cut.h5")
+
+
+def test_fewer_rows_than_planned_are_refused(tmp_path: Path) -> None:
+    part = whole("truth", "student", scores())
+    with pytest.raises(ValueError, match="num_tokens"):
+        store.write_results(
+            tmp_path / "results.h5",
+            [replace(part, pieces=[("num_tokens", scores().num_tokens[:-1])])],
+            {},
+            recipe="r",
+            complete=True,
+            provenance={},
+        )
+
+
+def test_merged_arrays_are_contiguous_aligned_and_can_be_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "results.h5"
+    results(path)
+    with h5py.File(path) as file:
+        for name in ("log_prob_sum", "num_tokens", "token_log_prob"):
+            dataset = file["scores/truth/student"][name]
+            offset = dataset.id.get_offset()
+            assert dataset.chunks is None
+            assert offset % dataset.dtype.itemsize == 0
+            mapped = np.memmap(path, dataset.dtype, "r", offset, dataset.shape)
+            assert np.array_equal(mapped, getattr(scores(), name))
+    found = store.read_results(path).scores["truth", "student"].token_log_prob
+    assert found is not None
+    assert not found.flags.owndata
+    assert not found.flags.writeable
+    assert found.flags.aligned
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import numpy as np
+from kdhpc import store
+from kdhpc.artifacts import Digest
+
+def peak():
+    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
+    return int(line.split()[1]) * 1024
+
+folder, num_shards = Path(sys.argv[1]), int(sys.argv[2])
+def merge(name, num_shards):
+    pieces = (
+        piece for _ in range(num_shards) for piece in store.read_pieces(folder / "a.h5", Digest())
+    )
+    part = store.ScorePieces(
+        sampler="truth", scorer="student", num_rows=num_shards * 4096, pieces=pieces
+    )
+    path = folder / f"{name}.h5"
+    store.write_results(path, [part], {}, recipe="r", complete=True, provenance={})
+    return store.logical_digest(path)
+
+merge("small", 1)
+before = peak()
+merge("large", num_shards)
+print(peak() - before)
+"""
+
+
+def test_the_merge_holds_a_piece_at_a_time(tmp_path: Path) -> None:
+    """A file of 256 MB is merged and read back; memory does not know it."""
+    shard = store.Scores(
+        log_prob_sum=np.zeros(4096),
+        num_tokens=np.zeros(4096, np.int32),
+        token_log_prob=np.ones((4096, 512), np.float32),
+    )
+    store.write_scores(tmp_path / "a.h5", shard)
+    command = [sys.executable, "-c", PEAK, str(tmp_path), "32"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert (tmp_path / "large.h5").stat().st_size > 256e6
+    assert int(found) < 8e6
+
+
+@pytest.mark.parametrize("offset", [0, 3000, -1])
+def test_pieces_name_a_file_that_is_cut_or_is_none(tmp_path: Path, offset: int) -> None:
+    store.write_scores(tmp_path / "a.h5", scores())
+    raw = (tmp_path / "a.h5").read_bytes()
+    (tmp_path / "a.h5").write_bytes(raw[:offset])
+    with pytest.raises(DamagedError, match=r"a\.h5"):
+        list(store.read_pieces(tmp_path / "a.h5", Digest()))
+
+
+def test_pieces_feed_every_byte_to_the_digest(tmp_path: Path) -> None:
+    path, whole_file = tmp_path / "a.h5", Digest()
+    store.write_scores(path, scores())
+    found: dict[str, list[Any]] = {}
+    for name, piece in store.read_pieces(path, whole_file):
+        found.setdefault(name, []).append(piece.copy())
+    assert whole_file.hexdigest() == digest_of(path)
+    for name, array in vars(scores()).items():
+        assert np.array_equal(np.concatenate(found[name]), array)
 
 
 def test_a_flipped_bit_in_merged_scores_is_noticed(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def _made(record: Record) -> Iterator[str]:
     where = attempt.get("node") or attempt.get("host", "?")
     made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(attempt.get("started", 0))))
     yield f"made on {where} from {made} in {record.seconds:.1f} s by code {record.code}"
-    yield f"data: {record.data} ({record.num_bytes} bytes, sha256 {record.sha256[:12]})"
+    yield f"data: {record.data} ({record.num_bytes} bytes, digest {record.digest[:12]})"
 
 
 def _outcome(failure: Failure | None, said: str) -> str:

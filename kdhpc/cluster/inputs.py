@@ -8,7 +8,6 @@ import hashlib
 import json
 from pathlib import Path
 
-from kdhpc import store
 from kdhpc.config import LanguageConfig, RunConfig
 from kdhpc.errors import InputError
 from kdhpc.stages.train import resolve_model
@@ -24,6 +23,9 @@ def resolve_inputs(config: RunConfig) -> RunConfig:
     """
     if not isinstance(config, LanguageConfig):
         return config
+
+    from kdhpc import store
+
     truth = config.truth
     if truth.model == "train":
         found = store.corpus_fingerprint(truth.corpus, truth.text_column)
@@ -73,6 +75,8 @@ def _fingerprint(source: Path, name: str) -> str:
 
 
 def _check_vocabulary(path: Path, name: str) -> None:
+    from kdhpc import store
+
     try:
         vocab_size = int(json.loads(path.read_text()).get("vocab_size", 0))
     except (ValueError, TypeError, AttributeError) as error:

@@ -85,6 +85,8 @@ class Job:
     """None if it was given up, or ran locally."""
     gate_id: str | None = None
     note: str = ""
+    launcher_cpu_s: float = 0.0
+    """Of a local run: what its launcher had computed by then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +125,13 @@ class Ledger:
 
     def submissions(self) -> list[Submission]:
         """All submissions, oldest first."""
-        found = []
-        for path, raw in self._read("submissions", r"(\d+)\.json"):
-            raw["tasks"] = tuple(tuple(task) for task in raw.get("tasks", ()))
-            found.append(_made(Submission, path, raw))
-        return found
+        found = self._read("submissions", r"(\d+)\.json")
+        return [_submission(path, raw) for path, raw in found]
+
+    def submission(self, number: int) -> Submission:
+        """One of them: a task need not read what all the others were told."""
+        path = self.path / f"submissions/{number:04d}.json"
+        return _submission(path, read_once(path))
 
     def jobs(self) -> dict[int, Job]:
         """By submission number, what became of it."""
@@ -169,6 +173,11 @@ class Ledger:
             if re.fullmatch(pattern, name):
                 path = self.path / folder / name
                 yield path, read_once(path)
+
+
+def _submission(path: Path, raw: dict[str, Any]) -> Submission:
+    raw["tasks"] = tuple(tuple(task) for task in raw.get("tasks", ()))
+    return _made(Submission, path, raw)
 
 
 def _made(kind: Callable[..., Made], path: Path, raw: Mapping[str, Any]) -> Made:

@@ -128,6 +128,10 @@ def run_all(
                 return state
             for batch in batches[: num_workers - len(tasks)]:
                 tasks.append(_start(run, ledger, state, batch, config, spare))
+            if not spare and len(tasks) < num_workers:  # one that loads what the next stage needs
+                port = _port(-len(ledger.submissions()))
+                environment = _environment(config.threads, 0, 1, port)
+                spare.append(_Worker(run, state.request.code, environment))
             _wait(tasks)
     except BaseException:
         for task in tasks:
@@ -142,6 +146,7 @@ def run_all(
         raise
     finally:
         for worker in spare:
+            worker.stop()
             worker.close()
 
 
@@ -179,7 +184,7 @@ def _start(
     if world_size == 1 and spare:
         workers = [spare.pop()]
     else:
-        port = 10000 + (os.getpid() * 7 + number) % 20000
+        port = _port(number)
         workers = [
             _Worker(run, submission.code, _environment(config.threads, rank, world_size, port))
             for rank in range(world_size)
@@ -187,6 +192,11 @@ def _start(
     for worker in workers:
         worker.send(number, log)
     return _Task(submission=submission, workers=workers, codes={})
+
+
+def _port(number: int) -> int:
+    """Where the ranks of a task meet; workers of one launcher have different ones."""
+    return 10000 + (os.getpid() * 7 + number) % 20000
 
 
 def _outside_slurm() -> dict[str, str]:
@@ -238,4 +248,5 @@ def _finish(task: _Task, run: RunFolder, ledger: Ledger) -> None:
                 time=time.time(),
             )
         )
-    ledger.settle(number, Job(job_id=None, note=f"exit code {worst}"))
+    job = Job(job_id=None, note=f"exit code {worst}", launcher_cpu_s=time.process_time())
+    ledger.settle(number, job)

@@ -71,7 +71,7 @@ def observe(
     queued = tuple(slurm.queue()) if uses_slurm else ()
     scan = _of_this_plan(run.scan(), plan)
     active = local_active | _active(submissions, jobs, queued)
-    done = frozenset(key for key in plan.shards if _is_done(run, plan, scan, key))
+    done = _done(run, plan, scan)
     found = ledger.failures()
     situation = _situation(
         plan, requests, submissions, found, scan, done, active, run.pipeline.stages, config
@@ -104,11 +104,17 @@ def _of_this_plan(scan: Scan, plan: Plan) -> Scan:
     return Scan(records=records, damaged={**scan.damaged, **others})
 
 
-def _is_done(run: RunFolder, plan: Plan, scan: Scan, key: str) -> bool:
-    if key not in scan.records:
-        return False
-    alias = run.alias_path(run.pipeline.stage(plan.shards[key].stage))
-    return alias is None or stands_for(alias, scan.records[key].data)
+def _done(run: RunFolder, plan: Plan, scan: Scan) -> frozenset[str]:
+    """Shards with a record; of stages with a fixed name, those that it stands for."""
+    done = scan.records.keys() & plan.shards.keys()
+    for stage in run.pipeline.stages:
+        if alias := run.alias_path(stage):
+            done -= {
+                shard.key
+                for shard in plan.stage(stage.name)
+                if shard.key in done and not stands_for(alias, scan.records[shard.key].data)
+            }
+    return frozenset(done)
 
 
 def _active(

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from submitit import SlurmExecutor
-
 from kdhpc.errors import ClusterError
 
 ANSWER_LIMIT_S = 60.0
@@ -174,23 +172,6 @@ def _minutes(text: str) -> float:
     return days * 1440 + hours * 60 + minutes + seconds / 60
 
 
-class ArrayExecutor(SlurmExecutor):  # type: ignore[misc]  # submitit is untyped here
-    """submitit's script and parameters around a command of ours.
-
-    What differs, and why: the command reads a JSON map, so nothing is pickled and the index is the
-    only thing that a task needs; jobs are submitted held, so that their ids are on disk before they
-    run; srun restates `--cpus-per-task`, which Slurm does not inherit since 22.05, and ends the
-    whole step when one rank dies.
-    """
-
-    def script(self, command: str, num_tasks: int | None) -> str:
-        """Text of the batch script for an array of `num_tasks` tasks, or one job."""
-        if num_tasks is not None:
-            self.parameters["map_count"] = num_tasks
-        text: str = self._make_submission_file_text(command, "")
-        return text
-
-
 def script(*, name: str, command: str, num_tasks: int | None, resources: Mapping[str, Any]) -> str:
     """Batch script of an array or a gate, the same text for the same arguments.
 
@@ -200,6 +181,8 @@ def script(*, name: str, command: str, num_tasks: int | None, resources: Mapping
         num_tasks: elements 0..n-1; None for a single job.
         resources: fields of `slurm` with their final values, plus `nodes` and `ranks_per_node`.
     """
+    from kdhpc.cluster.executor import ArrayExecutor  # submitit is not for who only looks
+
     executor = ArrayExecutor(folder="logs")
     scratch = [
         f"export KDHPC_SCRATCH={shlex.quote(path)}" for path in [resources["scratch"]] if path

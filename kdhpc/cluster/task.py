@@ -8,6 +8,7 @@ once a core and not once a task.
 """
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -25,7 +26,7 @@ from kdhpc.artifacts import RunFolder, Work, disk_errors, read_once
 from kdhpc.cluster import failures
 from kdhpc.cluster.ledger import Failure, Ledger, Submission
 from kdhpc.errors import KdhpcError
-from kdhpc.shards import Pipeline, Shard
+from kdhpc.shards import Pipeline, Plan, Shard
 
 PROGRESS_EVERY_S = 2.0
 
@@ -89,13 +90,9 @@ def _progress_writer(path: Path) -> Callable[[str], Callable[[float], None]]:
 
 def run_task(path: Path, number: int, index: int) -> int:
     """Do one task. Returns the exit code: 0, 1 if a shard failed, 75 if told to stop."""
-    pipeline = load_pipeline(read_once(path / "run.json")["pipeline"])
     ledger = Ledger(path)
-    submission = next(s for s in ledger.submissions() if s.number == number)
-    request = next(r for r in ledger.requests() if r.number == submission.request)
-    config: Any = compose.build(pipeline.config, dict(request.config))
-    plan = pipeline.plan(config)
-    run = RunFolder(path, pipeline)
+    submission = ledger.submission(number)
+    run, config, plan = _asked_for(path, submission.request)
     rank, world_size = find_rank()
     stop = _StopFlag()
     progress = _progress_writer(path / "progress" / f"{number:04d}-{index}.json")
@@ -123,6 +120,15 @@ def run_task(path: Path, number: int, index: int) -> int:
         if result == failures.STOPPED_EXIT_CODE:
             return result
     return code
+
+
+@functools.lru_cache(maxsize=1)
+def _asked_for(path: Path, number: int) -> tuple[RunFolder, Any, Plan]:
+    """Run, config and plan of a request, which never changes."""
+    pipeline = load_pipeline(read_once(path / "run.json")["pipeline"])
+    request = next(r for r in Ledger(path).requests() if r.number == number)
+    config: Any = compose.build(pipeline.config, dict(request.config))
+    return RunFolder(path, pipeline), config, pipeline.plan(config)
 
 
 def _attempt(shard: Shard, work: Work, ledger: Ledger, submission: Submission, index: int) -> int:
@@ -165,17 +171,27 @@ def _attempt(shard: Shard, work: Work, ledger: Ledger, submission: Submission, i
 def serve(path: Path) -> None:
     """Do tasks as they come: each a line of JSON [submission, task, log] on standard input.
 
-    Answers with a line: the exit code. Everything else that is printed goes to the task's log.
+    Answers with a line: the exit code. Everything else that is printed goes to the task's log. What
+    tasks import is loaded first: a worker is started before there is a task for it.
     """
     with os.fdopen(os.dup(1), "w") as answers:
+        _print_to(path / "logs" / "workers.log")
+        pipeline = load_pipeline(read_once(path / "run.json")["pipeline"])
+        for name in dict.fromkeys(name for stage in pipeline.stages for name in stage.modules):
+            with contextlib.suppress(Exception):  # the task that needs it says what is wrong
+                importlib.import_module(name)
         for line in sys.stdin:
             number, index, log_path = json.loads(line)
-            with open(log_path, "ab") as log:
-                os.dup2(log.fileno(), 1)
-                os.dup2(log.fileno(), 2)
+            _print_to(log_path)
             code = run_task(path, number, index)
             sys.stdout.flush()
             print(code, file=answers, flush=True)
+
+
+def _print_to(path: str | Path) -> None:
+    with open(path, "ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
 
 
 def main() -> None:

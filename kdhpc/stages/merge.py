@@ -5,8 +5,9 @@ writes  results.h5: /scores/<sampler>/<scorer>, /models/<name>, root attributes 
         /provenance (see `kdhpc.store.Results`)
 """
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from kdhpc.config import LanguageConfig
 from kdhpc.shards import Plan, Shard, Stage, merge_of
 
 if TYPE_CHECKING:
-    from kdhpc.store import Scores
+    from kdhpc.store import Merged, Piece, ScorePieces
 
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "h5py")
 """Whose versions the results name."""
@@ -31,15 +32,25 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
     ]
     wanted += before.arm(arms.SAMPLE_TRUTH, "eval") + before.stage(arms.SAMPLE_STUDENTS)
     rows = sum(shard.num_rows for shard in before.stage(arms.SCORE))
-    fields = {"eos": config.eos}
-    return [merge_of(wanted, stage=arms.MERGE, fields=fields, rows=rows, bytes_per_row=12.0)]
+    return [
+        merge_of(
+            wanted,
+            stage=arms.MERGE,
+            fields={"eos": config.eos},
+            rows=rows,
+            bytes_per_row=12.0 + 4.0 * config.length * config.scoring.per_token,
+        )
+    ]
 
 
 def run(shard: Shard, work: Work) -> Written:
     """Merge, walking the plan: every digest is checked, and a missing shard is an error."""
     path = work.new_path(shard, ".h5")
-    digest = _write(path, shard, work, frozenset(work.plan.shards))
-    return Written(path=path, rows=1, stats={"logical_digest": digest})
+    merged = _write(path, shard, work, frozenset(work.plan.shards))
+    for key in shard.reads:
+        work.record(key)  # what was not read for its scores
+    stats = {"logical_digest": merged.logical_digest}
+    return Written(path=path, rows=1, stats=stats, digest=merged.digest)
 
 
 def run_partial(work: Work, present: frozenset[str], path: Path) -> None:
@@ -59,9 +70,10 @@ def run_partial(work: Work, present: frozenset[str], path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _write(path: Path, shard: Shard, work: Work, present: frozenset[str]) -> str:
+def _write(path: Path, shard: Shard, work: Work, present: frozenset[str]) -> "Merged":
     from kdhpc import store
 
+    work.ready()
     return store.write_results(
         path,
         _scores(work, present),
@@ -72,23 +84,51 @@ def _write(path: Path, shard: Shard, work: Work, present: frozenset[str]) -> str
     )
 
 
-def _scores(work: Work, present: frozenset[str]) -> Iterator[tuple[str, str, "Scores"]]:
-    """One pair of sampler and scorer at a time, then the samplers' own opinions."""
+def _scores(work: Work, present: frozenset[str]) -> Iterator["ScorePieces"]:
+    """Every pair of sampler and scorer, then the samplers' own opinions; pieces in this order."""
+    import numpy as np
+
     from kdhpc import store
 
-    num_tokens: dict[str, Any] = {}
+    num_tokens: dict[str, list[Any]] = {}
     for arm, shards in work.plan.arms(arms.SCORE).items():
         if present.issuperset(shard.key for shard in shards):
             sampler, _, scorer = arm.partition("-under-")
-            scores = store.join_scores([store.read_scores(work.input(s.key)) for s in shards])
-            num_tokens[sampler] = scores.num_tokens
-            yield sampler, scorer, scores
+            num_tokens[sampler] = []
+            yield store.ScorePieces(
+                sampler=sampler,
+                scorer=scorer,
+                num_rows=sum(shard.num_rows for shard in shards),
+                pieces=_pieces(work, shards, num_tokens[sampler]),
+            )
     own = {"truth": work.plan.arm(arms.SAMPLE_TRUTH, "eval")}
     for sampler, shards in (own | work.plan.arms(arms.SAMPLE_STUDENTS)).items():
         if sampler in num_tokens and present.issuperset(shard.key for shard in shards):
-            sums = store.read_samples([work.input(s.key) for s in shards]).log_prob_tau_sum
-            scores = store.Scores(log_prob_sum=sums, num_tokens=num_tokens[sampler])
-            yield sampler, "self", scores
+            counts = np.concatenate(num_tokens[sampler])
+            yield store.ScorePieces(
+                sampler=sampler,
+                scorer="self",
+                num_rows=len(counts),
+                pieces=itertools.chain([("num_tokens", counts)], _own_opinions(work, shards)),
+            )
+
+
+def _pieces(work: Work, shards: Sequence[Shard], num_tokens: list[Any]) -> Iterator["Piece"]:
+    """Score shards one after the other, each read once."""
+    from kdhpc import store
+
+    for shard in shards:
+        for name, piece in work.read(shard.key, store.read_pieces):
+            if name == "num_tokens":
+                num_tokens.append(piece.copy())
+            yield name, piece
+
+
+def _own_opinions(work: Work, shards: Sequence[Shard]) -> Iterator["Piece"]:
+    from kdhpc import store
+
+    for shard in shards:
+        yield "log_prob_sum", store.read_samples([work.input(shard.key)]).log_prob_tau_sum
 
 
 def _models(work: Work, present: frozenset[str]) -> dict[str, dict[str, Any]]:

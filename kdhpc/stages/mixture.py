@@ -191,7 +191,7 @@ def run_merge(shard: Shard, work: Work) -> Written:
     from kdhpc import store
 
     path = work.new_path(shard, ".h5")
-    digest = store.write_results(
+    merged = store.write_results(
         path,
         iter(()),
         _facts(work.config),
@@ -200,7 +200,8 @@ def run_merge(shard: Shard, work: Work) -> Written:
         complete=True,
         provenance=work.provenance(shard.reads, PACKAGES),
     )
-    return Written(path=path, rows=1, stats={"logical_digest": digest})
+    stats = {"logical_digest": merged.logical_digest}
+    return Written(path=path, rows=1, stats=stats, digest=merged.digest)
 
 
 def _tables(work: Work) -> Iterator[tuple[str, "Arrays"]]:

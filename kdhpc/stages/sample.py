@@ -78,6 +78,7 @@ def run(shard: Shard, work: Work) -> Written:
         count_eos=config.eos == "learn",
         engine=config.sampling.engine,
     )
+    work.ready()
     samples = sampling.sample(
         sampler,
         rows=range(first, stop),
@@ -102,6 +103,7 @@ SAMPLE_TRUTH = Stage(
     unit="tokens",
     plan=functools.partial(plan, arms.SAMPLE_TRUTH),
     run=run,
+    modules=("kdhpc.sampling",),
     rate=functools.partial(tokens_per_s, stage=arms.SAMPLE_TRUTH),
 )
 SAMPLE_TEACHER = Stage(
@@ -111,6 +113,7 @@ SAMPLE_TEACHER = Stage(
     unit="tokens",
     plan=functools.partial(plan, arms.SAMPLE_TEACHER),
     run=run,
+    modules=("kdhpc.sampling",),
     rate=functools.partial(tokens_per_s, stage=arms.SAMPLE_TEACHER),
 )
 SAMPLE_STUDENTS = Stage(
@@ -120,5 +123,6 @@ SAMPLE_STUDENTS = Stage(
     unit="tokens",
     plan=functools.partial(plan, arms.SAMPLE_STUDENTS),
     run=run,
+    modules=("kdhpc.sampling",),
     rate=functools.partial(tokens_per_s, stage=arms.SAMPLE_STUDENTS),
 )

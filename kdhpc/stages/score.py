@@ -81,6 +81,7 @@ def run(shard: Shard, work: Work) -> Written:
     first, stop = shard.rows or (0, 0)
     num_prompt = len(models.encode_prompt(tokenizer, config.prompt))
     found = []
+    work.ready()
     for start in range(first, stop, config.scoring.batch_rows):
         rows = slice(start - offset, min(start + config.scoring.batch_rows, stop) - offset)
         ids = torch.from_numpy(samples.ids[rows].astype(np.int64)).to(model.device)
@@ -125,5 +126,6 @@ SCORE = Stage(
     unit="tokens",
     plan=plan,
     run=run,
+    modules=("kdhpc.likelihood",),
     rate=functools.partial(tokens_per_s, stage=arms.SCORE),
 )

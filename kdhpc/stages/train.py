@@ -255,6 +255,7 @@ def _train(
     found = checkpoints.newest(states, resumable) if work.rank == 0 else None
     kept = training.Schedule.of(recipe, len(corpus)).kept
     started = time.time()
+    work.ready()
 
     def save(state: training.State) -> None:
         checkpoints.save(
@@ -349,6 +350,7 @@ TRUTH = Stage(
     unit="tokens",
     plan=plan_truth,
     run=run_truth,
+    modules=("kdhpc.training", "deepspeed"),
     rate=functools.partial(tokens_per_s, stage=arms.TRUTH),
 )
 TRAIN_ON_TRUTH = Stage(
@@ -358,6 +360,7 @@ TRAIN_ON_TRUTH = Stage(
     unit="tokens",
     plan=functools.partial(plan, arms.TRAIN_ON_TRUTH),
     run=run,
+    modules=("kdhpc.training", "deepspeed"),
     rate=functools.partial(tokens_per_s, stage=arms.TRAIN_ON_TRUTH),
 )
 TRAIN_STUDENTS = Stage(
@@ -367,5 +370,6 @@ TRAIN_STUDENTS = Stage(
     unit="tokens",
     plan=functools.partial(plan, arms.TRAIN_STUDENTS),
     run=run,
+    modules=("kdhpc.training", "deepspeed"),
     rate=functools.partial(tokens_per_s, stage=arms.TRAIN_STUDENTS),
 )

@@ -1,0 +1,154 @@
+#!/usr/bin/env python
+"""From the start of a task's process to its first batch, and where that time goes.
+
+python benchmarks/start_up.py [--turns 5] [--folder build]
+
+A run of the demo's sizes whose truth is there, with fresh weights. `python -m kdhpc.cluster.task`
+does one sampling shard of one batch, as in a job: a new process each time, with the code that lies
+in the run. Its record says when the attempt began and when all was imported and loaded (ready): the
+first batch begins. In turns with it, a process that only imports, one module after the other. Times
+are from when the kernel started the process, medians; CPU seconds beside them tell what of it was
+waiting for a core. Exit code 1 if the first batch begins after more than 3 s.
+"""
+
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import report
+
+from kdhpc import arms
+from kdhpc.artifacts import RunFolder, Work, Written, read_record
+from kdhpc.cluster import runs
+from kdhpc.cluster.ledger import Ledger, Submission
+from kdhpc.pipeline import LANGUAGE
+from kdhpc.shards import Shard
+
+LIMIT_S = 3.0
+IMPORTS = """
+import json, sys, time
+from kdhpc.artifacts import process_started
+begun, found = process_started(), {}
+for statement in sys.argv[1:]:
+    exec(statement)
+    found[statement] = time.time() - begun, time.process_time()
+print(json.dumps(found))
+"""
+STATEMENTS = (
+    "from kdhpc.cluster import task",
+    "import torch",
+    "import transformers",
+    "from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM",
+    "from kdhpc import models, sampling, store",
+)
+
+
+def main() -> int:
+    """Make the run, let tasks and imports take turns, print the table."""
+    parser = report.options(__doc__)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=report.RESULTS.parent)
+    options = parser.parse_args()
+    path = (options.folder / "start-up").resolve()
+    shutil.rmtree(path, ignore_errors=True)
+    run, shards = make_run(path, options.turns + 1)
+    found: dict[str, list[tuple[float, float | None]]] = {}
+    for turn, shard in enumerate(shards):
+        for name, seconds in {**imports(), **task(run, shard)}.items():
+            if turn:  # the first one writes byte code
+                found.setdefault(name, []).append(seconds)
+    medians = {name: statistics.median(s for s, _ in each) for name, each in found.items()}
+    rows = []
+    for name, each in found.items():
+        cpu = [cpu_s for _, cpu_s in each if cpu_s is not None]
+        row = {"after the start of the process": name, "seconds": medians[name]}
+        rows.append({**row, "CPU seconds": statistics.median(cpu) if cpu else None})
+    report.save("start_up", "Start of a task", rows, facts={"turns": options.turns})
+    shutil.rmtree(path)
+    return int(medians["task: first batch begins"] > LIMIT_S)
+
+
+def make_run(path: Path, num_shards: int) -> tuple[RunFolder, list[Shard]]:
+    """A run with a truth, and sampling shards of one batch."""
+    from kdhpc import models
+
+    words = [
+        "demo",
+        "cluster=local",
+        "sampling.batch_rows=64",
+        "sampling.shard_sequences=64",
+        f"sampling.train_sequences={64 * num_shards}",
+        f"runs_dir={path.parent}",
+        f"name={path.name}",
+    ]
+    config: Any = runs.from_words(words)[1]
+    plan = LANGUAGE.plan(config)
+    run = runs.open_for(LANGUAGE, config, plan)
+    runs.add_request(run, config, kind="sweep", executor="local")
+    work = Work(run, config, plan)
+    [truth] = plan.stage(arms.TRUTH)
+    tokenizer = models.byte_tokenizer()
+    model = models.new_model(
+        config.truth.shape, vocab_size=len(tokenizer), length=config.length, eos=0, seed=0
+    )
+    found = work.new_path(truth)
+    model.save_pretrained(found)
+    tokenizer.save_pretrained(found)
+    work.publish(truth, Written(path=found, rows=1), time.time())
+    return run, plan.arm(arms.SAMPLE_TRUTH, "train")
+
+
+def environment(run: RunFolder) -> dict[str, str]:
+    """With the code of the run, and byte code as anybody has it."""
+    [code] = (run.path / "code").iterdir()
+    kept = {name: v for name, v in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return kept | {"PYTHONPATH": str(code), "HF_HUB_OFFLINE": "1", "SLURM_ARRAY_TASK_ID": "0"}
+
+
+def imports() -> dict[str, tuple[float, float | None]]:
+    """When each import has been done: seconds after the start of a process, and CPU seconds."""
+    command = [sys.executable, "-c", IMPORTS, *STATEMENTS]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {f"`{name}`": (seconds, cpu_s) for name, (seconds, cpu_s) in found.items()}
+
+
+def task(run: RunFolder, shard: Shard) -> dict[str, tuple[float, float | None]]:
+    """When a task began its shard, its batch, and published: seconds after its start."""
+    ledger = Ledger(run.path)
+    number = len(ledger.submissions()) + 1
+    submission = Submission(
+        number=number,
+        request=1,
+        name=str(number),
+        stage=shard.stage,
+        tasks=((shard.key,),),
+        resources={},
+        code=ledger.requests()[-1].code,
+        time=time.time(),
+        host=socket.gethostname(),
+        pid=os.getpid(),
+    )
+    ledger.claim(submission)
+    command = [sys.executable, "-m", "kdhpc.cluster.task", str(run.path), str(number)]
+    before = report.cpu_of_children()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment(run))
+    cpu_s = report.cpu_of_children() - before
+    facts = read_record(run.record_path(shard.key), shard.key).attempt
+    begun = facts["process_started"]
+    return {
+        "task: config and plan are read": (facts["started"] - begun, None),
+        "task: first batch begins": (facts["ready"] - begun, None),
+        "task: published": (facts["started"] + facts["seconds"] - begun, cpu_s),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
