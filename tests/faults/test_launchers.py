@@ -38,16 +38,18 @@ def wrapper(folder: Path, program: str, script: str) -> str:
 def test_a_lost_answer_of_sbatch_makes_no_second_job(scenario: Scenario) -> None:
     """The controller takes the job after sbatch has given up."""
     pid = scenario.daemon_pid("slurmctld")
+    answer = scenario.folder / "answer"
     script = f"""
-if mkdir {scenario.folder}/stopped; then
-    kill -STOP {pid}; (sleep 12; kill -CONT {pid}) > /dev/null 2>&1 < /dev/null &
+if mkdir {scenario.folder}/stopped 2> /dev/null; then
+    kill -STOP {pid}; $real "$@" 2> {answer}; code=$?; kill -CONT {pid}
+    cat {answer} >&2; exit $code
 fi
 exec $real "$@" """
     path = wrapper(scenario.folder / "bin", "sbatch", script)
     scenario.touched_daemons = True
     scenario.inject("slurmctld stopped around sbatch, which fails and has made the job")
     scenario.sweep(PATH=path)
-    assert (scenario.folder / "stopped").exists()
+    assert "timed out" in answer.read_text()
     jobs = set(queue("%F %j"))
     assert len(jobs) == len({job.split()[1] for job in jobs}), jobs
     scenario.wait()
@@ -60,7 +62,7 @@ def test_a_controller_killed_in_the_middle_of_an_array_costs_nothing(scenario: S
     stuck = scenario.trouble("make-00002", "hang")
     scenario.sweep()
     wait_for(lambda: "make/arm/00002" in scenario.starts(), "the shard to start")
-    time.sleep(7)  # the controller saves what it knows every few seconds
+    scenario.wait_until_saved("make/arm/00002")
     scenario.inject("slurmctld killed in the middle of an array, started again when it was done")
     scenario.daemon("slurmctld", "KILL")
     stuck.unlink()
@@ -190,9 +192,10 @@ def test_limits_of_the_site_make_waves(scenario: Scenario) -> None:
     limit(6)
     try:
         scenario.sweep("num_shards=25", "slurm.task_min=0.04")
-        wait_for_end(scenario.run, limit_s=240)
+        scenario.wait()
     finally:
         limit(-1)
+    assert any("QOSMaxSubmit" in job["note"] for job in jobs_of(scenario.run))
     scenario.assert_whole(reruns=0)
 
 
