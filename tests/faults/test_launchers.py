@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -93,14 +92,15 @@ def test_a_controller_that_forgot_the_jobs_is_made_good_by_sweep(scenario: Scena
         reasons = queue("%r")
         return not reasons or "launch failed requeued held" in reasons
 
-    for _ in range(8):  # nodes refuse ids that they know, for a while
+    def complete() -> bool:
         wait_for(quiet, "nothing to run")
         found = status(scenario.run)
-        if found["complete"]:
-            break
-        assert any("sweep.py" in note for note in found["notes"]), found["notes"]
-        time.sleep(5)
-        scenario.sweep()
+        if not found["complete"]:
+            assert any("sweep.py" in note for note in found["notes"]), found["notes"]
+            scenario.sweep()
+        return bool(found["complete"])
+
+    wait_for(complete, "nodes to take ids that they know, which they refuse for a while")
     scenario.assert_whole(reruns=1, least=0)  # a gate may still be held, with nothing left to do
 
 
