@@ -18,6 +18,7 @@ from real_slurm import (
 )
 
 from faults.scenario import Scenario, sum_of
+from kdhpc.cluster.slurm import HELD_REASONS
 
 A_TASK_EACH = "slurm.task_min=0.0001"
 """Less than a shard takes, also when that has been measured."""
@@ -89,8 +90,8 @@ def test_a_controller_that_forgot_the_jobs_is_made_good_by_sweep(scenario: Scena
     scenario.start_daemon("slurmctld")
 
     def quiet() -> bool:
-        reasons = queue("%r")
-        return not reasons or "launch failed requeued held" in reasons
+        reasons = set(queue("%r"))
+        return not reasons or bool(reasons & HELD_REASONS)
 
     def complete() -> bool:
         wait_for(quiet, "nothing to run")
