@@ -148,8 +148,8 @@ class RunFolder:
                     key = f"{stage.name}/{arm.name}/{name.removesuffix('.json')}"
                     try:
                         record = _record(read_once(entry.path), key, folder)
-                        data = present.get(record.data_name)
-                        found = None if data is None else _size(data)
+                        # Not listed: written, and recorded, while the folder was being listed.
+                        found = _size(present.get(record.data_name, record.data))
                         if found != record.num_bytes:
                             what = "is missing" if found is None else f"has {found} bytes"
                             raise DamagedError(
@@ -210,10 +210,14 @@ def _entries(path: Path) -> list[os.DirEntry[str]]:
         return []
 
 
-def _size(entry: os.DirEntry[str]) -> int:
-    if not entry.is_dir():
-        return entry.stat().st_size
-    return sum(_size(inner) for inner in _entries(Path(entry.path)))
+def _size(path: Path | os.DirEntry[str]) -> int | None:
+    """Bytes of a file, or of all files below a folder; None if it is not there."""
+    if path.is_dir():
+        return sum(_size(inner) or 0 for inner in _entries(Path(path)))
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def digest_of(path: Path) -> str:

@@ -67,7 +67,10 @@ def newest(folder: Path, recipe: str) -> tuple[int, dict[str, "Tensor"]] | None:
                 continue
             if digest_of(data) == record["digest"]:
                 return int(record["step"]), load_file(data)
-        path.rename(path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}"))
+        try:
+            path.rename(path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}"))
+        except FileNotFoundError:  # another live attempt has newer ones by now
+            return newest(folder, recipe)
     return None
 
 
@@ -84,20 +87,26 @@ def _compare(data: Path, tensors: Mapping[str, "Tensor"]) -> None:
 
 
 def _prune(folder: Path, num_kept: int) -> None:
-    """Delete older records with their data, and data whose writer died before its record."""
-    records = {}
+    """Delete older records with their data, and data whose writer died before its record.
+
+    A requeued training may have the old one, on a node out of reach, beside it: data without a
+    record is taken for a dead writer's only if the checkpoint before the last came after it.
+    """
+    records, times = {}, []
     for path in sorted(folder.glob("*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, DamagedError):
             records[path] = _read(path)
+            times.append(path.stat().st_mtime)
+    dead_before = sorted(times)[-2] if times[1:] else 0.0
     passing = [path for path, record in records.items() if not record["for_good"]]
     for path in passing[:-num_kept]:
         path.unlink(missing_ok=True)
-        del records[path]
-    wanted = {record["data"] for record in records.values()}
+        remove(folder / records[path]["data"])
+    named = {record["data"] for record in records.values()}
     unnamed = folder.glob(".tmp*")  # what safetensors writes before it has a name
     for data in (*folder.glob("*.safetensors"), *unnamed):
-        if data.name not in wanted:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if data.name not in named and data.stat().st_mtime < dead_before:
                 remove(data)
 
 

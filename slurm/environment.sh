@@ -13,4 +13,5 @@ scratch="${KDHPC_SCRATCH:-${TMPDIR:-/tmp}}/kdhpc-$(id -u)"
 export TRITON_CACHE_DIR="$scratch/triton" TORCHINDUCTOR_CACHE_DIR="$scratch/inductor"
 # Compute nodes need no network.
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+trap '' USR2  # the warning before a time limit would kill who does not listen to it yet
 exec "$@"

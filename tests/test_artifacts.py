@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,28 @@ def test_a_flipped_bit_is_found_when_the_data_is_read(work: Work) -> None:
     fresh = Work(work.run, None, Plan())
     with pytest.raises(DamagedError, match=record.data.name):
         fresh.input(SHARD.key)
+
+
+def test_what_is_published_during_a_scan_is_not_called_damaged(tmp_path: Path) -> None:
+    """A large folder is listed piece by piece: a record may be listed, and its data not."""
+    run = RunFolder(tmp_path, PIPELINE)
+    folder = tmp_path / "1-only" / "arm"
+    folder.mkdir(parents=True)
+    for number in range(50_000):
+        (folder / f"other-{number}").touch()
+    work = Work(run, None, Plan())
+    shards = [replace(SHARD, name=f"{number:05d}") for number in range(300)]
+
+    def publish() -> None:
+        for shard in shards:
+            work.publish(shard, write(shard, work), time.time())
+
+    with ThreadPoolExecutor() as pool:
+        writer = pool.submit(publish)
+        while not writer.done():
+            assert run.scan().damaged == {}
+        writer.result()
+    assert len(run.scan().records) == len(shards)
 
 
 def test_killed_writer_leaves_no_shard(tmp_path: Path) -> None:

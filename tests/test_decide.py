@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdhpc.cluster.decide import Policy, Situation, decide
-from kdhpc.cluster.failures import of_exception
+from kdhpc.cluster.failures import of_exception, of_slurm
 from kdhpc.cluster.ledger import Failure
 from kdhpc.shards import Arm, Pipeline, Plan, Shard, Stage
 
@@ -132,6 +132,27 @@ def test_one_poison_shard_stops_only_itself() -> None:
     found = decide(PIPELINE, PLAN, situation(failures=failures), POLICY)
     assert started(found) == FIRST[1:]
     assert "boom" in found.blocked[FIRST[0]]
+
+
+@pytest.mark.parametrize(
+    ("state", "exit_code", "started", "kind"),
+    [
+        ("FAILED", "9:0", True, "LOST"),
+        ("FAILED", "9:0", False, "LOST"),  # while Python started
+        ("FAILED", "143:0", False, "LOST"),
+        ("FAILED", "0:53", False, "LAUNCH"),  # Slurm could not make the log
+        ("FAILED", "127:0", False, "LAUNCH"),
+        ("FAILED", "75:0", True, "STOPPED"),
+        ("COMPLETED", "0:0", True, "LOST"),
+        ("CANCELLED by 1000", "0:15", True, "CANCELLED"),
+        ("OUT_OF_MEMORY", "0:125", True, "OOM"),
+        ("", "", False, "LOST"),
+    ],
+)
+def test_what_slurm_says_is_classed(state: str, exit_code: str, started: bool, kind: str) -> None:
+    found, message = of_slurm(state, exit_code, started=started)
+    assert found == kind
+    assert ("killed by signal" in message) == (exit_code in {"9:0", "143:0"})
 
 
 def test_remedies_change_what_the_next_attempt_gets() -> None:

@@ -80,6 +80,13 @@ def test_the_batch_script_is_the_golden_one() -> None:
     golden("score.sbatch", text)
 
 
+def test_a_warning_that_comes_before_python_listens_kills_no_task() -> None:
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGUSR2); print('goes on')"
+    start = ["bash", str(ROOT / "slurm" / "environment.sh"), str(ROOT), sys.executable, "-c", code]
+    found = subprocess.run(start, capture_output=True, text=True, check=True)
+    assert found.stdout == "goes on\n"
+
+
 def test_composed_configs_survive_json() -> None:
     config = config_of(["paper"])
     assert compose.build(LanguageConfig, json.loads(json.dumps(compose.plain(config)))) == config

@@ -377,6 +377,24 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> Non
     assert checkpoints.newest(tmp_path, "another recipe") is None
 
 
+def test_two_live_trainings_leave_each_other_what_they_are_writing(tmp_path: Path) -> None:
+    """A node out of reach may go on while its task is started elsewhere."""
+
+    def save(step: int) -> None:
+        checkpoints.save(tmp_path, step=step, tensors={"w": torch.ones(1)}, recipe="r", num_kept=2)
+
+    save(10)
+    save(20)
+    half = tmp_path / "000000030.1badcafe.safetensors"
+    half.write_bytes(b"half")
+    save(15)
+    assert half.exists()
+    for step in range(30, 130, 10):
+        save(step)
+    assert not half.exists()
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 def test_checkpoints_of_other_settings_do_not_meet(tmp_path: Path) -> None:
     """Each recipe has a folder of its own; see `stages/train.py`."""
     for recipe, step in (("old", 50), ("new", 10)):

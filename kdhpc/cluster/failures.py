@@ -118,6 +118,8 @@ RANK_GONE = re.compile(
 """What gloo and NCCL say when another rank is gone."""
 GOT_FURTHER = " (got further)"
 """End of the message of a failure that left a newer checkpoint."""
+KILLED = {code: n for n in (9, 15) for code in (f"0:{n}", f"{n}:0", f"{128 + n}:0")}
+"""By ExitCode, the signal that ended a task: said by Slurm, by srun of 22.05, by later ones."""
 STOPPED_EXIT_CODE = 75
 """Exit code of a task that was told to stop and did so between shards or at a checkpoint."""
 
@@ -163,10 +165,10 @@ def of_slurm(state: str, exit_code: str, *, started: bool) -> tuple[str, str]:
         return SLURM_STATES[word], f"Slurm says {state}"
     if exit_code.startswith(f"{STOPPED_EXIT_CODE}:"):
         return "STOPPED", "was told to stop and did"
+    if word == "FAILED" and exit_code in KILLED:
+        return "LOST", f"killed by signal {KILLED[exit_code]} (out of memory, or by somebody)"
     if word and not started:
         return "LAUNCH", f"never reached kdhpc's code (Slurm says {state}, exit code {exit_code})"
-    if word == "FAILED" and exit_code.endswith(":9"):
-        return "LOST", "killed by signal 9 (out of memory, or by somebody)"
     if word:
         return "LOST", f"left no output (Slurm says {state}, exit code {exit_code})"
     return "LOST", "left the queue without output; accounting says nothing of it"

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,10 @@ from real_slurm import (
 )
 
 from faults.scenario import Scenario, sum_of
+from kdhpc.cluster.slurm import HELD_REASONS
+
+A_TASK_EACH = "slurm.task_min=0.0001"
+"""Less than a shard takes, also when that has been measured."""
 
 
 def wrapper(folder: Path, program: str, script: str) -> str:
@@ -38,16 +41,18 @@ def wrapper(folder: Path, program: str, script: str) -> str:
 def test_a_lost_answer_of_sbatch_makes_no_second_job(scenario: Scenario) -> None:
     """The controller takes the job after sbatch has given up."""
     pid = scenario.daemon_pid("slurmctld")
+    answer = scenario.folder / "answer"
     script = f"""
-if mkdir {scenario.folder}/stopped; then
-    kill -STOP {pid}; (sleep 12; kill -CONT {pid}) > /dev/null 2>&1 < /dev/null &
+if mkdir {scenario.folder}/stopped 2> /dev/null; then
+    kill -STOP {pid}; $real "$@" 2> {answer}; code=$?; kill -CONT {pid}
+    cat {answer} >&2; exit $code
 fi
 exec $real "$@" """
     path = wrapper(scenario.folder / "bin", "sbatch", script)
     scenario.touched_daemons = True
     scenario.inject("slurmctld stopped around sbatch, which fails and has made the job")
     scenario.sweep(PATH=path)
-    assert (scenario.folder / "stopped").exists()
+    assert "timed out" in answer.read_text()
     jobs = set(queue("%F %j"))
     assert len(jobs) == len({job.split()[1] for job in jobs}), jobs
     scenario.wait()
@@ -60,7 +65,7 @@ def test_a_controller_killed_in_the_middle_of_an_array_costs_nothing(scenario: S
     stuck = scenario.trouble("make-00002", "hang")
     scenario.sweep()
     wait_for(lambda: "make/arm/00002" in scenario.starts(), "the shard to start")
-    time.sleep(7)  # the controller saves what it knows every few seconds
+    scenario.wait_until_saved("make/arm/00002")
     scenario.inject("slurmctld killed in the middle of an array, started again when it was done")
     scenario.daemon("slurmctld", "KILL")
     stuck.unlink()
@@ -85,17 +90,18 @@ def test_a_controller_that_forgot_the_jobs_is_made_good_by_sweep(scenario: Scena
     scenario.start_daemon("slurmctld")
 
     def quiet() -> bool:
-        reasons = queue("%r")
-        return not reasons or "launch failed requeued held" in reasons
+        reasons = set(queue("%r"))
+        return not reasons or bool(reasons & HELD_REASONS)
 
-    for _ in range(8):  # nodes refuse ids that they know, for a while
+    def complete() -> bool:
         wait_for(quiet, "nothing to run")
         found = status(scenario.run)
-        if found["complete"]:
-            break
-        assert any("sweep.py" in note for note in found["notes"]), found["notes"]
-        time.sleep(5)
-        scenario.sweep()
+        if not found["complete"]:
+            assert any("sweep.py" in note for note in found["notes"]), found["notes"]
+            scenario.sweep()
+        return bool(found["complete"])
+
+    wait_for(complete, "nodes to take ids that they know, which they refuse for a while")
     scenario.assert_whole(reruns=1, least=0)  # a gate may still be held, with nothing left to do
 
 
@@ -186,20 +192,21 @@ def test_limits_of_the_site_make_waves(scenario: Scenario) -> None:
         words = ["sacctmgr", "-i", "modify", "qos", "normal", "set"]
         subprocess.run([*words, f"MaxSubmitJobsPerUser={number}"], check=True, capture_output=True)
 
-    scenario.inject("MaxArraySize=11, MaxSubmitJobs=6; 25 shards, three stages")
+    scenario.inject("MaxArraySize=11, MaxSubmitJobs=6; 25 shards, a task each, three stages")
     limit(6)
     try:
-        scenario.sweep("num_shards=25", "slurm.task_min=0.04")
-        wait_for_end(scenario.run, limit_s=240)
+        scenario.sweep("num_shards=25", A_TASK_EACH)
+        scenario.wait()
     finally:
         limit(-1)
+    assert any("sbatch refused" in job["note"] for job in jobs_of(scenario.run))
     scenario.assert_whole(reruns=0)
 
 
 @pytest.mark.scenario(12)
 def test_more_shards_than_an_array_may_hold_run_in_waves(scenario: Scenario) -> None:
     scenario.inject("MaxArraySize=11, slurm.max_submit=14; 25 shards, a task each")
-    scenario.sweep("num_shards=25", "slurm.task_min=0.01", "slurm.canary=0", "slurm.max_submit=14")
+    scenario.sweep("num_shards=25", A_TASK_EACH, "slurm.canary=0", "slurm.max_submit=14")
     assert len(queue("%A")) <= 14
     scenario.wait()
     sizes = [len(scenario.submission(n)["tasks"]) for n in range(1, len(jobs_of(scenario.run)) + 1)]
