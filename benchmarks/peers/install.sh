@@ -13,7 +13,7 @@ for peer in "${@:-vllm ctranslate2}"; do for name in $peer; do
             # They come as dependencies, are not needed, and do not load beside every torch.
             "$place/bin/pip" uninstall -q -y torchvision torchaudio torchcodec
         fi ;;
-    ctranslate2) "$place/bin/pip" install -q "ctranslate2==4.8.*" "transformers<5" torch numpy ;;
+    ctranslate2) "$place/bin/pip" install -q "ctranslate2==4.8.*" "transformers>=5,<5.20" torch numpy ;;
     *) echo "$name: no such peer; expected vllm or ctranslate2" >&2; exit 2 ;;
     esac
 done; done
