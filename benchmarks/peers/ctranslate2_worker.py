@@ -24,8 +24,10 @@ def main() -> None:
     if not converted.exists():
         TransformersConverter(options.model).convert(str(converted))
     device = "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
+    there = ctranslate2.get_supported_compute_types(device)
+    dtype = options.dtype if options.dtype in there else "float32"
     engine = ctranslate2.Generator(
-        str(converted), device=device, compute_type=options.dtype, inter_threads=1, intra_threads=1
+        str(converted), device=device, compute_type=dtype, inter_threads=1, intra_threads=1
     )
     vocabulary = json.loads((converted / "vocabulary.json").read_text())
     prompt = [[vocabulary[options.prompt_id]]] * options.rows
@@ -38,7 +40,7 @@ def main() -> None:
         return sum(len(row.sequences_ids[0]) for row in found)
 
     work()
-    print(json.dumps({"version": ctranslate2.__version__}), file=answers, flush=True)
+    print(json.dumps({"version": f"{ctranslate2.__version__} {dtype}"}), file=answers, flush=True)
     while sys.stdin.readline():
         print(json.dumps({"tokens": work()}), file=answers, flush=True)
     os._exit(0)
