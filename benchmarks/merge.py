@@ -81,10 +81,10 @@ def main() -> int:
         for name in ("merge", "copy")
     ]
     report.save("merge", "Merge of per-token scores against a copy of them", rows, facts=about)
-    columns = ("score shards", "GB", "merge s", "copy s", "merge MB")
+    columns = ("score shards", "GB", "merge s", "copy s", "merge CPU s", "copy CPU s", "merge MB")
     lines = [
         {name: row[name] for name in columns}
-        | {"merge s/GB": row["merge s"] / row["GB"], "of copying": row["copy s"] / row["merge s"]}
+        | {"CPU s/GB": row["merge CPU s"] / row["GB"], "of copying": row["copy s"] / row["merge s"]}
         for row in grown
     ]
     report.save("merge_growth", "The merge as shards grow", lines, facts=about)

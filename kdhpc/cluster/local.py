@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -150,10 +151,15 @@ def run_all(
             worker.close()
 
 
-def _wait(tasks: list[_Task], limit_s: float = 0.5) -> None:
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline and not any(task.ended() for task in tasks):
-        time.sleep(0.02)
+def _wait(tasks: list[_Task], limit_s: float = 2.0) -> None:
+    """Until a worker answers or is gone; at most until the display should say something new."""
+    waiting = [
+        worker.answers
+        for task in tasks
+        for rank, worker in enumerate(task.workers)
+        if rank not in task.codes
+    ]
+    select.select(waiting, [], [], limit_s)
 
 
 def _start(
