@@ -149,7 +149,7 @@ def _parts(
 
 
 @functools.lru_cache(maxsize=1)
-def sampler(model: PreTrainedModel, **options: Any) -> Sampler:
+def sampler_for(model: PreTrainedModel, **options: Any) -> Sampler:
     """The sampler of a model; the last stays, so that a task packs weights once."""
     return Sampler(model, **options)
 

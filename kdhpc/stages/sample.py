@@ -67,7 +67,7 @@ def run(shard: Shard, work: Work) -> Written:
     models.set_allocator(keep_freed=True)
     model, tokenizer = models.load_for_inference(model_path, str(fields["dtype"]), config.device)
     first, stop = shard.rows or (0, 0)
-    sampler = sampling.sampler(
+    sampler = sampling.sampler_for(
         model,
         prompt_ids=tuple(models.encode_prompt(tokenizer, config.prompt)),
         length=config.length,
