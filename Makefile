@@ -43,7 +43,7 @@ check: $(VENV)/installed-dev  ## Format, lint, types, layers
 
 test: $(VENV)/installed-dev  ## All tests; with CI=true on a real Slurm that it installs (root)
 	@if [ "$$CI" = true ]; then slurm/devcluster install; fi
-	@if [ "$$CI" = true ] && ! command -v c++ > /dev/null; then apt-get install -y -qq g++; fi
+	@if [ "$$CI" = true ] && ! command -v c++ > /dev/null; then apt-get update -qq && apt-get install -y -qq g++; fi
 	@if command -v c++ > /dev/null; then $(BIN)/python -m kdhpc.native; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -57,7 +57,7 @@ chaos: $(VENV)/installed-dev  ## Twenty random faults in one run: make chaos SEE
 mutations: $(VENV)/installed-dev  ## Break the product on purpose; every scenario must notice
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/mutations.py
 
-bench: install  ## Every benchmark, one after the other; tables go to build/benchmarks
+bench: $(VENV)/installed-dev  ## Every benchmark, one after the other; tables go to build/benchmarks
 	@missed=; for name in $(BENCHMARKS); do \
 		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || missed="$$missed $$name"; \
 	done; test -z "$$missed" || { echo "missed a bar:$$missed"; exit 1; }

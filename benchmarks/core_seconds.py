@@ -69,9 +69,7 @@ def account(path: Path, cores: int) -> tuple[dict[str, float], float]:
     processes: dict[tuple[str, int, float], list[Record]] = defaultdict(list)
     spent: dict[str, float] = {
         f"useful: {stage.name}": 0.0 for stage in run.pipeline.stages
-    } | dict.fromkeys(
-        ("start of processes", "imports, models, inputs", "between shards", "launcher", "idle"), 0.0
-    )
+    } | dict.fromkeys(("start of processes", "imports, models, inputs", "between shards"), 0.0)
     for record in records:
         facts = record.attempt
         spent[f"useful: {record.key.split('/')[0]}"] += end(record) - facts["ready"]
@@ -85,9 +83,11 @@ def account(path: Path, cores: int) -> tuple[dict[str, float], float]:
     pids = {submission.number: submission.pid for submission in ledger.submissions()}
     for number, job in ledger.jobs().items():
         launches[pids[number]] = max(launches[pids[number]], job.launcher_cpu_s)
-    spent["launcher"] = sum(launches.values())
     span = max(end(record) for record in records) - ledger.requests()[0].time
-    spent["idle"] = span * cores - sum(spent.values())
+    rest = span * cores - sum(spent.values())
+    # The launcher works in the gaps, or beside a worker on its core.
+    spent["launcher"] = min(rest, sum(launches.values()))
+    spent["idle"] = rest - spent["launcher"]
     return spent, span
 
 

@@ -8,7 +8,6 @@ The released way: transformers in float32, 16 rows at once, log-softmax over log
 """
 
 import argparse
-import resource
 import sys
 from typing import Any
 
@@ -37,9 +36,12 @@ def main() -> None:
         print(f"starting {name}", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, "--batch-rows", str(options.batch_rows)]
         workers[name] = turns.Worker([*command, "--worker", name])
+    from kdhpc.models import set_threads
+
+    set_threads(report.conditions()["cores"])
     rates = {dtype: limits.matrix_rate(dtype) for dtype in ("float32", "bfloat16")}
     answers = turns.take_turns(workers, options.rounds)
-    base = turns.median(answers[options.systems[0]])
+    base = turns.median(next(iter(answers.values())))
     tokens = ROWS * LENGTH
     rows: list[dict[str, Any]] = []
     for name, found in answers.items():
@@ -110,7 +112,7 @@ def _peak_bytes(device: Any) -> float:
 
     if device.type == "cuda":
         return float(torch.cuda.max_memory_reserved(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    return report.peak_bytes()
 
 
 if __name__ == "__main__":

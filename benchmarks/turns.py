@@ -12,22 +12,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+import report
+
 Answer = dict[str, Any]
 
 
 class Worker:
-    """A system in its own process, one thread on the cores this process may use."""
+    """A system in its own process, on the cores this process may use."""
 
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> None:
-        """Start it and wait until it is ready; `ready` holds what it said."""
+        """Start it with a thread a core; `ready` holds what it said when it was ready."""
+        threads = str(report.conditions()["cores"])
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
+            env=os.environ | {"OMP_NUM_THREADS": threads} | dict(environment or {}),
         )
         self.ready = self._answer()
 

@@ -97,12 +97,15 @@ class LlamaDecoder:
         config = model.config
         return (
             config.model_type == "llama"
+            and config.hidden_act == "silu"
             and config.rope_parameters.get("rope_type") == "default"
             and not (config.attention_bias or config.mlp_bias)
         )
 
     def restart(self) -> None:
-        """Nothing to do: later keys are never seen."""
+        """Later keys weigh nothing, but nothing times a number that is none is none."""
+        self.keys.zero_()
+        self.values.zero_()
 
     def step(self, ids: Tensor, position: Tensor, num_keys: int) -> Tensor:
         x = functional.embedding(ids, self.embedding)
@@ -156,6 +159,7 @@ class TransformersDecoder:
     capturable = False
 
     def __init__(self, model: PreTrainedModel, rows: int, length: int) -> None:
+        model.set_attn_implementation("sdpa")  # scoring may have left one without a cache
         self.model = model
         self.past: object | None = None
 

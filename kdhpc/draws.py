@@ -160,7 +160,7 @@ class Gumbel:
     def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         chosen, vocab_size = self.selector.select(logits), logits.shape[1]
         # What is worked on at once: on CPUs it should stay in the cache, on GPUs it takes memory.
-        width = 2 * ((2**24 if logits.is_cuda else 2**15) // len(logits) + 1)
+        width = 2 * ((2**21 if logits.is_cuda else 2**15) // len(logits) + 1)
         best = [
             (chosen[:, at : at + width].double() + self.noise(position, vocab)).max(dim=1)
             for at in range(0, vocab_size, width)

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -144,12 +143,23 @@ def load_model(path: Path, *, dtype: str, device: torch.device) -> PreTrainedMod
     return model.to(device).eval().requires_grad_(False)
 
 
-@functools.lru_cache(maxsize=1)
-def load_for_inference(
-    path: Path, dtype: str, device: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+_loaded: dict[tuple[Path, str, str], Loaded] = {}
+
+
+def load_for_inference(path: Path, dtype: str, device: str) -> Loaded:
     """Model and tokenizer; the last stay in memory, so that a task loads them once."""
-    return load_model(path, dtype=dtype, device=pick_device(device)), load_tokenizer(path)
+    wanted = (path, dtype, device)
+    if wanted not in _loaded:
+        forget_loaded()  # two large models may not fit
+        model = load_model(path, dtype=dtype, device=pick_device(device))
+        _loaded[wanted] = (model, load_tokenizer(path))
+    return _loaded[wanted]
+
+
+def forget_loaded() -> None:
+    """Drop what `load_for_inference` keeps, and all that hangs on it."""
+    _loaded.clear()
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

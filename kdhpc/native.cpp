@@ -63,11 +63,12 @@ inline float largest(Vec v) {
     return most;
 }
 
-// e^x to 2e-7, 0 below -87: x = n log 2 + r, and a polynomial in r (Cephes' expf).
+// e^x to 2e-7, 0 below -87 and e^88 above 88: x = n log 2 + r, and a polynomial in r (Cephes' expf).
 inline Vec exponential(Vec x) {
-    const Vec zero = {}, one = zero + 1.0f, least = zero - 87.0f;
+    const Vec zero = {}, one = zero + 1.0f, least = zero - 87.0f, most = zero + 88.0f;
     const auto gone = x < least;
     x = gone ? least : x;
+    x = x > most ? most : x;
     const Vec shift = zero + 12582912.0f;  // 1.5 x 2^23: adding it rounds to an integer
     const Vec n = (x * 1.44269504088896341f + shift) - shift;
     const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;

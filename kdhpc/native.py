@@ -10,6 +10,7 @@ import functools
 import hashlib
 import logging
 import os
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -43,6 +44,7 @@ def build() -> Path:
 
     path = library()
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".features").write_text(" ".join(sorted(_features())))
     # ninja comes with kdhpc's dependencies, beside this python.
     os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
     cpp_extension.load(
@@ -53,7 +55,6 @@ def build() -> Path:
         is_python_module=False,
         with_cuda=False,
     )
-    path.with_suffix(".features").write_text(" ".join(sorted(_features())))
     return path
 
 
@@ -70,9 +71,10 @@ def _features() -> frozenset[str]:
 def missing() -> str:
     """Why the extension cannot be used here; empty where it can, and then it is loaded."""
     path = library()
-    if not path.exists():
+    features = path.with_suffix(".features")
+    if not path.exists() or not features.exists():
         return f"it is not built ({HELP})"
-    lacks = set(path.with_suffix(".features").read_text().split()) - _features()
+    lacks = set(features.read_text().split()) - _features()
     if lacks:
         return f"it was built for a processor with {', '.join(sorted(lacks)[:3])} ({HELP})"
     torch.ops.load_library(path)  # type: ignore[no-untyped-call]
@@ -99,6 +101,17 @@ def unfit(model: PreTrainedModel) -> str:
     return ""
 
 
+@functools.cache
+def has_head() -> bool:
+    """Whether oneDNN's small kernels multiply bfloat16 here, which needs AVX-512."""
+    try:
+        packed = torch.ops.kdhpc.pack_head(torch.zeros((VECTOR, 2), dtype=torch.bfloat16))
+        torch.ops.kdhpc.head(torch.zeros((1, 2), dtype=torch.bfloat16), packed, VECTOR)
+    except RuntimeError:
+        return False
+    return True
+
+
 class NativeDecoder(LlamaDecoder):
     """Llama on CPUs, with everything but the products of its layers in the extension."""
 
@@ -107,7 +120,7 @@ class NativeDecoder(LlamaDecoder):
     def __init__(self, model: PreTrainedModel, rows: int, length: int) -> None:
         super().__init__(model, rows, -(-length // VECTOR) * VECTOR)
         weight = model.get_output_embeddings().weight
-        if weight.dtype == torch.bfloat16:
+        if weight.dtype == torch.bfloat16 and has_head():
             packed, vocab_size = torch.ops.kdhpc.pack_head(weight.contiguous()), len(weight)
             self.head = lambda x: torch.ops.kdhpc.head(x, packed, vocab_size)
 
@@ -138,7 +151,12 @@ class NativeDraw(InverseCdf):
 
 def main() -> int:
     """Build, and say where."""
-    print(f"built {build()}")  # noqa: T201
+    try:
+        print(f"built {build()}")  # noqa: T201
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        said = " ".join(str(error).split())[:500]
+        print(f"error: the extension cannot be built: {said}", file=sys.stderr)  # noqa: T201
+        return 1
     if why := missing():
         print(f"but {why}", file=sys.stderr)  # noqa: T201
         return 1

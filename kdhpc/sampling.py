@@ -6,7 +6,6 @@ what shares the batch. A step reads and writes buffers only: on GPUs it is captu
 positions and replayed.
 """
 
-import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,6 +65,7 @@ class Sampler:
         self.log_prob_tau = torch.zeros(batch_rows, dtype=torch.float64, device=device)
         self.alive = torch.ones(batch_rows, dtype=torch.bool, device=device)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.pool: Any = None  # memory of all graphs: what a step leaves behind is in buffers
         self.capture = device.type == "cuda" and self.decoder.capturable
 
     @torch.inference_mode()
@@ -121,8 +121,9 @@ class Sampler:
         if not self.capture:
             return
         graph = torch.cuda.CUDAGraph()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.pool):
                 self.step(num_keys)
             self.graphs[num_keys] = graph
         except RuntimeError as error:
@@ -148,10 +149,13 @@ def _parts(
     return decoder_for(model, rows, length), DRAWS[draw](selector, rows, length, model.device)
 
 
-@functools.lru_cache(maxsize=1)
 def sampler_for(model: PreTrainedModel, **options: Any) -> Sampler:
-    """The sampler of a model; the last stays, so that a task packs weights once."""
-    return Sampler(model, **options)
+    """The sampler of a model; its last stays with it, so that a task packs weights once."""
+    kept: tuple[dict[str, Any], Sampler] | None = getattr(model, "kdhpc_sampler", None)
+    if kept is None or kept[0] != options:
+        kept = model.kdhpc_sampler = None  # old buffers go before new ones come
+        kept = model.kdhpc_sampler = (options, Sampler(model, **options))
+    return kept[1]
 
 
 def sample(

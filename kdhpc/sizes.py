@@ -99,13 +99,14 @@ def sampling_memory(
 ) -> float:
     """Bytes that sampling holds: weights, keys and values, and what a step makes of its logits.
 
-    On CPUs weights lie there a second time, packed, and the head in float32.
+    Weights lie there a second time, fused or packed; on CPUs the head in float32 too. A GPU has the
+    room for logits twice: of eager steps, and of graphs.
     """
     size, parameters = NUM_BYTES[dtype], num_parameters(shape, vocab_size)
-    weights = size * parameters * (1 if on_gpu else 2)
+    weights = 2.0 * size * parameters
     head = 0 if on_gpu else 4 * vocab_size * shape.hidden
     keys = 2.0 * size * shape.layers * (shape.hidden // shape.heads) * shape.kv_heads * length
-    logits = 16.0 * vocab_size  # logits, probabilities, and the same for tau or in float64
+    logits = (32.0 if on_gpu else 16.0) * vocab_size  # and probabilities, and both for tau
     return weights + head + rows * (keys + logits + 64.0 * shape.ffn)
 
 

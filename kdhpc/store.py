@@ -357,6 +357,14 @@ def _put(group: Any, num_rows: int, pieces: Iterable[Piece]) -> list[str]:
                 _need_room(Path(group.file.filename).parent, num_bytes)
                 made[name] = group.create_dataset(name, shape, piece.dtype, dcpl=early)
                 written[name], digests[name] = 0, Digest()
+            room = made[name].nbytes - written[name]
+            if (piece.dtype, piece.shape[1:]) != (made[name].dtype, made[name].shape[1:]) or (
+                piece.nbytes > room
+            ):
+                raise DamagedError(
+                    f"{made[name].name}: a piece of {piece.shape} {piece.dtype} does not fit into "
+                    f"{made[name].shape} {made[name].dtype}"
+                )
             content = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
             digests[name].update(content)
             if content:
@@ -490,6 +498,13 @@ def read_results(path: Path) -> Results:
     Raises:
         DamagedError: naming a file that is not one, or that says something else than was written.
     """
+    with _reading(path, "a merged results file"), path.open("rb") as held:
+        found = _read_results(path)
+        replaced = not os.path.samestat(os.fstat(held.fileno()), path.stat())
+    return read_results(path) if replaced else found
+
+
+def _read_results(path: Path) -> Results:
     with _reading(path, "a merged results file"):
         logical_digest(path)
         with _open(path) as file:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,7 @@ def test_what_is_published_during_a_scan_is_not_called_damaged(tmp_path: Path) -
             assert run.scan().damaged == {}
         writer.result()
     assert len(run.scan().records) == len(shards)
+    shutil.rmtree(folder)  # pytest would keep so many files for days
 
 
 def test_killed_writer_leaves_no_shard(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_model_with_capped_logits_is_refused() -> None:
     model = Gemma2ForCausalLM(
         Gemma2Config(
             vocab_size=300, num_attention_heads=4, num_key_value_heads=2,
-            final_logit_softcapping=0.1, **shape,
+            final_logit_softcapping=30.0, **shape,
         )
     )  # fmt: skip
     with pytest.raises(InputError, match="gemma2: its logits are not"):

@@ -78,6 +78,61 @@ def test_decoded_logits_equal_a_forward_pass(decoder: str, kv_heads: int) -> Non
             assert torch.allclose(torch.stack(stepped, dim=1), whole, atol=1e-4)
 
 
+@pytest.mark.parametrize("decoder", ["torch", "native"])
+def test_bfloat16_decoders_agree_with_transformers_to_its_own_rounding(decoder: str) -> None:
+    model = small_model(300, 40, shape=replace(SHAPE, hidden=192, heads=6, kv_heads=2))
+    exact = model(ids := torch.randint(0, 300, (5, 40))).logits
+    model.to(torch.bfloat16)
+    decoding: Any = DECODERS[decoder](model, 5, 40)
+    with torch.inference_mode():
+        stepped = torch.stack(
+            [decoding.step(ids[:, t], torch.tensor([t]), bucket_of(t, CPU, 40)) for t in range(40)],
+            dim=1,
+        )
+    rounding = (model(ids).logits - exact).square().mean().sqrt()
+    assert (stepped - exact).square().mean().sqrt() < 1.5 * rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_silu_of_the_extension_is_silu_everywhere(dtype: torch.dtype) -> None:
+    need(not native.missing(), f"the extension: {native.missing()}")
+    gate = torch.linspace(-1000, 1000, 4096).to(dtype).view(4, 1024)
+    ones = torch.ones_like(gate)
+    found = torch.ops.kdhpc.silu_mul(torch.cat([gate, ones], dim=1))
+    wanted = torch.nn.functional.silu(gate)
+    assert torch.allclose(found, wanted, rtol=0.01 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocab_size", [64, 300])
+def test_the_head_of_the_extension_has_float32_results(vocab_size: int) -> None:
+    need(not native.missing(), f"the extension: {native.missing()}")
+    if not native.has_head():
+        pytest.skip("the processor has no AVX-512: the decoder takes torch's head")
+    hidden, weight = torch.randn(8, 64).bfloat16(), torch.randn(vocab_size, 64).bfloat16()
+    exact = hidden.double() @ weight.double().T
+    found = torch.ops.kdhpc.head(hidden, torch.ops.kdhpc.pack_head(weight), vocab_size)
+    assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_a_batch_leaves_nothing_to_the_next() -> None:
+    model = small_model(300, 10)
+    found = sampler(model)
+    first = sample(found, rows=range(32), seed=0, stream="test")
+    decoder: Any = found.decoder
+    decoder.keys.fill_(torch.nan)
+    decoder.values.fill_(torch.nan)
+    again = sample(found, rows=range(32), seed=0, stream="test")
+    assert np.array_equal(first.ids, again.ids)
+    assert np.array_equal(first.log_prob_sum, again.log_prob_sum)
+
+
+def test_a_llama_with_another_activation_goes_through_transformers() -> None:
+    model = small_model(300, 10)
+    assert sampler(model).decoder.name == "llama"
+    model.config.hidden_act = "gelu"
+    assert sampler(model).decoder.name == "transformers"
+
+
 def test_bfloat16_logits_are_the_exact_products_of_what_they_are_made_from() -> None:
     hidden, weight = torch.randn(8, 64).bfloat16(), torch.randn(500, 64).bfloat16()
     exact = hidden.double() @ weight.double().T

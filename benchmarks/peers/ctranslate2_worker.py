@@ -27,7 +27,11 @@ def main() -> None:
     there = ctranslate2.get_supported_compute_types(device)
     dtype = options.dtype if options.dtype in there else "float32"
     engine = ctranslate2.Generator(
-        str(converted), device=device, compute_type=dtype, inter_threads=1, intra_threads=1
+        str(converted),
+        device=device,
+        compute_type=dtype,
+        inter_threads=1,
+        intra_threads=int(os.environ["OMP_NUM_THREADS"]),
     )
     vocabulary = json.loads((converted / "vocabulary.json").read_text())
     prompt = [[vocabulary[options.prompt_id]]] * options.rows

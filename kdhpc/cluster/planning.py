@@ -122,7 +122,7 @@ def batch_lines(config: RunConfig) -> tuple[str, ...]:
         needs = sampling_memory(shape, rows, **made) / 1e9
         most = largest_batch_rows(OF_MEMORY * 1e9 * stated, shape, **made)
         lines.append(
-            f"sampling {name}: {rows} rows take about {needs:.2g} GB; with {key}={stated:g} "
+            f"sampling {name}: {rows} rows take about {needs:.3g} GB; with {key}={stated:g} "
             f"at most {most} fit{'' if most >= rows else ': LOWER sampling.batch_rows'}"
         )
     return tuple(lines)

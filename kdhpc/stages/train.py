@@ -215,6 +215,7 @@ def _join(model: Model, work: Work) -> None:
     config: LanguageConfig = work.config
     models.set_threads(config.threads)
     # Who asks for activation checkpointing is short of memory.
+    models.forget_loaded()
     models.set_allocator(keep_freed=not model.training.activation_checkpointing)
     if work.world_size != model.training.world_size:
         raise ClusterError(
