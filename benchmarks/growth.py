@@ -13,9 +13,10 @@ from typing import Any
 import report
 import torch
 
-from kdhpc import attention, likelihood, models, sampling
+from kdhpc import devices, likelihood, models, sampling
 from kdhpc.config import Shape
 from kdhpc.draws import Selector
+from kdhpc.llama import Llama
 
 SHAPE = Shape(layers=6, hidden=384, heads=6, kv_heads=2, ffn=1024)
 VOCAB_SIZE = 8192
@@ -28,8 +29,8 @@ def main() -> None:
     parser = report.options(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    models.set_threads(report.conditions()["cores"])
-    models.set_allocator(keep_freed=True)
+    devices.set_threads(report.conditions()["cores"])
+    devices.set_allocator(keep_freed=True)
     rows: list[dict[str, Any]] = []
     for work in (sample, score):
         for grown in ("sequences", "length", "batch"):
@@ -64,7 +65,6 @@ def sample(sequences: int, length: int, batch: int) -> Any:
 def score(sequences: int, length: int, batch: int) -> Any:
     """A function that scores."""
     scorer = model(length)
-    attention.use_blocks(scorer)
     ids = torch.randint(VOCAB_SIZE, (sequences, length))
 
     def run() -> None:
@@ -74,9 +74,11 @@ def score(sequences: int, length: int, batch: int) -> Any:
     return run
 
 
-def model(length: int) -> Any:
+def model(length: int) -> Llama:
+    """Fresh weights."""
     made = models.new_model(SHAPE, vocab_size=VOCAB_SIZE, length=length, eos=0, seed=0)
-    return made.eval().requires_grad_(False)
+    weights = made.state_dict()
+    return Llama(made.config.to_dict(), weights.__getitem__, dtype=made.dtype, device=made.device)
 
 
 if __name__ == "__main__":

@@ -17,26 +17,26 @@ def bandwidth() -> float:
     """Bytes a second that a copy of a buffer beyond every cache reads and writes, on one thread."""
     import torch
 
-    from kdhpc import models
+    from kdhpc import devices
 
-    device = models.pick_device("auto")
+    device = devices.pick_device("auto")
     source = torch.ones(2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = []
     for _ in range(7):
-        models.synchronize(device)
+        devices.synchronize(device)
         began = time.perf_counter()
         target.copy_(source)
-        models.synchronize(device)
+        devices.synchronize(device)
         seconds.append(time.perf_counter() - began)
     return 2 * source.numel() / statistics.median(seconds)
 
 
 def matrix_rate(dtype: str) -> float:
     """Floating-point operations a second of a large matrix product."""
-    from kdhpc import models
+    from kdhpc import devices
 
-    return models.matmul_flops_per_s(models.pick_device("auto"), models.DTYPES[dtype])
+    return devices.matmul_flops_per_s(devices.pick_device("auto"), devices.DTYPES[dtype])
 
 
 def decoding(shape: Shape, *, rows: int, new_tokens: int, dtype: str) -> tuple[float, float]:

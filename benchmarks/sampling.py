@@ -45,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         work(options)
-    from kdhpc.models import set_threads
+    from kdhpc.devices import set_threads
 
     model = real_model()
     workers = {}
@@ -129,18 +129,23 @@ def work(options: argparse.Namespace) -> None:
     """One system: load, sample one batch a line."""
     import torch
 
-    from kdhpc import models
+    from kdhpc import devices
 
     cores = report.conditions()["cores"]
-    models.set_threads(cores)
-    device = models.pick_device("auto")
+    devices.set_threads(cores)
+    device = devices.pick_device("auto")
     if options.worker.startswith("kdhpc"):
-        models.set_allocator(keep_freed=True)
-    model = models.load_model(real_model(), dtype=options.dtype, device=device)
+        devices.set_allocator(keep_freed=True)
     if options.worker.startswith("kdhpc"):
-        turns.serve(_kdhpc(model, options), version="")
+        from kdhpc import inference
+
+        found = inference.load_model(real_model(), dtype=options.dtype, device=device)
+        turns.serve(_kdhpc(found, options), version="")
     import transformers
 
+    from kdhpc.models import TransformersModel
+
+    model = TransformersModel.load(real_model(), dtype=options.dtype, device=device).model
     settings = {"top_k": 0 if "top_k=0" in options.worker else model.config.vocab_size}
     prompt = torch.full((options.rows, 1), PROMPT_ID, device=device)
 

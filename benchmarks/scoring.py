@@ -36,7 +36,7 @@ def main() -> None:
         print(f"starting {name}", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, "--batch-rows", str(options.batch_rows)]
         workers[name] = turns.Worker([*command, "--worker", name])
-    from kdhpc.models import set_threads
+    from kdhpc.devices import set_threads
 
     set_threads(report.conditions()["cores"])
     rates = {dtype: limits.matrix_rate(dtype) for dtype in ("float32", "bfloat16")}
@@ -74,20 +74,23 @@ def work(options: argparse.Namespace) -> None:
     """One system: load, score all rows once a line."""
     import torch
 
-    from kdhpc import attention, likelihood, models
+    from kdhpc import devices, inference, likelihood
+    from kdhpc.models import TransformersModel
 
-    models.set_threads(report.conditions()["cores"])
-    device = models.pick_device("auto")
+    devices.set_threads(report.conditions()["cores"])
+    device = devices.pick_device("auto")
     name, _, dtype = options.worker.rpartition(" ")
     ours = name == "kdhpc"
     if ours:
-        models.set_allocator(keep_freed=True)
-    dtype = dtype if dtype in models.DTYPES else "float32"
-    model = models.load_model(real_model(), dtype=dtype, device=device)
+        devices.set_allocator(keep_freed=True)
+    dtype = dtype if dtype in devices.DTYPES else "float32"
+    model: Any
     if ours:
-        attention.use_blocks(model)
+        model = inference.load_model(real_model(), dtype=dtype, device=device)
+    else:
+        model = TransformersModel.load(real_model(), dtype=dtype, device=device).model
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (ROWS, LENGTH), generator=generator).to(device)
+    ids = torch.randint(limits.VOCAB_SIZE, (ROWS, LENGTH), generator=generator).to(device)
 
     @torch.inference_mode()
     def score() -> turns.Answer:

@@ -118,14 +118,14 @@ def work(options: argparse.Namespace) -> NoReturn:
     import torch
     import transformers
 
-    from kdhpc import models
+    from kdhpc import devices, models
     from kdhpc.config import Shape
     from kdhpc.sizes import training_flops
 
-    device = models.pick_device("auto")
+    device = devices.pick_device("auto")
     if device.type == "cpu":
         os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
-        models.set_threads(1)
+        devices.set_threads(1)
     shape = Shape(
         layers=30, hidden=576, heads=9, kv_heads=3, ffn=1536, rope_theta=100000.0, init_std=0.04167
     )
@@ -133,7 +133,7 @@ def work(options: argparse.Namespace) -> NoReturn:
     ids = torch.randint(VOCAB_SIZE, (1024, LENGTH), generator=torch.Generator().manual_seed(0))
     [dtype] = options.dtype
     facts = {
-        "peak_flops_per_s": models.matmul_flops_per_s(device, models.DTYPES[dtype]),
+        "peak_flops_per_s": devices.matmul_flops_per_s(device, devices.DTYPES[dtype]),
         "flops_per_token": training_flops(shape, VOCAB_SIZE, LENGTH),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
@@ -162,12 +162,12 @@ def _kdhpc(
 ) -> None:
     import numpy as np
 
-    from kdhpc import models, ranks, training
+    from kdhpc import devices, ranks, training
     from kdhpc.config import Training
 
     small = options.worker == "kdhpc small"
-    device = models.pick_device("auto")
-    models.set_allocator(keep_freed=not small)
+    device = devices.pick_device("auto")
+    devices.set_allocator(keep_freed=not small)
     ranks.join(rank=0, world_size=1, address="", port=0, device=device)
     training.train(
         model,

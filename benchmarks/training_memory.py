@@ -105,10 +105,10 @@ def hold(name: str, changes: dict[str, object]) -> None:
     import numpy as np
     import torch
 
-    from kdhpc import models, ranks, training
+    from kdhpc import devices, models, ranks, training
     from kdhpc.cluster.task import find_rank
 
-    models.set_threads(1)
+    devices.set_threads(1)
     rank, world_size = find_rank()
     cpu = torch.device("cpu")
     ranks.join(

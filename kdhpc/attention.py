@@ -1,15 +1,18 @@
-"""Causal attention of whole rows on CPUs, in blocks of queries.
+"""Causal attention of whole rows: torch's kernels on GPUs, blocks of queries on CPUs.
 
-torch's scaled_dot_product_attention is the way on GPUs. Its CPU kernel takes a quarter of a
-training step at a fraction of the matrix rate; the same sums as batched matrix products of 64
-queries against the keys before them take less than half of that (`benchmarks/training.py`).
+torch's CPU kernel takes a quarter of a training step at a fraction of the matrix rate; the same
+sums as batched matrix products of 64 queries against the keys before them take less than half of
+that (`benchmarks/training.py`).
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "kdhpc_blocks"
 BLOCK = 64
@@ -26,12 +29,12 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         groups = query.shape[1] // key.shape[1]
-        q = query.reshape(-1, groups, *query.shape[2:])  # [n, G, L, D]
+        q = (query * scale).reshape(-1, groups, *query.shape[2:])  # [n, G, L, D]
         k, v = (x.reshape(-1, *x.shape[2:]) for x in (key, value))  # [n, L, D]
         out = torch.empty_like(q)
         for start, stop in _blocks(q):
-            p = _probabilities(q, k, start, stop, scale)
-            out[:, :, start:stop] = (p.to(q.dtype) @ v[:, :stop]).view_as(out[:, :, start:stop])
+            p = _probabilities(q, k, start, stop, q.dtype)
+            out[:, :, start:stop] = (p @ v[:, :stop]).view_as(out[:, :, start:stop])
         ctx.save_for_backward(q, k, v, out)
         ctx.scale, ctx.shapes = scale, (query.shape, key.shape, value.shape)
         return out.view(query.shape)
@@ -45,15 +48,15 @@ class _Attend(torch.autograd.Function):
         grad_q = torch.empty_like(q)
         grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
         for start, stop in _blocks(q):
-            p = _probabilities(q, k, start, stop, ctx.scale)
+            p = _probabilities(q, k, start, stop, torch.float32)
             grad = _rows(grad_out, start, stop)
             grad_v[:, :stop] += p.to(q.dtype).transpose(1, 2) @ grad
             grad_p = (grad @ v[:, :stop].transpose(1, 2)).float()
-            scores = grad_p.sub_(_rows(common, start, stop)).mul_(p).mul_(ctx.scale).to(q.dtype)
+            scores = grad_p.sub_(_rows(common, start, stop)).mul_(p).to(q.dtype)
             part = grad_q[:, :, start:stop]
             part.copy_((scores @ k[:, :stop]).view_as(part))
             grad_k[:, :stop] += scores.transpose(1, 2) @ _rows(q, start, stop)
-        found = (grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype))
+        found = (grad_q.mul_(ctx.scale), grad_k.to(k.dtype), grad_v.to(v.dtype))
         grad_q, grad_k, grad_v = (x.view(s) for x, s in zip(found, ctx.shapes, strict=True))
         return grad_q, grad_k, grad_v, None
 
@@ -68,12 +71,35 @@ def _rows(x: Tensor, start: int, stop: int) -> Tensor:
     return x[:, :, start:stop].reshape(x.shape[0], -1, x.shape[3])
 
 
-def _probabilities(q: Tensor, k: Tensor, start: int, stop: int, scale: float) -> Tensor:
-    """Float32 [n, G x positions, stop]; later keys of the block have none."""
-    scores = (_rows(q, start, stop) @ k[:, :stop].transpose(1, 2)).float().mul_(scale)
-    later = torch.full((stop - start, stop - start), -torch.inf, device=q.device).triu(1)
-    scores.view(*q.shape[:2], stop - start, stop)[..., start:] += later
-    return scores.softmax(-1)
+def _probabilities(q: Tensor, k: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """[n, G x positions, stop] of scaled queries; later keys of the block have none.
+
+    Sums are float32; what comes out is rounded to `dtype` once.
+    """
+    scores = _rows(q, start, stop) @ k[:, :stop].transpose(1, 2)
+    size = stop - start
+    later = torch.full((size, size), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
+    scores.view(*q.shape[:2], size, stop)[..., start:] += later
+    return scores.softmax(-1, dtype=dtype)
+
+
+def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention to the positions before and the own one.
+
+    Args:
+        query: [B, H, L, D].
+        key: [B, H_kv, L, D]; H is a multiple of H_kv.
+        value: the same.
+
+    Returns:
+        [B, H, L, D].
+    """
+    if query.device.type == "cpu":
+        found: Tensor = _Attend.apply(query, key, value, query.shape[-1] ** -0.5)  # type: ignore[no-untyped-call]
+        return found
+    return functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+    )
 
 
 def attend(
@@ -109,10 +135,10 @@ def attend(
     return out.transpose(1, 2), None
 
 
-AttentionInterface.register(NAME, attend)
+def use_blocks(model: "PreTrainedModel") -> None:
+    """Let a Llama of transformers on a CPU attend in blocks; every other model stays as it is."""
+    from transformers import AttentionInterface
 
-
-def use_blocks(model: PreTrainedModel) -> None:
-    """Let a Llama on a CPU attend in blocks; every other model stays as it is."""
     if model.device.type == "cpu" and model.config.model_type == "llama":
+        AttentionInterface.register(NAME, attend)
         model.set_attn_implementation(NAME)

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
 
-from kdhpc.errors import InputError
-from kdhpc.models import exact_matmuls, frozen_head
+from kdhpc.devices import exact_matmuls
+from kdhpc.inference import Model
 
 
 def counted(
@@ -38,7 +37,7 @@ CPU_TOKENS = 128
 
 @torch.inference_mode()
 def token_log_probs(
-    model: PreTrainedModel, ids: Tensor, *, head_tokens: int, taus: Sequence[float] = (1.0,)
+    model: Model, ids: Tensor, *, head_tokens: int, taus: Sequence[float] = (1.0,)
 ) -> Tensor:
     """Log p(token | tokens before it) for every token but the first of each row.
 
@@ -47,7 +46,7 @@ def token_log_probs(
     seen.
 
     Args:
-        model: a causal language model of transformers whose logits are a product with its head.
+        model: a causal language model whose logits are a product with its head.
         ids: [B, L] int64.
         head_tokens: most positions whose logits [head_tokens, V] are in memory at once.
         taus: temperatures, each of which divides the logits.
@@ -58,47 +57,17 @@ def token_log_probs(
     Raises:
         InputError: for a model whose logits are something else.
     """
-    check_head(model)
-    hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, :-1]
+    hidden = model.hidden(ids)[:, :-1]
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1)
     size = min(head_tokens, CPU_TOKENS) if ids.device.type == "cpu" else head_tokens
-    head = frozen_head(model.get_output_embeddings().weight, size)
     picked = torch.empty((len(taus), len(flat)), device=ids.device)
     with exact_matmuls():
         for at in range(0, len(flat), size):
-            logits, wanted = head(flat[at : at + size]), targets[at : at + size, None]
+            logits, wanted = model.head(flat[at : at + size]), targets[at : at + size, None]
             for found, tau in zip(picked, taus, strict=True):
                 log_p = (logits if tau == 1.0 else logits / tau).log_softmax(1)
                 found[at : at + size] = log_p.gather(1, wanted).squeeze(1)
     return functional.pad(picked.view(-1, *hidden.shape[:2]), (1, 0), value=torch.nan)
-
-
-MORE_THAN_A_PRODUCT = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Fields of transformers' configs for what some architectures do to their logits."""
-
-
-def check_head(model: PreTrainedModel) -> None:
-    """Refuse a model that does more to its logits than a product: a bias, a cap, a scale.
-
-    Raises:
-        InputError: naming its architecture.
-    """
-    if getattr(model, "kdhpc_plain_head", False):
-        return
-    more = [
-        name for name in MORE_THAN_A_PRODUCT if getattr(model.config, name, None) not in (None, 1.0)
-    ]
-    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
-    hidden = model.base_model(ids, use_cache=False).last_hidden_state.double()
-    logits = hidden @ model.get_output_embeddings().weight.double().T
-    found = model(ids, use_cache=False).logits.double()
-    if more or (found - logits).abs().max() > 0.02 * logits.abs().max():
-        kind = model.config.model_type
-        raise InputError(
-            f"a model of type {kind}: its logits are not hidden states times its head; expected an "
-            "architecture without logit bias, cap or scale"
-        )
-    model.kdhpc_plain_head = True
 
 
 class _SummedNll(torch.autograd.Function):

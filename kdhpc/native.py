@@ -8,21 +8,22 @@ plain torch does the work and a warning says so.
 
 import functools
 import hashlib
-import logging
 import os
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from kdhpc import draws
 from kdhpc.decoding import LlamaDecoder
+from kdhpc.devices import Linear
 from kdhpc.draws import InverseCdf, Selector
-
-log = logging.getLogger(__name__)
+from kdhpc.inference import Model
+from kdhpc.llama import Llama
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
@@ -81,19 +82,18 @@ def missing() -> str:
     return ""
 
 
-def unfit(model: PreTrainedModel) -> str:
+def unfit(model: Model) -> str:
     """Why the extension cannot decode this model; empty where it can."""
-    config = model.config
     if model.device.type != "cpu":
         return f"it is for CPUs, and the model is on {model.device.type}"
-    if not LlamaDecoder.fits(model):
-        return f"it is for Llama, and this is {config.model_type}"
+    if not isinstance(model, Llama):
+        return f"it is for Llama, and this is {model.kind}"
     if model.dtype not in (torch.float32, torch.bfloat16):
         return f"it is for float32 and bfloat16, and this is {model.dtype}"
     sizes = {
-        "head size": (config.head_dim, 2 * VECTOR),
-        "hidden size": (config.hidden_size, VECTOR),
-        "size of feed-forward layers": (config.intermediate_size, VECTOR),
+        "head size": (model.head_size, 2 * VECTOR),
+        "hidden size": (model.hidden_size, VECTOR),
+        "size of feed-forward layers": (model.ffn, VECTOR),
     }
     for name, (size, unit) in sizes.items():
         if size % unit:
@@ -117,25 +117,28 @@ class NativeDecoder(LlamaDecoder):
 
     name = "native"
 
-    def __init__(self, model: PreTrainedModel, rows: int, length: int) -> None:
+    def __init__(self, model: Llama, rows: int, length: int) -> None:
         super().__init__(model, rows, -(-length // VECTOR) * VECTOR)
-        weight = model.get_output_embeddings().weight
-        if weight.dtype == torch.bfloat16 and has_head():
-            packed, vocab_size = torch.ops.kdhpc.pack_head(weight.contiguous()), len(weight)
-            self.head = lambda x: torch.ops.kdhpc.head(x, packed, vocab_size)
 
     def step(self, ids: Tensor, position: Tensor, num_keys: int) -> Tensor:
-        ops, groups = torch.ops.kdhpc, self.heads // self.kv_heads
-        x, delta = torch.nn.functional.embedding(ids, self.embedding), None
-        for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
-            norm, qkv, out, mlp_norm, gate_up, down = layer
-            mixed = qkv(ops.add_norm(x, delta, norm, self.eps))
-            seen = ops.attend(
-                mixed, keys, values, self.cos, self.sin, position, groups, self.head_size**-0.5
-            )
-            delta = out(seen)
-            delta = down(ops.silu_mul(gate_up(ops.add_norm(x, delta, mlp_norm, self.eps))))
-        return self.head(ops.add_norm(x, delta, self.final_norm, self.eps))
+        ops, model = torch.ops.kdhpc, self.model
+        groups, scale = model.heads // model.kv_heads, self.head_size**-0.5
+        x, delta = torch.nn.functional.embedding(ids, model.embedding), None
+        for layer, keys, values in zip(model.layers, self.keys, self.values, strict=True):
+            mixed = layer.qkv(ops.add_norm(x, delta, layer.norm, model.eps))
+            seen = ops.attend(mixed, keys, values, self.cos, self.sin, position, groups, scale)
+            delta = layer.out(seen)
+            normed = ops.add_norm(x, delta, layer.mlp_norm, model.eps)
+            delta = layer.down(ops.silu_mul(layer.gate_up(normed)))
+        return self.head(ops.add_norm(x, delta, model.final_norm, model.eps))
+
+    def _head(self) -> Linear:
+        """By oneDNN's small kernels where they can multiply bfloat16."""
+        weight, vocab_size = self.model.head_weight, self.model.vocab_size
+        if weight.dtype != torch.bfloat16 or not has_head():
+            return super()._head()
+        packed = torch.ops.kdhpc.pack_head(weight.contiguous())
+        return lambda x: cast(Tensor, torch.ops.kdhpc.head(x, packed, vocab_size))
 
 
 class NativeDraw(InverseCdf):
@@ -147,6 +150,9 @@ class NativeDraw(InverseCdf):
         uniform = self.uniform.index_select(0, position)[0]
         token, log_prob_tau, log_prob = torch.ops.kdhpc.draw(logits, uniform, self.selector.tau)
         return token, log_prob_tau, log_prob
+
+
+DRAWS = draws.DRAWS | {"inverse_cdf": NativeDraw}
 
 
 def main() -> int:

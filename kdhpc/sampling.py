@@ -8,16 +8,19 @@ positions and replayed.
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from kdhpc.decoding import Decoder, bucket_of, decoder_for
+from kdhpc.devices import exact_matmuls
 from kdhpc.draws import DRAWS, Draw, Selector
-from kdhpc.models import exact_matmuls
+from kdhpc.inference import Loaded, Model
 from kdhpc.store import Samples
+
+if TYPE_CHECKING:
+    from kdhpc.llama import Llama
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +33,7 @@ class Sampler:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Model,
         *,
         prompt_ids: Sequence[int],
         length: int,
@@ -132,30 +135,29 @@ class Sampler:
 
 
 def _parts(
-    model: PreTrainedModel, rows: int, length: int, selector: Selector, draw: str, engine: str
+    model: Model, rows: int, length: int, selector: Selector, draw: str, engine: str
 ) -> tuple[Decoder, Draw]:
     """What decodes and what draws."""
     if engine == "native":
         from kdhpc import native
 
-        why = native.missing() or native.unfit(model)
-        if not why:
-            return native.NativeDecoder(model, rows, length), (
-                native.NativeDraw(selector, rows, length, model.device)
-                if draw == "inverse_cdf"
-                else DRAWS[draw](selector, rows, length, model.device)
+        if why := native.missing() or native.unfit(model):
+            log.warning("sampling.engine=native: %s; plain torch does the work", why)
+        else:
+            return (
+                native.NativeDecoder(cast("Llama", model), rows, length),
+                native.DRAWS[draw](selector, rows, length, model.device),
             )
-        log.warning("sampling.engine=native: %s; plain torch does the work", why)
     return decoder_for(model, rows, length), DRAWS[draw](selector, rows, length, model.device)
 
 
-def sampler_for(model: PreTrainedModel, **options: Any) -> Sampler:
-    """The sampler of a model; its last stays with it, so that a task packs weights once."""
-    kept: tuple[dict[str, Any], Sampler] | None = getattr(model, "kdhpc_sampler", None)
-    if kept is None or kept[0] != options:
-        kept = model.kdhpc_sampler = None  # old buffers go before new ones come
-        kept = model.kdhpc_sampler = (options, Sampler(model, **options))
-    return kept[1]
+def sampler_for(loaded: Loaded, **options: Any) -> Sampler:
+    """The sampler of a loaded model; the last stays with it, so that a task makes buffers once."""
+    if loaded.sampler is None or loaded.sampler[0] != options:
+        loaded.sampler = None  # old buffers go before new ones come
+        loaded.sampler = (options, Sampler(loaded.model, **options))
+    found: Sampler = loaded.sampler[1]
+    return found
 
 
 def sample(

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, get_wsd_schedule
 
 from kdhpc import attention, seeding
 from kdhpc.config import Training
+from kdhpc.devices import DTYPES, matmul_flops_per_s
 from kdhpc.errors import InputError
 from kdhpc.likelihood import summed_nll
-from kdhpc.models import DTYPES, matmul_flops_per_s
 from kdhpc.ranks import any_rank, from_first, summed
 from kdhpc.sizes import BUCKET
 

@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kdhpc.config import Shape
+from kdhpc.llama import Llama
 from kdhpc.models import new_model
 
 SHAPE = Shape(layers=2, hidden=64, heads=2, kv_heads=1, ffn=48, init_std=0.2)
@@ -15,3 +16,11 @@ def small_model(
     torch.set_num_threads(1)
     model = new_model(shape, vocab_size=vocab_size, length=length, eos=0, seed=seed)
     return model.eval().requires_grad_(False)
+
+
+def llama_of(model: PreTrainedModel) -> Llama:
+    """The same weights as kdhpc reads them from a folder."""
+    weights = model.state_dict()
+    return Llama(
+        model.config.to_dict(), weights.__getitem__, dtype=model.dtype, device=model.device
+    )

@@ -5,20 +5,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models_for_tests import small_model
+from models_for_tests import llama_of, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from kdhpc.draws import Selector
 from kdhpc.errors import InputError
-from kdhpc.likelihood import CPU_TOKENS, check_head, counted, token_log_probs
+from kdhpc.likelihood import CPU_TOKENS, counted, token_log_probs
+from kdhpc.models import TransformersModel
 from kdhpc.sampling import Sampler, sample
 
 
 def test_token_log_probs_agree_with_a_float64_loop() -> None:
     model = small_model(300, 16)
     ids = torch.randint(0, 300, (7, 16))
-    [found] = token_log_probs(model, ids, head_tokens=13)
+    [found] = token_log_probs(llama_of(model), ids, head_tokens=13)
     exact = model.double()
     assert torch.isnan(found[:, 0]).all()
     for row in range(7):
@@ -33,9 +34,10 @@ def test_several_temperatures_take_one_pass_and_agree_with_one_at_a_time() -> No
     taus = (1.0, 0.8, 0.5)
     calls = []
     model.model.register_forward_hook(lambda *of: calls.append(1))
-    check_head(model)
+    wrapped = TransformersModel(model)
+    assert callable(wrapped.head)
     calls.clear()
-    found = token_log_probs(model, ids, head_tokens=50, taus=taus)
+    found = token_log_probs(wrapped, ids, head_tokens=50, taus=taus)
     assert len(calls) == 1
     logits = model(ids).logits[:, :-1].double()
     for tau, log_probs in zip(taus, found, strict=True):
@@ -45,9 +47,9 @@ def test_several_temperatures_take_one_pass_and_agree_with_one_at_a_time() -> No
 
 def test_memory_does_not_grow_with_vocabulary_times_length() -> None:
     """No tensor is as large as logits of every position."""
-    model = small_model(3000, 64)
+    model = llama_of(small_model(3000, 64))
     ids = torch.randint(0, 3000, (16, 64))
-    check_head(model)
+    assert callable(model.head)  # made before the look
     largest = 0
 
     class Look(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -72,11 +74,11 @@ def test_a_model_with_capped_logits_is_refused() -> None:
         )
     )  # fmt: skip
     with pytest.raises(InputError, match="gemma2: its logits are not"):
-        token_log_probs(model, torch.randint(0, 300, (2, 8)), head_tokens=8)
+        token_log_probs(TransformersModel(model), torch.randint(0, 300, (2, 8)), head_tokens=8)
 
 
 def test_padding_changes_no_score() -> None:
-    model = small_model(300, 16)
+    model = llama_of(small_model(300, 16))
     ids = torch.randint(1, 300, (3, 16))
     padded = ids.clone()
     padded[:, 9:] = 0
@@ -85,7 +87,7 @@ def test_padding_changes_no_score() -> None:
 
 
 def test_the_samplers_own_sums_agree_with_the_scorer() -> None:
-    model = small_model(300, 12)
+    model = llama_of(small_model(300, 12))
     for count_eos in (True, False):
         for tau in (1.0, 0.7):
             sampler = Sampler(

@@ -2,20 +2,24 @@
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from commands import need
-from models_for_tests import SHAPE, small_model
+from models_for_tests import SHAPE, llama_of, small_model
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 from kdhpc import native
 from kdhpc.decoding import LlamaDecoder, TransformersDecoder, bucket_of
+from kdhpc.devices import frozen_head
 from kdhpc.draws import DRAWS, Gumbel, InverseCdf, Selector, philox
-from kdhpc.models import frozen_head, load_model
+from kdhpc.inference import load_model
+from kdhpc.models import TransformersModel
 from kdhpc.native import NativeDecoder
 from kdhpc.sampling import Sampler, sample
 
@@ -41,6 +45,7 @@ def sampler(model: Any, **changes: Any) -> Sampler:
         "eos": 0,
         "count_eos": True,
     }
+    model = llama_of(model) if isinstance(model, PreTrainedModel) else model
     return Sampler(model, **(options | changes))
 
 
@@ -56,7 +61,11 @@ def draw(model: Any, rows: range = range(64), **changes: Any) -> Any:
     return sample(sampler(model, **changes), rows=rows, seed=0, stream="test")
 
 
-DECODERS = {"torch": LlamaDecoder, "native": NativeDecoder, "transformers": TransformersDecoder}
+DECODERS: dict[str, Any] = {
+    "torch": lambda model, *sizes: LlamaDecoder(llama_of(model), *sizes),
+    "native": lambda model, *sizes: NativeDecoder(llama_of(model), *sizes),
+    "transformers": lambda model, *sizes: TransformersDecoder(TransformersModel(model), *sizes),
+}
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -66,7 +75,7 @@ def test_decoded_logits_equal_a_forward_pass(decoder: str, kv_heads: int) -> Non
     shape = replace(SHAPE, hidden=192, heads=6, kv_heads=kv_heads)
     model = small_model(300, length, shape=shape)
     ids = torch.randint(0, 300, (5, length))
-    decoding: Any = DECODERS[decoder](model, 5, length)
+    decoding = DECODERS[decoder](model, 5, length)
     with torch.inference_mode():
         for _ in range(2):  # a second batch finds the keys of the first
             decoding.restart()
@@ -83,7 +92,7 @@ def test_bfloat16_decoders_agree_with_transformers_to_its_own_rounding(decoder: 
     model = small_model(300, 40, shape=replace(SHAPE, hidden=192, heads=6, kv_heads=2))
     exact = model(ids := torch.randint(0, 300, (5, 40))).logits
     model.to(torch.bfloat16)
-    decoding: Any = DECODERS[decoder](model, 5, 40)
+    decoding = DECODERS[decoder](model, 5, 40)
     with torch.inference_mode():
         stepped = torch.stack(
             [decoding.step(ids[:, t], torch.tensor([t]), bucket_of(t, CPU, 40)) for t in range(40)],
@@ -105,12 +114,13 @@ def test_silu_of_the_extension_is_silu_everywhere(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("vocab_size", [64, 300])
 def test_the_head_of_the_extension_has_float32_results(vocab_size: int) -> None:
+    """Whether oneDNN's small kernels can multiply bfloat16 here or not."""
     need(not native.missing(), f"the extension: {native.missing()}")
-    if not native.has_head():
-        pytest.skip("the processor has no AVX-512: the decoder takes torch's head")
-    hidden, weight = torch.randn(8, 64).bfloat16(), torch.randn(vocab_size, 64).bfloat16()
-    exact = hidden.double() @ weight.double().T
-    found = torch.ops.kdhpc.head(hidden, torch.ops.kdhpc.pack_head(weight), vocab_size)
+    model = llama_of(small_model(vocab_size, 16).to(torch.bfloat16))
+    hidden = torch.randn(8, model.hidden_size).bfloat16()
+    exact = hidden.double() @ model.head_weight.double().T
+    found = NativeDecoder(model, 8, 16).head(hidden)
+    assert found.dtype == torch.float32
     assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
@@ -126,17 +136,18 @@ def test_a_batch_leaves_nothing_to_the_next() -> None:
     assert np.array_equal(first.log_prob_sum, again.log_prob_sum)
 
 
-def test_a_llama_with_another_activation_goes_through_transformers() -> None:
+def test_a_llama_with_another_activation_goes_through_transformers(tmp_path: Path) -> None:
     model = small_model(300, 10)
-    assert sampler(model).decoder.name == "llama"
     model.config.hidden_act = "gelu"
-    assert sampler(model).decoder.name == "transformers"
+    model.save_pretrained(tmp_path)
+    found = load_model(tmp_path, dtype="float32", device=CPU)
+    assert sampler(found).decoder.name == "transformers"
 
 
 def test_bfloat16_logits_are_the_exact_products_of_what_they_are_made_from() -> None:
     hidden, weight = torch.randn(8, 64).bfloat16(), torch.randn(500, 64).bfloat16()
     exact = hidden.double() @ weight.double().T
-    assert (frozen_head(weight, 8)(hidden) - exact).abs().max() < 1e-5 * exact.abs().max()
+    assert (frozen_head(weight)(hidden) - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -349,8 +360,8 @@ def test_truncations_keep_only_the_likely_tokens() -> None:
     assert kept.tolist() == [[True, True, True, False]]
 
 
-def test_a_saved_model_samples_the_same_ids(tmp_path: Any) -> None:
+def test_a_saved_model_samples_the_same_ids(tmp_path: Path) -> None:
     model = small_model(300, 10)
     model.save_pretrained(tmp_path)
-    loaded = load_model(tmp_path, dtype="float32", device=torch.device("cpu"))
+    loaded = load_model(tmp_path, dtype="float32", device=CPU)
     assert np.array_equal(draw(model).ids, draw(loaded).ids)

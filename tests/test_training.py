@@ -32,6 +32,7 @@ from kdhpc import (
 )
 from kdhpc.cluster import failures
 from kdhpc.config import Dtype, Shape, Training
+from kdhpc.devices import DTYPES
 from kdhpc.errors import ClusterError, InputError
 from kdhpc.training import DivergedError, Schedule, Trained, Watch
 
@@ -424,13 +425,13 @@ def test_a_saved_model_gives_the_logits_of_training_in_transformers(
     trained = training.train(
         trainee, corpus(), recipe, seed=0, stream="test", device=CPU, watch=Watch(validation=rows)
     )
-    model = fresh().to(models.DTYPES[dtype])
+    model = fresh().to(DTYPES[dtype])
     model.load_state_dict(dict(trained.weights), strict=False)
     models.byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     models.save_model(model, tmp_path / "tokenizer", tmp_path / "model")
     assert list((tmp_path / "model").glob("*.safetensors"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").requires_grad_(False)
-    assert loaded.dtype == models.DTYPES[dtype]
+    assert loaded.dtype == DTYPES[dtype]
     logits = loaded(rows.read(np.arange(8))[0]).logits
     # The last four passes are the parts of the validation batch; the first holds its rows.
     trained_logits = hidden[-4] @ trained.weights["model.embed_tokens.weight"].T
@@ -464,6 +465,7 @@ def test_training_compiles_nothing(tmp_path: Path) -> None:
     code = """
 import numpy as np, torch
 from kdhpc import models
+from kdhpc.devices import DTYPES
 from kdhpc.config import Dtype, Shape, Training
 from kdhpc.ranks import join
 from kdhpc.training import Corpus, train

@@ -58,23 +58,24 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
 
 def run(shard: Shard, work: Work) -> Written:
     """Sample one shard."""
-    from kdhpc import draws, models, sampling, store
+    from kdhpc import devices, draws, inference, sampling, store
 
     config: LanguageConfig = work.config
     fields = shard.arm.fields
     model_path = work.local_input(shard.reads[0])
-    models.set_threads(config.threads)
-    models.set_allocator(keep_freed=True)
-    model, tokenizer = models.load_for_inference(model_path, str(fields["dtype"]), config.device)
+    devices.set_threads(config.threads)
+    devices.set_allocator(keep_freed=True)
+    loaded = inference.load(model_path, str(fields["dtype"]), config.device)
+    tokenizer = loaded.tokenizer
     first, stop = shard.rows or (0, 0)
     sampler = sampling.sampler_for(
-        model,
-        prompt_ids=tuple(models.encode_prompt(tokenizer, config.prompt)),
+        loaded,
+        prompt_ids=tuple(tokenizer.prompt_ids(config.prompt)),
         length=config.length,
         batch_rows=config.sampling.batch_rows,
         selector=draws.Selector(tau=fields["tau"], top_k=fields["top_k"], top_p=fields["top_p"]),
         draw=config.sampling.draw,
-        eos=tokenizer.eos_token_id,
+        eos=tokenizer.eos,
         count_eos=config.eos == "learn",
         engine=config.sampling.engine,
     )
@@ -92,7 +93,7 @@ def run(shard: Shard, work: Work) -> Written:
     return Written(
         path=path,
         rows=len(samples),
-        stats={"device": model.device.type, "decoder": sampler.decoder.name},
+        stats={"device": sampler.device.type, "decoder": sampler.decoder.name},
     )
 
 

@@ -68,18 +68,16 @@ def run(shard: Shard, work: Work) -> Written:
     import numpy as np
     import torch
 
-    from kdhpc import attention, likelihood, models, store
+    from kdhpc import devices, inference, likelihood, store
 
     config: LanguageConfig = work.config
-    models.set_threads(config.threads)
-    models.set_allocator(keep_freed=True)
-    model, tokenizer = models.load_for_inference(
-        work.local_input(shard.reads[0]), config.scoring.dtype, config.device
-    )
-    attention.use_blocks(model)
+    devices.set_threads(config.threads)
+    devices.set_allocator(keep_freed=True)
+    loaded = inference.load(work.local_input(shard.reads[0]), config.scoring.dtype, config.device)
+    model, tokenizer = loaded.model, loaded.tokenizer
     samples, offset = _rows(shard, work)
     first, stop = shard.rows or (0, 0)
-    num_prompt = len(models.encode_prompt(tokenizer, config.prompt))
+    num_prompt = len(tokenizer.prompt_ids(config.prompt))
     found = []
     work.ready()
     for start in range(first, stop, config.scoring.batch_rows):
@@ -91,7 +89,7 @@ def run(shard: Shard, work: Work) -> Written:
             length,
             ids.shape[1],
             num_prompt=num_prompt,
-            ended=last == tokenizer.eos_token_id,
+            ended=last == tokenizer.eos,
             count_eos=config.eos == "learn",
         )
         [log_probs] = likelihood.token_log_probs(model, ids, head_tokens=config.scoring.head_tokens)

@@ -73,7 +73,8 @@ def plan_truth(config: LanguageConfig, before: Plan) -> list[Shard]:
 
 def run_truth(shard: Shard, work: Work) -> Written | None:
     """Train p* on a corpus, or bring a finished model into the run."""
-    from kdhpc import models, store
+    from kdhpc import devices, models, store
+    from kdhpc.tokens import Tokenizer
 
     config: LanguageConfig = work.config
     truth = config.truth
@@ -92,14 +93,14 @@ def run_truth(shard: Shard, work: Work) -> Written | None:
                 Path(tokenizer_dir),
                 stream="truth",
             )
-    models.set_threads(config.threads)
+    devices.set_threads(config.threads)
     path = work.new_path(shard)
     source = resolve_model(truth.model)
     if source.endswith(".gguf"):
         models.convert_gguf(Path(source), path, dtype=truth.dtype)
     else:
         models.copy_model(source, truth.revision, path, dtype=truth.dtype)
-    vocab_size = len(models.load_tokenizer(path))
+    vocab_size = Tokenizer(path).size
     if vocab_size > store.MAX_VOCAB_SIZE:
         raise InputError(
             f"truth.model={truth.model}: has {vocab_size} token ids; token shards hold ids below "
@@ -173,7 +174,8 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
 
 def run(shard: Shard, work: Work) -> Written | None:
     """Train one model on token shards."""
-    from kdhpc import models, store
+    from kdhpc import store
+    from kdhpc.tokens import Tokenizer
     from kdhpc.training import Corpus
 
     config: LanguageConfig = work.config
@@ -181,8 +183,8 @@ def run(shard: Shard, work: Work) -> Written | None:
     _join(trainee.model, work)
     [truth] = work.plan.arm(arms.TRUTH, "truth")
     tokenizer_path = work.input(truth.key)
-    tokenizer = models.load_tokenizer(tokenizer_path)
-    num_prompt = len(models.encode_prompt(tokenizer, config.prompt))
+    tokenizer = Tokenizer(tokenizer_path)
+    num_prompt = len(tokenizer.prompt_ids(config.prompt))
 
     def corpus(stage: str, arm: str) -> Corpus:
         rows = store.map_token_rows([work.input(s.key) for s in work.plan.arm(stage, arm)])
@@ -190,7 +192,7 @@ def run(shard: Shard, work: Work) -> Written | None:
             ids=rows,
             length=rows.length,
             num_prompt=num_prompt,
-            masked_eos=tokenizer.eos_token_id if config.eos == "mask" else None,
+            masked_eos=tokenizer.eos if config.eos == "mask" else None,
         )
 
     return _train(
@@ -210,13 +212,13 @@ def _join(model: Model, work: Work) -> None:
     """Meet the other ranks, before anything is read or built."""
     import os
 
-    from kdhpc import models, ranks
+    from kdhpc import devices, inference, ranks
 
     config: LanguageConfig = work.config
-    models.set_threads(config.threads)
+    devices.set_threads(config.threads)
     # Who asks for activation checkpointing is short of memory.
-    models.forget_loaded()
-    models.set_allocator(keep_freed=not model.training.activation_checkpointing)
+    inference.forget()
+    devices.set_allocator(keep_freed=not model.training.activation_checkpointing)
     if work.world_size != model.training.world_size:
         raise ClusterError(
             f"{work.world_size} processes were started; expected {model.training.world_size} "
@@ -227,7 +229,7 @@ def _join(model: Model, work: Work) -> None:
         world_size=work.world_size,
         address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
         port=int(os.environ.get("MASTER_PORT", "0")),
-        device=models.pick_device(config.device),
+        device=devices.pick_device(config.device),
     )
 
 
@@ -242,12 +244,13 @@ def _train(
     validation: "Corpus | None" = None,
 ) -> Written | None:
     """Train, with checkpoints in the shard's own folder; None when told to stop, or not rank 0."""
-    from kdhpc import checkpoints, models, seeding, training
+    from kdhpc import checkpoints, devices, models, seeding, training
+    from kdhpc.tokens import Tokenizer
 
     config: LanguageConfig = work.config
     recipe = model.training
-    tokenizer = models.load_tokenizer(tokenizer_path)
-    made = {"vocab_size": len(tokenizer), "length": config.length, "eos": tokenizer.eos_token_id}
+    tokenizer = Tokenizer(tokenizer_path)
+    made = {"vocab_size": tokenizer.size, "length": config.length, "eos": tokenizer.eos}
     init_seed = seeding.integer_seed(config.seed, f"{stream}/init")
     folder = work.run.scratch_path(shard.key)
     # By recipe: other settings after a cancel must not meet the old settings' checkpoints.
@@ -280,7 +283,7 @@ def _train(
             recipe,
             seed=config.seed,
             stream=f"{stream}/order",
-            device=models.pick_device(config.device),
+            device=devices.pick_device(config.device),
             state=training.State(step=found[0], tensors=found[1]) if found else None,
             watch=training.Watch(
                 save=save,
@@ -293,7 +296,7 @@ def _train(
     if not trained.finished or work.rank > 0:
         return None
     result = models.new_model(model.shape, seed=init_seed, **made)
-    result = result.to(models.DTYPES[recipe.dtype])
+    result = result.to(devices.DTYPES[recipe.dtype])
     result.load_state_dict(dict(trained.weights), strict=False)
     path = work.new_path(shard)
     models.save_model(result, tokenizer_path, path)
@@ -308,7 +311,7 @@ def _train(
             "resumed_from_step": found[0] if found else 0,
             "final_loss_nats": final_loss,
             "train_s": round(time.time() - started, 3),
-            "device": models.pick_device(config.device).type,
+            "device": devices.pick_device(config.device).type,
         },
     )
 

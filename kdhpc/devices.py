@@ -1,0 +1,146 @@
+"""Devices, dtypes, threads, and products with weights that never change."""
+
+import contextlib
+import ctypes
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kdhpc.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(device: str) -> torch.device:
+    """Where to run: `cpu`, `cuda`, or `auto` for a GPU if this process sees one.
+
+    Raises:
+        InputError: for `cuda` where there is none.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device=cuda: no GPU is visible to this process; expected auto or cpu")
+    if device == "cpu":
+        return torch.device("cpu")
+    # Where Slurm binds one GPU to each task, every process sees its own as number 0.
+    index = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0
+    if index >= torch.cuda.device_count():
+        raise InputError(
+            f"local rank {index} sees {torch.cuda.device_count()} GPUs; expected one for each "
+            "process of the node (slurm.gpus_per_node)"
+        )
+    return torch.device("cuda", index)
+
+
+def set_threads(threads: int) -> None:
+    """Threads of this process: a part of the result, so always the config's number.
+
+    Intra-op threads may be set at any time, inter-op threads only once a process.
+    """
+    torch.set_num_threads(threads)
+    with contextlib.suppress(RuntimeError):
+        torch.set_num_interop_threads(1)
+
+
+def set_allocator(*, keep_freed: bool) -> None:
+    """Tell glibc's allocator whether to keep what is freed, for processes that reuse large buffers.
+
+    By default most large tensors are given back to the kernel and come again page by page: a fifth
+    of the time of a training step on CPUs. Kept memory falls into pieces, though, so where memory
+    is short everything large is given back at once. Without glibc nothing changes.
+    """
+    m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4  # malloc.h
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return
+    if keep_freed:
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
+    else:
+        libc.mallopt(m_mmap_threshold, 2**20)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
+    """Best measured rate of a matrix product on this device: what MFU is a share of."""
+    size, seconds = (8192 if device.type == "cuda" else 1024), []
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    for _ in range(5):
+        synchronize(device)
+        began = time.perf_counter()
+        a @ b
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)
+
+
+Linear = Callable[[Tensor], Tensor]
+
+
+def frozen_linear(weight: Tensor) -> Linear:
+    """A product with a weight [O, I] that never changes.
+
+    On CPUs oneDNN lays the weight out once, which is 1.1 to 2 times as fast as doing so each time;
+    the weight itself is not kept. These operators are what torch's own compiler calls.
+    """
+    supported = torch.backends.mkldnn.is_available() and (  # type: ignore[no-untyped-call]
+        weight.dtype == torch.float32
+        or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+    if weight.device.type != "cpu" or not supported:
+        return lambda x: functional.linear(x, weight)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    apply = torch.ops.mkldnn._linear_pointwise
+    return lambda x: cast(Tensor, apply(x, packed, None, "none", [], ""))
+
+
+def frozen_head(weight: Tensor) -> Linear:
+    """Float32 logits from hidden states of the weight's dtype; nothing is rounded to 16 bits."""
+    if weight.device.type == "cuda" and weight.dtype != torch.float32:
+        return lambda x: torch.mm(x, weight.T, out_dtype=torch.float32)
+    if weight.dtype != torch.bfloat16:
+        wide = frozen_linear(weight.float())
+        return lambda x: wide(x.float())
+    # Products of bfloat16 numbers are exact in float32: matrix units may be used where there are.
+    with bfloat16_products():
+        wide = frozen_linear(weight.float())
+
+    def head(x: Tensor) -> Tensor:
+        with bfloat16_products():
+            return wide(x.float())
+
+    return head
+
+
+@contextlib.contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Float32 products on CPUs whose factors are rounded to bfloat16; sums stay float32."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@contextlib.contextmanager
+def exact_matmuls() -> Iterator[None]:
+    """Float32 products in float32 on every device, whatever the process was set to."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

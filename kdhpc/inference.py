@@ -1,0 +1,99 @@
+"""Models as sampling and scoring use them: kdhpc's own Llama, or whatever transformers reads."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kdhpc import llama
+from kdhpc.devices import DTYPES, Linear, pick_device
+from kdhpc.errors import DamagedError
+from kdhpc.tokens import Tokenizer
+
+
+class Model(Protocol):
+    """A causal language model that only infers."""
+
+    kind: str
+    """`llama`, or the model type of transformers."""
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def head(self) -> Linear:
+        """Float32 logits [N, V] of hidden states [N, H]."""
+        ...
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Last hidden states [B, L, H] under causal attention over ids [B, L]."""
+        ...
+
+
+def load_model(path: Path, *, dtype: str, device: torch.device) -> Model:
+    """A checkpoint folder (safetensors) as a model that only infers.
+
+    Raises:
+        DamagedError: if it is not one.
+    """
+    import safetensors
+
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+        if not llama.fits(config):
+            from kdhpc.models import TransformersModel
+
+            return TransformersModel.load(path, dtype=dtype, device=device)
+        with _weights(path) as weights:
+            return llama.Llama(config, weights, dtype=DTYPES[dtype], device=device)
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        raise DamagedError(f"{path}: not a model checkpoint ({error})") from error
+
+
+@contextlib.contextmanager
+def _weights(path: Path) -> Iterator[Callable[[str], Tensor]]:
+    """Gives tensors of a checkpoint folder by name, each read when it is asked for."""
+    from safetensors import safe_open
+
+    index = path / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.exists():
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+    with contextlib.ExitStack() as stack:
+        files = [
+            stack.enter_context(safe_open(path / name, framework="pt")) for name in sorted(names)
+        ]
+        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        yield lambda name: where[name].get_tensor(name)
+
+
+@dataclass
+class Loaded:
+    """A model, its tokenizer, and what a stage keeps of its work with them."""
+
+    model: Model
+    tokenizer: Tokenizer
+    sampler: Any = None
+    """Options and sampler that `kdhpc.sampling` made last; they go with the model."""
+
+
+_loaded: dict[tuple[Path, str, str], Loaded] = {}
+
+
+def load(path: Path, dtype: str, device: str) -> Loaded:
+    """A checkpoint folder; the last stays in memory, so that a task loads it once."""
+    wanted = (path, dtype, device)
+    if wanted not in _loaded:
+        forget()  # two large models may not fit
+        model = load_model(path, dtype=dtype, device=pick_device(device))
+        _loaded[wanted] = Loaded(model, Tokenizer(path))
+    return _loaded[wanted]
+
+
+def forget() -> None:
+    """Drop what `load` keeps, and all that hangs on it."""
+    _loaded.clear()

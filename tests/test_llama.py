@@ -1,0 +1,115 @@
+"""kdhpc's own Llama says what transformers' says, of the same checkpoint folder."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models_for_tests import SHAPE, llama_of, small_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from kdhpc import models
+from kdhpc.errors import DamagedError, InputError
+from kdhpc.inference import load_model
+from kdhpc.llama import CPU_TOKENS, Llama
+from kdhpc.tokens import Tokenizer
+
+CPU = torch.device("cpu")
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def logits_of(model: Llama, ids: torch.Tensor) -> torch.Tensor:
+    return model.head(model.hidden(ids).flatten(0, 1)).view(*ids.shape, -1)
+
+
+@pytest.mark.parametrize("changes", [
+    {},
+    {"num_key_value_heads": 6},
+    {"num_key_value_heads": 1, "head_dim": 48},
+    {"tie_word_embeddings": False},
+    {"rope_parameters": LLAMA3},
+])  # fmt: skip
+def test_a_folder_gives_the_logits_that_transformers_gives(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 300, "hidden_size": 192, "intermediate_size": 80, "num_hidden_layers": 3,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "initializer_range": 0.2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    }  # fmt: skip
+    made = LlamaForCausalLM(LlamaConfig(**(sizes | changes)))
+    made.save_pretrained(tmp_path, max_shard_size="300KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    found = load_model(tmp_path, dtype="float32", device=CPU)
+    assert isinstance(found, Llama)
+    ids = torch.randint(0, 300, (3, CPU_TOKENS // 2 - 11))  # more rows than go together
+    with torch.inference_mode():
+        exact = AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
+        assert (logits_of(found, ids) - exact).abs().max() < 1e-4 * exact.abs().max()
+
+
+def test_bfloat16_logits_are_as_near_to_exact_ones_as_those_of_transformers() -> None:
+    model = small_model(300, 40, shape=replace(SHAPE, hidden=192, heads=6, kv_heads=2))
+    ids = torch.randint(0, 300, (5, 40))
+    with torch.inference_mode():
+        exact = model(ids).logits
+        model.to(torch.bfloat16)
+        rounding = (model(ids).logits - exact).square().mean().sqrt()
+        assert (logits_of(llama_of(model), ids) - exact).square().mean().sqrt() < 1.2 * rounding
+
+
+def test_a_checkpoint_that_is_cut_off_or_of_another_shape_is_damaged(tmp_path: Path) -> None:
+    small_model(300, 16).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    whole = config.read_text()
+    config.write_text(whole.replace('"intermediate_size": 48', '"intermediate_size": 49'))
+    with pytest.raises(DamagedError, match=r"gate_proj is \[48, 64\]; the config says \[49, 64\]"):
+        load_model(tmp_path, dtype="float32", device=CPU)
+    config.write_text(whole.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    with pytest.raises(DamagedError, match=r"model\.layers\.2"):
+        load_model(tmp_path, dtype="float32", device=CPU)
+    config.write_text(whole)
+    [weights] = tmp_path.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(DamagedError, match="not a model checkpoint"):
+        load_model(tmp_path, dtype="float32", device=CPU)
+
+
+def test_prompts_have_the_ids_that_transformers_gives(tmp_path: Path) -> None:
+    models.byte_tokenizer().save_pretrained(tmp_path)
+    ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("The", " a  b\n", "<|endoftext|>x", "ä€"):
+        assert ours.prompt_ids(text) == theirs(text, add_special_tokens=False)["input_ids"]
+    assert (ours.eos, ours.size) == (theirs.eos_token_id, len(theirs))
+    with pytest.raises(InputError, match="makes no token"):
+        ours.prompt_ids("")
+
+
+def test_sampling_and_scoring_load_nothing_of_transformers(tmp_path: Path) -> None:
+    """Its modules would be more than half of the start of a task."""
+    small_model(300, 16).save_pretrained(tmp_path)
+    models.byte_tokenizer().save_pretrained(tmp_path)
+    code = f"""
+import sys
+from pathlib import Path
+from kdhpc import inference, likelihood, sampling, store
+from kdhpc.cluster import task
+from kdhpc.stages import sample, score
+loaded = inference.load(Path({str(tmp_path)!r}), "float32", "cpu")
+assert loaded.model.kind == "llama" and loaded.tokenizer.eos == 0
+unwanted = "transformers torch._dynamo sympy scipy datasets pandas deepspeed".split()
+print([name for name in unwanted if name in sys.modules])
+"""
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert shown.stdout.strip() == "[]"
