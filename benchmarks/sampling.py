@@ -23,6 +23,8 @@ import turns
 
 BUILD = Path(__file__).parents[1] / "build"
 PEERS = ("vllm", "ctranslate2")
+PEER_ENV = {"PYTHONPATH": str(Path(__file__).parent)}
+"""Peers have environments of their own, and turns.py."""
 SYSTEMS = (
     "kdhpc",
     "kdhpc, native",
@@ -52,7 +54,7 @@ def main() -> None:
     for name in options.systems:
         if command := _command(name, model, options):
             print(f"starting {name}", file=sys.stderr, flush=True)
-            workers[name] = turns.Worker(command)
+            workers[name] = turns.Worker(command, PEER_ENV if name in PEERS else None)
         else:
             print(f"{name} is not installed: benchmarks/peers/install.sh", file=sys.stderr)
     set_threads(report.conditions()["cores"])
@@ -126,7 +128,8 @@ def _command(name: str, model: Path, options: argparse.Namespace) -> list[str] |
 
 
 def work(options: argparse.Namespace) -> None:
-    """One system: load, sample one batch a line."""
+    """One system: load, sample one batch a turn."""
+    answer = turns.begin()
     import torch
 
     from kdhpc import models
@@ -138,7 +141,7 @@ def work(options: argparse.Namespace) -> None:
         models.set_allocator(keep_freed=True)
     model = models.load_model(real_model(), dtype=options.dtype, device=device)
     if options.worker.startswith("kdhpc"):
-        turns.serve(_kdhpc(model, options), version="")
+        turns.serve(answer, _kdhpc(model, options))
     import transformers
 
     settings = {"top_k": 0 if "top_k=0" in options.worker else model.config.vocab_size}
@@ -153,7 +156,7 @@ def work(options: argparse.Namespace) -> None:
         return {"tokens": found[:, 1:].numel()}
 
     generate()
-    turns.serve(generate, version=transformers.__version__)
+    turns.serve(answer, generate, version=transformers.__version__)
 
 
 def _kdhpc(model: Any, options: argparse.Namespace) -> Any:

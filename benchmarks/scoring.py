@@ -71,7 +71,8 @@ def main() -> None:
 
 
 def work(options: argparse.Namespace) -> None:
-    """One system: load, score all rows once a line."""
+    """One system: load, score all rows once a turn."""
+    answer = turns.begin()
     import torch
 
     from kdhpc import attention, likelihood, models
@@ -104,7 +105,7 @@ def work(options: argparse.Namespace) -> None:
         return {"sum": float(total), "peak_bytes": _peak_bytes(device)}
 
     score()
-    turns.serve(score)
+    turns.serve(answer, score)
 
 
 def _peak_bytes(device: Any) -> float:
