@@ -16,21 +16,20 @@ All systems of a comparison are in memory at once; --systems takes fewer, the fi
 """
 
 import argparse
-import contextlib
-import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any, NoReturn
+
+import turns
 
 LENGTH, VOCAB_SIZE = 512, 49152
 SYSTEMS = ("Trainer", "kdhpc fast", "kdhpc small")
 """Also: `Trainer, kept memory` and `kdhpc` (fast without a compiler)."""
+WORKER_ENV = {"OMP_NUM_THREADS": "1", "ACCELERATE_LOG_LEVEL": "ERROR"}
 KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
@@ -55,66 +54,43 @@ def main() -> None:
 
 def compare(dtype: str, options: argparse.Namespace) -> None:
     """Time all systems in one dtype."""
-    workers, first = {}, {}
+    words = ["--sequences", str(options.sequences), "--parts", str(options.parts)]
+    words += ["--zero-stage", str(options.zero_stage), "--dtype", dtype]
+    workers = {}
     for name in options.systems:  # one after the other, so that nobody disturbs the first steps
-        workers[name] = _start(name, dtype, options)
-        first[name] = json.loads(_answer(workers[name]))
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
-    memory: dict[str, float] = {}
-    for _ in range(options.rounds):
-        for name, worker in workers.items():
-            began = time.perf_counter()
-            print("step", file=worker.stdin, flush=True)
-            memory[name] = json.loads(_answer(worker))["peak_bytes"]
-            seconds[name].append(time.perf_counter() - began)
+        command = [sys.executable, __file__, "--worker", name, *words]
+        kept = KEPT_MEMORY if name == "Trainer, kept memory" else {}
+        workers[name] = turns.Worker(command, WORKER_ENV | kept)
+    answers = turns.take_turns(workers, options.rounds)
     for worker in workers.values():
-        worker.kill()
+        worker.stop()
     num_tokens = options.sequences * options.parts * LENGTH
-    peak = statistics.median(facts["peak_flops_per_s"] for facts in first.values())
-    flops = next(iter(first.values()))["flops_per_token"] * num_tokens
-    versions = first[options.systems[0]]["versions"]
+    base = workers[options.systems[0]].ready
+    peak = statistics.median(worker.ready["peak_flops_per_s"] for worker in workers.values())
+    flops = base["flops_per_token"] * num_tokens
     print(
-        f"\n{dtype}: {num_tokens} tokens a step, {options.sequences} sequences at once, {versions}"
+        f"\n{dtype}: {num_tokens} tokens a step, {options.sequences} sequences at once, "
+        f"{base['versions']}"
     )
     print(f"matrix peak, measured: {peak / 1e12:.3f} TFLOP/s")
     print("| system | tokens/s | times the first | of peak | GB | of the first |")
     print("|---|---|---|---|---|---|")
-    base = options.systems[0]
-    for name in workers:
-        each = statistics.median(seconds[name])
+    first, *_ = answers.values()
+    for name, found in answers.items():
+        each, peak_bytes = turns.median(found), found[-1]["peak_bytes"]
         print(
-            f"| {name} | {num_tokens / each:.1f} | {statistics.median(seconds[base]) / each:.2f} "
-            f"| {flops / each / peak:.0%} | {memory[name] / 1e9:.2f} "
-            f"| {memory[name] / memory[base]:.2f} |",
+            f"| {name} | {num_tokens / each:.1f} | {turns.median(first) / each:.2f} "
+            f"| {flops / each / peak:.0%} | {peak_bytes / 1e9:.2f} "
+            f"| {peak_bytes / first[-1]['peak_bytes']:.2f} |",
             flush=True,
         )
-    print({name: [round(s, 2) for s in found] for name, found in seconds.items()}, flush=True)
-
-
-def _start(name: str, dtype: str, options: argparse.Namespace) -> "subprocess.Popen[str]":
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_LOG_LEVEL": "ERROR"}
-    if name == "Trainer, kept memory":
-        environment |= KEPT_MEMORY
-    words = ["--sequences", str(options.sequences), "--parts", str(options.parts)]
-    words += ["--zero-stage", str(options.zero_stage), "--dtype", dtype, "--worker", name]
-    return subprocess.Popen(
-        [sys.executable, __file__, *words],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-
-
-def _answer(worker: "subprocess.Popen[str]") -> str:
-    while line := (worker.stdout.readline() if worker.stdout else ""):
-        if line.startswith("{"):
-            return line
-    raise SystemExit(f"a system ended: {worker.args!r}")
+    rounds = {name: [round(a["seconds"], 2) for a in found] for name, found in answers.items()}
+    print(rounds, flush=True)
 
 
 def work(options: argparse.Namespace) -> NoReturn:
-    """Train for ever, one step each time a line comes in."""
+    """Train for ever, one step a turn."""
+    answer = turns.begin()
     import torch
     import transformers
 
@@ -137,12 +113,9 @@ def work(options: argparse.Namespace) -> NoReturn:
         "flops_per_token": training_flops(shape, VOCAB_SIZE, LENGTH),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
-    answers = sys.stdout
 
     def wait() -> None:
-        print(json.dumps({"peak_bytes": _peak_bytes(device), **facts}), file=answers, flush=True)
-        if not sys.stdin.readline():
-            os._exit(0)
+        answer({"peak_bytes": _peak_bytes(device), **facts})
 
     train = _trainer if options.worker.startswith("Trainer") else _kdhpc
     train(model, ids, dtype, options, wait)
@@ -217,7 +190,7 @@ def _trainer(
         def __getitem__(self, index: int) -> dict[str, Any]:
             return {"input_ids": ids[index], "labels": ids[index]}
 
-    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
+    with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(
             output_dir=out,
             per_device_train_batch_size=options.sequences,
