@@ -64,8 +64,15 @@ def options(description: str | None) -> argparse.ArgumentParser:
     )
 
 
-def peak_bytes() -> float:
-    """The most memory that this process held, without what its parent held before it started it."""
+def peak_bytes(device: Any = None) -> float:
+    """The most memory that this process held; where `device` is a GPU, that torch reserved there.
+
+    Unlike `ru_maxrss`, without what its parent held before it started it.
+    """
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return float(torch.cuda.max_memory_reserved(device))
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return float(line.split()[1]) * 1024

@@ -16,6 +16,8 @@ import report
 import turns
 from sampling import real_model
 
+from kdhpc.sizes import forward_flops
+
 LENGTH, ROWS = 512, 16
 SYSTEMS = ("released way", "body float32", "kdhpc float32", "body bfloat16", "kdhpc bfloat16")
 
@@ -47,7 +49,7 @@ def main() -> None:
     for name, found in answers.items():
         each = turns.median(found)
         dtype = "bfloat16" if name.endswith("bfloat16") else "float32"
-        flops = limits.forward_flops(limits.LARGE, LENGTH) * tokens
+        flops = forward_flops(limits.LARGE, limits.VOCAB_SIZE, LENGTH) * tokens
         body = turns.median(answers[key]) if (key := f"body {dtype}") in answers else None
         rows.append(
             {
@@ -102,18 +104,10 @@ def work(options: argparse.Namespace) -> None:
             parts = torch.split(ids, options.batch_rows)
             found = [likelihood.token_log_probs(model, part, head_tokens=4096) for part in parts]
             total = torch.cat(found, dim=1)[0, :, 1:].sum()
-        return {"sum": float(total), "peak_bytes": _peak_bytes(device)}
+        return {"sum": float(total), "peak_bytes": report.peak_bytes(device)}
 
     score()
     turns.serve(answer, score)
-
-
-def _peak_bytes(device: Any) -> float:
-    import torch
-
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_reserved(device))
-    return report.peak_bytes()
 
 
 if __name__ == "__main__":

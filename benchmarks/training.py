@@ -17,16 +17,17 @@ All systems of a comparison are in memory at once; --systems takes fewer, the fi
 
 import argparse
 import os
-import resource
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import limits
+import report
 import turns
 
-LENGTH, VOCAB_SIZE = 512, 49152
+LENGTH = 512
 SYSTEMS = ("Trainer", "kdhpc fast", "kdhpc small")
 """Also: `Trainer, kept memory` and `kdhpc` (fast without a compiler)."""
 WORKER_ENV = {"OMP_NUM_THREADS": "1", "ACCELERATE_LOG_LEVEL": "ERROR"}
@@ -95,39 +96,31 @@ def work(options: argparse.Namespace) -> NoReturn:
     import transformers
 
     from kdhpc import models
-    from kdhpc.config import Shape
     from kdhpc.sizes import training_flops
 
     device = models.pick_device("auto")
     if device.type == "cpu":
         os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
         models.set_threads(1)
-    shape = Shape(
-        layers=30, hidden=576, heads=9, kv_heads=3, ffn=1536, rope_theta=100000.0, init_std=0.04167
+    model = models.new_model(
+        limits.LARGE, vocab_size=limits.VOCAB_SIZE, length=LENGTH, eos=0, seed=0
     )
-    model = models.new_model(shape, vocab_size=VOCAB_SIZE, length=LENGTH, eos=0, seed=0)
-    ids = torch.randint(VOCAB_SIZE, (1024, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        limits.VOCAB_SIZE, (1024, LENGTH), generator=torch.Generator().manual_seed(0)
+    )
     [dtype] = options.dtype
     facts = {
         "peak_flops_per_s": models.matmul_flops_per_s(device, models.DTYPES[dtype]),
-        "flops_per_token": training_flops(shape, VOCAB_SIZE, LENGTH),
+        "flops_per_token": training_flops(limits.LARGE, limits.VOCAB_SIZE, LENGTH),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
 
     def wait() -> None:
-        answer({"peak_bytes": _peak_bytes(device), **facts})
+        answer({"peak_bytes": report.peak_bytes(device), **facts})
 
     train = _trainer if options.worker.startswith("Trainer") else _kdhpc
     train(model, ids, dtype, options, wait)
     sys.exit("trained to the end of the data")
-
-
-def _peak_bytes(device: Any) -> float:
-    import torch
-
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_reserved(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def _kdhpc(

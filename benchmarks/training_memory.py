@@ -9,19 +9,21 @@ import argparse
 import dataclasses
 import json
 import os
-import resource
 import subprocess
 import sys
+
+import report
+from limits import LARGE, VOCAB_SIZE
 
 from kdhpc.config import Shape, Training
 from kdhpc.sizes import num_parameters, training_memory
 
-LENGTH, VOCAB_SIZE = 512, 49152
+LENGTH = 512
 SHAPES = {
-    "135M": Shape(layers=30, hidden=576, heads=9, kv_heads=3, ffn=1536),
+    "135M": LARGE,
     "360M": Shape(layers=32, hidden=960, heads=15, kv_heads=5, ffn=2560),
     "1.7B": Shape(layers=24, hidden=2048, heads=32, kv_heads=32, ffn=8192),
-    "eight layers": Shape(layers=8, hidden=576, heads=9, kv_heads=3, ffn=1536),
+    "eight layers": dataclasses.replace(LARGE, layers=8),
 }
 BASE = Training(batch_sequences=8, micro_batch_sequences=2, dtype="bfloat16")
 CASES: list[tuple[str, dict[str, object]]] = [
@@ -116,7 +118,7 @@ def hold(name: str, changes: dict[str, object]) -> None:
         port=int(os.environ["MASTER_PORT"]), device=cpu,
     )  # fmt: skip
     training.load_deepspeed()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = report.peak_bytes()
     recipe = dataclasses.replace(BASE, **changes)  # type: ignore[arg-type]
     ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, (64, LENGTH)).astype(np.uint16)
     steps = iter(range(1, 100))
@@ -131,8 +133,8 @@ def hold(name: str, changes: dict[str, object]) -> None:
     )
 
 
-def _end(before: int) -> None:
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, flush=True)
+def _end(before: float) -> None:
+    print(report.peak_bytes() - before, flush=True)
     os._exit(0)
 
 
