@@ -11,8 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "build" / "benchmarks"
-"""Where `save` writes; not kept by git."""
+BUILD = Path(__file__).parents[1] / "build"
+"""For what benchmarks make; not kept by git."""
+RESULTS = BUILD / "benchmarks"
+"""Where `save` writes."""
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "h5py")
 
 
