@@ -14,7 +14,10 @@ VOCAB_SIZE = 49152
 
 
 def bandwidth() -> float:
-    """Bytes a second that a copy of a buffer beyond every cache reads and writes, on one thread."""
+    """Bytes a second that a copy of a buffer beyond every cache reads and writes.
+
+    On CPUs, like `matrix_rate`, on the threads that torch was given.
+    """
     import torch
 
     from kdhpc import models

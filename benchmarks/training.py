@@ -11,7 +11,8 @@ memory is the most that the process ever held (on GPUs: that the allocator reser
 The Trainer's best settings that were found: torch_compile off (0.8 times as fast on the CPU where
 this was written), adamw_torch_fused, no logging or saving, no gradient checkpointing, no processes
 for data. `Trainer, kept memory` has the allocator settings too that kdhpc gives itself on CPUs.
-`kdhpc fast` has compile: true, `kdhpc small` activation checkpointing and 256 positions of logits.
+`kdhpc fast` has compile: true, `kdhpc` has not, `kdhpc small` has activation checkpointing and 256
+positions of logits.
 All systems of a comparison are in memory at once; --systems takes fewer, the first is the base.
 """
 
@@ -19,7 +20,6 @@ import argparse
 import os
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -29,22 +29,24 @@ import turns
 
 LENGTH = 512
 SYSTEMS = ("Trainer", "kdhpc fast", "kdhpc small")
-"""Also: `Trainer, kept memory` and `kdhpc` (fast without a compiler)."""
+MORE = ("Trainer, kept memory", "kdhpc")
+"""Only where `--systems` names them."""
+DTYPES = ("bfloat16", "float32")
 WORKER_ENV = {"OMP_NUM_THREADS": "1", "ACCELERATE_LOG_LEVEL": "ERROR"}
 KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 def main() -> None:
     """Start every system, let them take turns, print a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--dtype", nargs="*", default=["bfloat16", "float32"])
+    parser = report.options(__doc__)
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=4, help="in a micro-batch")
     parser.add_argument("--parts", type=int, default=2, help="micro-batches in a step")
     parser.add_argument("--zero-stage", type=int, default=1)
-    parser.add_argument("--systems", nargs="*", default=list(SYSTEMS))
+    parser.add_argument(
+        "--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS + MORE, metavar="NAME"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -183,31 +185,30 @@ def _trainer(
         def __getitem__(self, index: int) -> dict[str, Any]:
             return {"input_ids": ids[index], "labels": ids[index]}
 
-    with tempfile.TemporaryDirectory() as out:
-        arguments = TrainingArguments(
-            output_dir=out,
-            per_device_train_batch_size=options.sequences,
-            gradient_accumulation_steps=options.parts,
-            learning_rate=5e-4,
-            adam_beta2=0.95,
-            adam_epsilon=1e-6,
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            optim="adamw_torch_fused",
-            bf16=dtype == "bfloat16",
-            deepspeed={
-                "zero_optimization": {"stage": options.zero_stage},
-                "bf16": {"enabled": dtype == "bfloat16"},
-                "gradient_clipping": 1.0,
-                "train_micro_batch_size_per_gpu": options.sequences,
-                "gradient_accumulation_steps": options.parts,
-            },
-            report_to=[],
-            logging_strategy="no",
-            save_strategy="no",
-            disable_tqdm=True,
-        )
-        Trainer(model=model, args=arguments, train_dataset=Data(), callbacks=[Turns()]).train()
+    arguments = TrainingArguments(
+        output_dir=str(report.RESULTS / "trainer"),  # nothing is written
+        per_device_train_batch_size=options.sequences,
+        gradient_accumulation_steps=options.parts,
+        learning_rate=5e-4,
+        adam_beta2=0.95,
+        adam_epsilon=1e-6,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        bf16=dtype == "bfloat16",
+        deepspeed={
+            "zero_optimization": {"stage": options.zero_stage},
+            "bf16": {"enabled": dtype == "bfloat16"},
+            "gradient_clipping": 1.0,
+            "train_micro_batch_size_per_gpu": options.sequences,
+            "gradient_accumulation_steps": options.parts,
+        },
+        report_to=[],
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    Trainer(model=model, args=arguments, train_dataset=Data(), callbacks=[Turns()]).train()
 
 
 if __name__ == "__main__":
