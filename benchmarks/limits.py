@@ -4,7 +4,7 @@ import statistics
 import time
 
 from kdhpc.config import Shape
-from kdhpc.sizes import NUM_BYTES, num_parameters
+from kdhpc.sizes import NUM_BYTES, key_value_bytes, num_parameters
 
 LARGE = Shape(
     layers=30, hidden=576, heads=9, kv_heads=3, ffn=1536, rope_theta=100000.0, init_std=0.04167
@@ -14,7 +14,10 @@ VOCAB_SIZE = 49152
 
 
 def bandwidth() -> float:
-    """Bytes a second that a copy of a buffer beyond every cache reads and writes, on one thread."""
+    """Bytes a second that a copy of a buffer beyond every cache reads and writes.
+
+    On CPUs, like `matrix_rate`, on the threads that torch was given.
+    """
     import torch
 
     from kdhpc import devices
@@ -46,13 +49,7 @@ def decoding(shape: Shape, *, rows: int, new_tokens: int, dtype: str) -> tuple[f
     and a sum, goes over queries and keys and over weights and values.
     """
     weights = num_parameters(shape, VOCAB_SIZE)
-    kv_size = shape.hidden // shape.heads * shape.kv_heads
     keys = rows * (new_tokens + 1) / 2
-    cache = 2 * shape.layers * kv_size * keys
+    num_bytes = NUM_BYTES[dtype] * weights + key_value_bytes(shape, dtype) * keys
     attention = 4 * shape.layers * shape.hidden * keys
-    return NUM_BYTES[dtype] * (weights + cache), 2.0 * weights * rows + attention
-
-
-def forward_flops(shape: Shape, length: int) -> float:
-    """Operations a token of a forward pass over rows of `length`, head and causal attention in."""
-    return 2.0 * num_parameters(shape, VOCAB_SIZE) + 2.0 * shape.layers * shape.hidden * length
+    return num_bytes, 2.0 * weights * rows + attention

@@ -11,8 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "build" / "benchmarks"
-"""Where `save` writes; not kept by git."""
+BUILD = Path(__file__).parents[1] / "build"
+"""For what benchmarks make; not kept by git."""
+RESULTS = BUILD / "benchmarks"
+"""Where `save` writes."""
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "h5py")
 
 
@@ -64,8 +66,15 @@ def options(description: str | None) -> argparse.ArgumentParser:
     )
 
 
-def peak_bytes() -> float:
-    """The most memory that this process held, without what its parent held before it started it."""
+def peak_bytes(device: Any = None) -> float:
+    """The most memory that this process held; where `device` is a GPU, that torch reserved there.
+
+    Unlike `ru_maxrss`, without what its parent held before it started it.
+    """
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return float(torch.cuda.max_memory_reserved(device))
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return float(line.split()[1]) * 1024

