@@ -1,14 +1,17 @@
 """Scores agree with a float64 loop over a transformers model."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from models_for_tests import llama_of, small_model
+from commands import need
+from models_for_tests import SHAPE, llama_of, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from kdhpc import native
 from kdhpc.draws import Selector
 from kdhpc.errors import InputError
 from kdhpc.likelihood import CPU_TOKENS, counted, token_log_probs
@@ -112,6 +115,25 @@ def test_the_samplers_own_sums_agree_with_the_scorer() -> None:
                 assert np.allclose(samples.log_prob_sum, samples.log_prob_tau_sum, atol=1e-5)
             else:
                 assert (samples.log_prob_tau_sum > samples.log_prob_sum).mean() > 0.5
+
+
+@pytest.mark.parametrize("engine", ["torch", "native"])
+def test_the_samplers_own_bfloat16_sums_agree_with_the_scorer_in_the_mean(engine: str) -> None:
+    """One token at a time and whole rows may round differently."""
+    need(engine == "torch" or not native.missing(), f"the extension: {native.missing()}")
+    shape = replace(SHAPE, hidden=192, heads=6, kv_heads=2, ffn=96)
+    model = llama_of(small_model(300, 40, shape=shape).to(torch.bfloat16))
+    sampler = Sampler(
+        model, prompt_ids=[2], length=40, batch_rows=64, selector=Selector(),
+        draw="inverse_cdf", eos=-1, count_eos=True, engine=engine,
+    )  # fmt: skip
+    samples = sample(sampler, rows=range(128), seed=0, stream="test")
+    [scores] = token_log_probs(
+        model, torch.from_numpy(samples.ids.astype(np.int64)), head_tokens=1000
+    )
+    difference = (scores[:, 1:].double().sum(1).numpy() - samples.log_prob_sum) / 39
+    assert abs(difference.mean()) < 0.01
+    assert np.abs(difference).mean() < 0.05
 
 
 def test_prompt_padding_and_masked_eos_are_not_counted() -> None:
