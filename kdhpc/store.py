@@ -135,12 +135,28 @@ def _read_sample_shard(path: Path) -> Samples:
     try:
         with pa.memory_map(str(path)) as source:
             table = pa.ipc.open_stream(source).read_all()
-        ids = table["ids"].combine_chunks()
-        flat = ids.flatten().to_numpy()
-        rows = {name: table[name].combine_chunks().to_numpy() for name in ROW_COLUMNS}
-        return Samples(ids=flat.reshape(len(table), -1), **rows)
-    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+        ids = _numbers(_in_one_piece(table["ids"]).values, np.uint16)
+        rows: dict[str, Any] = {
+            name: _numbers(_in_one_piece(table[name]), dtype) for name, dtype in ROW_COLUMNS.items()
+        }
+        return Samples(ids=ids.reshape(len(table), -1), **rows)
+    except (pa.ArrowException, AttributeError, KeyError, ValueError, OSError) as error:
         raise DamagedError(f"{path}: not a token shard ({error})") from error
+
+
+def _in_one_piece(column: Any) -> Any:
+    """A column of a table: where it is mapped, if it was written as one batch."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _numbers(array: Any, dtype: type) -> NDArray[Any]:
+    """An Arrow array of numbers, not copied; its own `to_numpy` imports pandas."""
+    import pyarrow as pa
+
+    if array.type != pa.from_numpy_dtype(dtype) or array.null_count:
+        raise ValueError(f"expected {np.dtype(dtype)}, found {array.type}")
+    start = array.offset * np.dtype(dtype).itemsize
+    return np.frombuffer(array.buffers()[1], dtype, len(array), start)
 
 
 @dataclass(frozen=True, kw_only=True)
