@@ -43,7 +43,7 @@ SEAL = "seal"
 SEAL_PLACE = slice(-67, -3)
 """Of its 64 hexadecimal digits."""
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
-PIECE_BYTES = 2**18
+PIECE_BYTES = 2**20
 """Of a file that is read once from end to end; so much stays in a core's cache."""
 
 Digest = xxhash.xxh3_128
