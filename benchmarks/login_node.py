@@ -86,7 +86,7 @@ def timed(command: list[str]) -> tuple[float, float]:
     """Seconds and CPU seconds of a command, with byte code as anybody has it."""
     kept = {name: v for name, v in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     begun, cpu_s = time.perf_counter(), report.cpu_of_children()
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=False, env=kept)
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=kept)
     return time.perf_counter() - begun, report.cpu_of_children() - cpu_s
 
 

@@ -43,7 +43,7 @@ SEAL = "seal"
 SEAL_PLACE = slice(-67, -3)
 """Of its 64 hexadecimal digits."""
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
-PIECE_BYTES = 2**18
+PIECE_BYTES = 2**20
 """Of a file that is read once from end to end; so much stays in a core's cache."""
 
 Digest = xxhash.xxh3_128
@@ -149,7 +149,7 @@ class RunFolder:
                     try:
                         record = _record(read_once(entry.path), key, folder)
                         # Not listed: written, and recorded, while the folder was being listed.
-                        found = _size(present.get(record.data_name, record.data))
+                        found = _size(present.get(record.data_name) or record.data)
                         if found != record.num_bytes:
                             what = "is missing" if found is None else f"has {found} bytes"
                             raise DamagedError(
@@ -307,7 +307,7 @@ def _read(path: str | Path) -> bytes:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         parts = []
-        while part := os.read(descriptor, PIECE_BYTES):
+        while part := os.read(descriptor, 2**16):
             parts.append(part)
         return b"".join(parts)
     finally:

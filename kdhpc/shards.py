@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from kdhpc.artifacts import Work, Written
 
 Json = Any  # a number, string, bool, None, list or dict of these
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def digest(value: Json) -> str:
     """sha256 over the canonical JSON of `value`, as 64 hexadecimal digits."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_CANONICAL.encode(value).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -135,12 +135,28 @@ def _read_sample_shard(path: Path) -> Samples:
     try:
         with pa.memory_map(str(path)) as source:
             table = pa.ipc.open_stream(source).read_all()
-        ids = table["ids"].combine_chunks()
-        flat = ids.flatten().to_numpy()
-        rows = {name: table[name].combine_chunks().to_numpy() for name in ROW_COLUMNS}
-        return Samples(ids=flat.reshape(len(table), -1), **rows)
-    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+        ids = _numbers(_in_one_piece(table["ids"]).values, np.uint16)
+        rows: dict[str, Any] = {
+            name: _numbers(_in_one_piece(table[name]), dtype) for name, dtype in ROW_COLUMNS.items()
+        }
+        return Samples(ids=ids.reshape(len(table), -1), **rows)
+    except (pa.ArrowException, AttributeError, KeyError, ValueError, OSError) as error:
         raise DamagedError(f"{path}: not a token shard ({error})") from error
+
+
+def _in_one_piece(column: Any) -> Any:
+    """A column of a table: where it is mapped, if it was written as one batch."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _numbers(array: Any, dtype: type) -> NDArray[Any]:
+    """An Arrow array of numbers, not copied; its own `to_numpy` imports pandas."""
+    import pyarrow as pa
+
+    if array.type != pa.from_numpy_dtype(dtype) or array.null_count:
+        raise ValueError(f"expected {np.dtype(dtype)}, found {array.type}")
+    start = array.offset * np.dtype(dtype).itemsize
+    return np.frombuffer(array.buffers()[1], dtype, len(array), start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +297,17 @@ class _Place:
         return self.shape[0] * self.row_bytes
 
 
+def _place(dataset: Any) -> _Place:
+    """Where a dataset lies. h5py is slow to say, so it is asked once."""
+    shape, dtype, offset = dataset.shape, dataset.dtype, dataset.id.get_offset()
+    if (not shape and dataset.size) or dtype.hasobject:
+        raise ValueError(f"{dataset.name} is no array")
+    at = _Place(offset=offset or 0, dtype=dtype, shape=shape)
+    if at.num_bytes and offset is None:
+        raise ValueError(f"{dataset.name} does not lie in one piece")
+    return at
+
+
 def _layout(path: Path) -> dict[str, _Place]:
     """Every array of a file by its whole name, in the order of the file."""
     import h5py
@@ -290,13 +317,9 @@ def _layout(path: Path) -> dict[str, _Place]:
 
     def visit(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
-            offset = item.id.get_offset()
-            if (not item.shape and item.size) or item.dtype.hasobject:
-                raise ValueError(f"{name} is no array")
-            at = _Place(offset=offset or 0, dtype=item.dtype, shape=item.shape)
-            if at.num_bytes and (offset is None or offset + at.num_bytes > file_bytes):
-                raise ValueError(f"{name} does not lie in one piece")
-            found[name] = at
+            found[name] = at = _place(item)
+            if at.num_bytes and at.offset + at.num_bytes > file_bytes:
+                raise ValueError(f"{name} lies beyond the end")
 
     with _open(path) as file:
         file.visititems(visit)
@@ -346,44 +369,42 @@ def _put(group: Any, num_rows: int, pieces: Iterable[Piece]) -> list[str]:
     early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    made: dict[str, Any] = {}
+    inside = group.name.strip("/")
+    places: dict[str, _Place] = {}
     written: dict[str, int] = {}
     digests = {}
     with open(group.file.filename, "r+b", buffering=0) as sink:
         for name, piece in pieces:
-            if name not in made:
+            if name not in places:
                 shape = (num_rows, *piece.shape[1:])
                 num_bytes = num_rows * piece[:1].nbytes + HDF5_ROOM_BYTES
                 _need_room(Path(group.file.filename).parent, num_bytes)
-                made[name] = group.create_dataset(name, shape, piece.dtype, dcpl=early)
+                made = group.create_dataset(name, shape, piece.dtype, dcpl=early)
+                places[name] = _place(made)
                 written[name], digests[name] = 0, Digest()
-            room = made[name].nbytes - written[name]
-            if (piece.dtype, piece.shape[1:]) != (made[name].dtype, made[name].shape[1:]) or (
-                piece.nbytes > room
+            at = places[name]
+            if (piece.dtype, piece.shape[1:]) != (at.dtype, at.shape[1:]) or (
+                written[name] + piece.nbytes > at.num_bytes
             ):
                 raise DamagedError(
-                    f"{made[name].name}: a piece of {piece.shape} {piece.dtype} does not fit into "
-                    f"{made[name].shape} {made[name].dtype}"
+                    f"{inside}/{name}: a piece of {piece.shape} {piece.dtype} does not fit "
+                    f"into {at.shape} {at.dtype}"
                 )
             content = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
             digests[name].update(content)
-            if content:
-                sink.seek(made[name].id.get_offset() + written[name])
             while content:
-                content = content[sink.write(content) :]
-            written[name] += piece.nbytes
-    for name, dataset in made.items():
-        if written[name] != dataset.nbytes:
-            raise ValueError(f"{dataset.name}: {written[name]} bytes for {dataset.shape}")
+                size = os.pwrite(sink.fileno(), content, at.offset + written[name])
+                content = content[size:]
+                written[name] += size
+    for name, at in places.items():
+        if written[name] != at.num_bytes:
+            raise ValueError(f"{inside}/{name}: {written[name]} bytes for {at.shape}")
     group.file.flush()
-    return [
-        _line(dataset.name.strip("/"), dataset.dtype, dataset.shape, digests[name].hexdigest())
-        for name, dataset in made.items()
-    ]
+    return [_line(f"{inside}/{name}".strip("/"), at, digests[name]) for name, at in places.items()]
 
 
-def _line(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], digest: str) -> str:
-    return f"{name} {dtype.str} {shape} {digest}"
+def _line(name: str, at: _Place, digest: Digest) -> str:
+    return f"{name} {at.dtype.str} {at.shape} {digest.hexdigest()}"
 
 
 def _digests(path: Path) -> tuple[list[str], str]:
@@ -392,7 +413,7 @@ def _digests(path: Path) -> tuple[list[str], str]:
     digests = {name: Digest() for name in layout}
     for name, piece in read_pieces(path, whole):
         digests[name].update(piece.data)
-    lines = [_line(n, at.dtype, at.shape, digests[n].hexdigest()) for n, at in layout.items()]
+    lines = [_line(name, at, digests[name]) for name, at in layout.items()]
     return lines, whole.hexdigest()
 
 

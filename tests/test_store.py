@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import h5py
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from kdhpc import store
@@ -49,18 +50,44 @@ def test_token_shards_open_in_datasets_alone(tmp_path: Path) -> None:
     assert np.array_equal(found["length"], written.length)
 
 
-def test_a_token_shard_is_mapped_not_copied(tmp_path: Path) -> None:
-    store.write_samples(tmp_path / "a.arrow", samples(), {})
-    ids = store.read_samples([tmp_path / "a.arrow"]).ids
-    assert not ids.flags.owndata
-    assert not ids.flags.writeable
-
-
 def test_shards_are_joined_in_order(tmp_path: Path) -> None:
     paths = [tmp_path / "a.arrow", tmp_path / "b.arrow"]
     for path, rows in zip(paths, (3, 4), strict=True):
         store.write_samples(path, samples(rows), {})
     assert np.array_equal(store.read_samples(paths).ids[3:], samples(4).ids)
+
+
+def test_a_token_shard_is_mapped_not_copied(tmp_path: Path) -> None:
+    store.write_samples(tmp_path / "a.arrow", samples(1000), {})
+    before = pa.total_allocated_bytes()
+    ids = store.read_samples([tmp_path / "a.arrow"]).ids
+    assert pa.total_allocated_bytes() - before < ids.nbytes
+    assert not ids.flags.owndata
+    assert not ids.flags.writeable
+
+
+@pytest.mark.parametrize("ids", [[1, 2], ["a", "b"], [[1], [2]], [[1], [None]]])
+def test_a_file_without_rows_of_ids_is_refused_by_name(tmp_path: Path, ids: list[Any]) -> None:
+    path = tmp_path / "a.arrow"
+    rows = {n: np.ones(2, dtype) for n, dtype in store.ROW_COLUMNS.items()}
+    table = pa.table({"ids": ids, **rows})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(DamagedError, match=r"a\.arrow: not a token shard"):
+        store.read_samples([path])
+
+
+def test_reading_a_token_shard_loads_no_pandas(tmp_path: Path) -> None:
+    """Half a second of every task that reads one."""
+    store.write_samples(tmp_path / "a.arrow", samples(), {})
+    program = (
+        "import sys; from pathlib import Path; from kdhpc import store;"
+        "store.read_samples([Path(sys.argv[1])]);"
+        "print({'pandas', 'pyarrow.compute'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "a.arrow")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "set()"
 
 
 @pytest.mark.parametrize("name", ["a.arrow", "a.h5"])
