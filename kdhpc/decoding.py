@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdhpc.devices import Linear
-from kdhpc.inference import Model
+from kdhpc.inference import LanguageModel
 from kdhpc.llama import Llama, turn
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class TransformersDecoder:
         return logits
 
 
-def decoder_for(model: Model, rows: int, length: int) -> Decoder:
+def decoder_for(model: LanguageModel, rows: int, length: int) -> Decoder:
     """What decodes this model."""
     if isinstance(model, Llama):
         return LlamaDecoder(model, rows, length)

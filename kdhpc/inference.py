@@ -16,7 +16,7 @@ from kdhpc.errors import DamagedError
 from kdhpc.tokens import Tokenizer
 
 
-class Model(Protocol):
+class LanguageModel(Protocol):
     """A causal language model that only infers."""
 
     kind: str
@@ -34,7 +34,7 @@ class Model(Protocol):
         ...
 
 
-def load_model(path: Path, *, dtype: str, device: torch.device) -> Model:
+def load_model(path: Path, *, dtype: str, device: torch.device) -> LanguageModel:
     """A checkpoint folder (safetensors) as a model that only infers.
 
     Raises:
@@ -44,14 +44,14 @@ def load_model(path: Path, *, dtype: str, device: torch.device) -> Model:
 
     try:
         config = json.loads((path / "config.json").read_bytes())
-        if not llama.fits(config):
-            from kdhpc.models import TransformersModel
-
-            return TransformersModel.load(path, dtype=dtype, device=device)
-        with _weights(path) as weights:
-            return llama.Llama(config, weights, dtype=DTYPES[dtype], device=device)
-    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        if llama.fits(config):
+            with _weights(path) as weights:
+                return llama.Llama(config, weights, dtype=DTYPES[dtype], device=device)
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise DamagedError(f"{path}: not a model checkpoint ({error})") from error
+    from kdhpc.models import TransformersModel
+
+    return TransformersModel.load(path, dtype=dtype, device=device)
 
 
 @contextlib.contextmanager
@@ -75,7 +75,7 @@ def _weights(path: Path) -> Iterator[Callable[[str], Tensor]]:
 class Loaded:
     """A model, its tokenizer, and what a stage keeps of its work with them."""
 
-    model: Model
+    model: LanguageModel
     tokenizer: Tokenizer
     sampler: Any = None
     """Options and sampler that `kdhpc.sampling` made last; they go with the model."""

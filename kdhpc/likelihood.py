@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdhpc.devices import exact_matmuls
-from kdhpc.inference import Model
+from kdhpc.inference import LanguageModel
 
 
 def counted(
@@ -37,7 +37,7 @@ CPU_TOKENS = 128
 
 @torch.inference_mode()
 def token_log_probs(
-    model: Model, ids: Tensor, *, head_tokens: int, taus: Sequence[float] = (1.0,)
+    model: LanguageModel, ids: Tensor, *, head_tokens: int, taus: Sequence[float] = (1.0,)
 ) -> Tensor:
     """Log p(token | tokens before it) for every token but the first of each row.
 

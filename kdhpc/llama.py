@@ -70,7 +70,7 @@ class Llama:
 
         Raises:
             KeyError: for a field or tensor that is not there.
-            RuntimeError: for weights of other sizes than the config's.
+            ValueError: for weights of other sizes than the config's.
         """
         self.dtype, self.device = dtype, device
         self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -86,7 +86,7 @@ class Llama:
             # A copy: what is read may be a view of the file.
             tensor = weights(f"{name}.weight").to(device=device, dtype=dtype, copy=True)
             if tensor.shape != shape:
-                raise RuntimeError(f"{name} is {list(tensor.shape)}; the config says {list(shape)}")
+                raise ValueError(f"{name} is {list(tensor.shape)}; the config says {list(shape)}")
             return tensor
 
         def layer(at: str) -> Layer:

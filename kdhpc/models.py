@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from kdhpc.config import Shape
 from kdhpc.devices import DTYPES, Linear, frozen_head
-from kdhpc.errors import InputError
+from kdhpc.errors import DamagedError, InputError
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -71,11 +71,14 @@ class TransformersModel:
         """A checkpoint folder.
 
         Raises:
-            OSError: if it is not one; or ValueError, RuntimeError.
+            DamagedError: if it is not one.
         """
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
-        )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DamagedError(f"{path}: not a model checkpoint ({error})") from error
         return cls(model.to(device))
 
     @functools.cached_property

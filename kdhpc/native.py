@@ -22,7 +22,7 @@ from kdhpc import draws
 from kdhpc.decoding import LlamaDecoder
 from kdhpc.devices import Linear
 from kdhpc.draws import InverseCdf, Selector
-from kdhpc.inference import Model
+from kdhpc.inference import LanguageModel
 from kdhpc.llama import Llama
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -82,7 +82,7 @@ def missing() -> str:
     return ""
 
 
-def unfit(model: Model) -> str:
+def unfit(model: LanguageModel) -> str:
     """Why the extension cannot decode this model; empty where it can."""
     if model.device.type != "cpu":
         return f"it is for CPUs, and the model is on {model.device.type}"

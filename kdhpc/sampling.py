@@ -16,7 +16,7 @@ import torch
 from kdhpc.decoding import Decoder, bucket_of, decoder_for
 from kdhpc.devices import exact_matmuls
 from kdhpc.draws import DRAWS, Draw, Selector
-from kdhpc.inference import Loaded, Model
+from kdhpc.inference import LanguageModel, Loaded
 from kdhpc.store import Samples
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Sampler:
 
     def __init__(
         self,
-        model: Model,
+        model: LanguageModel,
         *,
         prompt_ids: Sequence[int],
         length: int,
@@ -135,7 +135,7 @@ class Sampler:
 
 
 def _parts(
-    model: Model, rows: int, length: int, selector: Selector, draw: str, engine: str
+    model: LanguageModel, rows: int, length: int, selector: Selector, draw: str, engine: str
 ) -> tuple[Decoder, Draw]:
     """What decodes and what draws."""
     if engine == "native":
