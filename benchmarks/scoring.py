@@ -16,10 +16,18 @@ import report
 import turns
 from sampling import real_model
 
+from kdhpc import native
 from kdhpc.sizes import forward_flops
 
 LENGTH, ROWS = 512, 16
-SYSTEMS = ("released way", "body float32", "kdhpc float32", "body bfloat16", "kdhpc bfloat16")
+SYSTEMS = (
+    "released way",
+    "body float32",
+    "kdhpc float32",
+    "body bfloat16",
+    "kdhpc bfloat16",
+    "kdhpc native bfloat16",
+)
 
 
 def main() -> None:
@@ -37,6 +45,9 @@ def main() -> None:
     real_model()
     workers = {}
     for name in options.systems:
+        if "native" in name and (why := native.missing()):
+            print(f"{name} is left out: {why}", file=sys.stderr)
+            continue
         print(f"starting {name}", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, "--batch-rows", str(options.batch_rows)]
         workers[name] = turns.Worker([*command, "--worker", name])
@@ -85,13 +96,15 @@ def work(options: argparse.Namespace) -> None:
     devices.set_threads(report.conditions()["cores"])
     device = devices.pick_device("auto")
     name, _, dtype = options.worker.rpartition(" ")
-    ours = name == "kdhpc"
+    ours = name.startswith("kdhpc")
     if ours:
         devices.set_allocator(keep_freed=True)
     dtype = dtype if dtype in devices.DTYPES else "float32"
     model: Any
+    head = None
     if ours:
         model = inference.load_model(real_model(), dtype=dtype, device=device)
+        head = native.head_of(model) if name.endswith("native") else None
     else:
         model = TransformersModel.load(real_model(), dtype=dtype, device=device).model
     generator = torch.Generator().manual_seed(0)
@@ -107,7 +120,10 @@ def work(options: argparse.Namespace) -> None:
             total = model.base_model(ids, use_cache=False).last_hidden_state.sum()
         else:
             parts = torch.split(ids, options.batch_rows)
-            found = [likelihood.token_log_probs(model, part, head_tokens=4096) for part in parts]
+            found = [
+                likelihood.token_log_probs(model, part, head_tokens=4096, head=head)
+                for part in parts
+            ]
             total = torch.cat(found, dim=1)[0, :, 1:].sum()
         return {"sum": float(total), "peak_bytes": report.peak_bytes(device)}
 

@@ -195,6 +195,8 @@ class Scoring:
     """Positions whose logits over the whole vocabulary are in memory at once."""
     dtype: Dtype = "float32"
     """Of the model's body; logits and log-softmax are always float32."""
+    engine: Literal["torch", "native"] = "torch"
+    """`native` takes bfloat16 logits on CPUs by the extension that `make native` builds."""
     per_token: bool = False
     """Keep the log-probability of every token too (4 bytes each)."""
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdhpc.devices import exact_matmuls
+from kdhpc.devices import Linear, exact_matmuls
 from kdhpc.inference import LanguageModel
 
 
@@ -37,7 +37,12 @@ CPU_TOKENS = 128
 
 @torch.inference_mode()
 def token_log_probs(
-    model: LanguageModel, ids: Tensor, *, head_tokens: int, taus: Sequence[float] = (1.0,)
+    model: LanguageModel,
+    ids: Tensor,
+    *,
+    head_tokens: int,
+    taus: Sequence[float] = (1.0,),
+    head: Linear | None = None,
 ) -> Tensor:
     """Log p(token | tokens before it) for every token but the first of each row.
 
@@ -50,6 +55,7 @@ def token_log_probs(
         ids: [B, L] int64.
         head_tokens: most positions whose logits [head_tokens, V] are in memory at once.
         taus: temperatures, each of which divides the logits.
+        head: float32 logits [N, V] of hidden states [N, H]; the model's own if None.
 
     Returns:
         [len(taus), B, L] float32 in nats; column 0 is NaN.
@@ -59,11 +65,12 @@ def token_log_probs(
     """
     hidden = model.hidden(ids)[:, :-1]
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1)
+    head = head or model.head
     size = min(head_tokens, CPU_TOKENS) if ids.device.type == "cpu" else head_tokens
     picked = torch.empty((len(taus), len(flat)), device=ids.device)
     with exact_matmuls():
         for at in range(0, len(flat), size):
-            logits, wanted = model.head(flat[at : at + size]), targets[at : at + size, None]
+            logits, wanted = head(flat[at : at + size]), targets[at : at + size, None]
             for found, tau in zip(picked, taus, strict=True):
                 log_p = (logits if tau == 1.0 else logits / tau).log_softmax(1)
                 found[at : at + size] = log_p.gather(1, wanted).squeeze(1)

@@ -1,4 +1,4 @@
-"""The optional extension for CPUs: `make native` builds it, `sampling.engine: native` uses it.
+"""The optional extension for CPUs, built by `make native`; `sampling.engine`, `scoring.engine`.
 
 It does what is slow between the matrix products of a decoding step (`native.cpp`). It is built for
 the processor of the node that builds it, into the virtual environment, under a name that tells its
@@ -8,12 +8,13 @@ plain torch does the work and a warning says so.
 
 import functools
 import hashlib
+import logging
 import os
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from kdhpc.devices import Linear
 from kdhpc.draws import InverseCdf, Selector
 from kdhpc.inference import LanguageModel
 from kdhpc.llama import Llama
+
+log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
@@ -101,6 +104,14 @@ def unfit(model: LanguageModel) -> str:
     return ""
 
 
+def usable(model: LanguageModel, setting: str) -> TypeGuard[Llama]:
+    """Whether the extension can be used; where not, the log says why, naming the setting."""
+    why = missing() or unfit(model)
+    if why:
+        log.warning("%s=native: %s; plain torch does the work", setting, why)
+    return not why
+
+
 @functools.cache
 def has_head() -> bool:
     """Whether oneDNN's small kernels multiply bfloat16 here, which needs AVX-512."""
@@ -110,6 +121,15 @@ def has_head() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def head_of(model: Llama) -> Linear:
+    """Float32 logits of hidden states, by oneDNN's small kernels if they can multiply bfloat16."""
+    weight, vocab_size = model.head_weight, model.vocab_size
+    if weight.dtype != torch.bfloat16 or not has_head():
+        return model.head
+    packed = torch.ops.kdhpc.pack_head(weight.contiguous())
+    return lambda x: cast(Tensor, torch.ops.kdhpc.head(x, packed, vocab_size))
 
 
 class NativeDecoder(LlamaDecoder):
@@ -133,12 +153,7 @@ class NativeDecoder(LlamaDecoder):
         return self.head(ops.add_norm(x, delta, model.final_norm, model.eps))
 
     def _head(self) -> Linear:
-        """By oneDNN's small kernels where they can multiply bfloat16."""
-        weight, vocab_size = self.model.head_weight, self.model.vocab_size
-        if weight.dtype != torch.bfloat16 or not has_head():
-            return super()._head()
-        packed = torch.ops.kdhpc.pack_head(weight.contiguous())
-        return lambda x: cast(Tensor, torch.ops.kdhpc.head(x, packed, vocab_size))
+        return head_of(self.model)
 
 
 class NativeDraw(InverseCdf):

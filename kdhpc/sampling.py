@@ -8,7 +8,7 @@ positions and replayed.
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from kdhpc.devices import exact_matmuls
 from kdhpc.draws import DRAWS, Draw, Selector
 from kdhpc.inference import LanguageModel, Loaded
 from kdhpc.store import Samples
-
-if TYPE_CHECKING:
-    from kdhpc.llama import Llama
 
 log = logging.getLogger(__name__)
 
@@ -141,11 +138,9 @@ def _parts(
     if engine == "native":
         from kdhpc import native
 
-        if why := native.missing() or native.unfit(model):
-            log.warning("sampling.engine=native: %s; plain torch does the work", why)
-        else:
+        if native.usable(model, "sampling.engine"):
             return (
-                native.NativeDecoder(cast("Llama", model), rows, length),
+                native.NativeDecoder(model, rows, length),
                 native.DRAWS[draw](selector, rows, length, model.device),
             )
     return decoder_for(model, rows, length), DRAWS[draw](selector, rows, length, model.device)

@@ -129,7 +129,10 @@ def test_the_samplers_own_bfloat16_sums_agree_with_the_scorer_in_the_mean(engine
     )  # fmt: skip
     samples = sample(sampler, rows=range(128), seed=0, stream="test")
     [scores] = token_log_probs(
-        model, torch.from_numpy(samples.ids.astype(np.int64)), head_tokens=1000
+        model,
+        torch.from_numpy(samples.ids.astype(np.int64)),
+        head_tokens=1000,
+        head=native.head_of(model) if engine == "native" else None,
     )
     difference = (scores[:, 1:].double().sum(1).numpy() - samples.log_prob_sum) / 39
     assert abs(difference.mean()) < 0.01

@@ -119,7 +119,7 @@ def test_the_head_of_the_extension_has_float32_results(vocab_size: int) -> None:
     model = llama_of(small_model(vocab_size, 16).to(torch.bfloat16))
     hidden = torch.randn(8, model.hidden_size).bfloat16()
     exact = hidden.double() @ model.head_weight.double().T
-    found = NativeDecoder(model, 8, 16).head(hidden)
+    found = native.head_of(model)(hidden)
     assert found.dtype == torch.float32
     assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
 
@@ -264,6 +264,8 @@ def test_without_the_extension_plain_torch_does_the_work_and_says_so(
     assert found.decoder.name == "llama"
     assert "sampling.engine=native: " in caplog.text
     assert "plain torch does the work" in caplog.text
+    assert not native.usable(llama_of(model), "scoring.engine")
+    assert "scoring.engine=native: " in caplog.text
 
 
 def test_philox_gives_the_published_words() -> None:

@@ -41,6 +41,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
                 "dtype": scoring.dtype,
                 "batch_rows": scoring.batch_rows,
                 "head_tokens": scoring.head_tokens,
+                "engine": scoring.engine,
                 "per_token": scoring.per_token,
                 "threads": config.threads,
             },
@@ -68,13 +69,16 @@ def run(shard: Shard, work: Work) -> Written:
     import numpy as np
     import torch
 
-    from kdhpc import devices, inference, likelihood, store
+    from kdhpc import devices, inference, likelihood, native, store
 
     config: LanguageConfig = work.config
     devices.set_threads(config.threads)
     devices.set_allocator(keep_freed=True)
     loaded = inference.load(work.local_input(shard.reads[0]), config.scoring.dtype, config.device)
     model, tokenizer = loaded.model, loaded.tokenizer
+    head = None
+    if config.scoring.engine == "native" and native.usable(model, "scoring.engine"):
+        head = native.head_of(model)
     samples, offset = _rows(shard, work)
     first, stop = shard.rows or (0, 0)
     num_prompt = len(tokenizer.prompt_ids(config.prompt))
@@ -92,7 +96,9 @@ def run(shard: Shard, work: Work) -> Written:
             ended=last == tokenizer.eos,
             count_eos=config.eos == "learn",
         )
-        [log_probs] = likelihood.token_log_probs(model, ids, head_tokens=config.scoring.head_tokens)
+        [log_probs] = likelihood.token_log_probs(
+            model, ids, head_tokens=config.scoring.head_tokens, head=head
+        )
         found.append(
             store.Scores(
                 log_prob_sum=torch.where(counts, log_probs, 0.0).double().sum(1).cpu().numpy(),
