@@ -111,7 +111,11 @@ def run(shard: Shard, work: Work) -> Written:
         work.progress((start - first) / shard.num_rows)
     path = work.new_path(shard, ".h5")
     store.write_scores(path, store.join_scores(found))
-    return Written(path=path, rows=shard.num_rows, stats={"device": model.device.type})
+    return Written(
+        path=path,
+        rows=shard.num_rows,
+        stats={"device": model.device.type, "engine": "native" if head else "torch"},
+    )
 
 
 def _rows(shard: Shard, work: Work) -> tuple[Any, int]:
