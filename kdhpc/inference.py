@@ -47,7 +47,7 @@ def load_model(path: Path, *, dtype: str, device: torch.device) -> LanguageModel
         if llama.fits(config):
             with _weights(path) as weights:
                 return llama.Llama(config, weights, dtype=DTYPES[dtype], device=device)
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise DamagedError(f"{path}: not a model checkpoint ({error})") from error
     from kdhpc.models import TransformersModel
 
@@ -68,7 +68,16 @@ def _weights(path: Path) -> Iterator[Callable[[str], Tensor]]:
             stack.enter_context(safe_open(path / name, framework="pt")) for name in sorted(names)
         ]
         where = {name: file for file in files for name in file.keys()}  # noqa: SIM118
-        yield lambda name: where[name].get_tensor(name)
+        asked = {"lm_head.weight"}  # a tied one may be there
+
+        def read(name: str) -> Tensor:
+            asked.add(name)
+            tensor: Tensor = where[name].get_tensor(name)
+            return tensor
+
+        yield read
+        if unknown := sorted(where.keys() - asked):
+            raise ValueError(f"a Llama has no {unknown[0]}")
 
 
 @dataclass
@@ -81,19 +90,21 @@ class Loaded:
     """Options and sampler that `kdhpc.sampling` made last; they go with the model."""
 
 
-_loaded: dict[tuple[Path, str, str], Loaded] = {}
+_last: tuple[tuple[Path, str, str], Loaded] | None = None
 
 
 def load(path: Path, dtype: str, device: str) -> Loaded:
     """A checkpoint folder; the last stays in memory, so that a task loads it once."""
+    global _last
     wanted = (path, dtype, device)
-    if wanted not in _loaded:
+    if _last is None or _last[0] != wanted:
         forget()  # two large models may not fit
         model = load_model(path, dtype=dtype, device=pick_device(device))
-        _loaded[wanted] = Loaded(model, Tokenizer(path))
-    return _loaded[wanted]
+        _last = wanted, Loaded(model, Tokenizer(path))
+    return _last[1]
 
 
 def forget() -> None:
     """Drop what `load` keeps, and all that hangs on it."""
-    _loaded.clear()
+    global _last
+    _last = None

@@ -31,7 +31,7 @@ def counted(
     return (position >= num_prompt) & (position < stop[:, None])
 
 
-CPU_TOKENS = 128
+CPU_HEAD_TOKENS = 128
 """Positions whose logits stay in a CPU's cache between the product and the softmax."""
 
 
@@ -63,10 +63,11 @@ def token_log_probs(
     Raises:
         InputError: for a model whose logits are something else.
     """
-    hidden = model.hidden(ids)[:, :-1]
+    with exact_matmuls():
+        hidden = model.hidden(ids)[:, :-1]
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1)
     head = head or model.head
-    size = min(head_tokens, CPU_TOKENS) if ids.device.type == "cpu" else head_tokens
+    size = min(head_tokens, CPU_HEAD_TOKENS) if ids.device.type == "cpu" else head_tokens
     picked = torch.empty((len(taus), len(flat)), device=ids.device)
     with exact_matmuls():
         for at in range(0, len(flat), size):

@@ -17,17 +17,21 @@ from torch.nn import functional
 from kdhpc import attention
 from kdhpc.devices import Linear, frozen_head, frozen_linear
 
-CPU_TOKENS = 1024
+CPU_BODY_TOKENS = 1024
 """Tokens that go through the layers together on CPUs, so that what lies between stays in caches."""
 PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 ROPE_TYPES = ("default", "llama3")
 
 
 def fits(config: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's config.json is that of a Llama as this module knows it."""
+    """Whether a checkpoint's config.json is that of a Llama as this module knows it.
+
+    Not with another activation, biases, another rotary type, or quantised weights.
+    """
     rope = config.get("rope_parameters") or {}
     return (
         config.get("model_type") == "llama"
+        and config.get("quantization_config") is None
         and all(config.get(name, value) == value for name, value in PLAIN.items())
         and rope.get("rope_type") in ROPE_TYPES
         and rope.get("partial_rotary_factor", 1.0) == 1.0
@@ -70,15 +74,18 @@ class Llama:
 
         Raises:
             KeyError: for a field or tensor that is not there.
+            TypeError: for a field that is no number.
             ValueError: for weights of other sizes than the config's.
         """
         self.dtype, self.device = dtype, device
-        self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        self.heads = int(config["num_attention_heads"])
+        self.kv_heads = int(config.get("num_key_value_heads") or self.heads)
         self.hidden_size, self.ffn = config["hidden_size"], config["intermediate_size"]
         self.head_size = config.get("head_dim") or self.hidden_size // self.heads
         self.vocab_size, self.num_layers = config["vocab_size"], config["num_hidden_layers"]
-        self.eps = config["rms_norm_eps"]
-        self._rope = config["rope_parameters"]
+        self.eps = float(config["rms_norm_eps"])
+        self.frequency = _frequency(self.head_size, config["rope_parameters"]).to(device)
+        """[D / 2] float32 rotary frequencies."""
         hidden, ffn = self.hidden_size, self.ffn
         q, kv = self.heads * self.head_size, self.kv_heads * self.head_size
 
@@ -115,11 +122,7 @@ class Llama:
 
     def rotary(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [length, D] of positions; the first half of the sines is negated."""
-        powers = torch.arange(0, self.head_size, 2, device=self.device).float() / self.head_size
-        frequency = 1.0 / self._rope["rope_theta"] ** powers
-        if self._rope["rope_type"] == "llama3":
-            frequency = _stretched(frequency, self._rope)
-        angle = torch.outer(torch.arange(length, device=self.device).float(), frequency)
+        angle = torch.outer(torch.arange(length, device=self.device).float(), self.frequency)
         cos, sin = angle.cos(), angle.sin()
         return torch.cat([cos, cos], 1).to(self.dtype), torch.cat([-sin, sin], 1).to(self.dtype)
 
@@ -144,7 +147,7 @@ class Llama:
             [B, L, H].
         """
         rows, length = ids.shape
-        together = max(1, CPU_TOKENS // length) if self.device.type == "cpu" else rows
+        together = max(1, CPU_BODY_TOKENS // length) if self.device.type == "cpu" else rows
         rotary = self.rotary(length)
         return torch.cat([self._hidden(part, rotary) for part in torch.split(ids, together)])
 
@@ -167,13 +170,18 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def _stretched(frequency: Tensor, rope: Mapping[str, Any]) -> Tensor:
-    """Frequencies for long contexts (Llama 3.1): slow ones are divided by `factor`, fast ones kept.
+def _frequency(head_size: int, rope: Mapping[str, Any]) -> Tensor:
+    """Rotary frequencies; for long contexts (Llama 3.1) slow ones are divided by `factor`.
 
-    Between the two, by how often a frequency turns within the length of the first training.
+    Fast ones are kept, and between the two it goes by how often a frequency turns within the length
+    of the first training.
     """
-    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    powers = torch.arange(0, head_size, 2).float() / head_size
+    frequency: Tensor = 1.0 / float(rope["rope_theta"]) ** powers
+    if rope["rope_type"] == "default":
+        return frequency
+    turns = float(rope["original_max_position_embeddings"]) * frequency / (2 * math.pi)
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    found: Tensor = frequency * (kept + (1.0 - kept) / rope["factor"])
-    return found
+    stretched: Tensor = frequency * (kept + (1.0 - kept) / float(rope["factor"]))
+    return stretched

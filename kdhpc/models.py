@@ -77,7 +77,7 @@ class TransformersModel:
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError) as error:
             raise DamagedError(f"{path}: not a model checkpoint ({error})") from error
         return cls(model.to(device))
 

@@ -123,11 +123,11 @@ def has_head() -> bool:
     return True
 
 
-def head_of(model: Llama) -> Linear:
-    """Float32 logits of hidden states, by oneDNN's small kernels if they can multiply bfloat16."""
+def head_of(model: Llama) -> Linear | None:
+    """Float32 logits of bfloat16 hidden states, where oneDNN's small kernels can make them."""
     weight, vocab_size = model.head_weight, model.vocab_size
     if weight.dtype != torch.bfloat16 or not has_head():
-        return model.head
+        return None
     packed = torch.ops.kdhpc.pack_head(weight.contiguous())
     return lambda x: cast(Tensor, torch.ops.kdhpc.head(x, packed, vocab_size))
 
@@ -153,7 +153,7 @@ class NativeDecoder(LlamaDecoder):
         return self.head(ops.add_norm(x, delta, model.final_norm, model.eps))
 
     def _head(self) -> Linear:
-        return head_of(self.model)
+        return head_of(self.model) or super()._head()
 
 
 class NativeDraw(InverseCdf):

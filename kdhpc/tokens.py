@@ -16,20 +16,26 @@ class Tokenizer:
         """Read it.
 
         Raises:
-            DamagedError: if it is not there or not readable.
-            InputError: if it has no end-of-sequence token.
+            DamagedError: if it is not readable.
+            InputError: if there is none that this library reads, or it has no end of sequence.
         """
         import tokenizers
 
+        file = path / "tokenizer.json"
+        if not file.exists():
+            raise InputError(f"{path}: has no tokenizer.json; expected a checkpoint with one")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-            token = json.loads((path / "tokenizer_config.json").read_bytes()).get("eos_token")
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            config = json.loads((path / "tokenizer_config.json").read_bytes())
+        except MemoryError:
+            raise
         except Exception as error:  # tokenizers raises nothing more special
-            raise DamagedError(f"{path}: its tokenizer is not readable ({error})") from error
+            raise DamagedError(f"{path}: its tokenizer.json is not readable ({error})") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        token = config.get("eos_token")
         text = token.get("content") if isinstance(token, dict) else token
-        eos = None if text is None else self._tokenizer.token_to_id(text)
+        eos = self._tokenizer.token_to_id(text) if isinstance(text, str) else None
         if eos is None:
             raise InputError(
                 f"{path}: its tokenizer has no end-of-sequence token; expected a model whose "
@@ -48,5 +54,7 @@ class Tokenizer:
         """
         ids: list[int] = self._tokenizer.encode(prompt, add_special_tokens=False).ids
         if not ids:
-            raise InputError(f"prompt={prompt!r}: the tokenizer makes no token of it")
+            raise InputError(
+                f"prompt={prompt!r}: the tokenizer makes no token of it; expected at least one"
+            )
         return ids

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdhpc.attention import attend
+from kdhpc.attention import attend, causal
 from kdhpc.likelihood import summed_nll
 
 
@@ -40,6 +40,12 @@ def test_blocks_give_the_attention_and_gradients_of_torch(
     # Softmax and sums are float32.
     for ours, theirs in zip(found, backward(expected, q, k, v, by=by), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_bfloat16_blocks_are_near_exact_attention() -> None:
+    q, k, v = (torch.randn(2, 2, 150, 48).bfloat16() for _ in range(3))
+    exact = scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    assert (causal(q, k, v) - exact).square().mean().sqrt() < 0.01
 
 
 def test_blocks_refuse_masks_and_caches() -> None:

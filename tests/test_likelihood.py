@@ -14,7 +14,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from kdhpc import native
 from kdhpc.draws import Selector
 from kdhpc.errors import InputError
-from kdhpc.likelihood import CPU_TOKENS, counted, token_log_probs
+from kdhpc.likelihood import CPU_HEAD_TOKENS, counted, token_log_probs
 from kdhpc.models import TransformersModel
 from kdhpc.sampling import Sampler, sample
 
@@ -65,7 +65,7 @@ def test_memory_does_not_grow_with_vocabulary_times_length() -> None:
 
     with Look():  # type: ignore[no-untyped-call]
         token_log_probs(model, ids, head_tokens=10**6)
-    assert 64 * 3000 < largest <= CPU_TOKENS * 3000
+    assert 64 * 3000 < largest <= CPU_HEAD_TOKENS * 3000
 
 
 def test_a_model_with_capped_logits_is_refused() -> None:

@@ -1,5 +1,6 @@
 """kdhpc's own Llama says what transformers' says, of the same checkpoint folder."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from kdhpc import models
 from kdhpc.errors import DamagedError, InputError
 from kdhpc.inference import load_model
-from kdhpc.llama import CPU_TOKENS, Llama
+from kdhpc.llama import CPU_BODY_TOKENS, Llama, fits
 from kdhpc.tokens import Tokenizer
 
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def logits_of(model: Llama, ids: torch.Tensor) -> torch.Tensor:
     {},
     {"num_key_value_heads": 6},
     {"num_key_value_heads": 1, "head_dim": 48},
-    {"tie_word_embeddings": False},
+    {"tie_word_embeddings": True, "num_key_value_heads": None},
     {"rope_parameters": LLAMA3},
 ])  # fmt: skip
 def test_a_folder_gives_the_logits_that_transformers_gives(
@@ -53,7 +54,7 @@ def test_a_folder_gives_the_logits_that_transformers_gives(
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     found = load_model(tmp_path, dtype="float32", device=CPU)
     assert isinstance(found, Llama)
-    ids = torch.randint(0, 300, (3, CPU_TOKENS // 2 - 11))  # more rows than go together
+    ids = torch.randint(0, 300, (3, CPU_BODY_TOKENS // 2 - 11))  # more rows than go together
     with torch.inference_mode():
         exact = AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
         assert (logits_of(found, ids) - exact).abs().max() < 1e-4 * exact.abs().max()
@@ -79,6 +80,12 @@ def test_a_checkpoint_that_is_cut_off_or_of_another_shape_is_damaged(tmp_path: P
     config.write_text(whole.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
     with pytest.raises(DamagedError, match=r"model\.layers\.2"):
         load_model(tmp_path, dtype="float32", device=CPU)
+    config.write_text(whole.replace('"rope_theta"', '"rope"'))
+    with pytest.raises(DamagedError, match="rope_theta"):
+        load_model(tmp_path, dtype="float32", device=CPU)
+    config.write_text(whole.replace('"num_hidden_layers": 2', '"num_hidden_layers": 1'))
+    with pytest.raises(DamagedError, match=r"a Llama has no model\.layers\.1"):
+        load_model(tmp_path, dtype="float32", device=CPU)
     config.write_text(whole)
     [weights] = tmp_path.glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -94,6 +101,58 @@ def test_prompts_have_the_ids_that_transformers_gives(tmp_path: Path) -> None:
     assert (ours.eos, ours.size) == (theirs.eos_token_id, len(theirs))
     with pytest.raises(InputError, match="makes no token"):
         ours.prompt_ids("")
+
+
+@pytest.mark.parametrize("eos", [{"content": "<|endoftext|>"}, "nowhere", None, [1]])
+def test_a_tokenizer_names_its_end_or_is_refused(eos: Any, tmp_path: Path) -> None:
+    models.byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    if isinstance(eos, dict):
+        assert Tokenizer(tmp_path).eos == 0
+        return
+    with pytest.raises(InputError, match="no end-of-sequence token"):
+        Tokenizer(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_refused_and_a_broken_one_is_damaged(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(InputError, match=r"has no tokenizer\.json"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(DamagedError, match=r"tokenizer\.json is not readable"):
+        Tokenizer(tmp_path)
+
+
+def test_quantised_weights_are_not_for_the_own_llama() -> None:
+    config = small_model(300, 16).config.to_dict()
+    assert fits(config)
+    assert not fits(config | {"quantization_config": {"quant_method": "fp8"}})
+    assert not fits(config | {"attention_bias": True})
+
+
+@pytest.mark.parametrize("kind", ["llama", "transformers"])
+def test_lack_of_memory_is_not_damage(kind: str, tmp_path: Path) -> None:
+    model = small_model(300, 16, shape=replace(SHAPE, ffn=2_000_000))
+    model.config.hidden_act = "silu" if kind == "llama" else "gelu"
+    model.save_pretrained(tmp_path)
+    code = f"""
+import resource
+from pathlib import Path
+import torch, transformers
+from kdhpc import models
+from kdhpc.cluster.failures import of_exception
+from kdhpc.inference import load_model
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**29,) * 2)
+try:
+    load_model(Path({str(tmp_path)!r}), dtype="float32", device=torch.device("cpu"))
+except Exception as error:
+    print(of_exception(error)[:2])
+"""
+    command = [sys.executable, "-c", code]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert shown.stdout.startswith("('OOM', "), shown.stdout + shown.stderr
 
 
 def test_sampling_and_scoring_load_nothing_of_transformers(tmp_path: Path) -> None:

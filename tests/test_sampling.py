@@ -119,7 +119,7 @@ def test_the_head_of_the_extension_has_float32_results(vocab_size: int) -> None:
     model = llama_of(small_model(vocab_size, 16).to(torch.bfloat16))
     hidden = torch.randn(8, model.hidden_size).bfloat16()
     exact = hidden.double() @ model.head_weight.double().T
-    found = native.head_of(model)(hidden)
+    found = NativeDecoder(model, 8, 16).head(hidden)
     assert found.dtype == torch.float32
     assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
 
@@ -134,6 +134,22 @@ def test_a_batch_leaves_nothing_to_the_next() -> None:
     again = sample(found, rows=range(32), seed=0, stream="test")
     assert np.array_equal(first.ids, again.ids)
     assert np.array_equal(first.log_prob_sum, again.log_prob_sum)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_row_that_is_no_number_stays_alone(decoder: str) -> None:
+    length = 40
+    model = small_model(300, length)
+    model.get_input_embeddings().weight.data[7] = torch.nan
+    ids = torch.randint(8, 300, (5, length))
+    ids[3, 5] = 7
+    decoding = DECODERS[decoder](model, 5, length)
+    with torch.inference_mode():
+        decoding.restart()
+        for t in range(length):
+            logits = decoding.step(ids[:, t], torch.tensor([t]), bucket_of(t, CPU, length))
+            assert torch.isfinite(logits[[0, 1, 2, 4], :7]).all()
+    assert logits[3].isnan().all()
 
 
 def test_a_llama_with_another_activation_goes_through_transformers(tmp_path: Path) -> None:

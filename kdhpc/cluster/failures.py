@@ -116,6 +116,8 @@ RANK_GONE = re.compile(
     r"connection (reset|closed) by|broken pipe|ncclRemoteError|ncclSystemError", re.IGNORECASE
 )
 """What gloo and NCCL say when another rank is gone."""
+NO_MEMORY = re.compile(r"out of memory|n.t allocate memory|cannot allocate memory", re.IGNORECASE)
+"""What torch says on GPUs, on CPUs, and the system."""
 GOT_FURTHER = " (got further)"
 """End of the message of a failure that left a newer checkpoint."""
 KILLED = {code: n for n in (9, 15) for code in (f"0:{n}", f"{n}:0", f"{128 + n}:0")}
@@ -131,7 +133,7 @@ def of_exception(error: BaseException) -> tuple[str, str, str]:
     a thousand shards counts as one.
     """
     kind = "EXCEPTION"
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+    if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
         kind = "OOM"
     elif isinstance(error, FloatingPointError):
         kind = "DIVERGED"

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from kdhpc.config import LanguageConfig, RunConfig
-from kdhpc.errors import InputError
+from kdhpc.errors import DamagedError, InputError
 from kdhpc.stages.train import resolve_model
 
 
@@ -131,17 +131,14 @@ def check_prompt(config: RunConfig) -> None:
                 f"{config.truth.model}; students share the truth's, expected truth.tokenizer=model"
             )
     if own.is_file():
-        from tokenizers import Tokenizer
+        from kdhpc.tokens import Tokenizer
 
         try:
-            tokenizer = Tokenizer.from_file(str(own))
-        except Exception as error:  # tokenizers raises nothing more special
-            raise InputError(
-                f"truth.model={config.truth.model}: its tokenizer.json is not readable ({error})"
-            ) from error
-        ids = tokenizer.encode(config.prompt, add_special_tokens=False).ids
-        if not 0 < len(ids) < config.length:
+            ids = Tokenizer(own.parent).prompt_ids(config.prompt)
+        except DamagedError as error:
+            raise InputError(f"truth.model={config.truth.model}: {error}") from error
+        if len(ids) >= config.length:
             raise InputError(
                 f"prompt={config.prompt!r}: is {len(ids)} tokens of length={config.length}; "
-                "expected at least one and fewer than that"
+                "expected fewer than that"
             )

@@ -6,6 +6,7 @@ writes  score shards: log_prob_sum [N] float64 in nats, num_tokens [N] int32, an
 """
 
 import functools
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from kdhpc import arms
 from kdhpc.artifacts import Work, Written
 from kdhpc.config import LanguageConfig, tokens_per_s
 from kdhpc.shards import Arm, Plan, Shard, Stage, cut
+
+log = logging.getLogger(__name__)
 
 
 def pairs(config: LanguageConfig) -> Iterator[tuple[str, tuple[str, str], str, tuple[str, str]]]:
@@ -79,6 +82,8 @@ def run(shard: Shard, work: Work) -> Written:
     head = None
     if config.scoring.engine == "native" and native.usable(model, "scoring.engine"):
         head = native.head_of(model)
+        if head is None:
+            log.warning("scoring.engine=native: gains nothing here without bfloat16 and AVX-512")
     samples, offset = _rows(shard, work)
     first, stop = shard.rows or (0, 0)
     num_prompt = len(tokenizer.prompt_ids(config.prompt))
