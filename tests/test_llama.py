@@ -120,7 +120,7 @@ def test_a_folder_without_a_tokenizer_is_refused_and_a_broken_one_is_damaged(
     with pytest.raises(InputError, match=r"has no tokenizer\.json"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(DamagedError, match=r"tokenizer\.json is not readable"):
+    with pytest.raises(DamagedError, match=r"not a readable tokenizer\.json"):
         Tokenizer(tmp_path)
 
 

@@ -131,10 +131,10 @@ def check_prompt(config: RunConfig) -> None:
                 f"{config.truth.model}; students share the truth's, expected truth.tokenizer=model"
             )
     if own.is_file():
-        from kdhpc.tokens import Tokenizer
+        from kdhpc import tokens
 
         try:
-            ids = Tokenizer(own.parent).prompt_ids(config.prompt)
+            ids = tokens.prompt_ids(tokens.read(own.parent), config.prompt)
         except DamagedError as error:
             raise InputError(f"truth.model={config.truth.model}: {error}") from error
         if len(ids) >= config.length:
