@@ -25,6 +25,7 @@ from real_slurm import (
 )
 
 from kdhpc import store
+from kdhpc.cluster import slurm
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,6 +49,14 @@ def test_tiny_gives_the_same_digest_as_local_processes(tiny_run: Path, tmp_path:
     assert status(run, code=0)["complete"]
     name = "8-merge/results.h5"
     assert store.logical_digest(run / name) == store.logical_digest(tiny_run / name)
+
+
+def test_a_job_that_another_launcher_released_may_have_ended() -> None:
+    command = ["sbatch", "--parsable", "--mem=50", "--array=0-1", "--output=/dev/null"]
+    found = subprocess.run([*command, "--wrap=true"], check=True, capture_output=True, text=True)
+    wait_for(lambda: not queue(), "the end of two small tasks")
+    slurm.release([found.stdout.strip()])
+    slurm.release(["1000000"])  # as Slurm answers after some minutes
 
 
 def test_the_mixture_gives_the_same_digest_as_local_processes(tmp_path: Path) -> None:

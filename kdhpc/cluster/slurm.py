@@ -32,6 +32,8 @@ ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 HELD_REASONS = {"JobHeldUser", "launch failed requeued held", "launch_failed_requeued_held"}
 """Of jobs that wait for a release: their launcher died before it could, or Slurm could not start
 them, as after a restart of the controller, and gave up."""
+GONE = re.compile(r"already finished|invalid job id", re.IGNORECASE)
+"""What Slurm says of a job that has ended, and of one that it has forgotten."""
 NOT_YET_KNOWN = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "RESIZING")
 
 
@@ -268,10 +270,11 @@ def find(name: str, limit_s: float = ANSWER_LIMIT_S) -> str | None:
 
 
 def release(job_ids: Sequence[str]) -> None:
-    """Let held jobs run."""
+    """Let held jobs run; what another launcher released may have ended since, and is no error."""
     found = _run(["scontrol", "release", ",".join(job_ids)])
-    if found.returncode:
-        raise ClusterError(f"scontrol release failed: {_last_line(found.stderr)}")
+    refused = [line for line in found.stderr.splitlines() if not GONE.search(line)]
+    if found.returncode and refused:
+        raise ClusterError(f"scontrol release failed: {refused[-1].strip()}")
 
 
 def cancel(job_ids: Sequence[str]) -> None:
