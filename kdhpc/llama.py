@@ -129,7 +129,7 @@ class Llama:
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """Root-mean-square norm over the last dimension, in float32."""
         wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        scale = torch.rsqrt((wide * wide).mean(dim=-1, keepdim=True) + self.eps)
         return weight * (wide * scale).to(x.dtype)
 
     def feed_forward(self, x: Tensor, layer: Layer) -> Tensor:
