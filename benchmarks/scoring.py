@@ -104,7 +104,8 @@ def work(options: argparse.Namespace) -> None:
     head = None
     if ours:
         model = inference.load_model(real_model(), dtype=dtype, device=device)
-        head = native.head_of(model) if name.endswith("native") else None
+        if name.endswith("native") and native.usable(model, name):
+            head = native.head_of(model)
     else:
         model = TransformersModel.load(real_model(), dtype=dtype, device=device).model
     generator = torch.Generator().manual_seed(0)
