@@ -116,9 +116,11 @@ def test_an_interrupted_training_is_seen_live_and_goes_on_with_another_zero_stag
 ) -> None:
     for folder in copy.glob("[3-8]-*"):
         shutil.rmtree(folder)
-    words = ["tiny", "cluster=local", f"runs_dir={copy.parent}", "teacher.training.epochs=150"]
+    words = ["tiny", "cluster=local", f"runs_dir={copy.parent}", "teacher.training.epochs=60"]
+    # Whoever runs the tests in the background lets them ignore interrupts.
+    heard = ["env", "--default-signal=INT"]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch/sweep.py"), *words], stdout=subprocess.DEVNULL
+        [*heard, sys.executable, str(ROOT / "launch/sweep.py"), *words], stdout=subprocess.DEVNULL
     )
     live: list[str] = []
     while not live:
@@ -126,7 +128,7 @@ def test_an_interrupted_training_is_seen_live_and_goes_on_with_another_zero_stag
         found = status(copy)["live"]
         live = [line for line in found if "teacher" in line and "MFU" in line]
     assert re.search(
-        r"train-on-truth/teacher-s0/00000 \d+% step \d+ of 1200 loss \d\.\d+ lr \S+ norm \S+ "
+        r"train-on-truth/teacher-s0/00000 \d+% step \d+ of 480 loss \d\.\d+ lr \S+ norm \S+ "
         r"\d+ tokens/s MFU \d+%$",
         live[0],
     )
@@ -136,9 +138,9 @@ def test_an_interrupted_training_is_seen_live_and_goes_on_with_another_zero_stag
     assert not record.exists()
     launch("sweep", *words, "teacher.training.zero_stage=2")
     stats = json.loads(record.read_text())["stats"]
-    assert (stats["steps"], 0 < stats["resumed_from_step"] < 1200) == (1200, True)
+    assert (stats["steps"], 0 < stats["resumed_from_step"] < 480) == (480, True)
     log = trainlog.read_log(record.with_suffix(".checkpoints"))
-    assert [facts["step"] for facts in log] == list(range(1, 1201))
+    assert [facts["step"] for facts in log] == list(range(1, 481))
 
 
 def test_checkpoints_serve_other_ranks_but_no_other_recipe() -> None:
