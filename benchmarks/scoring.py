@@ -101,11 +101,9 @@ def work(options: argparse.Namespace) -> None:
         devices.set_allocator(keep_freed=True)
     dtype = dtype if dtype in devices.DTYPES else "float32"
     model: Any
-    head = None
     if ours:
         model = inference.load_model(real_model(), dtype=dtype, device=device)
-        if name.endswith("native") and native.usable(model, name):
-            head = native.head_of(model)
+        head = native.head_of(model) if name.endswith("native") else None
     else:
         model = TransformersModel.load(real_model(), dtype=dtype, device=device).model
     generator = torch.Generator().manual_seed(0)

@@ -63,14 +63,13 @@ def token_log_probs(
     Raises:
         InputError: for a model whose logits are something else.
     """
+    head, targets = head or model.head, ids[:, 1:].reshape(-1)
+    size = min(head_tokens, CPU_HEAD_TOKENS) if ids.device.type == "cpu" else head_tokens
+    picked = torch.empty((len(taus), len(targets)), device=ids.device)
     with exact_matmuls():
         hidden = model.hidden(ids)[:, :-1]
-    flat, targets = hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1)
-    head = head or model.head
-    size = min(head_tokens, CPU_HEAD_TOKENS) if ids.device.type == "cpu" else head_tokens
-    picked = torch.empty((len(taus), len(flat)), device=ids.device)
-    with exact_matmuls():
-        for at in range(0, len(flat), size):
+        flat = hidden.reshape(len(targets), -1)
+        for at in range(0, len(targets), size):
             logits, wanted = head(flat[at : at + size]), targets[at : at + size, None]
             for found, tau in zip(picked, taus, strict=True):
                 log_p = (logits if tau == 1.0 else logits / tau).log_softmax(1)

@@ -109,15 +109,10 @@ class TransformersModel:
         return states
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer inside a checkpoint folder."""
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
-
-
 def save_model(model: PreTrainedModel, tokenizer_path: Path, path: Path) -> None:
     """Write a checkpoint folder with its tokenizer, as `from_pretrained` of transformers reads."""
     model.save_pretrained(path)
-    load_tokenizer(tokenizer_path).save_pretrained(path)
+    AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True).save_pretrained(path)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:

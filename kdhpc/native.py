@@ -114,7 +114,9 @@ def usable(model: LanguageModel, setting: str) -> TypeGuard[Llama]:
 
 @functools.cache
 def has_head() -> bool:
-    """Whether oneDNN's small kernels multiply bfloat16 here, which needs AVX-512."""
+    """Whether the extension is there, and oneDNN's small kernels multiply bfloat16 (AVX-512)."""
+    if missing():
+        return False
     try:
         packed = torch.ops.kdhpc.pack_head(torch.zeros((VECTOR, 2), dtype=torch.bfloat16))
         torch.ops.kdhpc.head(torch.zeros((1, 2), dtype=torch.bfloat16), packed, VECTOR)

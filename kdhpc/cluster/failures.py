@@ -116,7 +116,7 @@ RANK_GONE = re.compile(
     r"connection (reset|closed) by|broken pipe|ncclRemoteError|ncclSystemError", re.IGNORECASE
 )
 """What gloo and NCCL say when another rank is gone."""
-NO_MEMORY = re.compile(r"out of memory|n.t allocate memory|cannot allocate memory", re.IGNORECASE)
+NO_MEMORY = re.compile(r"out of memory|(can't|cannot) allocate memory", re.IGNORECASE)
 """What torch says on GPUs, on CPUs, and the system."""
 GOT_FURTHER = " (got further)"
 """End of the message of a failure that left a newer checkpoint."""

@@ -272,7 +272,8 @@ def find(name: str, limit_s: float = ANSWER_LIMIT_S) -> str | None:
 def release(job_ids: Sequence[str]) -> None:
     """Let held jobs run; what another launcher released may have ended since, and is no error."""
     found = _run(["scontrol", "release", ",".join(job_ids)])
-    refused = [line for line in found.stderr.splitlines() if not GONE.search(line)]
+    said = found.stderr.splitlines() or ["it did not say why"]
+    refused = [line for line in said if not GONE.search(line)]
     if found.returncode and refused:
         raise ClusterError(f"scontrol release failed: {refused[-1].strip()}")
 
