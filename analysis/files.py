@@ -15,7 +15,7 @@ from kdhpc import store
 from kdhpc.artifacts import RESULTS
 from kdhpc.errors import InputError
 from kdhpc.pipeline import MIXTURE
-from kdhpc.shards import Pipeline
+from kdhpc.pipelines import Pipeline
 
 mpl.use("Agg")  # figures go to files; there need not be a screen
 
@@ -30,7 +30,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return found
 
 
-def read(options: argparse.Namespace, pipeline: Pipeline) -> tuple[store.Results, Path, Path]:
+def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> tuple[store.Results, Path, Path]:
     """Results of a run, where they are, and the folder to write into.
 
     Args:
@@ -42,7 +42,7 @@ def read(options: argparse.Namespace, pipeline: Pipeline) -> tuple[store.Results
         DamagedError: if they cannot be read.
     """
     path: Path = (
-        options.run / pipeline.folder("merge") / RESULTS if options.run.is_dir() else options.run
+        options.run / pipeline.folders["merge"] / RESULTS if options.run.is_dir() else options.run
     )
     if not path.is_file():
         raise InputError(f"{path}: no results here; run launch/sweep.py to its end")

@@ -64,7 +64,7 @@ def run_demo(path: Path) -> Path:
 
 def account(path: Path, cores: int) -> tuple[dict[str, float], float]:
     """Seconds by what they went to, and from the first request to the last record."""
-    run = runs.folder(path)
+    run = runs.open_run(path)
     ledger = Ledger(path)
     records = sorted(run.scan().records.values(), key=lambda record: record.attempt["started"])
     processes: dict[tuple[str, int, float], list[Record]] = defaultdict(list)

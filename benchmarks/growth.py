@@ -15,8 +15,9 @@ import torch
 
 from kdhpc import devices, likelihood, models, sampling
 from kdhpc.config import Shape
-from kdhpc.draws import Selector
+from kdhpc.counting import Counting
 from kdhpc.llama import Llama
+from kdhpc.selection import Selection
 
 SHAPE = Shape(layers=6, hidden=384, heads=6, kv_heads=2, ffn=1024)
 VOCAB_SIZE = 8192
@@ -56,8 +57,8 @@ def main() -> None:
 def sample(sequences: int, length: int, batch: int) -> Any:
     """A function that samples."""
     sampler = sampling.Sampler(
-        model(length), prompt_ids=[1], length=length, batch_rows=batch, selector=Selector(),
-        draw="inverse_cdf", eos=-1, count_eos=True,
+        model(length), prompt_ids=[1], length=length, batch_rows=batch, selection=Selection(),
+        draw="inverse_cdf", counting=Counting(num_prompt=1, eos=-1, count_eos=True),
     )  # fmt: skip
     return lambda: sampling.sample(sampler, rows=range(sequences), seed=0, stream="growth")
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import report
 
@@ -102,9 +103,9 @@ def make_run(path: Path, num_shards: int) -> int:
         f"runs_dir={path.parent}",
         f"name={path.name}",
     ]
-    _, config = runs.from_words(words)
+    config: Any = runs.from_words(words)[1]
     plan = LANGUAGE.plan(config)
-    run = runs.open_for(LANGUAGE, config, plan)
+    run = runs.open_for(config, plan)
     runs.add_request(run, config, kind="sweep", executor="local")
     work = Work(run, config, plan)
     os.fsync = lambda fd: None  # what is made here need not survive

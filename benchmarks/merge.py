@@ -29,8 +29,9 @@ import numpy as np
 import report
 
 from kdhpc import arms, store
-from kdhpc.artifacts import RunFolder, Work, Written, remove
+from kdhpc.artifacts import Work, Written, remove
 from kdhpc.cluster import runs
+from kdhpc.cluster.runs import Run
 from kdhpc.pipeline import LANGUAGE
 from kdhpc.stages import merge as merging
 
@@ -111,11 +112,11 @@ def config_of(folder: Path, sequences: int, per_shard: int, length: int) -> Any:
     return runs.from_words(words)[1]
 
 
-def make_run(folder: Path, sequences: int, per_shard: int, length: int) -> tuple[Any, RunFolder]:
+def make_run(folder: Path, sequences: int, per_shard: int, length: int) -> tuple[Any, Run]:
     """A run in which all is done but the merge; what was scored is noise."""
     config = config_of(folder, sequences, per_shard, length)
     plan = LANGUAGE.plan(config)
-    run = runs.open_for(LANGUAGE, config, plan)
+    run = runs.open_for(config, plan)
     runs.add_request(run, config, kind="sweep", executor="local")
     work = Work(run, config, plan)
     [merge] = plan.stage(arms.MERGE)
@@ -171,7 +172,7 @@ def work(name: str, path: Path) -> dict[str, float]:
     """One turn: seconds, bytes of the score shards, peak memory. Leaves the run as it was."""
     for module in ("h5py", "pyarrow"):
         importlib.import_module(module)
-    run = runs.folder(path)
+    run = runs.open_run(path)
     _, config, plan = runs.current(run)
     [merge] = plan.stage(arms.MERGE)
     files = [
@@ -181,7 +182,7 @@ def work(name: str, path: Path) -> dict[str, float]:
     num_bytes = sum(file.stat().st_size for file in files)
     begun, cpu = time.perf_counter(), time.process_time()
     if name == "merge":
-        task = Work(run, config, plan)
+        task: Work[Any] = Work(run, config, plan)
         task.publish(merge, merging.run(merge, task), time.time())
     else:
         copies = path / "copies"

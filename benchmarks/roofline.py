@@ -10,9 +10,9 @@ import limits
 import report
 
 from kdhpc import compose
-from kdhpc.cluster.planning import OF_MEMORY
 from kdhpc.config import LanguageConfig, checked
-from kdhpc.sizes import largest_batch_rows
+from kdhpc.estimates import OF_MEMORY
+from kdhpc.sizes import SamplingMemory
 
 SHARE = 0.5
 """Of the limit by sums: what plain torch reaches on a CPU at least (docs/performance.md)."""
@@ -32,8 +32,14 @@ def main() -> None:
     for name, shape in shapes.items():
         if shape is None:
             continue
-        made = {"vocab_size": limits.VOCAB_SIZE, "length": config.length, "dtype": "bfloat16"}
-        fits = largest_batch_rows(OF_MEMORY * 1e9 * options.gb, shape, on_gpu=True, **made)
+        memory = SamplingMemory(
+            shape=shape,
+            vocab_size=limits.VOCAB_SIZE,
+            length=config.length,
+            dtype="bfloat16",
+            on_gpu=True,
+        )
+        fits = memory.most_rows(OF_MEMORY * 1e9 * options.gb)
         for batch in sorted({config.sampling.batch_rows, fits}):
             num_bytes, flops = limits.decoding(
                 shape, limits.VOCAB_SIZE, rows=batch, new_tokens=config.length - 1, dtype="bfloat16"

@@ -207,17 +207,18 @@ class _Timed:
 
 def _kdhpc(model: Any, options: argparse.Namespace) -> Callable[[], turns.Answer]:
     """A function that samples the next batch."""
-    from kdhpc import draws, sampling
+    from kdhpc import sampling
+    from kdhpc.counting import Counting
+    from kdhpc.selection import Selection
 
     sampler = sampling.Sampler(
         model,
         prompt_ids=[PROMPT_ID],
         length=options.new_tokens + 1,
         batch_rows=options.rows,
-        selector=draws.Selector(),
+        selection=Selection(),
         draw="gumbel" if "gumbel" in options.worker else "inverse_cdf",
-        eos=-1,
-        count_eos=True,
+        counting=Counting(num_prompt=1, eos=-1, count_eos=True),
         engine="native" if "native" in options.worker else "torch",
     )
     timed = None

@@ -97,7 +97,7 @@ def make_run(path: Path, num_shards: int) -> tuple[RunFolder, list[Shard]]:
     ]
     config: Any = runs.from_words(words)[1]
     plan = LANGUAGE.plan(config)
-    run = runs.open_for(LANGUAGE, config, plan)
+    run = runs.open_for(config, plan)
     runs.add_request(run, config, kind="sweep", executor="local")
     work = Work(run, config, plan)
     [truth] = plan.stage(arms.TRUTH)

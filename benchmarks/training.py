@@ -132,6 +132,7 @@ def _kdhpc(
 
     from kdhpc import devices, ranks, training
     from kdhpc.config import Training
+    from kdhpc.counting import Counting
 
     small = options.worker == "kdhpc small"
     device = devices.pick_device("auto")
@@ -142,7 +143,7 @@ def _kdhpc(
         training.Corpus(
             ids=ids.numpy().astype(np.uint16),
             length=np.full(len(ids), LENGTH, np.int32),
-            num_prompt=1,
+            counting=Counting(num_prompt=1, eos=-1, count_eos=True),
         ),
         Training(
             batch_sequences=options.sequences * options.parts,

@@ -17,6 +17,7 @@ import report
 from limits import LARGE, VOCAB_SIZE
 
 from kdhpc.config import Shape, Training
+from kdhpc.counting import Counting
 from kdhpc.sizes import num_parameters, training_memory
 
 LENGTH = 512
@@ -122,7 +123,11 @@ def hold(name: str, changes: dict[str, Any]) -> None:
     ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, (64, LENGTH)).astype(np.uint16)
     training.train(
         models.new_model(SHAPES[name], vocab_size=VOCAB_SIZE, length=LENGTH, eos=0, seed=0),
-        training.Corpus(ids=ids, length=np.full(64, LENGTH, np.int32), num_prompt=1),
+        training.Corpus(
+            ids=ids,
+            length=np.full(64, LENGTH, np.int32),
+            counting=Counting(num_prompt=1, eos=-1, count_eos=True),
+        ),
         recipe,
         seed=0,
         stream="memory",

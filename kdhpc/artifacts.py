@@ -29,12 +29,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 import xxhash
 
+from kdhpc.config import RunConfig
 from kdhpc.errors import DamagedError, InputError
-from kdhpc.shards import Pipeline, Plan, Shard, Stage
+from kdhpc.shards import Plan, Shard
+from kdhpc.types import Json
 
 RESULTS = "results.h5"
 """Fixed name of the newest merge in its stage's folder."""
@@ -49,6 +51,7 @@ PIECE_BYTES = 2**20
 Digest = xxhash.xxh3_128
 """Of data files: it finds damage as surely as sha256, at the speed of memory (decision 12)."""
 T = TypeVar("T")
+C = TypeVar("C", bound=RunConfig)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ class Written:
 
     path: Path
     rows: int
-    stats: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    stats: Mapping[str, Json] = dataclasses.field(default_factory=dict)
     """Numbers worth keeping in the record, such as a final loss."""
     digest: str = ""
     """What `digest_of` finds for the path, from a stage that has just read it back."""
@@ -74,12 +77,12 @@ class Record:
     digest: str
     rows: int
     recipe: str
-    fields: Mapping[str, Any]
+    fields: Mapping[str, Json]
     inputs: Mapping[str, str]
     row_range: tuple[int, int] | None
     code: str
-    attempt: Mapping[str, Any]
-    stats: Mapping[str, Any]
+    attempt: Mapping[str, Json]
+    stats: Mapping[str, Json]
     nonce: str
 
     @property
@@ -103,9 +106,19 @@ class Scan:
 class RunFolder:
     """Paths and files of one run."""
 
-    def __init__(self, path: Path, pipeline: Pipeline) -> None:
+    def __init__(
+        self, path: Path, folders: Mapping[str, str], aliases: Mapping[str, str] | None = None
+    ) -> None:
+        """Name the folders that it serves; nothing is read or made.
+
+        Args:
+            path: of the run.
+            folders: by stage name, the folder inside the run.
+            aliases: by stage name, the fixed file name of its newest output, where there is one.
+        """
         self.path = path
-        self.pipeline = pipeline
+        self.folders = folders
+        self.aliases = aliases or {}
 
     @functools.cached_property
     def identity(self) -> str:
@@ -113,7 +126,7 @@ class RunFolder:
         return str(read_once(self.path / "run.json")["identity"])
 
     def stage_dir(self, stage: str) -> Path:
-        return self.path / self.pipeline.folder(stage)
+        return self.path / self.folders[stage]
 
     def record_path(self, key: str) -> Path:
         stage, arm, name = key.split("/")
@@ -129,35 +142,23 @@ class RunFolder:
         found = self.scratch_path(key).glob("*/*.json")
         return any(path.stat().st_mtime > time_s for path in found)
 
-    def alias_path(self, stage: Stage) -> Path | None:
-        return self.stage_dir(stage.name) / stage.alias if stage.alias else None
+    def alias_path(self, stage: str) -> Path | None:
+        """The fixed name of a stage's newest output, if it has one."""
+        return self.stage_dir(stage) / self.aliases[stage] if stage in self.aliases else None
 
     def scan(self) -> Scan:
         """Every record and whether its data is there, in one walk over the run's folder."""
         records: dict[str, Record] = {}
         damaged: dict[str, str] = {}
-        for stage in self.pipeline.stages:
-            for arm in _entries(self.stage_dir(stage.name)):
+        for stage in self.folders:
+            for arm in _entries(self.stage_dir(stage)):
                 if not arm.is_dir():
                     continue
-                folder = Path(arm.path)
-                present = {entry.name: entry for entry in _entries(folder)}
-                for name, entry in present.items():
-                    if not name.endswith(".json") or name.startswith("."):
-                        continue
-                    key = f"{stage.name}/{arm.name}/{name.removesuffix('.json')}"
-                    try:
-                        record = _record(read_once(entry.path), key, folder)
-                        # Not listed: written, and recorded, while the folder was being listed.
-                        found = _size(present.get(record.data_name) or record.data)
-                        if found != record.num_bytes:
-                            what = "is missing" if found is None else f"has {found} bytes"
-                            raise DamagedError(
-                                f"{record.data}: {what}, its record says {record.num_bytes}"
-                            )
+                for key, record in _records_in(arm, f"{stage}/{arm.name}"):
+                    if isinstance(record, DamagedError):
+                        damaged[key] = str(record)
+                    else:
                         records[key] = record
-                    except DamagedError as error:
-                        damaged[key] = str(error)
         return Scan(records=records, damaged=damaged)
 
     def quarantine(self, key: str) -> None:
@@ -176,7 +177,27 @@ def read_record(path: Path, key: str) -> Record:
     return _record(read_once(path), key, path.parent)
 
 
-def _record(raw: Mapping[str, Any], key: str, folder: Path) -> Record:
+def _records_in(arm: os.DirEntry[str], prefix: str) -> Iterator[tuple[str, Record | DamagedError]]:
+    """Keys of the shards of one arm that have a record, and the record or what is wrong with it."""
+    folder = Path(arm.path)
+    present = {entry.name: entry for entry in _entries(folder)}
+    for name, entry in present.items():
+        if not name.endswith(".json") or name.startswith("."):
+            continue
+        key = f"{prefix}/{name.removesuffix('.json')}"
+        try:
+            record = _record(read_once(entry.path), key, folder)
+            # Data that is not listed was written, and recorded, while the folder was being listed.
+            size = _size(present.get(record.data_name) or record.data)
+            if size != record.num_bytes:
+                what = "is missing" if size is None else f"has {size} bytes"
+                raise DamagedError(f"{record.data}: {what}, its record says {record.num_bytes}")
+            yield key, record
+        except DamagedError as error:
+            yield key, error
+
+
+def _record(raw: Mapping[str, Json], key: str, folder: Path) -> Record:
     # The seal says that the values are those that were written.
     try:
         data = raw["data"]
@@ -251,7 +272,7 @@ def verify(record: Record) -> None:
         )
 
 
-def write_once(path: Path, value: Mapping[str, Any]) -> bool:
+def write_once(path: Path, value: Mapping[str, object]) -> bool:
     """Create a JSON file that must not exist; whoever is first wins.
 
     Written and synced under another name, then linked: nobody ever sees half of it. The test of
@@ -284,7 +305,7 @@ def write_once(path: Path, value: Mapping[str, Any]) -> bool:
     return True
 
 
-def read_once(path: str | Path) -> dict[str, Any]:
+def read_once(path: str | Path) -> dict[str, Json]:
     """Read what `write_once` wrote, without its seal.
 
     Raises:
@@ -297,7 +318,7 @@ def read_once(path: str | Path) -> dict[str, Any]:
     unsealed = raw[: SEAL_PLACE.start] + raw[SEAL_PLACE.stop :]
     if hashlib.sha256(unsealed).hexdigest().encode() != raw[SEAL_PLACE]:
         raise DamagedError(f"{path}: differs from what was written; restore it from a copy")
-    found: dict[str, Any] = json.loads(raw.decode())
+    found: dict[str, Json] = json.loads(raw.decode())
     del found[SEAL]
     return found
 
@@ -339,7 +360,7 @@ def sync_tree(path: Path) -> None:
     _sync_folder(path.parent)
 
 
-class Work:
+class Work(Generic[C]):
     """What a stage sees while it runs one shard: its config, its inputs, where to write.
 
     Raises `DamagedError` when an input is not what its record says.
@@ -348,7 +369,7 @@ class Work:
     def __init__(
         self,
         run: RunFolder,
-        config: Any,
+        config: C,
         plan: Plan,
         *,
         code: str = "",
@@ -534,7 +555,7 @@ class Work:
 
     def point_alias(self, shard: Shard) -> None:
         """Let the stage's fixed name, if it has one, stand for a published shard."""
-        alias = self.run.alias_path(self.run.pipeline.stage(shard.stage))
+        alias = self.run.alias_path(shard.stage)
         if alias is not None:
             point_alias(alias, read_record(self.run.record_path(shard.key), shard.key).data)
 
@@ -569,7 +590,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def attempt_facts(started_at: float, ready_at: float) -> dict[str, Any]:
+def attempt_facts(started_at: float, ready_at: float) -> dict[str, object]:
     """Where, when and under which job this process runs, for a record's provenance.
 
     Args:
@@ -613,11 +634,11 @@ def disk_errors(where: Path) -> Iterator[None]:
         raise
 
 
-def open_run(path: Path, pipeline: Pipeline) -> RunFolder:
-    """An existing run.
+def check_run_folder(path: Path) -> None:
+    """Check that a run is there and that nobody else may write to it: its code is run.
 
     Raises:
-        InputError: if there is none, or if others may write to it (what lies there is run as code).
+        InputError: if it is not so.
     """
     if not (path / "run.json").is_file():
         raise InputError(f"{path}: no run here; expected a folder that sweep.py made")
@@ -626,4 +647,3 @@ def open_run(path: Path, pipeline: Pipeline) -> RunFolder:
         raise InputError(
             f"{path}: belongs to or may be written by others; its code would run as you"
         )
-    return RunFolder(path, pipeline)

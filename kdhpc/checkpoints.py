@@ -9,10 +9,11 @@ import contextlib
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kdhpc.artifacts import digest_of, read_once, remove, sync_tree, write_once
 from kdhpc.errors import DamagedError
+from kdhpc.types import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +111,7 @@ def _prune(folder: Path, num_kept: int) -> None:
                 remove(data)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Json]:
     found = read_once(path)
     if "/" in found["data"]:
         raise DamagedError(f"{path}: names a file outside its folder")

@@ -7,13 +7,15 @@ knows omegaconf.
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from kdhpc.config import RunConfig
 from kdhpc.errors import InputError
+from kdhpc.types import Json
 
 CONFIGS_DIR = Path(__file__).resolve().parents[1] / "configs"
 
@@ -28,7 +30,7 @@ def cluster_names() -> list[str]:
     return sorted(path.stem for path in (CONFIGS_DIR / "cluster").glob("*.yaml"))
 
 
-def compose(words: list[str]) -> dict[str, Any]:
+def compose(words: list[str]) -> dict[str, Json]:
     """Merge presets and overrides, left to right, presets first.
 
     Raises:
@@ -52,10 +54,10 @@ def compose(words: list[str]) -> dict[str, Any]:
             )
         merged = _merge(merged, _load(path))
     values = OmegaConf.to_container(_merge(merged, overrides))
-    return cast(dict[str, Any], values)
+    return cast(dict[str, Json], values)
 
 
-def build(config_class: type[T], values: dict[str, Any]) -> T:
+def build(config_class: type[T], values: dict[str, Json]) -> T:
     """A frozen config from plain values.
 
     Raises:
@@ -70,7 +72,7 @@ def build(config_class: type[T], values: dict[str, Any]) -> T:
     return cast(T, built)
 
 
-def _list_that_does_not_fit(config_class: type, values: dict[str, Any]) -> str:
+def _list_that_does_not_fit(config_class: type, values: dict[str, Json]) -> str:
     """Key of a list with an item of a wrong type, which omegaconf 2.4 does not name."""
     for key, part in _lists(values):
         try:
@@ -80,7 +82,7 @@ def _list_that_does_not_fit(config_class: type, values: dict[str, Any]) -> str:
     return ""
 
 
-def _lists(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lists(values: dict[str, Json]) -> Iterator[tuple[str, dict[str, Json]]]:
     """Every list, as `a.b=[...]` and alone in the nesting of `values`."""
     for name, value in values.items():
         if isinstance(value, dict):
@@ -90,24 +92,24 @@ def _lists(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{name}={value}", {name: value}
 
 
-def plain(config: Any) -> dict[str, Any]:
+def plain(config: RunConfig) -> dict[str, Json]:
     """A config as JSON-ready values; `build` is its inverse."""
-    values: dict[str, Any] = dataclasses.asdict(config)
+    values: dict[str, Json] = dataclasses.asdict(config)
     return values
 
 
-def merged(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+def merged(values: dict[str, Json], more: dict[str, Json]) -> dict[str, Json]:
     """Plain values with others on top, key by key."""
     found = OmegaConf.to_container(_merge(OmegaConf.create(values), OmegaConf.create(more)))
-    return cast(dict[str, Any], found)
+    return cast(dict[str, Json], found)
 
 
-def to_yaml(config: Any) -> str:
+def to_yaml(config: RunConfig) -> str:
     """A config as YAML, every field written out."""
     return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
 
 
-def difference(old: Any, new: Any, path: str = "") -> list[str]:
+def difference(old: Json, new: Json, path: str = "") -> list[str]:
     """Fields in which two plain configs differ, as `a.b: old -> new`."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]

@@ -646,3 +646,7 @@ def _model_problems(key: str, model: Model, config: LanguageConfig) -> Iterator[
             f"{key}.training.batch_sequences={training.batch_sequences}: expected at most "
             f"sampling.train_sequences={config.sampling.train_sequences}"
         )
+
+
+language_problems = _problems
+mixture_problems = _mixture_problems

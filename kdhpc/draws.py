@@ -1,4 +1,4 @@
-"""Exact draws of tokens from logits: which distribution, which method, which random numbers.
+"""Exact draws of tokens from logits: the method and its random numbers.
 
 Nothing here looks at a value from Python: a draw is the same sequence of tensor operations for
 every input, so that a GPU never waits for the host.
@@ -6,7 +6,6 @@ every input, so that a GPU never waits for the host.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,40 +13,25 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdhpc import seeding
+from kdhpc.selection import Selection
 
 BLOCK = 256
 """Vocabulary entries summed together in the first level of an inverse CDF."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Selector:
-    """What is drawn from: the model's distribution, sharpened or truncated."""
-
-    tau: float = 1.0
-    """Divides logits."""
-    top_k: int = 0
-    """Keep this many most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the fewest most likely tokens that hold this much probability; 1 keeps all."""
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether what is drawn from is the model's own distribution."""
-        return self == Selector()
-
-    def select(self, logits: Tensor) -> Tensor:
-        """Logits of the distribution to draw from, -inf where nothing may be drawn. [B, V]."""
-        chosen = logits / self.tau if self.tau != 1.0 else logits
-        if self.top_k:
-            least = chosen.topk(min(self.top_k, chosen.shape[1]), dim=1).values[:, -1:]
-            chosen = chosen.masked_fill(chosen < least, -torch.inf)
-        if self.top_p < 1.0:
-            ordered, order = chosen.sort(dim=1, descending=True)
-            probability = ordered.double().softmax(dim=1)
-            late = probability.cumsum(dim=1) - probability >= self.top_p
-            dropped = torch.zeros_like(late).scatter(1, order, late)
-            chosen = chosen.masked_fill(dropped, -torch.inf)
-        return chosen
+def select(logits: Tensor, selection: Selection) -> Tensor:
+    """Logits of the distribution to draw from, -inf where nothing may be drawn. [B, V]."""
+    chosen = logits / selection.tau if selection.tau != 1.0 else logits
+    if selection.top_k:
+        least = chosen.topk(min(selection.top_k, chosen.shape[1]), dim=1).values[:, -1:]
+        chosen = chosen.masked_fill(chosen < least, -torch.inf)
+    if selection.top_p < 1.0:
+        ordered, order = chosen.sort(dim=1, descending=True)
+        probability = ordered.double().softmax(dim=1)
+        late = probability.cumsum(dim=1) - probability >= selection.top_p
+        dropped = torch.zeros_like(late).scatter(1, order, late)
+        chosen = chosen.masked_fill(dropped, -torch.inf)
+    return chosen
 
 
 class Draw(Protocol):
@@ -74,8 +58,8 @@ class Draw(Protocol):
 class InverseCdf:
     """One uniform number of 53 bits a token."""
 
-    def __init__(self, selector: Selector, rows: int, length: int, device: torch.device) -> None:
-        self.selector = selector
+    def __init__(self, selection: Selection, rows: int, length: int, device: torch.device) -> None:
+        self.selection = selection
         self.uniform = torch.zeros((length, rows), dtype=torch.float64, device=device)
 
     def load(self, seed: int, stream: str, rows: range) -> None:
@@ -84,8 +68,8 @@ class InverseCdf:
 
     def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         uniform = self.uniform.index_select(0, position)[0]
-        token, log_prob_tau = invert_cdf(self.selector.select(logits), uniform)
-        if self.selector.keeps_all:
+        token, log_prob_tau = invert_cdf(select(logits, self.selection), uniform)
+        if self.selection.keeps_all:
             return token, log_prob_tau, log_prob_tau
         return token, log_prob_tau, log_prob_of(logits, token)
 
@@ -135,8 +119,8 @@ class Gumbel:
     pairs of vocabulary entries, positions and sequences under a key of seed and stream.
     """
 
-    def __init__(self, selector: Selector, rows: int, length: int, device: torch.device) -> None:
-        self.selector = selector
+    def __init__(self, selection: Selection, rows: int, length: int, device: torch.device) -> None:
+        self.selection = selection
         self.key = torch.zeros(2, dtype=torch.int64, device=device)
         self.sequence = torch.zeros((rows, 1), dtype=torch.int64, device=device)
 
@@ -158,7 +142,7 @@ class Gumbel:
         return exponential.log_().neg_()[:, : len(vocab)]
 
     def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        chosen, vocab_size = self.selector.select(logits), logits.shape[1]
+        chosen, vocab_size = select(logits, self.selection), logits.shape[1]
         # What is worked on at once: on CPUs it should stay in the cache, on GPUs it takes memory.
         width = 2 * ((2**21 if logits.is_cuda else 2**15) // len(logits) + 1)
         best = [
@@ -170,7 +154,7 @@ class Gumbel:
         inside = torch.stack([found.indices for found in best]).gather(0, part[None])[0]
         token = part * width + inside
         log_prob = log_prob_of(logits, token)
-        if self.selector.keeps_all:
+        if self.selection.keeps_all:
             return token, log_prob, log_prob
         return token, log_prob_of(chosen, token), log_prob
 

@@ -9,7 +9,7 @@ a point, natural logarithm.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from kdhpc import seeding
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+Facts = dict[str, float | Floats | Bools]
+"""Numbers and arrays by name."""
 Covariance = Literal["diagonal", "full"]
 
 GRID_VARIANCE = 0.025
@@ -100,7 +102,7 @@ def draw_evenly(mixture: Mixture, num_points: int, *, seed: int, stream: str) ->
     return _place(mixture, np.repeat(np.arange(count), num_points // count), noise)
 
 
-def _place(mixture: Mixture, chosen: NDArray[np.integer[Any]], noise: Floats) -> Floats:
+def _place(mixture: Mixture, chosen: NDArray[np.intp], noise: Floats) -> Floats:
     """Standard normal noise [N, D] moved to each point's component."""
     points = np.empty_like(noise)
     factors = np.linalg.cholesky(mixture.covariances)
@@ -334,7 +336,7 @@ Sampler = Callable[[Mixture, str], Floats]
 
 def score_student(
     truth: Mixture, student: Mixture, train_points: Floats, points_of: Sampler
-) -> dict[str, Any]:
+) -> Facts:
     """What is known of a student from p* and D alone.
 
     Args:
@@ -371,7 +373,7 @@ def score_student(
 
 def score_distillation(
     truth: Mixture, teacher: Mixture, student: Mixture, direct: Mixture, points_of: Sampler
-) -> dict[str, Any]:
+) -> Facts:
     """What is known of a student from its sharpened teacher.
 
     Args:
@@ -393,7 +395,10 @@ def score_distillation(
         "precision_as_published": points_of(student, "student"),
         "direct_precision_as_published": points_of(direct, "direct"),
     }
-    return {name: float(log_prob(teacher, points).mean()) for name, points in scored.items()} | {
+    published: Facts = {
+        name: float(log_prob(teacher, points).mean()) for name, points in scored.items()
+    }
+    return published | {
         "teacher_weights": teacher.weights,
         "weight_entropy_nats": weight_entropy(teacher),
         "teacher_entropy_nats": entropy(teacher, teacher_points).value,

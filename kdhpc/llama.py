@@ -8,7 +8,7 @@ as in Llama 2; rotary frequencies as in Llama 3.1 where the config asks for them
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from kdhpc import attention
 from kdhpc.devices import Linear, frozen_head, frozen_linear
+from kdhpc.types import Json
 
 CPU_BODY_TOKENS = 1024
 """Tokens that go through the layers together on CPUs, so that what lies between stays in caches."""
@@ -23,7 +24,7 @@ PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 ROPE_TYPES = ("default", "llama3")
 
 
-def fits(config: Mapping[str, Any]) -> bool:
+def fits(config: Mapping[str, Json]) -> bool:
     """Whether a checkpoint's config.json is that of a Llama as this module knows it.
 
     Not with another activation, biases, another rotary type, or quantised weights.
@@ -58,7 +59,7 @@ class Llama:
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        config: Mapping[str, Json],
         weights: Callable[[str], Tensor],
         *,
         dtype: torch.dtype,
@@ -170,7 +171,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def _frequency(head_size: int, rope: Mapping[str, Any]) -> Tensor:
+def _frequency(head_size: int, rope: Mapping[str, Json]) -> Tensor:
     """Rotary frequencies; for long contexts (Llama 3.1) slow ones are divided by `factor`.
 
     Fast ones are kept, and between the two it goes by how often a frequency turns within the length

@@ -6,24 +6,25 @@ never count; the end-of-sequence token counts with `eos: learn` only (decision 2
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
 Interval = tuple[float, float]
+Numbers = NDArray[np.floating | np.integer]
 
 
-def per_token(log_prob_sum: NDArray[Any], num_tokens: NDArray[Any], axis: int = -1) -> Any:
+def per_token(log_prob_sum: Numbers, num_tokens: Numbers, axis: int = -1) -> Numbers:
     """Token-weighted mean log-probability, nats per token."""
-    return log_prob_sum.sum(axis=axis) / num_tokens.sum(axis=axis)
+    mean: Numbers = log_prob_sum.sum(axis=axis) / num_tokens.sum(axis=axis)
+    return mean
 
 
 def bootstrap(
-    arrays: Sequence[NDArray[Any]],
-    statistic: Any = per_token,
+    arrays: Sequence[Numbers],
+    statistic: Callable[..., Numbers] = per_token,
     *,
     resamples: int = 1000,
     seed: int = 0,

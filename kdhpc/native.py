@@ -22,9 +22,10 @@ from torch import Tensor
 from kdhpc import draws
 from kdhpc.decoding import LlamaDecoder
 from kdhpc.devices import Linear
-from kdhpc.draws import InverseCdf, Selector
+from kdhpc.draws import InverseCdf
 from kdhpc.inference import LanguageModel
 from kdhpc.llama import Llama
+from kdhpc.selection import Selection
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,16 @@ def has_head() -> bool:
     return True
 
 
+def head_for(model: LanguageModel, setting: str) -> Linear | None:
+    """The extension's head of a model; None where it cannot be used, and the log says why."""
+    if not usable(model, setting):
+        return None
+    head = head_of(model)
+    if head is None:
+        log.warning("%s=native: gains nothing here without bfloat16 and AVX-512", setting)
+    return head
+
+
 def head_of(model: Llama) -> Linear | None:
     """Float32 logits of bfloat16 hidden states, where oneDNN's small kernels can make them."""
     weight, vocab_size = model.head_weight, model.vocab_size
@@ -162,10 +173,10 @@ class NativeDraw(InverseCdf):
     """Inverse CDF in one pass over the logits, with the log-probability at temperature 1."""
 
     def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.selector != Selector(tau=self.selector.tau):
+        if self.selection != Selection(tau=self.selection.tau):
             return super().__call__(logits, position)
         uniform = self.uniform.index_select(0, position)[0]
-        token, log_prob_tau, log_prob = torch.ops.kdhpc.draw(logits, uniform, self.selector.tau)
+        token, log_prob_tau, log_prob = torch.ops.kdhpc.draw(logits, uniform, self.selection.tau)
         return token, log_prob_tau, log_prob
 
 

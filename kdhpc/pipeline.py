@@ -4,9 +4,11 @@ Each stage reads what the ones before it wrote; `python launch/sweep.py --dry-ru
 order with its shards, and a run's folders are numbered by it.
 """
 
-from kdhpc.config import LanguageConfig, MixtureConfig
-from kdhpc.shards import Pipeline
-from kdhpc.stages.merge import MERGE
+from kdhpc.config import LanguageConfig, MixtureConfig, language_problems, mixture_problems
+from kdhpc.estimates import batches_that_fit
+from kdhpc.inputs import prepare
+from kdhpc.pipelines import Pipeline
+from kdhpc.stages.merge import MERGE, run_partial
 from kdhpc.stages.mixture import FIT_STUDENTS, FIT_TEACHERS, MERGE_MIXTURE
 from kdhpc.stages.sample import SAMPLE_STUDENTS, SAMPLE_TEACHER, SAMPLE_TRUTH
 from kdhpc.stages.score import SCORE
@@ -25,6 +27,10 @@ LANGUAGE = Pipeline(
         SCORE,  # log p* over model samples, log p'' over truth's
         MERGE,  # results.h5
     ),
+    check=language_problems,
+    prepare=prepare,
+    estimate=batches_that_fit,
+    merge_partial=run_partial,
 )
 
 MIXTURE = Pipeline(
@@ -35,6 +41,7 @@ MIXTURE = Pipeline(
         FIT_STUDENTS,  # a student p'' on points of each sharpened teacher, scored
         MERGE_MIXTURE,  # results.h5
     ),
+    check=mixture_problems,
 )
 
 PIPELINES = {pipeline.name: pipeline for pipeline in (LANGUAGE, MIXTURE)}

@@ -9,12 +9,15 @@ import json
 import os
 import socket
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
 
 from kdhpc.errors import ClusterError
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 JOIN_LIMIT_S = 300.0
 """How long the first ranks wait for the last."""
@@ -68,7 +71,7 @@ def join(
         raise ClusterError(f"an all-reduce over {world_size} ranks counted {found}")
 
 
-def _meet(store: Any, rank: int, world_size: int, device: torch.device, limit_s: float) -> None:
+def _meet(store: "Store", rank: int, world_size: int, device: torch.device, limit_s: float) -> None:
     """Wait until every rank has said where it runs."""
     store.set(f"place/{rank}", json.dumps(_place(device)))
     deadline = time.monotonic() + limit_s

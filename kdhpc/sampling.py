@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdhpc.counting import Counting
 from kdhpc.decoding import Decoder, bucket_of, decoder_for
 from kdhpc.devices import exact_matmuls
-from kdhpc.draws import DRAWS, Draw, Selector
+from kdhpc.draws import DRAWS, Draw
 from kdhpc.inference import LanguageModel, Loaded
+from kdhpc.selection import Selection
 from kdhpc.store import Samples
 
 log = logging.getLogger(__name__)
@@ -35,10 +37,9 @@ class Sampler:
         prompt_ids: Sequence[int],
         length: int,
         batch_rows: int,
-        selector: Selector,
+        selection: Selection,
         draw: str,
-        eos: int,
-        count_eos: bool,
+        counting: Counting,
         engine: str = "torch",
     ) -> None:
         """Make room for a batch.
@@ -48,16 +49,15 @@ class Sampler:
             prompt_ids: what every sequence starts with.
             length: tokens of a sequence, the prompt included.
             batch_rows: rows decoded together.
-            selector: temperature and truncation.
+            selection: temperature and truncation.
             draw: `inverse_cdf` or `gumbel`.
-            eos: id that ends a sequence.
-            count_eos: whether a drawn end counts in the sums of log-probabilities.
+            counting: which id ends a sequence, and which tokens the sums are over.
             engine: `torch`, or `native` for the extension where it can be used.
         """
         self.device = device = model.device
         self.prompt, self.batch_rows = torch.tensor(prompt_ids, device=device), batch_rows
-        self.eos, self.count_eos = eos, count_eos
-        self.decoder, self.draw = _parts(model, batch_rows, length, selector, draw, engine)
+        self.counting = counting
+        self.decoder, self.draw = _parts(model, batch_rows, length, selection, draw, engine)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.ids = torch.zeros((length, batch_rows), dtype=torch.int64, device=device)
         self.length = torch.zeros(batch_rows, dtype=torch.int32, device=device)
@@ -104,12 +104,12 @@ class Sampler:
         )
         self.position += 1
         token, log_prob_tau, log_prob = self.draw(logits, self.position)
-        ended = token == self.eos
-        counts = self.alive if self.count_eos else self.alive & ~ended
+        ended = token == self.counting.eos
+        self.length += self.alive
+        counts = self.counting.at(self.position, self.length, ended)
         self.log_prob += log_prob.masked_fill(~counts, 0.0)
         self.log_prob_tau += log_prob_tau.masked_fill(~counts, 0.0)
         self.ids.index_copy_(0, self.position, token.masked_fill(~self.alive, 0)[None])
-        self.length += self.alive
         self.alive &= ~ended
 
     def _replay(self, num_keys: int) -> None:
@@ -132,7 +132,7 @@ class Sampler:
 
 
 def _parts(
-    model: LanguageModel, rows: int, length: int, selector: Selector, draw: str, engine: str
+    model: LanguageModel, rows: int, length: int, selection: Selection, draw: str, engine: str
 ) -> tuple[Decoder, Draw]:
     """What decodes and what draws."""
     if engine == "native":
@@ -141,9 +141,9 @@ def _parts(
         if native.usable(model, "sampling.engine"):
             return (
                 native.NativeDecoder(model, rows, length),
-                native.DRAWS[draw](selector, rows, length, model.device),
+                native.DRAWS[draw](selection, rows, length, model.device),
             )
-    return decoder_for(model, rows, length), DRAWS[draw](selector, rows, length, model.device)
+    return decoder_for(model, rows, length), DRAWS[draw](selection, rows, length, model.device)
 
 
 def sampler_for(loaded: Loaded, **options: Any) -> Sampler:

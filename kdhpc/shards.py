@@ -1,26 +1,50 @@
 """The unit of work: what a stage plans, what a task runs, what a record publishes.
 
-A `Pipeline` is a tuple of stages; planning it gives a `Plan`: every shard of every stage, in order,
+An `Arm` is a series of `Shard`s with one meaning; a `Plan` holds every shard of a run, in order,
 each with its recipe. Nothing here touches a disk.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from kdhpc.artifacts import Work, Written
+from kdhpc.types import Json
 
-Json = Any  # a number, string, bool, None, list or dict of these
+ADDED = {"added": True}
+"""`metadata` of a field of settings that was added after the first version of a run format. While
+it has its default it is left out of recipes, so that older records keep theirs."""
+S = TypeVar("S")
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def digest(value: Json) -> str:
-    """sha256 over the canonical JSON of `value`, as 64 hexadecimal digits."""
+def digest(value: object) -> str:
+    """Sha256 of the canonical JSON of `value`, as 64 hexadecimal digits."""
     return hashlib.sha256(_CANONICAL.encode(value).encode()).hexdigest()
+
+
+def fields_of(settings: object) -> dict[str, Json]:
+    """Settings, a dataclass, as the fields of an arm; nested ones too."""
+    found: dict[str, Json] = {}
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]  # a dataclass
+        value = getattr(settings, field.name)
+        if "added" in field.metadata and value == field.default:
+            continue
+        found[field.name] = fields_of(value) if dataclasses.is_dataclass(value) else value
+    return found
+
+
+def settings_of(fields: Mapping[str, Json], settings_class: type[S]) -> S:
+    """The settings that `fields_of` made fields from; what the fields lack has its default."""
+    types = typing.get_type_hints(settings_class)
+    values = {
+        name: settings_of(value, types[name]) if dataclasses.is_dataclass(types[name]) else value
+        for name, value in fields.items()
+    }
+    return settings_class(**values)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,14 +125,23 @@ def merge_of(
 ) -> Shard:
     """The shard that merges others, named after its recipe.
 
-    A run that grew is merged again beside the old merge.
+    The recipe covers the arms and how many rows they have, not how they are cut into shards. A run
+    that has grown is merged again beside the old merge.
     """
-    inputs = {shard.key: shard.recipe for shard in shards}
-    arm = Arm(stage=stage, name="results", fields=fields, inputs=inputs)
+    arms = {f"{shard.stage}/{shard.arm.name}": shard.arm for shard in shards}
+    num_rows = dict.fromkeys(arms, 0)
+    for shard in shards:
+        num_rows[f"{shard.stage}/{shard.arm.name}"] += shard.num_rows
+    arm = Arm(
+        stage=stage,
+        name="results",
+        fields={**fields, "num_rows": num_rows},
+        inputs={name: arm.recipe for name, arm in arms.items()},
+    )
     return Shard(
         arm=arm,
         name=arm.recipe[:12],
-        reads=tuple(inputs),
+        reads=tuple(shard.key for shard in shards),
         work=rows,
         num_bytes=bytes_per_row * rows,
     )
@@ -141,55 +174,11 @@ class Plan:
     def arms(self, stage: str) -> dict[str, list[Shard]]:
         return {name: shards for (s, name), shards in self._arms.items() if s == stage}
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages that have shards, in pipeline order."""
+        return tuple(self._stages)
+
     def stage(self, stage: str) -> list[Shard]:
         """Shards of one stage, in order."""
         return self._stages.get(stage, [])
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One step of a pipeline; a module in `kdhpc.stages` makes each."""
-
-    name: str
-    reads: str
-    """What it reads, for people."""
-    writes: str
-    """What it writes, for people: shapes, dtypes, units."""
-    unit: str
-    """Unit of `Shard.work`, such as tokens."""
-    plan: Callable[[Any, Plan], list[Shard]]
-    """Shards from the config and the plan of the earlier stages; pure, no disk access."""
-    run: "Callable[[Shard, Work], Written | None]"
-    """Does one shard, heavy imports inside; None when told to stop, and on ranks above 0."""
-    rate: Callable[[Any], float] = lambda config: 1.0
-    """Work that one rank does in a second, by estimate; measured seconds replace it."""
-    uses_device: bool = True
-    """Whether its tasks ask for the GPUs of the cluster config."""
-    modules: tuple[str, ...] = ()
-    """What `run` imports that takes seconds: a local worker without a task loads it meanwhile."""
-    alias: str | None = None
-    """A fixed file name in the stage's folder for the newest output, replaced whole."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pipeline:
-    """A named tuple of stages and the config class that they plan from."""
-
-    name: str
-    config: type
-    stages: tuple[Stage, ...]
-
-    def plan(self, config: object) -> Plan:
-        """Plan every stage, each from the config and the shards planned before it."""
-        plan = Plan()
-        for stage in self.stages:
-            plan.add(stage.plan(config, plan))
-        return plan
-
-    def stage(self, name: str) -> Stage:
-        return next(stage for stage in self.stages if stage.name == name)
-
-    def folder(self, stage_name: str) -> str:
-        """Numbered folder of a stage inside a run, such as `4-sample-teacher`."""
-        number = [stage.name for stage in self.stages].index(stage_name) + 1
-        return f"{number}-{stage_name}"

@@ -1,7 +1,6 @@
 """Parameters, arithmetic and memory of a model, from its shape alone: for plans and estimates."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from kdhpc.config import Shape, Training
 
@@ -107,22 +106,32 @@ def training_memory(
     )
 
 
-def sampling_memory(
-    shape: Shape, rows: int, *, vocab_size: int, length: int, dtype: str, on_gpu: bool
-) -> float:
-    """Bytes that sampling holds: weights, keys and values, and what a step makes of its logits.
+@dataclass(frozen=True, kw_only=True)
+class SamplingMemory:
+    """What sampling holds: weights, keys and values, and what a step makes of its logits."""
 
-    On CPUs the head lies there in float32 too. A GPU has the room for logits twice: of eager steps,
-    and of graphs.
-    """
-    weights = NUM_BYTES[dtype] * num_parameters(shape, vocab_size)
-    head = 0 if on_gpu else 4 * vocab_size * shape.hidden
-    keys = key_value_bytes(shape, dtype) * length
-    logits = (32.0 if on_gpu else 16.0) * vocab_size  # and probabilities, and both for tau
-    return weights + head + rows * (keys + logits + 64.0 * shape.ffn)
+    shape: Shape
+    vocab_size: int
+    length: int
+    """Tokens of a sequence."""
+    dtype: str
+    on_gpu: bool
 
+    def of(self, rows: int) -> float:
+        """Bytes with so many rows in a batch.
 
-def largest_batch_rows(num_bytes: float, shape: Shape, **made: Any) -> int:
-    """Rows that fit, 0 if the weights alone do not; `made` as for `sampling_memory`."""
-    weights = sampling_memory(shape, 0, **made)
-    return max(0, int((num_bytes - weights) // (sampling_memory(shape, 1, **made) - weights)))
+        On CPUs the head is there in float32 too. A GPU has the room for logits twice: of eager
+        steps, and of graphs.
+        """
+        weights = NUM_BYTES[self.dtype] * num_parameters(self.shape, self.vocab_size)
+        head = 0 if self.on_gpu else 4 * self.vocab_size * self.shape.hidden
+        return weights + head + rows * self._of_row()
+
+    def most_rows(self, num_bytes: float) -> int:
+        """Rows that fit, 0 if the weights alone do not."""
+        return max(0, int((num_bytes - self.of(0)) // self._of_row()))
+
+    def _of_row(self) -> float:
+        keys = key_value_bytes(self.shape, self.dtype) * self.length
+        logits = (32.0 if self.on_gpu else 16.0) * self.vocab_size  # probabilities, both for tau
+        return keys + logits + 64.0 * self.shape.ffn

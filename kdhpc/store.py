@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from kdhpc.artifacts import DISK_FULL_ERRNOS, PIECE_BYTES, Digest
 from kdhpc.errors import DamagedError, InputError
+from kdhpc.types import Json
 
 MAX_VOCAB_SIZE = 2**16
 """Token ids are stored as uint16."""
@@ -52,6 +53,10 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.length)
+
+    def __getitem__(self, rows: slice) -> "Samples":
+        """Some of the sequences, not copied."""
+        return Samples(**{name: array[rows] for name, array in vars(self).items()})
 
 
 def write_samples(path: Path, samples: Samples, metadata: Mapping[str, str]) -> None:
@@ -336,6 +341,16 @@ def _map_arrays(path: Path) -> dict[str, NDArray[Any]]:
     }
 
 
+def map_array(path: Path, name: str) -> NDArray[Any]:
+    """One array of an HDF5 file of ours, mapped into memory.
+
+    Raises:
+        DamagedError: naming a file that is not one, or has no such array.
+    """
+    with _reading(path, "an HDF5 file of arrays"):
+        return _map_arrays(path)[name]
+
+
 def _create(path: Path) -> Any:
     import h5py
 
@@ -442,7 +457,7 @@ class Results:
     """By (sampler, scorer); the scorer `self` is the sampler's own opinion while it drew."""
     tables: Mapping[str, Arrays]
     """By arm, arrays with a row a seed; of pipelines whose scores are not of sequences."""
-    models: Mapping[str, Mapping[str, Any]]
+    models: Mapping[str, Mapping[str, Json]]
     """Facts of every model or arm: tau, size, seed, parameters, final loss."""
     recipe: str
     """Of the merge."""
@@ -476,7 +491,7 @@ class Merged:
 def write_results(
     path: Path,
     scores: Iterable[ScorePieces],
-    models: Mapping[str, Mapping[str, Any]],
+    models: Mapping[str, Mapping[str, Json]],
     *,
     tables: Iterable[tuple[str, Arrays]] = (),
     recipe: str,
@@ -531,7 +546,7 @@ def _read_results(path: Path) -> Results:
         with _open(path) as file:
             models, recipe, complete = _facts(file)
             provenance = _attributes(file["provenance"])
-        grouped: dict[str, dict[str, dict[str, Any]]] = {}
+        grouped: dict[str, dict[str, dict[str, Json]]] = {}
         for name, array in _map_arrays(path).items():
             kind, rest = name.split("/", 1)
             group, column = rest.rsplit("/", 1)
@@ -566,13 +581,13 @@ def logical_digest(path: Path) -> str:
     return expected
 
 
-def _facts(file: Any) -> tuple[dict[str, dict[str, Any]], str, bool]:
+def _facts(file: Any) -> tuple[dict[str, dict[str, Json]], str, bool]:
     """Models, recipe and completeness of a merged file."""
     models = {name: _attributes(group) for name, group in file.get("models", {}).items()}
     return models, str(file.attrs["recipe"]), bool(file.attrs["complete"])
 
 
-def _attributes(group: Any) -> dict[str, Any]:
+def _attributes(group: Any) -> dict[str, Json]:
     return {
         name: value.item() if isinstance(value, np.generic) else value
         for name, value in group.attrs.items()
@@ -580,7 +595,7 @@ def _attributes(group: Any) -> dict[str, Any]:
 
 
 def _logical_digest(
-    lines: Sequence[str], models: Mapping[str, Mapping[str, Any]], recipe: str, complete: bool
+    lines: Sequence[str], models: Mapping[str, Mapping[str, Json]], recipe: str, complete: bool
 ) -> str:
     facts = [f"models/{name} {sorted(found.items())}" for name, found in models.items()]
     return _combine([*lines, *facts, f"recipe {recipe}", f"complete {complete}"])

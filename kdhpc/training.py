@@ -23,11 +23,13 @@ from transformers import PreTrainedModel, get_wsd_schedule
 
 from kdhpc import attention, seeding
 from kdhpc.config import Training
+from kdhpc.counting import Counting
 from kdhpc.devices import DTYPES, matmul_flops_per_s
 from kdhpc.errors import InputError
-from kdhpc.likelihood import summed_nll
+from kdhpc.loss import summed_nll
 from kdhpc.ranks import any_rank, from_first, summed
 from kdhpc.sizes import BUCKET
+from kdhpc.types import Json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -46,10 +48,8 @@ class Corpus:
     """[N, L] token ids, mapped into memory or not."""
     length: NDArray[np.int32]
     """[N] tokens in each row; what lies beyond means nothing."""
-    num_prompt: int
-    """Tokens at the start of each row that do not count."""
-    masked_eos: int | None = None
-    """End-of-sequence token that does not count at the end of a row; None where it does."""
+    counting: Counting
+    """Which tokens count."""
 
     def __len__(self) -> int:
         return len(self.length)
@@ -60,15 +60,12 @@ class Corpus:
         Returns:
             Ids [n, L] and what is predicted at each position [n, L], -100 where it does not count.
         """
-        ids = self.ids[np.maximum(rows, 0)].astype(np.int64)
-        stop = np.where(rows < 0, 0, self.length[np.maximum(rows, 0)]).astype(np.int64)
-        if self.masked_eos is not None:
-            stop -= ids[np.arange(len(rows)), stop - 1] == self.masked_eos
-        position = np.arange(1, ids.shape[1])
-        counts = (position >= self.num_prompt) & (position < stop[:, None])
-        targets = np.full_like(ids, -100)
-        targets[:, :-1] = np.where(counts, ids[:, 1:], -100)
-        return torch.from_numpy(ids), torch.from_numpy(targets)
+        ids = torch.from_numpy(self.ids[np.maximum(rows, 0)].astype(np.int64))
+        length = torch.from_numpy(np.where(rows < 0, 0, self.length[np.maximum(rows, 0)]))
+        counts = self.counting.of(ids, length)
+        targets = torch.full_like(ids, -100)
+        targets[:, :-1] = ids[:, 1:].where(counts[:, 1:], -100)
+        return ids, targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +125,7 @@ class Watch:
     """Gets a checkpoint at the recipe's interval and when told to stop."""
     should_stop: Callable[[], bool] = lambda: False
     """Looked at after every step."""
-    on_step: Callable[[Mapping[str, Any]], None] = lambda facts: None
+    on_step: Callable[[Mapping[str, Json]], None] = lambda facts: None
     """Gets the facts of a step: step, steps, epoch, loss, learning_rate, gradient_norm,
     tokens_per_s, mfu, step_s, data_s (waiting for data), and where they were made checkpoint_s,
     validation_loss and validation_s."""
@@ -175,9 +172,9 @@ class _WithLoss(nn.Module):
         return total
 
 
-def deepspeed_settings(recipe: Training) -> dict[str, Any]:
+def deepspeed_settings(recipe: Training) -> dict[str, object]:
     """The DeepSpeed dictionary, made from the recipe alone."""
-    settings: dict[str, Any] = {
+    settings: dict[str, object] = {
         "train_batch_size": recipe.batch_sequences,
         "train_micro_batch_size_per_gpu": recipe.micro_batch,
         "gradient_accumulation_steps": recipe.accumulation,
@@ -318,10 +315,10 @@ class _Engine:
         found: Tensor = safe_get_full_optimizer_state(parameter, moment)
         return found
 
-    def _states(self) -> Mapping[Any, dict[str, Tensor]]:
+    def _states(self) -> Mapping[nn.Parameter, dict[str, Tensor]]:
         """AdamW's state; under ZeRO, DeepSpeed wraps the optimizer."""
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        states: Mapping[Any, dict[str, Tensor]] = inner.state
+        states: Mapping[nn.Parameter, dict[str, Tensor]] = inner.state
         return states
 
     def restore(self, step: int, state: State | None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdhpc.errors import InputError
+from kdhpc.types import Json
 
 FILE = "train.jsonl"
 
@@ -24,7 +25,7 @@ class TrainingLog(contextlib.AbstractContextManager["TrainingLog"]):
         self._open_events = _event_writer() if events else None
         self._events: Any = None
 
-    def write(self, facts: Mapping[str, Any]) -> None:
+    def write(self, facts: Mapping[str, Json]) -> None:
         """Add the facts of a step."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / FILE).open("a") as log:
@@ -51,7 +52,15 @@ def _event_writer() -> Callable[[str], Any]:
     return SummaryWriter
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
+def last_line(folder: Path) -> str:
+    """The last whole line of a log, without reading all of it; empty for none."""
+    with (folder / FILE).open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - 8192))
+        lines = file.read().decode(errors="replace").splitlines()
+    return lines[-1] if lines else ""
+
+
+def read_log(folder: Path) -> list[dict[str, Json]]:
     """The facts of every step, in order, the last writing of each."""
     lines = (folder / FILE).read_text().splitlines()
     found = {facts["step"]: facts for facts in map(json.loads, lines)}

@@ -33,8 +33,8 @@ def main(arguments: list[str]) -> int:
         return 0
     # The request first: a gate that starts meanwhile sees it and submits nothing.
     runs.add_request(run, config, kind="cancel", executor=executor)
-    names = {s.name for s in ledger.submissions()}
-    jobs = {t.job_id for t in slurm.queue() if t.name.removeprefix("gate-") in names}
+    names = {name for submission in ledger.submissions() for name in submission.job_names}
+    jobs = {task.job_id for task in slurm.queue() if task.name in names}
     slurm.cancel(sorted(jobs))
     print(f"cancelled {len(jobs)} jobs of {run.path.name}; sweep.py or rerun.py go on later")
     return 0

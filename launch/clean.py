@@ -13,7 +13,7 @@ import argparse
 from kdhpc.artifacts import remove
 from kdhpc.cluster import housekeeping, runs
 from kdhpc.cluster.display import command, size
-from kdhpc.cluster.status import look
+from kdhpc.cluster.status import look, status_of
 from kdhpc.errors import BusyError
 
 
@@ -27,12 +27,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--yes", action="store_true", help="delete what is listed")
     options = parser.parse_args(arguments)
     run = runs.find(options.run, options.runs_dir)
-    state, status = look(run)
-    if status.queue_unknown:
+    state = look(run)
+    if state.queue_error:
         raise BusyError(f"{run.path}: Slurm does not answer, so what is active is not known")
     if state.situation.active or runs.is_locked(run):
         raise BusyError(f"{run.path}: is active; clean it when nothing runs, or cancel.py it first")
-    found = housekeeping.unneeded(run, state.scan, complete=status.complete)
+    found = housekeeping.unneeded(run, state.scan, complete=status_of(run, state).complete)
     for path, why in found.items():
         print(f"{path.relative_to(run.path)}  {why}")
     total = sum(housekeeping.bytes_of(path) for path in found)

@@ -11,16 +11,16 @@ Shards are numbered from 0 within their stage, in the order of the plan. Publish
 
 import argparse
 
-from kdhpc.artifacts import RunFolder, Work, disk_errors
+from kdhpc.artifacts import Work, disk_errors
 from kdhpc.cluster import local, planning, runs
 from kdhpc.cluster.advance import advance
 from kdhpc.cluster.display import command, console, status_view
 from kdhpc.cluster.ledger import Ledger
+from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import look, status_of
 from kdhpc.config import RunConfig
 from kdhpc.errors import InputError
 from kdhpc.shards import Plan
-from kdhpc.stages import merge
 
 
 def main(arguments: list[str]) -> int:
@@ -51,31 +51,28 @@ def main(arguments: list[str]) -> int:
             runs.add_request(run, config, resources=resources, **asked)
             with disk_errors(run.path):
                 state = local.run_all(run, config, plan)
-        status = status_of(run, config, plan, state)
+        status = status_of(run, state)
         console().print(status_view(status))
         return 0 if status.complete else 1
     runs.add_request(run, config, resources=resources, **asked)
     advance(run)
-    _, status = look(run)
-    console().print(status_view(status))
+    console().print(status_view(status_of(run, look(run))))
     return 0
 
 
-def merge_partly(run: RunFolder, config: RunConfig, plan: Plan) -> int:
+def merge_partly(run: Run, config: RunConfig, plan: Plan) -> int:
     """Merge the arms that are whole, in this process; nothing is published."""
-    if run.pipeline.name != "language":
+    if run.pipeline.merge_partial is None:
         raise InputError(f"--partial: the pipeline {run.pipeline.name} has no partial merge")
-    state, _ = look(run)
-    path = run.stage_dir("merge") / "partial.h5"
-    merge.run_partial(Work(run, config, plan), state.situation.done, path)
+    state = look(run)
+    path = run.stage_dir(run.pipeline.stages[-1].name) / "partial.h5"
+    run.pipeline.merge_partial(Work(run, config, plan), state.situation.done, path)
     missing = len(state.missing)
     print(f"{path}: complete = {not missing}; {missing} of {len(plan.shards)} shards are missing")
     return 0
 
 
-def chosen(
-    run: RunFolder, plan: Plan, stage: str | None, shards: str | None
-) -> tuple[str, ...] | None:
+def chosen(run: Run, plan: Plan, stage: str | None, shards: str | None) -> tuple[str, ...] | None:
     """Keys of the shards that are asked for; None for all (of the stage).
 
     Raises:

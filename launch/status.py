@@ -16,7 +16,7 @@ from rich.live import Live
 from kdhpc.cluster import runs
 from kdhpc.cluster.display import command, console, status_view
 from kdhpc.cluster.explain import explain
-from kdhpc.cluster.status import look
+from kdhpc.cluster.status import look, status_of
 
 
 def main(arguments: list[str]) -> int:
@@ -31,17 +31,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--explain", metavar="SHARD", help="why this shard is where it is")
     options = parser.parse_args(arguments)
     run = runs.find(options.run, options.runs_dir)
-    state, status = look(run)
+    state = look(run)
     if options.explain:
         print("\n".join(explain(run, state, options.explain)))
         return 0 if options.explain in state.situation.done else 1
+    status = status_of(run, state)
     if options.json:
         print(status.as_json())
     elif options.watch:
         with Live(status_view(status), console=console(), refresh_per_second=1) as live:
             while state.situation.active:
                 time.sleep(2)
-                state, status = look(run)
+                state = look(run)
+                status = status_of(run, state)
                 live.update(status_view(status))
     else:
         console().print(status_view(status))

@@ -15,12 +15,13 @@ import time
 
 from rich.live import Live
 
-from kdhpc.artifacts import RunFolder, disk_errors
-from kdhpc.cluster import inputs, local, planning, runs, slurm
+from kdhpc.artifacts import disk_errors
+from kdhpc.cluster import local, planning, runs, slurm
 from kdhpc.cluster.advance import advance
 from kdhpc.cluster.display import command, console, plan_table, status_view
 from kdhpc.cluster.gate import patiently, tell
 from kdhpc.cluster.observe import State
+from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import Status, look, status_of
 from kdhpc.config import RunConfig
 from kdhpc.errors import InputError
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> int:
         plan = pipeline.plan(config)
         found = planning.preview(pipeline, plan, config, executor)
         console().print(plan_table(pipeline, plan, config, found.num_tasks, found.resources))
-        for line in found.batches:
+        for line in pipeline.estimate(config):
             print(line)
         print(f"planned for {executor}, in {config.runs_dir}/{config.name}; nothing was written")
         if found.refused:
@@ -56,10 +57,9 @@ def main(arguments: list[str]) -> int:
     executor = runs.pick_executor(config, slurm_here)
     if executor == "slurm":
         planning.check_partitions(config)
-    inputs.check_prompt(config)
-    config = inputs.resolve_inputs(config)
+    config = pipeline.prepare(config)
     plan = pipeline.plan(config)
-    run = runs.open_for(pipeline, config, plan)
+    run = runs.open_for(config, plan)
     planning.check_active(run, plan)
     if executor == "local":
         with runs.launcher_lock(run):
@@ -69,14 +69,13 @@ def main(arguments: list[str]) -> int:
     runs.add_request(run, config, kind="sweep", executor=executor)
     advance(run)
     if options.watch:
-        return _watch(run, config, plan)
-    _, status = look(run)
-    console().print(status_view(status))
+        return _watch(run)
+    console().print(status_view(status_of(run, look(run))))
     print(f"follow it: squeue --me; python launch/status.py {run.path}")
     return 0
 
 
-def _local(run: RunFolder, config: RunConfig, plan: Plan) -> int:
+def _local(run: Run, config: RunConfig, plan: Plan) -> int:
     for key in run.scan().damaged:
         run.quarantine(key)
     runs.add_request(run, config, kind="sweep", executor="local")
@@ -84,8 +83,8 @@ def _local(run: RunFolder, config: RunConfig, plan: Plan) -> int:
     finished: set[str] = set()
     with Live(console=out, refresh_per_second=4, transient=True) as live:
 
-        def show(state: State, active: frozenset[str]) -> None:
-            status = status_of(run, config, plan, state, local_running=active)
+        def show(state: State) -> None:
+            status = status_of(run, state)
             live.update(status_view(status))
             for stage in status.stages:
                 if stage.done == stage.planned and stage.folder not in finished:
@@ -95,25 +94,25 @@ def _local(run: RunFolder, config: RunConfig, plan: Plan) -> int:
 
         with disk_errors(run.path):
             state = local.run_all(run, config, plan, on_change=show)
-    status = status_of(run, config, plan, state)
+    status = status_of(run, state)
     out.print(status_view(status))
     tell(run.path, state)
     return _exit_code(status)
 
 
-def _watch(run: RunFolder, config: RunConfig, plan: Plan) -> int:
+def _watch(run: Run) -> int:
     """Stay until nothing is queued; where gates may not submit, this loop does it."""
     out = console()
     with Live(console=out, refresh_per_second=1, transient=True) as live:
         while True:
             state = patiently(run)
-            status = status_of(run, config, plan, state)
+            status = status_of(run, state)
             live.update(status_view(status))
             if not state.situation.active:
                 break
             time.sleep(WATCH_EVERY_S)
     out.print(status_view(status))
-    if config.slurm.advance_from == "login":
+    if state.config.slurm.advance_from == "login":
         tell(run.path, state)
     return _exit_code(status)
 

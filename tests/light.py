@@ -25,7 +25,8 @@ from typing import Any
 
 from kdhpc.artifacts import RESULTS, Work, Written
 from kdhpc.config import RunConfig
-from kdhpc.shards import Arm, Pipeline, Plan, Shard, Stage
+from kdhpc.pipelines import Pipeline, Stage
+from kdhpc.shards import Arm, Plan, Shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ def plan_merge(config: LightConfig, before: Plan) -> list[Shard]:
     return [Shard(arm=arm, name=arm.recipe[:12], reads=keys)]
 
 
-def begin(shard: Shard, work: Work) -> str:
+def begin(shard: Shard, work: Work[LightConfig]) -> str:
     """Note in the trace that a shard starts. Returns its name for trouble."""
     if work.config.trace:
         restart = os.environ.get("SLURM_RESTART_COUNT", "0")
@@ -70,7 +71,7 @@ def begin(shard: Shard, work: Work) -> str:
     return "merge" if shard.stage == "merge" else f"{shard.stage}-{shard.name}"
 
 
-def write(shard: Shard, work: Work, value: int) -> Written:
+def write(shard: Shard, work: Work[LightConfig], value: int) -> Written:
     name = begin(shard, work)
     path = work.new_path(shard, ".txt")
     text = json.dumps(value)
@@ -84,7 +85,7 @@ def write(shard: Shard, work: Work, value: int) -> Written:
     return Written(path=path, rows=1)
 
 
-def misbehave(name: str, work: Work, data: Path | None = None) -> None:
+def misbehave(name: str, work: Work[LightConfig], data: Path | None = None) -> None:
     path = Path(work.config.trouble) / name
     if not work.config.trouble or not path.is_file():
         return
@@ -108,15 +109,15 @@ def misbehave(name: str, work: Work, data: Path | None = None) -> None:
         data.write_bytes(bytes(int(what[1])))
 
 
-def run_make(shard: Shard, work: Work) -> Written:
+def run_make(shard: Shard, work: Work[LightConfig]) -> Written:
     return write(shard, work, int(shard.name) + work.config.seed)
 
 
-def run_square(shard: Shard, work: Work) -> Written:
+def run_square(shard: Shard, work: Work[LightConfig]) -> Written:
     return write(shard, work, json.loads(work.input(shard.reads[0]).read_text()) ** 2)
 
 
-def run_merge(shard: Shard, work: Work) -> Written:
+def run_merge(shard: Shard, work: Work[LightConfig]) -> Written:
     import numpy as np
 
     from kdhpc import store
@@ -139,7 +140,7 @@ def run_merge(shard: Shard, work: Work) -> Written:
     return Written(path=path, rows=len(values))
 
 
-def stage(name: str, plan: Any, run: Any, alias: str | None = None) -> Stage:
+def stage(name: str, plan: Any, run: Any, alias: str | None = None) -> Stage[LightConfig]:
     return Stage(
         name=name,
         reads="",

@@ -15,13 +15,15 @@ import pytest
 
 from kdhpc import artifacts
 from kdhpc.artifacts import RunFolder, Work, Written
+from kdhpc.config import RunConfig
 from kdhpc.errors import DamagedError
-from kdhpc.shards import Arm, Pipeline, Plan, Shard, Stage
+from kdhpc.pipelines import Pipeline, Stage
+from kdhpc.shards import Arm, Plan, Shard
 
 SHARD = Shard(arm=Arm(stage="only", name="arm", fields={"x": 1}, inputs={}), name="00000")
 
 
-def write(shard: Shard, work: Work) -> Written:
+def write(shard: Shard, work: Work[RunConfig]) -> Written:
     path = work.new_path(shard, ".txt")
     path.write_text("data")
     return Written(path=path, rows=1)
@@ -36,16 +38,16 @@ STAGE = Stage(
     run=write,
     alias="last",
 )
-PIPELINE = Pipeline(name="test", config=object, stages=(STAGE,))
+PIPELINE = Pipeline(name="test", config=RunConfig, stages=(STAGE,))
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Work:
-    run = RunFolder(tmp_path, PIPELINE)
-    return Work(run, None, Plan())
+def work(tmp_path: Path) -> Work[RunConfig]:
+    run = RunFolder(tmp_path, PIPELINE.folders, PIPELINE.aliases)
+    return Work(run, RunConfig(), Plan())
 
 
-def test_a_published_shard_is_found_and_verified(work: Work) -> None:
+def test_a_published_shard_is_found_and_verified(work: Work[RunConfig]) -> None:
     assert work.publish(SHARD, write(SHARD, work), time.time())
     record = work.run.scan().records[SHARD.key]
     artifacts.verify(record)
@@ -54,7 +56,7 @@ def test_a_published_shard_is_found_and_verified(work: Work) -> None:
     assert (work.run.path / "1-only" / "last").read_text() == "data"
 
 
-def test_the_first_attempt_wins_and_the_second_leaves_nothing(work: Work) -> None:
+def test_the_first_attempt_wins_and_the_second_leaves_nothing(work: Work[RunConfig]) -> None:
     first, second = write(SHARD, work), write(SHARD, work)
     assert work.publish(SHARD, first, time.time())
     assert not work.publish(SHARD, second, time.time())
@@ -72,7 +74,7 @@ def test_writing_the_same_record_again_counts_as_won(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "deleted", "half a record", "another record"])
-def test_damage_is_named_and_the_shard_is_not_done(work: Work, damage: str) -> None:
+def test_damage_is_named_and_the_shard_is_not_done(work: Work[RunConfig], damage: str) -> None:
     work.publish(SHARD, write(SHARD, work), time.time())
     path = work.run.record_path(SHARD.key)
     data = work.run.scan().records[SHARD.key].data
@@ -92,23 +94,23 @@ def test_damage_is_named_and_the_shard_is_not_done(work: Work, damage: str) -> N
     assert list(work.run.scan().records) == [SHARD.key]
 
 
-def test_a_flipped_bit_is_found_when_the_data_is_read(work: Work) -> None:
+def test_a_flipped_bit_is_found_when_the_data_is_read(work: Work[RunConfig]) -> None:
     work.publish(SHARD, write(SHARD, work), time.time())
     record = work.run.scan().records[SHARD.key]
     record.data.write_text("dbta")
-    fresh = Work(work.run, None, Plan())
+    fresh = Work(work.run, RunConfig(), Plan())
     with pytest.raises(DamagedError, match=record.data.name):
         fresh.input(SHARD.key)
 
 
 def test_what_is_published_during_a_scan_is_not_called_damaged(tmp_path: Path) -> None:
     """A large folder is listed piece by piece: a record may be listed, and its data not."""
-    run = RunFolder(tmp_path, PIPELINE)
+    run = RunFolder(tmp_path, PIPELINE.folders, PIPELINE.aliases)
     folder = tmp_path / "1-only" / "arm"
     folder.mkdir(parents=True)
     for number in range(50_000):
         (folder / f"other-{number}").touch()
-    work = Work(run, None, Plan())
+    work = Work(run, RunConfig(), Plan())
     shards = [replace(SHARD, name=f"{number:05d}") for number in range(300)]
 
     def publish() -> None:
@@ -131,9 +133,10 @@ sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
 from pathlib import Path
 from test_artifacts import PIPELINE, SHARD, write
 from kdhpc.artifacts import RunFolder, Work
+from kdhpc.config import RunConfig
 from kdhpc.shards import Plan
-run = RunFolder(Path({str(tmp_path)!r}), PIPELINE)
-work = Work(run, None, Plan())
+run = RunFolder(Path({str(tmp_path)!r}), PIPELINE.folders)
+work = Work(run, RunConfig(), Plan())
 written = write(SHARD, work)
 print("written", flush=True)
 time.sleep(600)
@@ -145,9 +148,9 @@ work.publish(SHARD, written, time.time())
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    run = RunFolder(tmp_path, PIPELINE)
+    run = RunFolder(tmp_path, PIPELINE.folders, PIPELINE.aliases)
     assert run.scan().records == {}
-    work = Work(run, None, Plan())
+    work = Work(run, RunConfig(), Plan())
     assert work.publish(SHARD, write(SHARD, work), time.time())
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdhpc.attention import attend, causal
-from kdhpc.likelihood import summed_nll
+from kdhpc.loss import summed_nll
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdhpc import checkpoints, compose, store
-from kdhpc.artifacts import RunFolder, Work, read_record
+from kdhpc.artifacts import Work, read_record
 from kdhpc.cluster import runs
 from kdhpc.cluster.ledger import Ledger
+from kdhpc.cluster.runs import Run
 from kdhpc.errors import DamagedError, InputError
 from kdhpc.pipeline import LANGUAGE
 from kdhpc.stages import merge
@@ -127,7 +129,7 @@ def add_failure(path: Path) -> None:
 @given(spoil=damages())
 def test_a_damaged_manifest_is_named(run: Path, spoil: Damage) -> None:
     assert_refused_or_equal(
-        run / "run.json", spoil, lambda: (runs.folder(run).identity, runs.folder(run).pipeline)
+        run / "run.json", spoil, lambda: (runs.open_run(run).identity, runs.open_run(run).pipeline)
     )
 
 
@@ -136,7 +138,7 @@ def test_a_damaged_manifest_is_named(run: Path, spoil: Damage) -> None:
 def test_a_damaged_record_is_named(run: Path, spoil: Damage) -> None:
     path = run / "2-sample-truth/train/00000.json"
     assert_refused_or_equal(path, spoil, lambda: read_record(path, "sample-truth/train/00000"))
-    scan = RunFolder(run, LANGUAGE).scan()
+    scan = Run(run, LANGUAGE).scan()
     assert scan.damaged == {}
 
 
@@ -147,9 +149,9 @@ DATA = {
 }
 
 
-def work_of(run: Path) -> Work:
+def work_of(run: Path) -> Work[Any]:
     """What a task of a run sees."""
-    folder = RunFolder(run, LANGUAGE)
+    folder = Run(run, LANGUAGE)
     _, config, plan = runs.current(folder)
     return Work(folder, config, plan)
 

@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdhpc.cluster.decide import Policy, Situation, decide
+from kdhpc.cluster.decide import Changes, Policy, Situation, decide
 from kdhpc.cluster.failures import of_exception, of_slurm
 from kdhpc.cluster.ledger import Failure
-from kdhpc.shards import Arm, Pipeline, Plan, Shard, Stage
+from kdhpc.config import RunConfig
+from kdhpc.pipelines import Pipeline, Stage
+from kdhpc.shards import Arm, Plan, Shard
 
 NUM = 12
 
@@ -29,14 +31,14 @@ def plan_second(config: Any, before: Plan) -> list[Shard]:
     return shards
 
 
-def stage(name: str, plan: Any) -> Stage:
+def stage(name: str, plan: Any) -> Stage[RunConfig]:
     return Stage(name=name, reads="", writes="", unit="rows", plan=plan, run=lambda s, w: None)
 
 
 PIPELINE = Pipeline(
-    name="test", config=object, stages=(stage("first", plan_first), stage("second", plan_second))
+    name="test", config=RunConfig, stages=(stage("first", plan_first), stage("second", plan_second))
 )
-PLAN = PIPELINE.plan(None)
+PLAN = PIPELINE.plan(RunConfig())
 FIRST = [shard.key for shard in PLAN.stage("first")]
 POLICY = Policy(task_s=3.0, max_array=1000, max_tasks=1000)
 RATES = {"first": 1.0, "second": 1.0}
@@ -67,9 +69,7 @@ def test_nothing_starts_twice_and_limits_hold(
     done: set[str], active: set[str], max_array: int, max_tasks: int
 ) -> None:
     policy = dataclasses.replace(POLICY, max_array=max_array, max_tasks=max_tasks)
-    found = decide(
-        PIPELINE, PLAN, situation(done=frozenset(done), active=frozenset(active)), policy
-    )
+    found = decide(PLAN, situation(done=frozenset(done), active=frozenset(active)), policy)
     keys = started(found)
     assert len(keys) == len(set(keys))
     assert not set(keys) & (done | active)
@@ -82,7 +82,7 @@ def test_repeated_waves_end_with_everything_done(order: list[str]) -> None:
     done: set[str] = set()
     policy = dataclasses.replace(POLICY, max_array=2, max_tasks=4)
     for _ in range(100):
-        keys = started(decide(PIPELINE, PLAN, situation(done=frozenset(done)), policy))
+        keys = started(decide(PLAN, situation(done=frozenset(done)), policy))
         if not keys:
             break
         done.update(keys)
@@ -90,46 +90,46 @@ def test_repeated_waves_end_with_everything_done(order: list[str]) -> None:
 
 
 def test_a_shard_starts_when_the_records_that_it_reads_exist() -> None:
-    found = decide(PIPELINE, PLAN, situation(done=frozenset(FIRST[:6])), POLICY)
+    found = decide(PLAN, situation(done=frozenset(FIRST[:6])), POLICY)
     assert "second/half0/00000" in started(found)
     assert "second/half1/00000" not in started(found)
 
 
 def test_tasks_hold_about_the_seconds_asked_for() -> None:
-    found = decide(PIPELINE, PLAN, situation(), POLICY)
+    found = decide(PLAN, situation(), POLICY)
     assert [len(task) for task in found.batches[0].tasks] == [3, 3, 3, 3]
 
 
 def test_an_array_that_is_too_large_is_cut_into_arrays_from_zero() -> None:
-    found = decide(PIPELINE, PLAN, situation(), dataclasses.replace(POLICY, max_array=3))
+    found = decide(PLAN, situation(), dataclasses.replace(POLICY, max_array=3))
     assert [len(batch.tasks) for batch in found.batches] == [3, 1]
 
 
 def test_the_canary_goes_first_and_the_rest_waits_for_it() -> None:
     policy = dataclasses.replace(POLICY, task_s=1.0, canary=2)
-    assert started(decide(PIPELINE, PLAN, situation(), policy)) == FIRST[:2]
+    assert started(decide(PLAN, situation(), policy)) == FIRST[:2]
     waiting = situation(active=frozenset(FIRST[:2]))
-    assert started(decide(PIPELINE, PLAN, waiting, policy)) == []
+    assert started(decide(PLAN, waiting, policy)) == []
     alive = situation(done=frozenset(FIRST[:1]))
-    assert started(decide(PIPELINE, PLAN, alive, policy)) == FIRST[1:]
+    assert started(decide(PLAN, alive, policy)) == FIRST[1:]
 
 
 def test_long_shards_do_not_wait_for_a_canary() -> None:
     policy = dataclasses.replace(POLICY, task_s=1.0, canary=2)
     slow = situation(seconds_per_work={"first": 3600.0, "second": 1.0})
-    assert started(decide(PIPELINE, PLAN, slow, policy)) == FIRST
+    assert started(decide(PLAN, slow, policy)) == FIRST
 
 
 def test_the_same_exception_in_the_first_shards_stops_the_stage() -> None:
     failures = {key: [failure(key)] for key in FIRST[:2]}
-    found = decide(PIPELINE, PLAN, situation(failures=failures), POLICY)
+    found = decide(PLAN, situation(failures=failures), POLICY)
     assert started(found) == []
     assert "the first 2 shards of first all failed" in found.blocked[FIRST[5]]
 
 
 def test_one_poison_shard_stops_only_itself() -> None:
     failures = {FIRST[0]: [failure(FIRST[0]), failure(FIRST[0])]}
-    found = decide(PIPELINE, PLAN, situation(failures=failures), POLICY)
+    found = decide(PLAN, situation(failures=failures), POLICY)
     assert started(found) == FIRST[1:]
     assert "boom" in found.blocked[FIRST[0]]
 
@@ -161,43 +161,43 @@ def test_remedies_change_what_the_next_attempt_gets() -> None:
         FIRST[1]: [failure(FIRST[1], "TIMEOUT")],
         FIRST[2]: [failure(FIRST[2], "NODE_FAIL", node="n3")],
     }
-    found = decide(PIPELINE, PLAN, situation(failures=failures), POLICY)
+    found = decide(PLAN, situation(failures=failures), POLICY)
     changes = {key: b.changes for b in found.batches for task in b.tasks for key in task}
-    assert changes[FIRST[0]] == {"mem_factor": 1.5}
-    assert changes[FIRST[1]] == {"time_factor": 1.5}
-    assert changes[FIRST[2]] == {"exclude": "n3"}
-    assert changes[FIRST[3]] == {}
+    assert changes[FIRST[0]] == Changes(mem_factor=1.5)
+    assert changes[FIRST[1]] == Changes(time_factor=1.5)
+    assert changes[FIRST[2]] == Changes(avoid=("n3",))
+    assert changes[FIRST[3]] == Changes()
 
 
 def test_attempts_run_out_unless_there_was_progress() -> None:
     failures = {FIRST[0]: [failure(FIRST[0], "PREEMPTED")] * 3}
-    spent = decide(PIPELINE, PLAN, situation(failures=failures), POLICY)
+    spent = decide(PLAN, situation(failures=failures), POLICY)
     assert FIRST[0] in spent.blocked
     free = situation(failures=failures, free_failures={FIRST[0]: 2})
-    assert FIRST[0] in started(decide(PIPELINE, PLAN, free, POLICY))
+    assert FIRST[0] in started(decide(PLAN, free, POLICY))
 
 
 def test_cancelled_and_stopped_runs_start_nothing() -> None:
-    assert started(decide(PIPELINE, PLAN, situation(stopped=True), POLICY)) == []
+    assert started(decide(PLAN, situation(stopped=True), POLICY)) == []
     cancelled = situation(failures={key: [failure(key, "CANCELLED")] for key in FIRST})
-    assert started(decide(PIPELINE, PLAN, cancelled, POLICY)) == []
+    assert started(decide(PLAN, cancelled, POLICY)) == []
 
 
 def test_a_shard_that_failed_takes_no_others_along() -> None:
     failures = {FIRST[0]: [failure(FIRST[0], "LOST")]}
-    found = decide(PIPELINE, PLAN, situation(failures=failures), POLICY)
+    found = decide(PLAN, situation(failures=failures), POLICY)
     [task] = [task for b in found.batches for task in b.tasks if FIRST[0] in task]
     assert task == (FIRST[0],)
 
 
 def test_a_stage_that_cannot_be_launched_is_not_tried_shard_by_shard() -> None:
     failures = {key: [failure(key, "LAUNCH", fingerprint="refused")] for key in FIRST[:2]}
-    found = decide(PIPELINE, PLAN, situation(failures=failures), POLICY)
+    found = decide(PLAN, situation(failures=failures), POLICY)
     assert started(found) == []
 
 
 def test_after_a_cancel_only_what_was_asked_for_starts() -> None:
-    found = decide(PIPELINE, PLAN, situation(only=frozenset(FIRST[3:5])), POLICY)
+    found = decide(PLAN, situation(only=frozenset(FIRST[3:5])), POLICY)
     assert started(found) == FIRST[3:5]
 
 

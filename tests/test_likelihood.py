@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from kdhpc import native
-from kdhpc.draws import Selector
+from kdhpc.counting import Counting
 from kdhpc.errors import InputError
-from kdhpc.likelihood import CPU_HEAD_TOKENS, counted, token_log_probs
+from kdhpc.likelihood import CPU_HEAD_TOKENS, token_log_probs
 from kdhpc.models import TransformersModel
 from kdhpc.sampling import Sampler, sample
+from kdhpc.selection import Selection
 
 
 def test_token_log_probs_agree_with_a_float64_loop() -> None:
@@ -92,22 +93,20 @@ def test_padding_changes_no_score() -> None:
 def test_the_samplers_own_sums_agree_with_the_scorer() -> None:
     model = llama_of(small_model(300, 12))
     for count_eos in (True, False):
+        counting = Counting(num_prompt=2, eos=0, count_eos=count_eos)
         for tau in (1.0, 0.7):
             sampler = Sampler(
                 model,
                 prompt_ids=[2, 3],
                 length=12,
                 batch_rows=32,
-                selector=Selector(tau=tau),
+                selection=Selection(tau=tau),
                 draw="inverse_cdf",
-                eos=0,
-                count_eos=count_eos,
+                counting=counting,
             )
             samples = sample(sampler, rows=range(96), seed=0, stream="test")
             ids = torch.from_numpy(samples.ids.astype(np.int64))
-            length = torch.from_numpy(samples.length)
-            ended = ids.gather(1, (length.long() - 1)[:, None]).squeeze(1) == 0
-            counts = counted(length, 12, num_prompt=2, ended=ended, count_eos=count_eos)
+            counts = counting.of(ids, torch.from_numpy(samples.length))
             [scores] = token_log_probs(model, ids, head_tokens=100)
             sums = torch.where(counts, scores, 0.0).double().sum(1).numpy()
             assert np.abs(sums - samples.log_prob_sum).max() < 1e-4 * 12
@@ -124,8 +123,8 @@ def test_the_samplers_own_bfloat16_sums_agree_with_the_scorer_in_the_mean(engine
     shape = replace(SHAPE, hidden=192, heads=6, kv_heads=2, ffn=96)
     model = llama_of(small_model(300, 40, shape=shape).to(torch.bfloat16))
     sampler = Sampler(
-        model, prompt_ids=[2], length=40, batch_rows=64, selector=Selector(),
-        draw="inverse_cdf", eos=-1, count_eos=True, engine=engine,
+        model, prompt_ids=[2], length=40, batch_rows=64, selection=Selection(),
+        draw="inverse_cdf", counting=Counting(num_prompt=1, eos=-1, count_eos=True), engine=engine,
     )  # fmt: skip
     samples = sample(sampler, rows=range(128), seed=0, stream="test")
     [scores] = token_log_probs(
@@ -141,9 +140,10 @@ def test_the_samplers_own_bfloat16_sums_agree_with_the_scorer_in_the_mean(engine
 
 def test_prompt_padding_and_masked_eos_are_not_counted() -> None:
     length = torch.tensor([5, 5, 3])
-    ended = torch.tensor([True, False, True])
-    learn = counted(length, 6, num_prompt=2, ended=ended, count_eos=True)
-    mask = counted(length, 6, num_prompt=2, ended=ended, count_eos=False)
+    ids = torch.tensor([[7, 7, 7, 7, 0, 7], [7, 7, 7, 7, 7, 0], [7, 7, 0, 7, 7, 7]])
+    learn, mask = (
+        Counting(num_prompt=2, eos=0, count_eos=count).of(ids, length) for count in (True, False)
+    )
     assert learn.sum(1).tolist() == [3, 3, 1]
     assert mask.sum(1).tolist() == [2, 3, 0]
     assert not learn[:, :2].any()

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +21,12 @@ from commands import LIGHT_RESULTS, ROOT, assert_light_complete, launch, light_r
 from light import expected
 
 from kdhpc import compose, store, trainlog
-from kdhpc.artifacts import RunFolder, Work, Written
+from kdhpc.artifacts import Work, Written
 from kdhpc.cluster import runs
-from kdhpc.cluster.ledger import Ledger, Submission
+from kdhpc.cluster.ledger import Failure, Job, Ledger, Submission
 from kdhpc.cluster.observe import observe
+from kdhpc.cluster.runs import Run
+from kdhpc.cluster.status import look, status_of
 from kdhpc.config import LanguageConfig, checked
 from kdhpc.pipeline import LANGUAGE
 from kdhpc.shards import Shard
@@ -195,7 +198,7 @@ def run_here(tmp_path: Path, *words: str) -> store.Results:
     config = checked(compose.build(LanguageConfig, compose.compose(["tiny", *words])))
     plan = LANGUAGE.plan(config)
     path = tmp_path / "run"
-    run = RunFolder(path, LANGUAGE)
+    run = Run(path, LANGUAGE)
     for shard in plan.shards.values():
         work = Work(run, config, plan)
         written = LANGUAGE.stage(shard.stage).run(shard, work)
@@ -226,6 +229,33 @@ def test_shards_of_any_size_give_the_same_ids_and_scores(tmp_path: Path) -> None
             assert np.array_equal(scores.num_tokens, other.scores[pair].num_tokens)
             difference = np.abs(scores.log_prob_sum - other.scores[pair].log_prob_sum)
             assert (difference / scores.num_tokens).max() < 1e-5
+
+
+def test_the_logical_digest_knows_nothing_of_shards(tmp_path: Path) -> None:
+    words = ["sampling.train_sequences=64", "sampling.eval_sequences=64"]
+    digests = set()
+    for size in (32, 64):
+        run_here(tmp_path / str(size), *words, f"sampling.shard_sequences={size}")
+        digests.add(store.logical_digest(tmp_path / str(size) / "run" / RESULTS))
+    assert len(digests) == 1
+
+
+def test_status_shows_a_shard_that_was_added_elsewhere_and_failed(copy: Path) -> None:
+    """A watcher keeps no plan of its own: another launcher's tau is no surprise."""
+    run = Run(copy, LANGUAGE)
+    config: Any = runs.current(run)[1]
+    wider = dataclasses.replace(config, taus=(1.0, 0.6, 0.5))
+    request = runs.add_request(run, wider, kind="sweep", executor="local")
+    ledger, key = Ledger(copy), "sample-teacher/s0-tau0.5/00000"
+    submission = Submission(
+        number=90, request=request.number, name="other", stage="sample-teacher", tasks=((key,),),
+        resources={}, code=request.code, time=time.time(), host="", pid=0,
+    )  # fmt: skip
+    assert ledger.claim(submission)
+    assert ledger.settle(90, Job(job_id=None))
+    assert ledger.add_failure(Failure(key=key, kind="OOM", message="too large", submission=90))
+    [cause] = status_of(run, look(run)).causes
+    assert (cause.kind, cause.shards) == ("OOM", (key,))
 
 
 LIGHT = ["pipeline=light:PIPELINE", "cluster=local", "name=light"]
@@ -352,7 +382,7 @@ def hook(name, args):
         seen[name].update([os.path.relpath(str(args[0]), run.path)])
 sys.addaudithook(hook)
 status.look(run)
-stages = tuple(run.pipeline.folder(stage.name) for stage in run.pipeline.stages)
+stages = tuple(run.folders.values())
 found = {{path: n for path, n in folders.items() if path.startswith(stages)}}
 assert len(found) > 20 and set(found.values()) == {{1}}, found
 found = {{path: n for path, n in files.items() if path.startswith(stages)}}
@@ -365,13 +395,13 @@ assert "torch" not in sys.modules
 
 def test_measured_seconds_decide_how_shards_are_packed(copy: Path) -> None:
     """Two of four shards are there, and took 60 s each: the others get tasks of their own."""
-    run = RunFolder(copy, LANGUAGE)
+    run = Run(copy, LANGUAGE)
     _, config, plan = runs.current(run)
     shards = plan.arm("sample-truth", "train")
     for shard in shards:
         run.record_path(shard.key).unlink()
     before = observe(run, config, plan)
-    assert [len(batch.tasks) for batch in before.decision.batches] == [1]
+    assert sum(len(batch.tasks) for batch in before.decision.batches) == 1
     work = Work(run, config, plan)
     for shard in shards[:2]:
         path = work.new_path(shard)
@@ -380,7 +410,7 @@ def test_measured_seconds_decide_how_shards_are_packed(copy: Path) -> None:
     policy = dataclasses.replace(before.policy, task_s=40.0)
     found = observe(run, config, plan, policy=policy)
     assert found.situation.seconds_per_work["sample-truth"] * shards[0].work > 30
-    assert [len(batch.tasks) for batch in found.decision.batches] == [2]
+    assert sum(len(batch.tasks) for batch in found.decision.batches) == 2
 
 
 def test_a_refresh_asks_slurm_once(copy: Path, tmp_path: Path) -> None:
@@ -390,14 +420,14 @@ def test_a_refresh_asks_slurm_once(copy: Path, tmp_path: Path) -> None:
         program = tmp_path / "bin" / name
         program.write_text(f"#!/bin/sh\necho {name} >> {tmp_path}/called\n")
         program.chmod(0o755)
-    run = RunFolder(copy, LANGUAGE)
+    run = Run(copy, LANGUAGE)
     _, config, _ = runs.current(run)
     runs.add_request(run, config, kind="sweep", executor="slurm")
     launch("status", str(copy), PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
     assert (tmp_path / "called").read_text().split() == ["squeue"]
 
 
-def opens_of_truth(run: RunFolder, submission: int, shards: Sequence[Shard]) -> dict[str, int]:
+def opens_of_truth(run: Run, submission: int, shards: Sequence[Shard]) -> dict[str, int]:
     """Do shards again as one task of a fresh process: how often it opened each file of the model.
 
     Audit hooks see what Python opens; the weights are opened by Rust, beside `config.json`.
@@ -438,7 +468,7 @@ print(json.dumps(opened))
 
 def test_a_task_loads_a_model_once(copy: Path) -> None:
     """The model's files are opened as often for one shard as for all shards of an arm."""
-    run = RunFolder(copy, LANGUAGE)
+    run = Run(copy, LANGUAGE)
     shards = runs.current(run)[2].arm("sample-truth", "train")
     assert len(shards) > 2
     for_one = opens_of_truth(run, 98, shards[:1])

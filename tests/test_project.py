@@ -11,8 +11,8 @@ import pytest
 from kdhpc import compose
 from kdhpc.cluster import runs
 from kdhpc.cluster.decide import Batch
+from kdhpc.cluster.resources import array_resources
 from kdhpc.cluster.slurm import script
-from kdhpc.cluster.submission import final_resources
 from kdhpc.config import LanguageConfig, checked
 from kdhpc.pipeline import LANGUAGE, MIXTURE
 
@@ -70,12 +70,12 @@ def test_the_batch_script_is_the_golden_one() -> None:
     config = config_of(
         ["paper", "slurm.account=me", "slurm.setup=[module load cuda]", "slurm.scratch=/local/x y"]
     )
-    batch = Batch(stage="score", tasks=(("a",), ("b",)), nodes=2, ranks_per_node=4, changes={})
+    batch = Batch(stage="score", tasks=(("a",), ("b",)), nodes=2, ranks_per_node=4)
     text = script(
         name="score.paper.3f9a-0007",
         command="bash environment.sh code python -m kdhpc.cluster.task run 7",
         num_tasks=2,
-        resources=final_resources(config, batch, uses_device=True),
+        resources=array_resources(config, batch, uses_device=True),
     )
     golden("score.sbatch", text)
 
@@ -121,7 +121,7 @@ def test_the_readme_tables_are_the_pipelines() -> None:
     readme = (ROOT / "README.md").read_text()
     rows = re.findall(r"^\| `(\d-[\w-]+)/` \| (.*) \| (.*) \|$", readme, re.MULTILINE)
     expected = [
-        (pipeline.folder(stage.name), stage.reads, stage.writes)
+        (pipeline.folders[stage.name], stage.reads, stage.writes)
         for pipeline in (LANGUAGE, MIXTURE)
         for stage in pipeline.stages
     ]

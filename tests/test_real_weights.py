@@ -10,7 +10,8 @@ from commands import need
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdhpc import compose, store
-from kdhpc.artifacts import RunFolder, Work
+from kdhpc.artifacts import Work
+from kdhpc.cluster.runs import Run
 from kdhpc.config import LanguageConfig, checked
 from kdhpc.pipeline import LANGUAGE
 from kdhpc.shards import Shard
@@ -29,7 +30,7 @@ def test_a_gguf_truth_writes_english_and_scores_it_like_transformers(tmp_path: P
     torch.set_num_threads(1)
     config = checked(compose.build(LanguageConfig, compose.compose(WORDS)))
     plan = LANGUAGE.plan(config)
-    run = RunFolder(tmp_path, LANGUAGE)
+    run = Run(tmp_path, LANGUAGE)
 
     def do(shard: Shard) -> Path:
         work = Work(run, config, plan)

@@ -15,13 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from kdhpc import native
+from kdhpc.counting import Counting
 from kdhpc.decoding import LlamaDecoder, TransformersDecoder, bucket_of
 from kdhpc.devices import frozen_head
-from kdhpc.draws import DRAWS, Gumbel, InverseCdf, Selector, philox
+from kdhpc.draws import DRAWS, Gumbel, InverseCdf, philox, select
 from kdhpc.inference import load_model
 from kdhpc.models import TransformersModel
 from kdhpc.native import NativeDecoder
 from kdhpc.sampling import Sampler, sample
+from kdhpc.selection import Selection
 
 CPU = torch.device("cpu")
 ENGINES = ["torch", "native"]
@@ -40,10 +42,9 @@ def sampler(model: Any, **changes: Any) -> Sampler:
         "prompt_ids": [2, 3],
         "length": 10,
         "batch_rows": 32,
-        "selector": Selector(),
+        "selection": Selection(),
         "draw": "inverse_cdf",
-        "eos": 0,
-        "count_eos": True,
+        "counting": Counting(num_prompt=2, eos=0, count_eos=True),
     }
     model = llama_of(model) if isinstance(model, PreTrainedModel) else model
     return Sampler(model, **(options | changes))
@@ -52,7 +53,7 @@ def sampler(model: Any, **changes: Any) -> Sampler:
 def draw_of(engine: str, logits: torch.Tensor, uniform: float) -> Any:
     """What one uniform draws from one row of logits."""
     kind = native.NativeDraw if engine == "native" else InverseCdf
-    drawn = kind(Selector(), 1, 1, CPU)
+    drawn = kind(Selection(), 1, 1, CPU)
     drawn.uniform.fill_(uniform)
     return drawn(logits, torch.tensor([0]))
 
@@ -179,7 +180,7 @@ def test_sequences_follow_the_exact_distribution(tau: float, method: str, engine
         prompt_ids=[2],
         length=4,
         batch_rows=1000,
-        selector=Selector(tau=tau),
+        selection=Selection(tau=tau),
         draw=method,
         engine=engine,
     )
@@ -253,7 +254,7 @@ def test_no_uniform_draws_an_impossible_token(engine: str) -> None:
 @pytest.mark.parametrize("method", ["inverse_cdf", "gumbel", "native"])
 def test_draws_give_the_log_probabilities_of_what_they_drew(method: str, tau: float) -> None:
     logits = torch.randn(64, 1001) * 3
-    drawn = (DRAWS | {"native": native.NativeDraw})[method](Selector(tau=tau), 64, 4, CPU)
+    drawn = (DRAWS | {"native": native.NativeDraw})[method](Selection(tau=tau), 64, 4, CPU)
     drawn.load(0, "u", range(64))
     tokens, log_prob_tau, log_prob = drawn(logits, torch.tensor([2]))
     for found, divisor in ((log_prob_tau, tau), (log_prob, 1.0)):
@@ -300,7 +301,7 @@ def test_philox_gives_the_published_words() -> None:
 
 
 def test_gumbel_noise_is_of_one_sequence_position_and_token() -> None:
-    drawn = Gumbel(Selector(), 3, 8, CPU)
+    drawn = Gumbel(Selection(), 3, 8, CPU)
     drawn.load(5, "noise", range(10, 13))
     whole = drawn.noise(torch.tensor([4]), range(1001))
     parts = [drawn.noise(torch.tensor([4]), part) for part in (range(500), range(500, 1001))]
@@ -313,8 +314,10 @@ def test_gumbel_noise_is_of_one_sequence_position_and_token() -> None:
 
 
 @pytest.mark.parametrize("method", ["inverse_cdf", "gumbel"])
-@pytest.mark.parametrize("selector", [Selector(), Selector(tau=0.8), Selector(top_k=5, top_p=0.9)])
-def test_a_step_never_waits_for_the_device(method: str, selector: Selector) -> None:
+@pytest.mark.parametrize(
+    "selection", [Selection(), Selection(tau=0.8), Selection(top_k=5, top_p=0.9)]
+)
+def test_a_step_never_waits_for_the_device(method: str, selection: Selection) -> None:
     """No value is read, nothing is copied from elsewhere, and no shape depends on data."""
 
     seen: list[tuple[str, list[tuple[int, ...]]]] = []
@@ -327,7 +330,7 @@ def test_a_step_never_waits_for_the_device(method: str, selector: Selector) -> N
             seen.append((func._schema.name, shapes))
             return out
 
-    decoding = sampler(small_model(300, 10), draw=method, selector=selector)
+    decoding = sampler(small_model(300, 10), draw=method, selection=selection)
     decoding.draw.load(0, "test", range(32))
     traces = []
     for start in (range(32), range(32, 64)):
@@ -372,9 +375,9 @@ def test_rows_end_at_eos_and_stay_empty_after_it(engine: str) -> None:
 
 def test_truncations_keep_only_the_likely_tokens() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
-    kept = Selector(top_k=2).select(logits) > -torch.inf
+    kept = select(logits, Selection(top_k=2)) > -torch.inf
     assert kept.tolist() == [[True, True, False, False]]
-    kept = Selector(top_p=0.81).select(logits) > -torch.inf
+    kept = select(logits, Selection(top_p=0.81)) > -torch.inf
     assert kept.tolist() == [[True, True, True, False]]
 
 

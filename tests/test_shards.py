@@ -1,6 +1,8 @@
 """Plans are pure, complete, and grow without touching what exists."""
 
 import dataclasses
+import json
+from dataclasses import dataclass, field
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from kdhpc import compose
 from kdhpc.config import LanguageConfig, checked
 from kdhpc.pipeline import LANGUAGE
-from kdhpc.shards import cut
+from kdhpc.shards import ADDED, cut, fields_of, settings_of
 
 SIZES = st.integers(1, 500)
 
@@ -86,3 +88,34 @@ def test_two_seeds_and_a_truncation_give_each_student_its_own_teacher() -> None:
     data = plan.arm("sample-teacher", "s1-topk50")[0]
     assert student.arm.inputs["data"] == data.arm.recipe
     assert data.reads == ("train-on-truth/teacher-s1/00000",)
+
+
+@dataclass(frozen=True)
+class Inner:
+    width: int = 3
+
+
+@dataclass(frozen=True)
+class OlderSettings:
+    seed: int
+    inner: Inner
+
+
+@dataclass(frozen=True)
+class NewerSettings(OlderSettings):
+    decay: float = field(default=0.5, metadata=ADDED)
+
+
+def test_settings_survive_as_fields_and_back() -> None:
+    settings = OlderSettings(seed=1, inner=Inner(width=7))
+    fields = json.loads(json.dumps(fields_of(settings)))
+    assert fields == {"seed": 1, "inner": {"width": 7}}
+    assert settings_of(fields, OlderSettings) == settings
+
+
+def test_a_field_that_was_added_later_changes_no_older_recipe() -> None:
+    old = fields_of(OlderSettings(seed=1, inner=Inner()))
+    assert fields_of(NewerSettings(seed=1, inner=Inner())) == old
+    changed = NewerSettings(seed=1, inner=Inner(), decay=0.25)
+    assert fields_of(changed) == {**old, "decay": 0.25}
+    assert settings_of(old, NewerSettings).decay == 0.5

@@ -32,6 +32,7 @@ from kdhpc import (
 )
 from kdhpc.cluster import failures
 from kdhpc.config import Dtype, Shape, Training
+from kdhpc.counting import Counting
 from kdhpc.devices import DTYPES
 from kdhpc.errors import ClusterError, InputError
 from kdhpc.training import DivergedError, Schedule, Trained, Watch
@@ -267,8 +268,9 @@ def test_validation_is_right_and_changes_nothing() -> None:
 def test_end_of_sequence_tokens_count_only_where_they_are_learnt() -> None:
     ids = np.array([[7, 3, 5, 0], [7, 3, 0, 9], [7, 3, 5, 6]], np.uint16)
     length = np.array([4, 3, 4], np.int32)
-    for eos, expected in ((None, [2, 1, 2]), (0, [1, 0, 2])):
-        data = dataclasses.replace(corpus(), ids=ids, length=length, num_prompt=2, masked_eos=eos)
+    for count_eos, expected in ((True, [2, 1, 2]), (False, [1, 0, 2])):
+        counting = Counting(num_prompt=2, eos=0, count_eos=count_eos)
+        data = dataclasses.replace(corpus(), ids=ids, length=length, counting=counting)
         found = data.read(np.array([0, 1, 2, -1]))[1]
         assert (found >= 0).sum(1).tolist() == [*expected, 0]
     assert found[2].tolist() == [-100, 5, 6, -100]
@@ -467,6 +469,7 @@ import numpy as np, torch
 from kdhpc import models
 from kdhpc.devices import DTYPES
 from kdhpc.config import Dtype, Shape, Training
+from kdhpc.counting import Counting
 from kdhpc.ranks import join
 from kdhpc.training import Corpus, train
 torch.set_num_threads(1)
@@ -474,7 +477,8 @@ cpu = torch.device("cpu")
 join(rank=0, world_size=1, address="", port=0, device=cpu)
 shape = Shape(layers=1, hidden=16, heads=2, kv_heads=1, ffn=16)
 model = models.new_model(shape, vocab_size=257, length=8, eos=0, seed=0)
-corpus = Corpus(ids=np.ones((8, 8), np.uint16), length=np.full(8, 8, np.int32), num_prompt=1)
+counting = Counting(num_prompt=1, eos=0, count_eos=True)
+corpus = Corpus(ids=np.ones((8, 8), np.uint16), length=np.full(8, 8, np.int32), counting=counting)
 recipe = Training(epochs=2.0, batch_sequences=4, micro_batch_sequences=4)
 assert train(model, corpus, recipe, seed=0, stream="s", device=cpu).finished
 """

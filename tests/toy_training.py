@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from kdhpc import checkpoints, models, ranks
 from kdhpc.cluster.task import find_rank
 from kdhpc.config import Shape, Training
+from kdhpc.counting import Counting
 from kdhpc.training import Corpus, State, Trained, Watch, train
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ def corpus() -> Corpus:
     return Corpus(
         ids=generator.integers(0, 257, (256, WIDTH)).astype(np.uint16),
         length=generator.integers(4, WIDTH + 1, 256).astype(np.int32),
-        num_prompt=3,
+        counting=Counting(num_prompt=3, eos=-1, count_eos=True),
     )
 
 

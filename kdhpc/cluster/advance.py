@@ -8,16 +8,18 @@ call it; the local executor (`local.py`) observes and decides the same way.
 import os
 import sys
 import time
+from collections.abc import Iterator
 
-from kdhpc.artifacts import RunFolder, disk_errors
+from kdhpc.artifacts import disk_errors
 from kdhpc.cluster import failures, runs, slurm
 from kdhpc.cluster.ledger import Failure, Job, Ledger, Submission, launcher_gone
 from kdhpc.cluster.observe import State, observe
+from kdhpc.cluster.runs import Run
 from kdhpc.cluster.submission import submit
 from kdhpc.errors import BusyError
 
 
-def advance(run: RunFolder) -> State:
+def advance(run: Run) -> State:
     """Submit to Slurm what the last request wants and may start now; how the run then stands.
 
     What Slurm refuses is recorded as a failure of its shards, so that the rest goes on.
@@ -31,7 +33,7 @@ def advance(run: RunFolder) -> State:
         return _advance(run)
 
 
-def _advance(run: RunFolder) -> State:
+def _advance(run: Run) -> State:
     ledger = Ledger(run.path)
     room: int | None = None
     num_submitted, refusals = 0, []
@@ -63,23 +65,28 @@ def _advance(run: RunFolder) -> State:
     return state
 
 
-def _look(run: RunFolder, ledger: Ledger, room: int | None) -> State:
+def _look(run: Run, ledger: Ledger, room: int | None) -> State:
     """Observe, after putting right what launchers and tasks that died have left."""
     state = _observe(run, room)
     if _settle_orphans(ledger, state) | _explain_ended(run, ledger, state):
         state = _observe(run, room)
-    settled = {s.name for s in state.submissions if (j := state.jobs.get(s.number)) and j.job_id}
+    settled = {
+        name
+        for submission in state.submissions
+        if (job := state.jobs.get(submission.number)) and job.job_id
+        for name in submission.job_names
+    }
     held = {
         task.job_id
         for task in state.queued
-        if task.name.removeprefix("gate-") in settled and task.reason in slurm.HELD_REASONS
+        if task.name in settled and task.reason in slurm.HELD_REASONS
     }
     if held and not state.situation.stopped:
         slurm.release(sorted(held))
     return state
 
 
-def _observe(run: RunFolder, room: int | None) -> State:
+def _observe(run: Run, room: int | None) -> State:
     """Observe by the config of the last request, even if that comes in between."""
     while True:
         number, config, plan = runs.current(run)
@@ -105,13 +112,29 @@ def _settle_orphans(ledger: Ledger, state: State) -> bool:
                 continue  # it lives, and was just recorded
             settled = True
         if job is not None and job.job_id is None:
-            names = {submission.name, f"gate-{submission.name}"}
+            names = submission.job_names
             slurm.cancel(sorted({task.job_id for task in state.queued if task.name in names}))
     return settled
 
 
-def _explain_ended(run: RunFolder, ledger: Ledger, state: State) -> bool:
+def _explain_ended(run: Run, ledger: Ledger, state: State) -> bool:
     """Write down why shards left the queue without output and without a word."""
+    silent = _silent(ledger, state)
+    job_ids = sorted({job_id for job_id, _ in silent})
+    ended = slurm.accounting(job_ids)
+    if silent.keys() - ended.keys():
+        time.sleep(2.5)  # accounting lags
+        ended = slurm.accounting(job_ids)
+    written = False
+    for (job_id, index), (submission, keys) in silent.items():
+        said = ended.get((job_id, index), slurm.Ended(state="", exit_code="", node=""))
+        for failure in _failures_of(run, ledger, submission, index, keys, said):
+            written |= ledger.add_failure(failure)
+    return written
+
+
+def _silent(ledger: Ledger, state: State) -> dict[tuple[str, int], tuple[Submission, list[str]]]:
+    """By job id and index, the tasks that are gone, and their shards that nothing is known of."""
     known = {(failure.submission, failure.key) for failure in ledger.failures()}
     present = {(task.name, task.index) for task in state.queued}
     newest = {key: s.number for s in state.submissions for key in s.keys}
@@ -131,36 +154,37 @@ def _explain_ended(run: RunFolder, ledger: Ledger, state: State) -> bool:
             ]
             if keys and (submission.name, index) not in present:
                 silent[job.job_id, index] = submission, keys
-    job_ids = sorted({job_id for job_id, _ in silent})
-    ended = slurm.accounting(job_ids)
-    if silent.keys() - ended.keys():
-        time.sleep(2.5)  # accounting lags
-        ended = slurm.accounting(job_ids)
-    written = False
-    for (job_id, index), (submission, keys) in silent.items():
-        said = ended.get((job_id, index), slurm.Ended(state="", exit_code="", node=""))
-        log = ledger.log_path(submission.number, index)
-        text = log.read_text(errors="replace") if log.exists() else ""
-        started = [key for key in submission.tasks[index] if f"{key}: started" in text]
-        kind, message = failures.of_slurm(said.state, said.exit_code, started=bool(started))
-        if any(text.rfind(f"{key}: stopped") > text.rfind(f"{key}: started") for key in started):
-            # Slurm kills the other ranks when the first one leaves, and reports that.
-            kind, message = "STOPPED", "was told to stop and did"
-        for key in keys if kind in {"CANCELLED", "LAUNCH"} or not started else started[-1:]:
-            if key not in keys:
-                continue  # it died between two shards: nobody's fault
-            got_further = run.checkpoint_since(key, submission.time)
-            further = failures.GOT_FURTHER if got_further else ""
-            written |= ledger.add_failure(
-                Failure(
-                    key=key,
-                    kind=kind,
-                    message=f"{message}{further}",
-                    fingerprint=kind,
-                    submission=submission.number,
-                    log=str(log),
-                    node=said.node,
-                    time=time.time(),
-                )
+    return silent
+
+
+def _failures_of(
+    run: Run,
+    ledger: Ledger,
+    submission: Submission,
+    index: int,
+    keys: list[str],
+    said: slurm.Ended,
+) -> Iterator[Failure]:
+    """The failures of a task that is gone: of the shard that it had begun last, or of all.
+
+    A task that died between two shards is nobody's failure.
+    """
+    events = ledger.last_events(submission.number, index)
+    kind, message = failures.of_slurm(said.state, said.exit_code, started=bool(events))
+    if "stopped" in events.values():
+        # Slurm kills the other ranks when the first one leaves, and reports that.
+        kind, message = "STOPPED", "was told to stop and did"
+    last = list(events)[-1:]
+    for key in keys if kind in {"CANCELLED", "LAUNCH"} or not last else last:
+        if key in keys:
+            yield Failure(
+                key=key,
+                kind=kind,
+                message=message,
+                fingerprint=kind,
+                submission=submission.number,
+                log=str(ledger.log_path(submission.number, index)),
+                node=said.node,
+                time=time.time(),
+                got_further=run.checkpoint_since(key, submission.time),
             )
-    return written

@@ -1,13 +1,19 @@
 """Which shards start now: a pure function of the plan and of what disk and queue say."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from kdhpc.cluster.failures import REMEDIES
 from kdhpc.cluster.ledger import Failure
-from kdhpc.shards import Pipeline, Plan, Shard
+from kdhpc.config import Slurm
+from kdhpc.shards import Plan, Shard
+from kdhpc.types import Json
+
+LOCAL_TASK_S = 3.0
+"""Work in seconds packed into one local task: its process is there already, and no core should
+idle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +31,7 @@ class Situation:
     """Damaged outputs that nobody has asked to remake."""
     seconds_per_work: Mapping[str, float] = field(default_factory=dict)
     """By stage, measured or estimated."""
-    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    overrides: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
     """By shard, resources asked for by rerun."""
     stopped: bool = False
     """The last request was to cancel."""
@@ -46,7 +52,61 @@ class Policy:
     per_array: int = 1
     """Queue places that an array needs beside its tasks: the gate."""
     canary: int = 0
+    """Tasks of a large stage that are tried first; 0 starts it whole."""
     max_attempts: int = 3
+    """Failed attempts of a shard before it waits for somebody."""
+
+    @classmethod
+    def unlimited(cls, task_s: float, max_array: int = sys.maxsize) -> "Policy":
+        """As if the queue took everything at once: for plans."""
+        return cls(task_s=task_s, max_array=max_array, max_tasks=sys.maxsize)
+
+    @classmethod
+    def local(cls, limits: Slurm) -> "Policy":
+        """For processes of this machine, which start task by task and need no gate."""
+        return cls(
+            task_s=LOCAL_TASK_S,
+            max_array=1,
+            max_tasks=sys.maxsize,
+            per_array=0,
+            max_attempts=limits.max_attempts,
+        )
+
+    @classmethod
+    def slurm(cls, limits: Slurm, *, max_array: int, num_queued: int) -> "Policy":
+        """For a cluster, with so many jobs of the run in the queue already."""
+        return cls(
+            task_s=limits.task_min * 60,
+            max_array=max_array,
+            max_tasks=sys.maxsize
+            if limits.max_submit is None
+            else max(0, limits.max_submit - num_queued),
+            canary=limits.canary,
+            max_attempts=limits.max_attempts,
+        )
+
+    @classmethod
+    def looking(cls, limits: Slurm) -> "Policy":
+        """For who only looks: nothing may start, so Slurm need not be asked for its limits."""
+        return cls(
+            task_s=1.0,
+            max_array=1,
+            max_tasks=0,
+            canary=limits.canary,
+            max_attempts=limits.max_attempts,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What the next attempt of a shard gets beyond the config."""
+
+    asked: Mapping[str, Json] = field(default_factory=dict)
+    """Fields of `slurm` that rerun gave."""
+    time_factor: float = 1.0
+    mem_factor: float = 1.0
+    avoid: tuple[str, ...] = ()
+    """Nodes that failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +115,10 @@ class Batch:
 
     stage: str
     tasks: tuple[tuple[str, ...], ...]
+    """Keys of the shards of each task."""
     nodes: int
     ranks_per_node: int
-    changes: Mapping[str, Any]
-    """Resources beyond the config: `time_factor`, `mem_factor`, `exclude`, and asked-for fields."""
+    changes: Changes = Changes()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +130,7 @@ class Decision:
     """By shard, why it does not start by itself."""
 
 
-def decide(pipeline: Pipeline, plan: Plan, situation: Situation, policy: Policy) -> Decision:
+def decide(plan: Plan, situation: Situation, policy: Policy) -> Decision:
     """Group the shards that may start into arrays, earliest stage first.
 
     A shard may start when the records that it reads exist.
@@ -80,10 +140,10 @@ def decide(pipeline: Pipeline, plan: Plan, situation: Situation, policy: Policy)
         return Decision(batches=(), blocked=blocked)
     batches: list[Batch] = []
     places = policy.max_tasks
-    for stage in pipeline.stages:
+    for stage in plan.stages:
         ready = [
             shard
-            for shard in plan.stage(stage.name)
+            for shard in plan.stage(stage)
             if shard.key not in situation.done
             and shard.key not in situation.active
             and shard.key not in blocked
@@ -93,7 +153,7 @@ def decide(pipeline: Pipeline, plan: Plan, situation: Situation, policy: Policy)
         packed = [
             (group, _pack(group, situation, policy)) for group in _groups(ready, situation, policy)
         ]
-        for group, tasks in _canary(packed, plan.stage(stage.name), situation, policy):
+        for group, tasks in _canary(packed, plan.stage(stage), situation, policy):
             for start in range(0, len(tasks), policy.max_array):
                 wave = tasks[start : start + policy.max_array][: max(0, places - policy.per_array)]
                 if not wave:
@@ -101,7 +161,7 @@ def decide(pipeline: Pipeline, plan: Plan, situation: Situation, policy: Policy)
                 places -= len(wave) + policy.per_array
                 batches.append(
                     Batch(
-                        stage=stage.name,
+                        stage=stage,
                         tasks=tuple(tuple(shard.key for shard in task) for task in wave),
                         nodes=group[0].arm.nodes,
                         ranks_per_node=group[0].arm.ranks_per_node,
@@ -176,7 +236,7 @@ def _groups(ready: list[Shard], situation: Situation, policy: Policy) -> list[li
     for arm, shards in by_arm.items():
         large = sum(_seconds(shard, situation) for shard in shards) >= policy.task_s
         for shard in shards:
-            changes = sorted(_changes(shard, situation).items())
+            changes = _changes(shard, situation)
             alike = f"{arm if large else ''}/{shard.arm.nodes}/{shard.arm.ranks_per_node}/{changes}"
             groups.setdefault(alike, []).append(shard)
     return list(groups.values())
@@ -226,9 +286,8 @@ def _canary(packed: Packed, shards: list[Shard], situation: Situation, policy: P
     return [(group, tasks[: policy.canary])]
 
 
-def _changes(shard: Shard, situation: Situation) -> dict[str, Any]:
-    """What the next attempt of a shard gets beyond the config."""
-    changes = dict(situation.overrides.get(shard.key, {}))
+def _changes(shard: Shard, situation: Situation) -> Changes:
+    """What rerun asked for, and the remedies of the failures that count."""
     time_factor = mem_factor = 1.0
     avoid = set()
     for failure in situation.failures.get(shard.key, ()):
@@ -239,10 +298,9 @@ def _changes(shard: Shard, situation: Situation) -> dict[str, Any]:
         mem_factor *= remedy.mem_factor
         if remedy.avoid_node and failure.node:
             avoid.add(failure.node)
-    if time_factor > 1:
-        changes["time_factor"] = time_factor
-    if mem_factor > 1:
-        changes["mem_factor"] = mem_factor
-    if avoid:
-        changes["exclude"] = ",".join(sorted(avoid))
-    return changes
+    return Changes(
+        asked=dict(sorted(situation.overrides.get(shard.key, {}).items())),
+        time_factor=time_factor,
+        mem_factor=mem_factor,
+        avoid=tuple(sorted(avoid)),
+    )

@@ -9,8 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from kdhpc.cluster.status import Status
+from kdhpc.config import RunConfig
 from kdhpc.errors import KdhpcError
-from kdhpc.shards import Pipeline, Plan
+from kdhpc.pipelines import AnyPipeline
+from kdhpc.shards import Plan
 
 
 def command(main: Callable[[list[str]], int]) -> NoReturn:
@@ -44,9 +46,9 @@ def size(num_bytes: float) -> str:
 
 
 def plan_table(
-    pipeline: Pipeline,
+    pipeline: AnyPipeline,
     plan: Plan,
-    config: Any,
+    config: RunConfig,
     num_tasks: dict[str, int],
     resources: dict[str, str],
 ) -> Table:
@@ -65,7 +67,7 @@ def plan_table(
         num_bytes = sum(s.num_bytes for s in shards)
         all_hours, all_bytes = all_hours + hours, all_bytes + num_bytes
         table.add_row(
-            pipeline.folder(stage.name),
+            pipeline.folders[stage.name],
             stage.reads,
             stage.writes,
             str(len(shards)),

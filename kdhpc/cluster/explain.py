@@ -5,16 +5,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from kdhpc.artifacts import Record, RunFolder
-from kdhpc.cluster.failures import REMEDIES
+from kdhpc.artifacts import Record
+from kdhpc.cluster.failures import REMEDIES, STARTED
 from kdhpc.cluster.ledger import Failure, Ledger
 from kdhpc.cluster.observe import State
+from kdhpc.cluster.runs import Run
 from kdhpc.errors import InputError
 
 LOG_LINES = 20
 
 
-def explain(run: RunFolder, state: State, key: str) -> list[str]:
+def explain(run: Run, state: State, key: str) -> list[str]:
     """Lines for people: where a shard stands, every attempt, its own part of its log, what to do.
 
     Raises:
@@ -122,7 +123,7 @@ def own_lines(log: Path, key: str) -> list[str]:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:
         return []
-    starts = [i for i, line in enumerate(lines) if line == f"{key}: started"]
+    starts = [i for i, line in enumerate(lines) if line == f"{key}{STARTED}"]
     lines = lines[starts[-1] :] if starts else lines
-    stops = [i for i, line in enumerate(lines) if line.endswith(": started") and i]
+    stops = [i for i, line in enumerate(lines) if line.endswith(STARTED) and i]
     return [line for line in lines[: stops[0] if stops else None] if line.strip()][-LOG_LINES:]

@@ -118,10 +118,10 @@ RANK_GONE = re.compile(
 """What gloo and NCCL say when another rank is gone."""
 NO_MEMORY = re.compile(r"out of memory|(can't|cannot) allocate memory", re.IGNORECASE)
 """What torch says on GPUs, on CPUs, and the system."""
-GOT_FURTHER = " (got further)"
-"""End of the message of a failure that left a newer checkpoint."""
 KILLED = {code: n for n in (9, 15) for code in (f"0:{n}", f"{n}:0", f"{128 + n}:0")}
 """By ExitCode, the signal that ended a task: said by Slurm, by srun of 22.05, by later ones."""
+STARTED = ": started"
+"""End of the line that begins a shard's attempt in the log of its task."""
 STOPPED_EXIT_CODE = 75
 """Exit code of a task that was told to stop and did so between shards or at a checkpoint."""
 

@@ -6,12 +6,11 @@ import sys
 import time
 from pathlib import Path
 
-from kdhpc.artifacts import RunFolder, read_once
 from kdhpc.cluster import runs, slurm
 from kdhpc.cluster.advance import advance
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.observe import State
-from kdhpc.cluster.task import load_pipeline
+from kdhpc.cluster.runs import Run
 from kdhpc.errors import BusyError, ClusterError, KdhpcError
 
 PATIENCE_S = 8 * 60.0
@@ -22,14 +21,13 @@ def main() -> None:
     """Advance, and tell the user when nothing is left to wait for."""
     path = Path(sys.argv[1])
     _use_newest_code(path)
-    run = runs.folder(path, load_pipeline(read_once(path / "run.json")["pipeline"]))
-    state = patiently(run)
+    state = patiently(runs.open_run(path))
     print(f"{len(state.situation.done)} of {len(state.plan.shards)} shards are done", flush=True)
     if not state.situation.active:
         tell(path, state)
 
 
-def patiently(run: RunFolder) -> State:
+def patiently(run: Run) -> State:
     """Advance, again while Slurm does not answer or another launcher is in the middle of it.
 
     Raises:

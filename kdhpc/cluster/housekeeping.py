@@ -10,13 +10,13 @@ def unneeded(run: RunFolder, scan: Scan, *, complete: bool) -> dict[Path, str]:
     found: dict[Path, str] = {}
     data = {record.data for record in scan.records.values()}
     records = {run.record_path(key) for key in (*scan.records, *scan.damaged)}
-    for stage in run.pipeline.stages:
-        for arm in sorted(run.stage_dir(stage.name).glob("*/")):
+    for stage in run.folders:
+        for arm in sorted(run.stage_dir(stage).glob("*/")):
             for path in sorted(arm.iterdir()):
                 if path in data or path in records:
                     continue
                 if path.suffix == ".checkpoints":
-                    key = f"{stage.name}/{arm.name}/{path.stem}"
+                    key = f"{stage}/{arm.name}/{path.stem}"
                     if key in scan.records:
                         found |= {
                             inner: "checkpoint of a finished training"

@@ -3,10 +3,12 @@
 requests/0001.json          somebody typed sweep, rerun or cancel: config, code, which shards
 submissions/0001.json       intent: which shards go into which task; claimed by whoever links it
 submissions/0001.job.json   what became of it: job ids, or that it was given up
+attempts/0001/3.jsonl       what task 3 began and how it ended, a line each; for explanations only
 failures/0001/<shard>.json  one failed shard of one submission
 """
 
 import contextlib
+import json
 import os
 import re
 import socket
@@ -14,10 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Literal, TypeVar
 
 from kdhpc.artifacts import read_once, write_once
 from kdhpc.errors import DamagedError
+from kdhpc.types import Json
 
 Made = TypeVar("Made")
 ORPHAN_AGE_S = 420.0
@@ -33,7 +36,7 @@ class Request:
     kind: str
     """`sweep`, `rerun` or `cancel`."""
     time: float
-    config: Mapping[str, Any]
+    config: Mapping[str, Json]
     code: str
     """Digest of the code snapshot that new submissions run."""
     executor: str
@@ -42,7 +45,7 @@ class Request:
     """For rerun: only this stage."""
     keys: tuple[str, ...] | None = None
     """For rerun: only these shards."""
-    resources: Mapping[str, Any] = field(default_factory=dict)
+    resources: Mapping[str, Json] = field(default_factory=dict)
     """For rerun: fields of `slurm` that replace the config's."""
 
     def covers(self, key: str) -> bool:
@@ -65,7 +68,7 @@ class Submission:
     stage: str
     tasks: tuple[tuple[str, ...], ...]
     """Shard keys by array index; never changed afterwards."""
-    resources: Mapping[str, Any]
+    resources: Mapping[str, Json]
     code: str
     time: float
     host: str
@@ -75,6 +78,16 @@ class Submission:
     def keys(self) -> Iterator[str]:
         for task in self.tasks:
             yield from task
+
+    @property
+    def gate_name(self) -> str:
+        """Name of the gate's job."""
+        return f"gate-{self.name}"
+
+    @property
+    def job_names(self) -> tuple[str, str]:
+        """Names of its two jobs: the array and its gate."""
+        return self.name, self.gate_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +116,12 @@ class Failure:
     log: str = ""
     node: str = ""
     time: float = 0.0
+    got_further: bool = False
+    """Whether the attempt left a newer checkpoint than the one before it."""
+
+
+AttemptEvent = Literal["started", "stopped", "ended"]
+"""A shard's attempt began; was told to stop and did; published, failed, or lost to another one."""
 
 
 class Ledger:
@@ -167,7 +186,30 @@ class Ledger:
         folder = self.path / "failures" / f"{failure.submission:04d}"
         return write_once(folder / f"{name}.json", asdict(failure))
 
-    def _read(self, folder: str, pattern: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    def note_attempt(self, number: int, task: int, key: str, event: AttemptEvent) -> None:
+        """Note what an attempt does, by the first rank; a disk that takes nothing stops no work."""
+        path = self._attempts_path(number, task)
+        line = json.dumps({"key": key, "event": event, "time": round(time.time(), 3)})
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(f"{line}\n")
+
+    def last_events(self, number: int, task: int) -> dict[str, AttemptEvent]:
+        """By shard that a task has begun, in order, the last event of its last attempt."""
+        found: dict[str, AttemptEvent] = {}
+        with contextlib.suppress(FileNotFoundError):
+            for line in self._attempts_path(number, task).read_text(errors="replace").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line
+                    event = json.loads(line)
+                    found.pop(event["key"], None)  # the last begun comes last
+                    found[event["key"]] = event["event"]
+        return found
+
+    def _attempts_path(self, number: int, task: int) -> Path:
+        return self.path / "attempts" / f"{number:04d}" / f"{task}.jsonl"
+
+    def _read(self, folder: str, pattern: str) -> Iterator[tuple[Path, dict[str, Json]]]:
         # Numbers have four digits, and one day five.
         for name in sorted(os.listdir(self.path / folder), key=lambda name: (len(name), name)):
             if re.fullmatch(pattern, name):
@@ -175,12 +217,12 @@ class Ledger:
                 yield path, read_once(path)
 
 
-def _submission(path: Path, raw: dict[str, Any]) -> Submission:
+def _submission(path: Path, raw: dict[str, Json]) -> Submission:
     raw["tasks"] = tuple(tuple(task) for task in raw.get("tasks", ()))
     return _made(Submission, path, raw)
 
 
-def _made(kind: Callable[..., Made], path: Path, raw: Mapping[str, Any]) -> Made:
+def _made(kind: Callable[..., Made], path: Path, raw: Mapping[str, Json]) -> Made:
     try:
         return kind(**raw)
     except TypeError as error:
@@ -189,7 +231,7 @@ def _made(kind: Callable[..., Made], path: Path, raw: Mapping[str, Any]) -> Made
 
 def make(path: Path) -> Ledger:
     """The ledger of a run folder, its folders created."""
-    for name in ("requests", "submissions", "failures", "logs", "code", "progress"):
+    for name in ("requests", "submissions", "attempts", "failures", "logs", "code", "progress"):
         (path / name).mkdir(parents=True, exist_ok=True)
     return Ledger(path)
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
-from kdhpc.artifacts import RunFolder
 from kdhpc.cluster import failures
 from kdhpc.cluster.decide import Batch, Policy
 from kdhpc.cluster.ledger import Failure, Job, Ledger, Submission, launcher_gone
-from kdhpc.cluster.observe import LOCAL_TASK_S, State, observe
+from kdhpc.cluster.observe import State, observe
+from kdhpc.cluster.runs import Run
 from kdhpc.cluster.submission import job_name
 from kdhpc.config import RunConfig
 from kdhpc.shards import Plan
@@ -27,7 +27,7 @@ from kdhpc.shards import Plan
 class _Worker:
     """A process that does tasks, one at a time (see `task.serve`)."""
 
-    def __init__(self, run: RunFolder, code: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, run: Run, code: str, environment: Mapping[str, str]) -> None:
         self.run, self.code = run, code
         home = run.path / "code" / code
         self.process = subprocess.Popen(
@@ -85,119 +85,124 @@ class _Task:
 
 
 def run_all(
-    run: RunFolder,
-    config: RunConfig,
-    plan: Plan,
-    *,
-    on_change: Callable[[State, frozenset[str]], None] = lambda state, active: None,
+    run: Run, config: RunConfig, plan: Plan, *, on_change: Callable[[State], None] = lambda _: None
 ) -> State:
     """Run every shard that can run, then return how the run stands.
 
     Ctrl-C lets tasks stop at the next shard or checkpoint; typed again, sweep goes on.
+
+    Args:
+        run: its folder.
+        config: of its last request.
+        plan: of that config.
+        on_change: called with how the run stands, whenever something has started or ended.
     """
-    num_workers = config.local_workers or len(os.sched_getaffinity(0))
     ledger = Ledger(run.path)
     jobs = ledger.jobs()
     for submission in ledger.submissions():
         if submission.number not in jobs and launcher_gone(submission):
             ledger.settle(submission.number, Job(job_id=None, note="its launcher died"))
-    tasks: list[_Task] = []
-    policy = Policy(
-        task_s=LOCAL_TASK_S,
-        max_array=1,
-        max_tasks=10**9,
-        per_array=0,
-        max_attempts=config.slurm.max_attempts,
-    )
-    spare: list[_Worker] = []
-    try:
+    with _Pool(run, config, ledger) as pool:
         while True:
-            for task in [task for task in tasks if task.ended()]:
-                tasks.remove(task)
-                _finish(task, run, ledger)
-                alive = [worker for worker in task.workers if worker.process.poll() is None]
-                if len(task.workers) == 1 and alive:
-                    spare += alive
-                else:
-                    for worker in task.workers:
-                        worker.close()
-            active = frozenset(key for task in tasks for key in task.submission.keys)
+            pool.collect()
+            active = frozenset(key for task in pool.tasks for key in task.submission.keys)
+            policy = Policy.local(config.slurm)
             state = observe(run, config, plan, local_active=active, policy=policy, with_queue=False)
-            on_change(state, active)
-            batches = state.decision.batches
-            if not tasks and not batches:
+            on_change(state)
+            if not pool.tasks and not state.decision.batches:
                 return state
-            for batch in batches[: num_workers - len(tasks)]:
-                tasks.append(_start(run, ledger, state, batch, config, spare))
-            if not spare and len(tasks) < num_workers:  # one that loads what the next stage needs
-                port = _port(-len(ledger.submissions()))
-                environment = _environment(config.threads, 0, 1, port)
-                spare.append(_Worker(run, state.request.code, environment))
-            _wait(tasks)
-    except BaseException:
-        for task in tasks:
+            for batch in state.decision.batches[: pool.num_free]:
+                pool.start(state, batch)
+            pool.warm_up(state)
+            pool.wait()
+
+
+class _Pool:
+    """Tasks under way, and spare workers; as many at once as the config says."""
+
+    def __init__(self, run: Run, config: RunConfig, ledger: Ledger) -> None:
+        self.run, self.config, self.ledger = run, config, ledger
+        self.size = config.local_workers or len(os.sched_getaffinity(0))
+        self.tasks: list[_Task] = []
+        self.spare: list[_Worker] = []
+
+    def __enter__(self) -> "_Pool":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *more: object) -> None:
+        """Let tasks that are under way stop at the next shard or checkpoint, and all workers go."""
+        for task in self.tasks:
             for worker in task.workers:
                 worker.stop()
-        while tasks:
-            _wait(tasks)
-            for task in [task for task in tasks if task.ended()]:
-                tasks.remove(task)
-                spare += task.workers
-                _finish(task, run, ledger)
-        raise
-    finally:
-        for worker in spare:
+        while self.tasks:
+            self.wait()
+            self.collect()
+        for worker in self.spare:
             worker.stop()
             worker.close()
 
+    @property
+    def num_free(self) -> int:
+        return self.size - len(self.tasks)
 
-def _wait(tasks: list[_Task], limit_s: float = 2.0) -> None:
-    """Until a worker answers or is gone; at most until the display should say something new."""
-    waiting = [
-        worker.answers
-        for task in tasks
-        for rank, worker in enumerate(task.workers)
-        if rank not in task.codes
-    ]
-    select.select(waiting, [], [], limit_s)
+    def collect(self) -> None:
+        """Settle the tasks that have ended, and keep their workers for the next ones."""
+        for task in [task for task in self.tasks if task.ended()]:
+            self.tasks.remove(task)
+            _finish(task, self.run, self.ledger)
+            if len(task.workers) == 1 and task.workers[0].process.poll() is None:
+                self.spare += task.workers
+            else:
+                for worker in task.workers:
+                    worker.close()
 
+    def start(self, state: State, batch: Batch) -> None:
+        """Claim a submission of one task, and give it to a worker for each rank."""
+        number = max((s.number for s in self.ledger.submissions()), default=0) + 1
+        submission = Submission(
+            number=number,
+            request=state.request.number,
+            name=job_name(self.run, batch.stage, number),
+            stage=batch.stage,
+            tasks=batch.tasks,
+            resources={},
+            code=state.request.code,
+            time=time.time(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+        self.ledger.claim(submission)
+        log = self.ledger.log_path(number, 0)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        num_ranks = batch.nodes * batch.ranks_per_node
+        if num_ranks == 1 and self.spare:
+            workers = [self.spare.pop()]
+        else:
+            ranks = range(num_ranks)
+            workers = [self._worker(submission.code, rank, num_ranks, number) for rank in ranks]
+        for worker in workers:
+            worker.send(number, log)
+        self.tasks.append(_Task(submission=submission, workers=workers, codes={}))
 
-def _start(
-    run: RunFolder,
-    ledger: Ledger,
-    state: State,
-    batch: Batch,
-    config: RunConfig,
-    spare: list[_Worker],
-) -> _Task:
-    number = max((s.number for s in ledger.submissions()), default=0) + 1
-    submission = Submission(
-        number=number,
-        request=state.request.number,
-        name=job_name(run, batch.stage, number),
-        stage=batch.stage,
-        tasks=batch.tasks,
-        resources={},
-        code=state.request.code,
-        time=time.time(),
-        host=socket.gethostname(),
-        pid=os.getpid(),
-    )
-    ledger.claim(submission)
-    log = ledger.log_path(number, 0)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    world_size = batch.nodes * batch.ranks_per_node
-    if world_size == 1 and spare:
-        workers = [spare.pop()]
-    else:
-        port = _port(number)
-        workers = [
-            _Worker(run, submission.code, _environment(config.threads, rank, world_size, port))
-            for rank in range(world_size)
+    def warm_up(self, state: State) -> None:
+        """Have a spare worker, which loads what the next stage needs, if a core is free."""
+        if not self.spare and self.num_free > 0:
+            number = -len(self.ledger.submissions())
+            self.spare.append(self._worker(state.request.code, 0, 1, number))
+
+    def _worker(self, code: str, rank: int, num_ranks: int, number: int) -> _Worker:
+        environment = _environment(self.config.threads, rank, num_ranks, _port(number))
+        return _Worker(self.run, code, environment)
+
+    def wait(self, limit_s: float = 2.0) -> None:
+        """Wait until a worker answers or is gone, or until the display should say something new."""
+        waiting = [
+            worker.answers
+            for task in self.tasks
+            for rank, worker in enumerate(task.workers)
+            if rank not in task.codes
         ]
-    for worker in workers:
-        worker.send(number, log)
-    return _Task(submission=submission, workers=workers, codes={})
+        select.select(waiting, [], [], limit_s)
 
 
 def _port(number: int) -> int:
@@ -230,7 +235,7 @@ def _environment(threads: int, rank: int, world_size: int, port: int) -> dict[st
     }
 
 
-def _finish(task: _Task, run: RunFolder, ledger: Ledger) -> None:
+def _finish(task: _Task, run: Run, ledger: Ledger) -> None:
     """Settle a submission; say what became of shards that left no output and no word."""
     number = task.submission.number
     worst = next((code for code in task.codes.values() if code), 0)

@@ -4,19 +4,17 @@ Published records win over squeue, squeue over sacct, sacct over nothing. Nothin
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from kdhpc.artifacts import RunFolder, Scan, stands_for
+from kdhpc.artifacts import Scan, stands_for
 from kdhpc.cluster import failures, slurm
 from kdhpc.cluster.decide import Decision, Policy, Situation, decide
 from kdhpc.cluster.ledger import Failure, Job, Ledger, Request, Submission, launcher_gone
+from kdhpc.cluster.runs import Run
 from kdhpc.config import RunConfig
 from kdhpc.shards import Plan
-
-LOCAL_TASK_S = 3.0
-"""Work packed into one local task: its process is there already, and no core should idle."""
+from kdhpc.types import Json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +28,15 @@ class State:
     situation: Situation
     submissions: tuple[Submission, ...]
     jobs: Mapping[int, Job]
+    """By submission number, what became of it."""
     queued: tuple[slurm.Queued, ...]
+    """Array tasks and gates of this run in the queue."""
+    running: frozenset[str]
+    """Shards whose task runs; the others of a task wait inside it."""
     decision: Decision
     policy: Policy
+    queue_error: str = ""
+    """Why the queue is not known, if Slurm did not answer: then all this comes from the disk."""
 
     @property
     def missing(self) -> list[str]:
@@ -41,7 +45,7 @@ class State:
 
 
 def observe(
-    run: RunFolder,
+    run: Run,
     config: RunConfig,
     plan: Plan,
     *,
@@ -59,7 +63,7 @@ def observe(
         config: of its last request.
         plan: of that config.
         local_active: shards that the local executor is working on.
-        policy: of the local executor; from the config if not given.
+        policy: limits and packing; from the config and the queue if not given.
         with_queue: False to go by the disk alone.
         room: tasks that may be submitted at most, after Slurm refused more.
     """
@@ -68,15 +72,25 @@ def observe(
     submissions, jobs = ledger.submissions(), ledger.jobs()
     uses_slurm = with_queue and any(job.job_id for job in jobs.values())
     uses_slurm |= with_queue and requests[-1].executor == "slurm"
-    queued = tuple(slurm.queue()) if uses_slurm else ()
+    ours = {name for submission in submissions for name in submission.job_names}
+    queued = tuple(task for task in slurm.queue() if task.name in ours) if uses_slurm else ()
     scan = _of_this_plan(run.scan(), plan)
-    active = local_active | _active(submissions, jobs, queued)
     done = _done(run, plan, scan)
-    found = ledger.failures()
-    situation = _situation(
-        plan, requests, submissions, found, scan, done, active, run.pipeline.stages, config
+    failures_that_count = _counted(plan, requests, submissions, ledger.failures(), done)
+    active = local_active | _active(submissions, jobs, queued)
+    situation = Situation(
+        done=done,
+        active=active,
+        failures=failures_that_count,
+        free_failures=_free(failures_that_count, submissions, done),
+        damaged={k: v for k, v in scan.damaged.items() if k in plan.shards and k not in active},
+        seconds_per_work=_seconds_per_work(run, config, plan, scan),
+        overrides=_overrides(plan, requests),
+        stopped=requests[-1].kind == "cancel",
+        only=_asked_for_since_cancel(plan, requests),
     )
-    policy = policy or _policy(config, queued, submissions, uses_slurm)
+    if policy is None:
+        policy = _policy(config, queued) if uses_slurm else Policy.local(config.slurm)
     if room is not None:
         policy = replace(policy, max_tasks=min(policy.max_tasks, room))
     return State(
@@ -88,7 +102,8 @@ def observe(
         submissions=tuple(submissions),
         jobs=jobs,
         queued=queued,
-        decision=decide(run.pipeline, plan, situation, policy),
+        running=local_active | _running(submissions, jobs, queued),
+        decision=decide(plan, situation, policy),
         policy=policy,
     )
 
@@ -104,85 +119,118 @@ def _of_this_plan(scan: Scan, plan: Plan) -> Scan:
     return Scan(records=records, damaged={**scan.damaged, **others})
 
 
-def _done(run: RunFolder, plan: Plan, scan: Scan) -> frozenset[str]:
+def _done(run: Run, plan: Plan, scan: Scan) -> frozenset[str]:
     """Shards with a record; of stages with a fixed name, those that it stands for."""
     done = scan.records.keys() & plan.shards.keys()
-    for stage in run.pipeline.stages:
+    for stage in plan.stages:
         if alias := run.alias_path(stage):
             done -= {
                 shard.key
-                for shard in plan.stage(stage.name)
+                for shard in plan.stage(stage)
                 if shard.key in done and not stands_for(alias, scan.records[shard.key].data)
             }
     return frozenset(done)
 
 
 def _active(
-    submissions: list[Submission], jobs: Mapping[int, Job], queued: tuple[slurm.Queued, ...]
+    submissions: Sequence[Submission], jobs: Mapping[int, Job], queued: Sequence[slurm.Queued]
 ) -> frozenset[str]:
     # By name: a controller that lost its newest state gives ids out again.
     present = {(task.name, task.index) for task in queued}
-    active: set[str] = set()
-    for submission in submissions:
-        job = jobs.get(submission.number)
-        if job is None:
-            if not launcher_gone(submission):
-                active.update(submission.keys)  # being submitted at this moment
-        elif job.job_id:
-            for index, keys in enumerate(submission.tasks):
-                if (submission.name, index) in present:
-                    active.update(keys)
-    return frozenset(active)
+    being_submitted = {
+        key
+        for submission in submissions
+        if submission.number not in jobs and not launcher_gone(submission)
+        for key in submission.keys
+    }
+    return frozenset(being_submitted | _keys_in(present, submissions, jobs))
 
 
-def _situation(
+def _running(
+    submissions: Sequence[Submission], jobs: Mapping[int, Job], queued: Sequence[slurm.Queued]
+) -> frozenset[str]:
+    started = {(task.name, task.index) for task in queued if task.state == "RUNNING"}
+    return frozenset(_keys_in(started, submissions, jobs))
+
+
+def _keys_in(
+    tasks: set[tuple[str, int | None]], submissions: Sequence[Submission], jobs: Mapping[int, Job]
+) -> set[str]:
+    """Shards of tasks, which are given as job name and array index."""
+    return {
+        key
+        for submission in submissions
+        if (job := jobs.get(submission.number)) and job.job_id
+        for index, keys in enumerate(submission.tasks)
+        if (submission.name, index) in tasks
+        for key in keys
+    }
+
+
+def _counted(
     plan: Plan,
-    requests: list[Request],
-    submissions: list[Submission],
-    found: list[Failure],
-    scan: Scan,
+    requests: Sequence[Request],
+    submissions: Sequence[Submission],
+    found: Iterable[Failure],
     done: frozenset[str],
-    active: frozenset[str],
-    stages: tuple[Any, ...],
-    config: RunConfig,
-) -> Situation:
-    """Count only failures since somebody last asked for the shard."""
+) -> dict[str, list[Failure]]:
+    """By shard, its failures since somebody last asked for it."""
     request_of = {submission.number: submission.request for submission in submissions}
     counted: dict[str, list[Failure]] = {}
-    free: dict[str, int] = {}
-    overrides: dict[str, Mapping[str, Any]] = {}
     for failure in found:
-        if failure.key not in plan.shards or failure.key in done:
-            continue
-        asked = max((r.number for r in requests if r.covers(failure.key)), default=0)
-        if request_of.get(failure.submission, 0) >= asked:
-            counted.setdefault(failure.key, []).append(failure)
-            remedy = failures.REMEDIES[failure.kind]
-            if remedy.free_with_progress and _progressed(failure, submissions, done):
-                free[failure.key] = free.get(failure.key, 0) + 1
-    for request in requests:
-        if request.resources:
-            overrides |= {key: request.resources for key in plan.shards if request.covers(key)}
+        if failure.key in plan.shards and failure.key not in done:
+            asked = max((r.number for r in requests if r.covers(failure.key)), default=0)
+            if request_of.get(failure.submission, 0) >= asked:
+                counted.setdefault(failure.key, []).append(failure)
+    return counted
+
+
+def _free(
+    counted: Mapping[str, Sequence[Failure]],
+    submissions: Sequence[Submission],
+    done: frozenset[str],
+) -> dict[str, int]:
+    """By shard, how many of its failures had made progress and cost no attempt.
+
+    That is: a newer checkpoint of its training, or another shard that its task published.
+    """
+    tasks = {
+        (submission.number, key): task
+        for submission in submissions
+        for task in submission.tasks
+        for key in task
+    }
+
+    def is_free(failure: Failure) -> bool:
+        task = tasks.get((failure.submission, failure.key), ())
+        progressed = failure.got_further or any(key in done for key in task)
+        return progressed and failures.REMEDIES[failure.kind].free_with_progress
+
+    free = {key: sum(map(is_free, found)) for key, found in counted.items()}
+    return {key: count for key, count in free.items() if count}
+
+
+def _seconds_per_work(run: Run, config: RunConfig, plan: Plan, scan: Scan) -> dict[str, float]:
+    """By stage, measured where a shard is done, else estimated."""
     rates: dict[str, float] = {}
-    for stage in stages:
+    for stage in run.pipeline.stages:
         records = [scan.records[s.key] for s in plan.stage(stage.name) if s.key in scan.records]
         work = sum(plan.shards[record.key].work for record in records)
         seconds = sum(record.seconds for record in records)
         rates[stage.name] = seconds / work if work and seconds else 1.0 / stage.rate(config)
-    return Situation(
-        done=done,
-        active=active,
-        failures=counted,
-        free_failures=free,
-        damaged={k: v for k, v in scan.damaged.items() if k in plan.shards and k not in active},
-        seconds_per_work=rates,
-        overrides=overrides,
-        stopped=requests[-1].kind == "cancel",
-        only=_asked_for_since_cancel(plan, requests),
-    )
+    return rates
 
 
-def _asked_for_since_cancel(plan: Plan, requests: list[Request]) -> frozenset[str] | None:
+def _overrides(plan: Plan, requests: Iterable[Request]) -> dict[str, Mapping[str, Json]]:
+    """By shard, the resources that the last rerun with some asked for."""
+    overrides: dict[str, Mapping[str, Json]] = {}
+    for request in requests:
+        if request.resources:
+            overrides |= {key: request.resources for key in plan.shards if request.covers(key)}
+    return overrides
+
+
+def _asked_for_since_cancel(plan: Plan, requests: Sequence[Request]) -> frozenset[str] | None:
     """Shards that rerun asked for after a cancel; None if the whole run is wanted."""
     wanted: set[str] = set()
     for request in reversed(requests):
@@ -194,32 +242,8 @@ def _asked_for_since_cancel(plan: Plan, requests: list[Request]) -> frozenset[st
     return None
 
 
-def _progressed(failure: Failure, submissions: list[Submission], done: frozenset[str]) -> bool:
-    """Whether the task of a failure published a shard, or its training left a newer checkpoint."""
-    submission = next(s for s in submissions if s.number == failure.submission)
-    task = next((task for task in submission.tasks if failure.key in task), ())
-    return failure.message.endswith(failures.GOT_FURTHER) or any(key in done for key in task)
-
-
-def _policy(
-    config: RunConfig,
-    queued: tuple[slurm.Queued, ...],
-    submissions: list[Submission],
-    uses_slurm: bool,
-) -> Policy:
-    limits = config.slurm
-    if not uses_slurm:
-        return Policy(task_s=LOCAL_TASK_S, max_array=10**9, max_tasks=10**9, per_array=0)
-    names = {submission.name for submission in submissions}
-    mine = sum(
-        task.name.removeprefix("gate-") in names
-        for task in queued
-        if task.job_id != os.environ.get("SLURM_JOB_ID")  # the gate that asks is about to end
-    )
-    return Policy(
-        task_s=limits.task_min * 60,
-        max_array=limits.max_array or slurm.max_array_size(),
-        max_tasks=10**9 if limits.max_submit is None else max(0, limits.max_submit - mine),
-        canary=limits.canary,
-        max_attempts=limits.max_attempts,
-    )
+def _policy(config: RunConfig, queued: Iterable[slurm.Queued]) -> Policy:
+    # The gate that asks is about to end.
+    num_queued = sum(task.job_id != os.environ.get("SLURM_JOB_ID") for task in queued)
+    max_array = config.slurm.max_array or slurm.max_array_size()
+    return Policy.slurm(config.slurm, max_array=max_array, num_queued=num_queued)

@@ -1,19 +1,19 @@
 """What a launch would do, without doing it: tasks, resources, and Slurm's own opinion of them."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 from kdhpc import compose
-from kdhpc.artifacts import RunFolder
 from kdhpc.cluster import runs, slurm
-from kdhpc.cluster.decide import Batch, Policy, Situation, decide
+from kdhpc.cluster.decide import LOCAL_TASK_S, Batch, Policy, Situation, decide
 from kdhpc.cluster.ledger import Ledger
-from kdhpc.cluster.observe import LOCAL_TASK_S, observe
-from kdhpc.cluster.submission import final_resources
-from kdhpc.config import LanguageConfig, RunConfig, check_run
+from kdhpc.cluster.observe import observe
+from kdhpc.cluster.resources import Resources, array_resources
+from kdhpc.cluster.runs import Run
+from kdhpc.config import RunConfig, check_run
 from kdhpc.errors import InputError
-from kdhpc.shards import Pipeline, Plan
-from kdhpc.sizes import largest_batch_rows, sampling_memory
+from kdhpc.pipelines import AnyPipeline
+from kdhpc.shards import Plan
+from kdhpc.types import Json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,19 +24,16 @@ class Preview:
     resources: dict[str, str]
     refused: tuple[str, ...]
     """What `sbatch --test-only` says against the scripts."""
-    batches: tuple[str, ...]
-    """How many rows a batch may have, one line a model that is sampled."""
 
 
-def preview(pipeline: Pipeline, plan: Plan, config: RunConfig, executor: str) -> Preview:
+def preview(pipeline: AnyPipeline, plan: Plan, config: RunConfig, executor: str) -> Preview:
     """Pack every stage as if all before it were done."""
     rates = {stage.name: 1.0 / stage.rate(config) for stage in pipeline.stages}
     on_slurm = executor == "slurm"
-    policy = Policy(
-        task_s=config.slurm.task_min * 60 if on_slurm else LOCAL_TASK_S,
-        max_array=config.slurm.max_array or (slurm.max_array_size() if on_slurm else 10**9),
-        max_tasks=10**9,
-    )
+    policy = Policy.unlimited(LOCAL_TASK_S)
+    if on_slurm:
+        max_array = config.slurm.max_array or slurm.max_array_size()
+        policy = Policy.unlimited(config.slurm.task_min * 60, max_array)
     num_tasks: dict[str, int] = {}
     resources: dict[str, str] = {}
     refused: dict[str, None] = {}
@@ -45,7 +42,7 @@ def preview(pipeline: Pipeline, plan: Plan, config: RunConfig, executor: str) ->
         wanted = {shard.key for shard in plan.stage(stage.name)}
         others = frozenset(plan.shards) - wanted
         situation = Situation(done=frozenset(done), active=others - done, seconds_per_work=rates)
-        batches = decide(pipeline, plan, situation, policy).batches
+        batches = decide(plan, situation, policy).batches
         done |= wanted
         num_tasks[stage.name] = sum(len(batch.tasks) for batch in batches)
         resources[stage.name] = (
@@ -58,25 +55,20 @@ def preview(pipeline: Pipeline, plan: Plan, config: RunConfig, executor: str) ->
                 said = slurm.check_script(_script(batch, config, stage.uses_device))
                 if said:
                     refused[said] = None
-    return Preview(
-        num_tasks=num_tasks,
-        resources=resources,
-        refused=tuple(refused),
-        batches=batch_lines(config),
-    )
+    return Preview(num_tasks=num_tasks, resources=resources, refused=tuple(refused))
 
 
 def _words(batch: Batch, config: RunConfig, uses_device: bool) -> str:
-    wanted = final_resources(config, batch, uses_device)
+    wanted = array_resources(config, batch, uses_device)
     words = [
         f"{batch.nodes} x {batch.ranks_per_node} ranks"
         if batch.nodes * batch.ranks_per_node > 1
         else "",
-        f"{wanted['cpus_per_task']} cores",
-        f"{wanted['gpus_per_node']} GPUs a node" if wanted["gpus_per_node"] else "",
-        f"{wanted['mem_gb']:g} GB",
-        f"{wanted['time_min']:g} min",
-        f"on {wanted['partition']}" if wanted["partition"] else "",
+        f"{wanted.cpus_per_task} cores",
+        f"{wanted.gpus_per_node} GPUs a node" if wanted.gpus_per_node else "",
+        f"{wanted.mem_gb:g} GB",
+        f"{wanted.time_min:g} min",
+        f"on {wanted.partition}" if wanted.partition else "",
     ]
     return ", ".join(word for word in words if word)
 
@@ -87,45 +79,8 @@ def _script(batch: Batch, config: RunConfig, uses_device: bool) -> str:
         name=f"{batch.stage}.{config.name}.dry-run",
         command="true",
         num_tasks=len(first.tasks),
-        resources=final_resources(config, batch, uses_device),
+        resources=array_resources(config, batch, uses_device),
     )
-
-
-OF_MEMORY = 0.9
-"""What of the stated memory is counted on: the rest is the process, and freed pieces."""
-
-
-def batch_lines(config: RunConfig) -> tuple[str, ...]:
-    """What `sampling.batch_rows` takes, and the largest that fits the stated memory."""
-    if not isinstance(config, LanguageConfig):
-        return ()
-    on_gpu = bool(config.slurm.gpus_per_node) and config.device != "cpu"
-    stated, key = (
-        (config.slurm.gpu_mem_gb, "slurm.gpu_mem_gb")
-        if on_gpu
-        else (config.slurm.mem_gb, "slurm.mem_gb")
-    )
-    if stated is None:
-        return (f"{key} is not stated: no check that sampling.batch_rows fits",)
-    rows, lines = config.sampling.batch_rows, []
-    sampled = {"teacher": config.teacher, **config.students}
-    shapes = {name: (model.shape, model.training.dtype) for name, model in sampled.items()}
-    if config.truth.shape:
-        shapes = {"truth": (config.truth.shape, config.truth.dtype)} | shapes
-    for name, (shape, dtype) in shapes.items():
-        made: dict[str, Any] = {
-            "vocab_size": 257 if config.truth.tokenizer == "bytes" else 2**16,
-            "length": config.length,
-            "dtype": dtype,
-            "on_gpu": on_gpu,
-        }
-        needs = sampling_memory(shape, rows, **made) / 1e9
-        most = largest_batch_rows(OF_MEMORY * 1e9 * stated, shape, **made)
-        lines.append(
-            f"sampling {name}: {rows} rows take about {needs:.3g} GB; with {key}={stated:g} "
-            f"at most {most} fit{'' if most >= rows else ': LOWER sampling.batch_rows'}"
-        )
-    return tuple(lines)
 
 
 def check_partitions(config: RunConfig) -> None:
@@ -148,7 +103,7 @@ def check_partitions(config: RunConfig) -> None:
                 raise InputError(f"{key}={name}: no such partition; expected one of {names}")
 
 
-def check_active(run: RunFolder, plan: Plan) -> None:
+def check_active(run: Run, plan: Plan) -> None:
     """Refuse settings that would change what tasks in the queue are making.
 
     Raises:
@@ -172,7 +127,7 @@ def check_active(run: RunFolder, plan: Plan) -> None:
             )
 
 
-def resource_overrides(words: list[str], config: RunConfig) -> dict[str, Any]:
+def resource_overrides(words: list[str], config: RunConfig) -> dict[str, Json]:
     """Fields of `slurm` from `slurm.key=value` words.
 
     Raises:
@@ -184,8 +139,8 @@ def resource_overrides(words: list[str], config: RunConfig) -> dict[str, Any]:
     values = compose.compose(words).get("slurm", {})
     changed = compose.build(type(config), compose.merged(compose.plain(config), {"slurm": values}))
     check_run(changed)
-    wanted = {name: getattr(changed.slurm, name) for name in values}
-    for name in wanted:
-        if name in {"stages", "gate", "max_attempts", "advance_from", "canary"}:
+    resources = {field.name for field in fields(Resources)}
+    for name in values:
+        if name not in resources:
             raise InputError(f"slurm.{name}: not a resource of a task; change it with sweep.py")
-    return wanted
+    return {name: getattr(changed.slurm, name) for name in values}

@@ -1,4 +1,4 @@
-"""Open a run: from a config to a folder that a request stands in, with code that will not change.
+"""Open a run: from a config to a folder with a request in it and code that will not change.
 
 Relaunching with another config is refused only if a published record's recipe would change.
 """
@@ -17,21 +17,38 @@ from pathlib import Path
 from typing import Any
 
 from kdhpc import compose
-from kdhpc.artifacts import RunFolder, Scan, disk_errors, open_run, read_once, write_once
+from kdhpc.artifacts import (
+    RunFolder,
+    Scan,
+    check_run_folder,
+    disk_errors,
+    read_once,
+    write_once,
+)
 from kdhpc.cluster import ledger as ledgers
 from kdhpc.cluster.ledger import Request
-from kdhpc.cluster.task import load_pipeline
-from kdhpc.config import RunConfig, checked
+from kdhpc.config import RunConfig, check_run
 from kdhpc.errors import BusyError, DamagedError, InputError
-from kdhpc.shards import Pipeline, Plan
+from kdhpc.pipelines import AnyPipeline, find_pipeline
+from kdhpc.shards import Plan
+from kdhpc.types import Json
 
 PROJECT_DIR = Path(compose.__file__).resolve().parents[1]
-PIPELINE_ERRORS = (KeyError, ImportError, AttributeError, TypeError, ValueError)
-"""What `load_pipeline` raises for a name that is none."""
 SNAPSHOT = ("kdhpc", "configs", "slurm")
+FORMAT = 1
+"""Of run folders. Every commit reads, extends, verifies and merges the runs of this format that any
+earlier commit made; a change that cannot keep this raises the number and says what to do."""
 
 
-def from_words(words: list[str]) -> tuple[Pipeline, RunConfig]:
+class Run(RunFolder):
+    """A run folder and the pipeline that it is a run of."""
+
+    def __init__(self, path: Path, pipeline: AnyPipeline) -> None:
+        super().__init__(path, pipeline.folders, pipeline.aliases)
+        self.pipeline = pipeline
+
+
+def from_words(words: list[str]) -> tuple[AnyPipeline, RunConfig]:
     """Pipeline and checked config from what was typed.
 
     Raises:
@@ -40,47 +57,46 @@ def from_words(words: list[str]) -> tuple[Pipeline, RunConfig]:
     if all("=" in word and not word.startswith("pipeline=") for word in words):
         words = ["demo", *words]
     values = compose.compose(words)
-    name = str(values.get("pipeline", "language"))
-    try:
-        pipeline = load_pipeline(name)
-        if not isinstance(pipeline, Pipeline):
-            raise TypeError(name)
-    except PIPELINE_ERRORS as error:
-        raise InputError(
-            f"pipeline={name}: no such pipeline; expected language or mixture"
-        ) from error
-    config: RunConfig = checked(compose.build(pipeline.config, values))
-    names = [stage.name for stage in pipeline.stages]
-    for key in ("slurm.stages", "throughput"):
-        owner: Any = config.slurm.stages if key == "slurm.stages" else getattr(config, key, {})
-        for stage in owner:
-            if stage not in names:
-                raise InputError(f"{key}.{stage}: no such stage; expected {', '.join(names)}")
+    if "pipeline" not in values:
+        raise InputError("pipeline: nothing is given; expected a preset, or pipeline=NAME")
+    pipeline = find_pipeline(str(values["pipeline"]))
+    config = compose.build(pipeline.config, values)
+    check_run(config)
+    for stage in config.slurm.stages:
+        if stage not in pipeline.folders:
+            names = ", ".join(pipeline.folders)
+            raise InputError(f"slurm.stages.{stage}: no such stage; expected one of {names}")
+    for problem in pipeline.check(config):
+        raise InputError(problem)
     return pipeline, config
 
 
-def folder(path: Path, pipeline: Pipeline | None = None) -> RunFolder:
-    """An existing run folder.
+def open_run(path: Path) -> Run:
+    """An existing run.
 
     Raises:
-        InputError: if it is none.
+        InputError: if it is none, or of another format.
     """
-    if pipeline is None:
-        run = open_run(path, _NO_PIPELINE)
-        with contextlib.suppress(DamagedError, *PIPELINE_ERRORS):
-            return open_run(path, load_pipeline(_manifest(run.path)["pipeline"]))
-        raise InputError(f"{path}/run.json: not readable; expected what sweep.py wrote")
-    return open_run(path, pipeline)
+    return Run(path, find_pipeline(_manifest(path)["pipeline"]))
 
 
-_NO_PIPELINE = Pipeline(name="", config=RunConfig, stages=())
+def _manifest(path: Path) -> dict[str, Json]:
+    """What run.json says of a run that this version can read."""
+    check_run_folder(path)
+    try:
+        manifest = read_once(path / "run.json")
+    except DamagedError as error:
+        raise InputError(f"{path}: not a run that can be read ({error})") from error
+    number = manifest.get("format", 0)
+    if number != FORMAT:
+        raise InputError(
+            f"{path}: is a run of format {number}, made by another version of kdhpc; expected "
+            f"format {FORMAT}; use the version that made it, or choose another name"
+        )
+    return manifest
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    return read_once(path / "run.json")
-
-
-def find(name: str, runs_dir: str = "runs") -> RunFolder:
+def find(name: str, runs_dir: str = "runs") -> Run:
     """A run by its name in the runs folder, or by its path.
 
     Raises:
@@ -93,10 +109,10 @@ def find(name: str, runs_dir: str = "runs") -> RunFolder:
         there = sorted(p.parent.name for p in Path(runs_dir).glob("*/run.json"))
         expected = f"one of {', '.join(there)}" if there else "the path of a run"
         raise InputError(f"{name}: no run of this name in {runs_dir}/; expected {expected}")
-    return folder(path.resolve())
+    return open_run(path.resolve())
 
 
-def current(run: RunFolder) -> tuple[int, RunConfig, Plan]:
+def current(run: Run) -> tuple[int, RunConfig, Plan]:
     """Number of the last request, its config and plan.
 
     Raises:
@@ -154,7 +170,7 @@ def changed_recipes(plan: Plan, scan: Scan) -> list[str]:
     return list(lines)
 
 
-def open_for(pipeline: Pipeline, config: RunConfig, plan: Plan) -> RunFolder:
+def open_for(config: RunConfig, plan: Plan) -> Run:
     """Make the run's folder, or open it and check that nothing published would change.
 
     Raises:
@@ -174,17 +190,23 @@ def open_for(pipeline: Pipeline, config: RunConfig, plan: Plan) -> RunFolder:
             path.mkdir(mode=0o700, exist_ok=True)
             ledgers.make(path)
             manifest = {
+                "format": FORMAT,
                 "pipeline": config.pipeline,
                 "identity": secrets.token_hex(2),
                 "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             }
             write_once(path / "run.json", manifest)
-    run = open_run(path, pipeline)
+    if (there := _manifest(path)["pipeline"]) != config.pipeline:
+        raise InputError(
+            f"{path}: is a run of the pipeline {there}, not of {config.pipeline}; choose another "
+            f"name, such as name={config.name}-2"
+        )
+    run = open_run(path)
     check_unchanged(run, config, plan)
     return run
 
 
-def check_unchanged(run: RunFolder, config: RunConfig, plan: Plan) -> None:
+def check_unchanged(run: Run, config: RunConfig, plan: Plan) -> None:
     """Refuse a plan that would change a published record.
 
     Raises:
@@ -200,14 +222,14 @@ def check_unchanged(run: RunFolder, config: RunConfig, plan: Plan) -> None:
 
 
 def add_request(
-    run: RunFolder,
+    run: Run,
     config: RunConfig,
     *,
     kind: str,
     executor: str,
     stage: str | None = None,
     keys: tuple[str, ...] | None = None,
-    resources: Mapping[str, Any] | None = None,
+    resources: Mapping[str, Json] | None = None,
 ) -> Request:
     """Write down what was asked for, with a snapshot of the code that will do it."""
     ledger = ledgers.make(run.path)
@@ -229,7 +251,7 @@ def add_request(
                 return request
 
 
-def snapshot(run: RunFolder) -> str:
+def snapshot(run: Run) -> str:
     """Copy kdhpc, configs and slurm/ once into the run, under the digest of their content."""
     sources = _sources(run)
     found = hashlib.sha256()
@@ -249,8 +271,8 @@ def snapshot(run: RunFolder) -> str:
     return digest
 
 
-def _sources(run: RunFolder) -> dict[str, Path]:
-    """Files of a snapshot by relative name; for a pipeline from elsewhere, its module too."""
+def _sources(run: Run) -> dict[str, Path]:
+    """Files of a snapshot by relative name; for a pipeline from elsewhere, its package too."""
     wanted = {".py", ".cpp", ".yaml", ".sh"}
     files = [
         path
@@ -259,15 +281,29 @@ def _sources(run: RunFolder) -> dict[str, Path]:
         if path.suffix in wanted and path.is_file()
     ]
     sources = {str(path.relative_to(PROJECT_DIR)): path for path in files}
-    module_name = _manifest(run.path)["pipeline"].partition(":")[0]
-    module = sys.modules.get(module_name)
-    if module is not None and module.__file__ and not module_name.startswith("kdhpc"):
-        sources[module_name.replace(".", "/") + ".py"] = Path(module.__file__)
+    module_name = _manifest(run.path)["pipeline"].rpartition(":")[0]
+    if module_name and module_name.partition(".")[0] != "kdhpc":
+        sources |= _module_sources(module_name.partition(".")[0])
     return sources
 
 
+def _module_sources(name: str) -> dict[str, Path]:
+    """Files of an imported top-level module or package."""
+    module = sys.modules[name]
+    folder = Path(str(module.__file__)).parent
+    files = (
+        sorted(folder.rglob("*")) if hasattr(module, "__path__") else [Path(str(module.__file__))]
+    )
+    top = folder.parent if hasattr(module, "__path__") else folder
+    return {
+        str(path.relative_to(top)): path
+        for path in files
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
 @contextlib.contextmanager
-def launcher_lock(run: RunFolder) -> Iterator[None]:
+def launcher_lock(run: Run) -> Iterator[None]:
     """One local launcher a run; the lock goes with the process.
 
     Raises:
@@ -288,7 +324,7 @@ def launcher_lock(run: RunFolder) -> Iterator[None]:
         yield
 
 
-def is_locked(run: RunFolder) -> bool:
+def is_locked(run: Run) -> bool:
     """Whether a local launcher is working on the run now."""
     try:
         with (run.path / "launcher.lock").open("r") as file:

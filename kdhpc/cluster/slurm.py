@@ -11,12 +11,15 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kdhpc.errors import ClusterError
+
+if TYPE_CHECKING:
+    from kdhpc.cluster.resources import Resources
 
 ANSWER_LIMIT_S = 60.0
 """How long a lost submission is looked for before it counts as never made."""
@@ -174,42 +177,42 @@ def _minutes(text: str) -> float:
     return days * 1440 + hours * 60 + minutes + seconds / 60
 
 
-def script(*, name: str, command: str, num_tasks: int | None, resources: Mapping[str, Any]) -> str:
+def script(*, name: str, command: str, num_tasks: int | None, resources: "Resources") -> str:
     """Batch script of an array or a gate, the same text for the same arguments.
 
     Args:
         name: of the job.
         command: shell words of what each task runs.
         num_tasks: elements 0..n-1; None for a single job.
-        resources: fields of `slurm` with their final values, plus `nodes` and `ranks_per_node`.
+        resources: its options.
     """
     from kdhpc.cluster.executor import ArrayExecutor  # submitit is not for who only looks
 
     executor = ArrayExecutor(folder="logs")
-    scratch = [
-        f"export KDHPC_SCRATCH={shlex.quote(path)}" for path in [resources["scratch"]] if path
-    ]
+    scratch = (
+        [f"export KDHPC_SCRATCH={shlex.quote(resources.scratch)}"] if resources.scratch else []
+    )
     wanted = {
         "job_name": name,
-        "partition": resources.get("partition"),
-        "account": resources.get("account"),
-        "qos": resources.get("qos"),
-        "constraint": resources.get("constraint"),
-        "exclude": resources.get("exclude"),
-        "time": max(1, round(resources["time_min"])),
-        "mem": f"{max(1, round(resources['mem_gb'] * 1024))}M",
-        "nodes": resources["nodes"],
-        "ntasks_per_node": resources["ranks_per_node"],
-        "cpus_per_task": resources["cpus_per_task"],
-        "gpus_per_node": resources.get("gpus_per_node") or None,
-        "dependency": resources.get("dependency"),
-        "array_parallelism": resources["max_parallel"],
-        "signal_delay_s": resources["signal_s"],
-        "setup": [*resources["setup"], *scratch] or None,
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "constraint": resources.constraint,
+        "exclude": resources.exclude,
+        "time": max(1, round(resources.time_min)),
+        "mem": f"{max(1, round(resources.mem_gb * 1024))}M",
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.ranks_per_node,
+        "cpus_per_task": resources.cpus_per_task,
+        "gpus_per_node": resources.gpus_per_node or None,
+        "dependency": resources.dependency,
+        "array_parallelism": resources.max_parallel,
+        "signal_delay_s": resources.signal_s,
+        "setup": [*resources.setup, *scratch] or None,
         "stderr_to_stdout": True,
         "wckey": None,
         "srun_args": [
-            f"--cpus-per-task={resources['cpus_per_task']}",
+            f"--cpus-per-task={resources.cpus_per_task}",
             "--kill-on-bad-exit=1",
         ],
         # sbatch's command line names the log: in a script, quotes in a path do not survive.

@@ -4,19 +4,18 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kdhpc import trainlog
-from kdhpc.artifacts import RunFolder
 from kdhpc.cluster import runs, slurm
 from kdhpc.cluster.decide import Policy
 from kdhpc.cluster.failures import REMEDIES
 from kdhpc.cluster.ledger import Failure, Ledger
 from kdhpc.cluster.observe import State, observe
-from kdhpc.config import RunConfig
+from kdhpc.cluster.runs import Run
 from kdhpc.errors import ClusterError
 from kdhpc.shards import Plan
 
@@ -81,114 +80,102 @@ class Status:
         return json.dumps(asdict(self) | {"complete": self.complete}, indent=1)
 
 
-def look(run: RunFolder) -> tuple[State, Status]:
-    """Read a run that this process does not work on; one squeue, one scan of the records.
+def look(run: Run) -> State:
+    """How a run stands that this process does not work on; one squeue, one scan of the records.
 
-    Where Slurm does not answer, what the disk says is shown.
+    Where Slurm does not answer, what the disk says counts.
     """
     _, config, plan = runs.current(run)
     local = _local_active(run) if runs.is_locked(run) else frozenset[str]()
-    # Nothing is submitted from here, so Slurm need not be asked for its limits.
-    policy = Policy(
-        task_s=1.0,
-        max_array=1,
-        max_tasks=0,
-        canary=config.slurm.canary,
-        max_attempts=config.slurm.max_attempts,
-    )
+    policy = Policy.looking(config.slurm)
     try:
-        state = observe(run, config, plan, local_active=local, policy=policy)
+        return observe(run, config, plan, local_active=local, policy=policy)
     except ClusterError as error:
         state = observe(run, config, plan, local_active=local, policy=policy, with_queue=False)
-        notes = (f"the queue is not known: {error}",)
-        return state, status_of(
-            run, config, plan, state, local_running=local, notes=notes, queue_unknown=True
-        )
-    return state, status_of(run, config, plan, state, local_running=local)
+        return replace(state, queue_error=str(error))
 
 
-def _local_active(run: RunFolder) -> frozenset[str]:
+def _local_active(run: Run) -> frozenset[str]:
     ledger = Ledger(run.path)
     jobs = ledger.jobs()
     return frozenset(key for s in ledger.submissions() if s.number not in jobs for key in s.keys)
 
 
-def status_of(
-    run: RunFolder,
-    config: RunConfig,
-    plan: Plan,
-    state: State,
-    *,
-    local_running: frozenset[str] = frozenset(),
-    notes: tuple[str, ...] = (),
-    queue_unknown: bool = False,
-) -> Status:
-    """Summarise what `observe` found."""
+def status_of(run: Run, state: State) -> Status:
+    """Summarise what was observed."""
     situation = state.situation
-    running = local_running | _running(state)
     failures = {
         key: found[-1]
         for key, found in situation.failures.items()
         if found and key not in situation.active
     }
-    stages = []
-    for stage in run.pipeline.stages:
-        shards = plan.stage(stage.name)
-        left = [s for s in shards if s.key not in situation.done]
-        is_active = [s.key for s in left if s.key in situation.active]
-        num_running = sum(key in running for key in is_active)
-        num_failed = sum(
-            s.key in failures or s.key in situation.damaged for s in left if s.key not in is_active
-        )
-        stages.append(
-            StageStatus(
-                folder=run.pipeline.folder(stage.name),
-                planned=len(shards),
-                done=len(shards) - len(left),
-                running=num_running,
-                queued=len(is_active) - num_running,
-                failed=num_failed,
-                missing=len(left) - len(is_active) - num_failed,
-                seconds_left=sum(s.work for s in left) * situation.seconds_per_work[stage.name],
-            )
-        )
-    codes = sorted(
-        {record.code for key, record in state.scan.records.items() if key in plan.shards}
-    )
-    if len(codes) > 1:
-        notes += (f"results were made by {len(codes)} versions of the code: {', '.join(codes)}",)
-    waiting: dict[str, int] = {}
-    for key, reason in state.decision.blocked.items():
-        if key not in failures and key not in situation.damaged:
-            waiting[reason] = waiting.get(reason, 0) + 1
-    notes += tuple(f"{count} shards are not started: {why}" for why, count in waiting.items())
-    held = [task.name for task in state.queued if task.reason in slurm.HELD_REASONS]
-    if held and not situation.stopped:
-        notes += (f"{len(held)} tasks are held by Slurm; sweep.py or rerun.py release them",)
-    notes += _forgotten(run, state)
-    if situation.stopped:
-        notes += ("cancelled; run sweep.py or rerun.py to go on",)
+    stages = tuple(_stage_status(run, state, stage.name, failures) for stage in run.pipeline.stages)
     return Status(
         run=str(run.path),
         executor=state.request.executor,
-        stages=tuple(stages),
-        causes=_causes(failures, plan),
+        stages=stages,
+        causes=_causes(failures, state.plan),
         damaged=situation.damaged,
         waiting=_waiting(state),
-        notes=notes,
-        eta_s=_eta(stages, state, running, config),
+        notes=tuple(_notes(run, state, failures)),
+        eta_s=_eta(stages, state),
         live=_live(run, state),
-        queue_unknown=queue_unknown,
+        queue_unknown=bool(state.queue_error),
     )
 
 
-def _forgotten(run: RunFolder, state: State) -> tuple[str, ...]:
+def _stage_status(
+    run: Run, state: State, stage: str, failures: Mapping[str, Failure]
+) -> StageStatus:
+    situation = state.situation
+    shards = state.plan.stage(stage)
+    left = [shard for shard in shards if shard.key not in situation.done]
+    active = [shard.key for shard in left if shard.key in situation.active]
+    num_running = sum(key in state.running for key in active)
+    broken = failures.keys() | situation.damaged.keys()
+    num_failed = sum(s.key in broken for s in left if s.key not in situation.active)
+    return StageStatus(
+        folder=run.folders[stage],
+        planned=len(shards),
+        done=len(shards) - len(left),
+        running=num_running,
+        queued=len(active) - num_running,
+        failed=num_failed,
+        missing=len(left) - len(active) - num_failed,
+        seconds_left=sum(s.work for s in left) * situation.seconds_per_work[stage],
+    )
+
+
+def _notes(run: Run, state: State, failures: Mapping[str, Failure]) -> Iterator[str]:
+    """What else a person should know, a line each."""
+    situation = state.situation
+    if state.queue_error:
+        yield f"the queue is not known: {state.queue_error}"
+    codes = sorted(
+        {record.code for key, record in state.scan.records.items() if key in state.plan.shards}
+    )
+    if len(codes) > 1:
+        yield f"results were made by {len(codes)} versions of the code: {', '.join(codes)}"
+    reasons = Counter(
+        reason
+        for key, reason in state.decision.blocked.items()
+        if key not in failures and key not in situation.damaged
+    )
+    for reason, count in reasons.items():
+        yield f"{count} shards are not started: {reason}"
+    num_held = sum(task.reason in slurm.HELD_REASONS for task in state.queued)
+    if num_held and not situation.stopped:
+        yield f"{num_held} jobs are held by Slurm; sweep.py or rerun.py release them"
+    yield from _forgotten(run, state)
+    if situation.stopped:
+        yield "cancelled; run sweep.py or rerun.py to go on"
+
+
+def _forgotten(run: Run, state: State) -> Iterator[str]:
     """What to say when shards could start and nobody is there to start them."""
     situation = state.situation
-    names = {submission.name for submission in state.submissions}
-    queued = any(task.name.removeprefix("gate-") in names for task in state.queued)
-    if situation.active or situation.stopped or queued:
-        return ()
+    if situation.active or situation.stopped or state.queued:
+        return
     ready = [
         key
         for key, shard in state.plan.shards.items()
@@ -197,33 +184,18 @@ def _forgotten(run: RunFolder, state: State) -> tuple[str, ...]:
         and all(read in situation.done for read in shard.reads)
     ]
     if not ready:
-        return ()
-    found = [f"{len(ready)} shards could start, the first {ready[0]}, and nothing is queued"]
+        return
+    parts = [f"{len(ready)} shards could start, the first {ready[0]}, and nothing is queued"]
     if shutil.disk_usage(run.path).free < DISK_FULL_BYTES:
-        found.append("DISK_FULL: there is no space left to write down why; free some")
-    found.append("run sweep.py again")
-    return ("; ".join(found),)
-
-
-def _running(state: State) -> frozenset[str]:
-    started = {(task.name, task.index) for task in state.queued if task.state == "RUNNING"}
-    return frozenset(
-        key
-        for submission in state.submissions
-        if (job := state.jobs.get(submission.number)) and job.job_id
-        for index, keys in enumerate(submission.tasks)
-        if (submission.name, index) in started
-        for key in keys
-    )
+        parts.append("DISK_FULL: there is no space left to write down why; free some")
+    yield "; ".join([*parts, "run sweep.py again"])
 
 
 def _waiting(state: State) -> dict[str, int]:
-    names = {submission.name for submission in state.submissions}
-    found: dict[str, int] = {}
-    for task in state.queued:
-        if task.name in names and task.state == "PENDING":
-            found[task.reason] = found.get(task.reason, 0) + 1
-    return found
+    arrays = {submission.name for submission in state.submissions}
+    return Counter(
+        task.reason for task in state.queued if task.name in arrays and task.state == "PENDING"
+    )
 
 
 def _causes(failures: Mapping[str, Failure], plan: Plan) -> tuple[Cause, ...]:
@@ -255,19 +227,17 @@ def _last_lines(path: Path) -> tuple[str, ...]:
     return tuple(line for line in lines if line.strip())[-LOG_LINES:]
 
 
-def _eta(
-    stages: list[StageStatus], state: State, running: frozenset[str], config: RunConfig
-) -> float | None:
+def _eta(stages: Sequence[StageStatus], state: State) -> float | None:
     left = sum(stage.seconds_left for stage in stages)
-    if not left or not running:
+    if not left or not state.running:
         return None
     if state.request.executor == "local":
-        return left / (config.local_workers or len(os.sched_getaffinity(0)))
+        return left / (state.config.local_workers or len(os.sched_getaffinity(0)))
     at_once = sum(task.state == "RUNNING" and task.index is not None for task in state.queued)
     return left / max(1, at_once)
 
 
-def _live(run: RunFolder, state: State) -> tuple[str, ...]:
+def _live(run: Run, state: State) -> tuple[str, ...]:
     lines = []
     for path in sorted((run.path / "progress").glob("*.json")):
         try:
@@ -275,20 +245,10 @@ def _live(run: RunFolder, state: State) -> tuple[str, ...]:
             age_s = time.time() - path.stat().st_mtime
         except (OSError, ValueError):
             continue
-        key = str(found.get("key"))
-        if key in state.situation.active and age_s < 120:
-            lines.append(f"{key} {float(found.get('fraction', 0)):.0%}{_training(run, key)}")
+        shard = state.plan.shards.get(str(found.get("key")))
+        if shard and shard.key in state.situation.active and age_s < 120:
+            stage = run.pipeline.stage(shard.stage)
+            done = f"{float(found.get('fraction', 0)):.0%}"
+            words = (shard.key, done, stage.progress(run.scratch_path(shard.key)))
+            lines.append(" ".join(filter(None, words)))
     return tuple(lines)
-
-
-def _training(run: RunFolder, key: str) -> str:
-    last = _last_lines(run.scratch_path(key) / trainlog.FILE)[-1:]
-    try:
-        found = json.loads(last[0])
-        return (
-            f" step {found['step']} of {found['steps']} loss {found['loss']:.4f}"
-            f" lr {found['learning_rate']:.2e} norm {found['gradient_norm']:.2f}"
-            f" {found['tokens_per_s']:.0f} tokens/s MFU {found['mfu']:.0%}"
-        )
-    except (IndexError, ValueError, KeyError):
-        return ""

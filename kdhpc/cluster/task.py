@@ -19,27 +19,17 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from kdhpc import compose
-from kdhpc.artifacts import RunFolder, Work, disk_errors, read_once
-from kdhpc.cluster import failures
-from kdhpc.cluster.ledger import Failure, Ledger, Submission
+from kdhpc.artifacts import Work, disk_errors
+from kdhpc.cluster import failures, runs
+from kdhpc.cluster.ledger import AttemptEvent, Failure, Ledger, Submission
+from kdhpc.cluster.runs import Run
+from kdhpc.config import RunConfig
 from kdhpc.errors import KdhpcError
-from kdhpc.shards import Pipeline, Plan, Shard
+from kdhpc.shards import Plan, Shard
 
 PROGRESS_EVERY_S = 2.0
-
-
-def load_pipeline(name: str) -> Pipeline:
-    """A pipeline by name, or by `module:NAME` for one that lives elsewhere."""
-    if ":" not in name:
-        from kdhpc.pipeline import PIPELINES
-
-        return PIPELINES[name]
-    module, _, attribute = name.partition(":")
-    found: Pipeline = getattr(importlib.import_module(module), attribute)
-    return found
 
 
 class _StopFlag:
@@ -115,7 +105,7 @@ def run_task(path: Path, number: int, index: int) -> int:
             continue
         if rank == 0:
             work.progress = progress(key)
-        result = _attempt(plan.shards[key], work, ledger, submission, index)
+        result = _attempt(run, plan.shards[key], work, ledger, submission, index)
         code = result or code
         if result == failures.STOPPED_EXIT_CODE:
             return result
@@ -123,32 +113,45 @@ def run_task(path: Path, number: int, index: int) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def _asked_for(path: Path, number: int) -> tuple[RunFolder, Any, Plan]:
+def _asked_for(path: Path, number: int) -> tuple[Run, RunConfig, Plan]:
     """Run, config and plan of a request, which never changes."""
-    pipeline = load_pipeline(read_once(path / "run.json")["pipeline"])
+    run = runs.open_run(path)
     request = next(r for r in Ledger(path).requests() if r.number == number)
-    config: Any = compose.build(pipeline.config, dict(request.config))
-    return RunFolder(path, pipeline), config, pipeline.plan(config)
+    config = compose.build(run.pipeline.config, dict(request.config))
+    return run, config, run.pipeline.plan(config)
 
 
-def _attempt(shard: Shard, work: Work, ledger: Ledger, submission: Submission, index: int) -> int:
+def _attempt(
+    run: Run,
+    shard: Shard,
+    work: Work[RunConfig],
+    ledger: Ledger,
+    submission: Submission,
+    index: int,
+) -> int:
+    """Do one shard. Returns an exit code."""
     started = time.time()
-    print(f"{shard.key}: started", flush=True)
+
+    def note(event: AttemptEvent) -> None:
+        if work.rank == 0:
+            ledger.note_attempt(submission.number, index, shard.key, event)
+
+    print(f"{shard.key}{failures.STARTED}", flush=True)
+    note("started")
     try:
-        with disk_errors(work.run.record_path(shard.key)):
-            written = work.run.pipeline.stage(shard.stage).run(shard, work)
+        with disk_errors(run.record_path(shard.key)):
+            written = run.pipeline.stage(shard.stage).run(shard, work)
             if written is None:
                 if work.rank > 0:
                     return 0
                 print(f"{shard.key}: stopped; the next attempt goes on from here", flush=True)
+                note("stopped")
                 return failures.STOPPED_EXIT_CODE
             won = work.publish(shard, written, started)
     except Exception as error:
         traceback.print_exc()
         work.discard()
         kind, message, fingerprint = failures.of_exception(error)
-        if kind == "LOST" and work.run.checkpoint_since(shard.key, started):
-            message += failures.GOT_FURTHER
         failure = Failure(
             key=shard.key,
             kind=kind,
@@ -158,13 +161,16 @@ def _attempt(shard: Shard, work: Work, ledger: Ledger, submission: Submission, i
             log=str(ledger.log_path(submission.number, index)),
             node=os.environ.get("SLURMD_NODENAME", ""),
             time=time.time(),
+            got_further=kind == "LOST" and run.checkpoint_since(shard.key, started),
         )
         with contextlib.suppress(OSError):  # on a full disk the log line has to do
             ledger.add_failure(failure)
         print(f"{shard.key}: failed: {message}", flush=True)
+        note("ended")
         return 1
     outcome = "published" if won else "another attempt was first"
     print(f"{shard.key}: {outcome} after {time.time() - started:.1f} s", flush=True)
+    note("ended")
     return 0
 
 
@@ -176,7 +182,7 @@ def serve(path: Path) -> None:
     """
     with os.fdopen(os.dup(1), "w") as answers:
         _print_to(path / "logs" / "workers.log")
-        pipeline = load_pipeline(read_once(path / "run.json")["pipeline"])
+        pipeline = runs.open_run(path).pipeline
         for name in dict.fromkeys(name for stage in pipeline.stages for name in stage.modules):
             with contextlib.suppress(Exception):  # the task that needs it says what is wrong
                 importlib.import_module(name)

@@ -5,16 +5,17 @@ writes  results.h5: /scores/<sampler>/<scorer>, /models/<name>, root attributes 
         /provenance (see `kdhpc.store.Results`)
 """
 
-import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kdhpc import arms
 from kdhpc.artifacts import RESULTS, Work, Written
 from kdhpc.config import LanguageConfig
-from kdhpc.shards import Plan, Shard, Stage, merge_of
+from kdhpc.pipelines import Stage
+from kdhpc.shards import Plan, Shard, merge_of
+from kdhpc.types import Json
 
 if TYPE_CHECKING:
     from kdhpc.store import Merged, Piece, ScorePieces
@@ -43,7 +44,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
     ]
 
 
-def run(shard: Shard, work: Work) -> Written:
+def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     """Merge, walking the plan: every digest is checked, and a missing shard is an error."""
     path = work.new_path(shard, ".h5")
     merged = _write(path, shard, work, frozenset(work.plan.shards))
@@ -53,7 +54,7 @@ def run(shard: Shard, work: Work) -> Written:
     return Written(path=path, rows=1, stats=stats, digest=merged.digest)
 
 
-def run_partial(work: Work, present: frozenset[str], path: Path) -> None:
+def run_partial(work: Work[LanguageConfig], present: frozenset[str], path: Path) -> None:
     """Merge the whole arms among the shards that are there; the file says `complete = False`.
 
     Args:
@@ -70,7 +71,9 @@ def run_partial(work: Work, present: frozenset[str], path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _write(path: Path, shard: Shard, work: Work, present: frozenset[str]) -> "Merged":
+def _write(
+    path: Path, shard: Shard, work: Work[LanguageConfig], present: frozenset[str]
+) -> "Merged":
     from kdhpc import store
 
     work.ready()
@@ -84,72 +87,79 @@ def _write(path: Path, shard: Shard, work: Work, present: frozenset[str]) -> "Me
     )
 
 
-def _scores(work: Work, present: frozenset[str]) -> Iterator["ScorePieces"]:
-    """Every pair of sampler and scorer, then the samplers' own opinions; pieces in this order."""
-    import numpy as np
+def _scores(work: Work[LanguageConfig], present: frozenset[str]) -> Iterator["ScorePieces"]:
+    """Scores of every pair, then what the samplers themselves thought of what they drew.
 
+    Only arms of which every shard is present; each shard is read when its pieces are asked for.
+    """
     from kdhpc import store
 
-    num_tokens: dict[str, list[Any]] = {}
-    for arm, shards in work.plan.arms(arms.SCORE).items():
+    scored: dict[str, list[Shard]] = {}
+    for pair in arms.pairs(work.config):
+        shards = work.plan.arm(arms.SCORE, pair.arm)
         if present.issuperset(shard.key for shard in shards):
-            sampler, _, scorer = arm.partition("-under-")
-            num_tokens[sampler] = []
+            scored.setdefault(pair.sampler, shards)
             yield store.ScorePieces(
-                sampler=sampler,
-                scorer=scorer,
+                sampler=pair.sampler,
+                scorer=pair.scorer,
                 num_rows=sum(shard.num_rows for shard in shards),
-                pieces=_pieces(work, shards, num_tokens[sampler]),
+                pieces=_pieces(work, shards),
             )
-    own = {"truth": work.plan.arm(arms.SAMPLE_TRUTH, "eval")}
-    for sampler, shards in (own | work.plan.arms(arms.SAMPLE_STUDENTS)).items():
-        if sampler in num_tokens and present.issuperset(shard.key for shard in shards):
-            counts = np.concatenate(num_tokens[sampler])
+    samplers = dict.fromkeys((pair.sampler, pair.samples) for pair in arms.pairs(work.config))
+    for sampler, samples in samplers:
+        shards = work.plan.arm(*samples)
+        if sampler in scored and present.issuperset(shard.key for shard in shards):
             yield store.ScorePieces(
                 sampler=sampler,
                 scorer="self",
-                num_rows=len(counts),
-                pieces=itertools.chain([("num_tokens", counts)], _own_opinions(work, shards)),
+                num_rows=sum(shard.num_rows for shard in shards),
+                pieces=_own_pieces(work, scored[sampler], shards),
             )
 
 
-def _pieces(work: Work, shards: Sequence[Shard], num_tokens: list[Any]) -> Iterator["Piece"]:
+def _pieces(work: Work[LanguageConfig], shards: Sequence[Shard]) -> Iterator["Piece"]:
     """Score shards one after the other, each read once."""
     from kdhpc import store
 
     for shard in shards:
-        for name, piece in work.read(shard.key, store.read_pieces):
-            if name == "num_tokens":
-                num_tokens.append(piece.copy())
-            yield name, piece
+        yield from work.read(shard.key, store.read_pieces)
 
 
-def _own_opinions(work: Work, shards: Sequence[Shard]) -> Iterator["Piece"]:
+def _own_pieces(
+    work: Work[LanguageConfig], scored: Sequence[Shard], sampled: Sequence[Shard]
+) -> Iterator["Piece"]:
+    """Counted tokens from scores of the same sequences, log-probabilities from the samples."""
     from kdhpc import store
 
-    for shard in shards:
+    for shard in scored:
+        yield "num_tokens", store.map_array(work.input(shard.key), "num_tokens")
+    for shard in sampled:
         yield "log_prob_sum", store.read_samples([work.input(shard.key)]).log_prob_tau_sum
 
 
-def _models(work: Work, present: frozenset[str]) -> dict[str, dict[str, Any]]:
+def _models(work: Work[LanguageConfig], present: frozenset[str]) -> dict[str, dict[str, Json]]:
     """Facts of every model, for the analysis."""
-    [truth] = work.plan.arm(arms.TRUTH, "truth")
-    found = {}
+    [truth] = work.plan.arm(*arms.TRUTH_MODEL)
+    models: dict[str, dict[str, Json]] = {}
     if truth.key in present:
         parameters = work.record(truth.key).stats["parameters"]
-        found["truth"] = {"kind": "truth", "parameters": parameters}
+        models["truth"] = {"kind": "truth", "parameters": parameters}
     for trainee in arms.trainees(work.config):
         [shard] = work.plan.arm(trainee.stage, trainee.name)
         if shard.key in present:
             stats = work.record(shard.key).stats
-            found[trainee.name] = {
-                **trainee.facts,
+            models[trainee.name] = {
+                "kind": trainee.kind,
+                "seed": trainee.seed,
+                "size": trainee.size,
+                "arm": trainee.arm,
+                "tau": trainee.tau,
                 "parameters": stats["parameters"],
                 "steps": stats["steps"],
                 "final_loss_nats": stats["final_loss_nats"],
                 "recipe": shard.recipe,
             }
-    return found
+    return models
 
 
 MERGE = Stage(

@@ -18,15 +18,17 @@ writes  results.h5: /tables/<setting>-<arm>/<array>, /models, /provenance; an ar
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from kdhpc.artifacts import RESULTS, Work, Written
 from kdhpc.config import MixtureConfig, Setting
-from kdhpc.shards import Arm, Plan, Shard, Stage, cut, merge_of
+from kdhpc.pipelines import Stage
+from kdhpc.shards import Arm, Plan, Shard, cut, merge_of
+from kdhpc.types import Json
 
 if TYPE_CHECKING:
-    from kdhpc.gaussian import Mixture
+    from kdhpc.gaussian import Facts, Floats, Mixture
     from kdhpc.store import Arrays
 
 TEACHERS, DIRECT = "teachers", "direct"
@@ -99,7 +101,7 @@ def plan_students(config: MixtureConfig, before: Plan) -> list[Shard]:
     return shards
 
 
-def _fields(config: MixtureConfig, setting: str) -> dict[str, Any]:
+def _fields(config: MixtureConfig, setting: str) -> dict[str, Json]:
     return {"seed": config.seed, "stream": setting, "threads": config.threads}
 
 
@@ -110,14 +112,14 @@ def plan_merge(config: MixtureConfig, before: Plan) -> list[Shard]:
     return [merge_of(wanted, stage="merge", fields={}, rows=rows, bytes_per_row=2000.0)]
 
 
-def run_teachers(shard: Shard, work: Work) -> Written:
+def run_teachers(shard: Shard, work: Work[MixtureConfig]) -> Written:
     """Draw D, fit a teacher and a direct student to it, for each seed of the shard."""
     from kdhpc import gaussian
 
     config: MixtureConfig = work.config
     name, setting = _setting(shard, config)
 
-    def fit_one(index: int) -> Mapping[str, Any]:
+    def fit_one(index: int) -> "Facts":
         stream = f"{name}/s{index}"
         truth = _truth(setting, config, stream)
         points = gaussian.draw(
@@ -142,7 +144,7 @@ def run_teachers(shard: Shard, work: Work) -> Written:
     return _write(shard, work, fit_one)
 
 
-def run_students(shard: Shard, work: Work) -> Written:
+def run_students(shard: Shard, work: Work[MixtureConfig]) -> Written:
     """Distil and score one student for each seed of the shard."""
     from kdhpc import gaussian, store
 
@@ -152,12 +154,12 @@ def run_students(shard: Shard, work: Work) -> Written:
     teachers = store.read_arrays(work.input(shard.reads[0]))
     first = shard.rows[0] if shard.rows else 0
 
-    def fit_one(index: int) -> Mapping[str, Any]:
+    def fit_one(index: int) -> "Facts":
         stream, row = f"{name}/s{index}", index - first
         truth, direct = (_mixture(teachers, role, row) for role in ("truth", "direct"))
 
         @functools.cache
-        def points_of(mixture: "Mixture", role: str) -> Any:
+        def points_of(mixture: "Mixture", role: str) -> "Floats":
             # Every arm is scored on the same points of p*, so that arms can be compared.
             where = stream if role == "truth" else f"{stream}/{arm}"
             return gaussian.draw(
@@ -186,7 +188,7 @@ def run_students(shard: Shard, work: Work) -> Written:
     return _write(shard, work, fit_one)
 
 
-def run_merge(shard: Shard, work: Work) -> Written:
+def run_merge(shard: Shard, work: Work[MixtureConfig]) -> Written:
     """Join the shards of every arm, checking each digest."""
     from kdhpc import store
 
@@ -204,7 +206,7 @@ def run_merge(shard: Shard, work: Work) -> Written:
     return Written(path=path, rows=1, stats=stats, digest=merged.digest)
 
 
-def _tables(work: Work) -> Iterator[tuple[str, "Arrays"]]:
+def _tables(work: Work[MixtureConfig]) -> Iterator[tuple[str, "Arrays"]]:
     from kdhpc import store
 
     for stage in ("fit-teachers", "fit-students"):
@@ -212,7 +214,7 @@ def _tables(work: Work) -> Iterator[tuple[str, "Arrays"]]:
             yield name, store.join_arrays([store.read_arrays(work.input(s.key)) for s in shards])
 
 
-def _facts(config: MixtureConfig) -> dict[str, dict[str, Any]]:
+def _facts(config: MixtureConfig) -> dict[str, dict[str, Json]]:
     """What the analysis groups arms by."""
     return {
         f"{name}-{arm}": {
@@ -254,7 +256,7 @@ def _truth(setting: Setting, config: MixtureConfig, stream: str) -> "Mixture":
     )
 
 
-def _parts(role: str, mixture: "Mixture") -> dict[str, Any]:
+def _parts(role: str, mixture: "Mixture") -> "Facts":
     return {f"{role}_{part}": getattr(mixture, part) for part in PARTS}
 
 
@@ -264,7 +266,7 @@ def _mixture(arrays: "Arrays", role: str, row: int) -> "Mixture":
     return gaussian.Mixture(**{part: arrays[f"{role}_{part}"][row] for part in PARTS})
 
 
-def _write(shard: Shard, work: Work, fit_one: Any) -> Written:
+def _write(shard: Shard, work: Work[MixtureConfig], fit_one: Callable[[int], "Facts"]) -> Written:
     """A row a seed of what `fit_one` finds for it."""
     import numpy as np
 

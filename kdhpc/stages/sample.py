@@ -6,13 +6,33 @@ writes  token shards: ids [N, L] uint16, length [N] int32, log_prob_sum [N] floa
 """
 
 import functools
+from dataclasses import dataclass
 
 from kdhpc import arms
 from kdhpc.artifacts import Work, Written
 from kdhpc.config import LanguageConfig, tokens_per_s
-from kdhpc.shards import Arm, Plan, Shard, Stage, cut
+from kdhpc.pipelines import Stage
+from kdhpc.selection import Selection
+from kdhpc.shards import Arm, Plan, Shard, cut, fields_of, settings_of
 
 WRITES = "token shards: ids [N, L] uint16, length [N], log-probability sums [N] in nats"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """What determines the sequences of an arm, beside the model."""
+
+    seed: int
+    stream: str
+    prompt: str
+    length: int
+    eos: str
+    dtype: str
+    batch_rows: int
+    draw: str
+    engine: str
+    threads: int
+    selection: Selection
 
 
 def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
@@ -23,22 +43,23 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
         if wanted.stage != stage:
             continue
         [model] = before.arm(*wanted.model)
+        settings = SampleSettings(
+            seed=config.seed,
+            stream=wanted.stream,
+            prompt=config.prompt,
+            length=config.length,
+            eos=config.eos,
+            dtype=wanted.dtype,
+            batch_rows=sampling.batch_rows,
+            draw=sampling.draw,
+            engine=sampling.engine,
+            threads=config.threads,
+            selection=wanted.selection,
+        )
         arm = Arm(
             stage=stage,
             name=wanted.arm,
-            fields={
-                "seed": config.seed,
-                "stream": wanted.stream,
-                "prompt": config.prompt,
-                "length": config.length,
-                "eos": config.eos,
-                "dtype": wanted.dtype,
-                "batch_rows": sampling.batch_rows,
-                "draw": sampling.draw,
-                "engine": sampling.engine,
-                "threads": config.threads,
-                **wanted.selection.fields,
-            },
+            fields=fields_of(settings),
             inputs={"model": model.recipe},
         )
         num_rows = sampling.eval_sequences if wanted.evaluation else sampling.train_sequences
@@ -56,39 +77,41 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
     return shards
 
 
-def run(shard: Shard, work: Work) -> Written:
+def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     """Sample one shard."""
-    from kdhpc import devices, draws, inference, sampling, store
+    from kdhpc import devices, inference, sampling, store
+    from kdhpc.counting import Counting
 
-    config: LanguageConfig = work.config
-    fields = shard.arm.fields
+    settings = settings_of(shard.arm.fields, SampleSettings)
     model_path = work.local_input(shard.reads[0])
-    devices.set_threads(config.threads)
+    devices.set_threads(settings.threads)
     devices.set_allocator(keep_freed=True)
-    loaded = inference.load(model_path, str(fields["dtype"]), config.device)
-    tokenizer = loaded.tokenizer
-    first, stop = shard.rows or (0, 0)
+    loaded = inference.load(model_path, settings.dtype, work.config.device)
+    prompt_ids = tuple(loaded.tokenizer.prompt_ids(settings.prompt))
     sampler = sampling.sampler_for(
         loaded,
-        prompt_ids=tuple(tokenizer.prompt_ids(config.prompt)),
-        length=config.length,
-        batch_rows=config.sampling.batch_rows,
-        selector=draws.Selector(tau=fields["tau"], top_k=fields["top_k"], top_p=fields["top_p"]),
-        draw=config.sampling.draw,
-        eos=tokenizer.eos,
-        count_eos=config.eos == "learn",
-        engine=config.sampling.engine,
+        prompt_ids=prompt_ids,
+        length=settings.length,
+        batch_rows=settings.batch_rows,
+        selection=settings.selection,
+        draw=settings.draw,
+        counting=Counting(
+            num_prompt=len(prompt_ids),
+            eos=loaded.tokenizer.eos,
+            count_eos=settings.eos == "learn",
+        ),
+        engine=settings.engine,
     )
     work.ready()
     samples = sampling.sample(
         sampler,
-        rows=range(first, stop),
-        seed=config.seed,
-        stream=str(fields["stream"]),
+        rows=range(*(shard.rows or (0, 0))),
+        seed=settings.seed,
+        stream=settings.stream,
         on_batch=lambda done: work.progress(done / shard.num_rows),
     )
     path = work.new_path(shard, ".arrow")
-    about = {"kdhpc.key": shard.key, "kdhpc.recipe": shard.recipe, "kdhpc.draw": fields["draw"]}
+    about = {"kdhpc.key": shard.key, "kdhpc.recipe": shard.recipe, "kdhpc.draw": settings.draw}
     store.write_samples(path, samples, about)
     return Written(
         path=path,

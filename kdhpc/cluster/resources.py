@@ -1,0 +1,103 @@
+"""What one array or gate asks of Slurm, every value final."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from kdhpc.cluster import slurm
+from kdhpc.cluster.decide import Batch
+from kdhpc.config import RunConfig, Slurm
+from kdhpc.types import Json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """Options of one batch script."""
+
+    time_min: float
+    mem_gb: float
+    """Of each node."""
+    cpus_per_task: int
+    gpus_per_node: int = 0
+    nodes: int = 1
+    ranks_per_node: int = 1
+    account: str | None = None
+    partition: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    """Nodes to avoid, with commas."""
+    dependency: str | None = None
+    max_parallel: int = 1
+    """Tasks of the array that run at once."""
+    signal_s: int
+    """Seconds before the time limit at which a task is told to stop."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before the work."""
+    prefix: tuple[str, ...] = ()
+    """Words before the command."""
+    scratch: str | None = None
+    """Node-local folder."""
+
+
+def array_resources(config: RunConfig, batch: Batch, uses_device: bool) -> Resources:
+    """Resources of one array: config, stage, what rerun asked for, then remedies."""
+    limits, changes = config.slurm, batch.changes
+    wanted = Resources(
+        time_min=limits.time_min,
+        mem_gb=limits.mem_gb,
+        cpus_per_task=limits.cpus_per_task,
+        gpus_per_node=limits.gpus_per_node if uses_device else 0,
+        nodes=batch.nodes,
+        ranks_per_node=batch.ranks_per_node,
+        account=limits.account,
+        partition=limits.partition,
+        qos=limits.qos,
+        constraint=limits.constraint,
+        exclude=limits.exclude,
+        max_parallel=limits.max_parallel,
+        signal_s=limits.signal_s,
+        setup=limits.setup,
+        prefix=limits.prefix,
+        scratch=limits.scratch,
+    )
+    if batch.stage in limits.stages:
+        wanted = _with(wanted, vars(limits.stages[batch.stage]))
+    asked = dict(changes.asked)
+    exclude = (wanted.exclude, asked.pop("exclude", None), *changes.avoid)
+    wanted = _with(wanted, asked)
+    time_min, mem_gb = wanted.time_min, wanted.mem_gb
+    if changes.time_factor > 1:
+        limit_min = slurm.time_limit_min(wanted.partition)
+        time_min = min(time_min * changes.time_factor, limit_min)
+    if changes.mem_factor > 1:
+        limit_gb = limits.max_mem_gb or float("inf")
+        mem_gb = max(mem_gb, min(mem_gb * changes.mem_factor, limit_gb))
+    return replace(
+        wanted,
+        time_min=time_min,
+        mem_gb=mem_gb,
+        cpus_per_task=max(wanted.cpus_per_task, config.threads),
+        exclude=",".join(filter(None, exclude)) or None,
+    )
+
+
+def gate_resources(limits: Slurm, array_id: str) -> Resources:
+    """Resources of the gate after an array."""
+    plain = Resources(
+        time_min=10,
+        mem_gb=1.0,
+        cpus_per_task=1,
+        account=limits.account,
+        partition=limits.partition,
+        qos=limits.qos,
+        dependency=f"afterany:{array_id}",
+        signal_s=30,
+        setup=limits.setup,
+        scratch=limits.scratch,
+    )
+    return _with(plain, vars(limits.gate))
+
+
+def _with(resources: Resources, changes: Mapping[str, Json]) -> Resources:
+    """The same with other values, where they are given."""
+    return replace(resources, **{k: value for k, value in changes.items() if value is not None})
