@@ -33,9 +33,9 @@ def main() -> None:
     devices.set_threads(report.conditions()["cores"])
     devices.set_allocator(keep_freed=True)
     rows: list[dict[str, Any]] = []
-    for work in (sample, score):
+    for name, work in {"sample": sampling_of, "score": score}.items():
         for grown in ("sequences", "length", "batch"):
-            row: dict[str, Any] = {"work": work.__name__, "grows": grown}
+            row: dict[str, Any] = {"work": name, "grows": grown}
             for factor in FACTORS:
                 size = dict(BASE)
                 size[grown] *= factor
@@ -54,7 +54,7 @@ def main() -> None:
     report.save("growth", "Cost as work grows, small model, float32", rows, facts=BASE)
 
 
-def sample(sequences: int, length: int, batch: int) -> Any:
+def sampling_of(sequences: int, length: int, batch: int) -> Any:
     """A function that samples."""
     sampler = sampling.Sampler(
         model(length), prompt_ids=[1], length=length, batch_rows=batch, selection=Selection(),

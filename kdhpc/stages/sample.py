@@ -38,7 +38,6 @@ class SampleSettings:
 def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
     """Shards of every sample set of one stage."""
     shards: list[Shard] = []
-    sampling = config.sampling
     for wanted in arms.sample_sets(config):
         if wanted.stage != stage:
             continue
@@ -50,9 +49,9 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
             length=config.length,
             eos=config.eos,
             dtype=wanted.dtype,
-            batch_rows=sampling.batch_rows,
-            draw=sampling.draw,
-            engine=sampling.engine,
+            batch_rows=config.sampling.batch_rows,
+            draw=config.sampling.draw,
+            engine=config.sampling.engine,
             threads=config.threads,
             selection=wanted.selection,
         )
@@ -62,7 +61,8 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
             fields=fields_of(settings),
             inputs={"model": model.recipe},
         )
-        num_rows = sampling.eval_sequences if wanted.evaluation else sampling.train_sequences
+        sizes = config.sampling
+        num_rows = sizes.eval_sequences if wanted.evaluation else sizes.train_sequences
         shards += [
             Shard(
                 arm=arm,
@@ -72,7 +72,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
                 work=(rows[1] - rows[0]) * config.length,
                 num_bytes=(rows[1] - rows[0]) * (2.0 * config.length + 20),
             )
-            for name, rows in cut(num_rows, sampling.shard_sequences)
+            for name, rows in cut(num_rows, sizes.shard_sequences)
         ]
     return shards
 
