@@ -10,8 +10,9 @@ import limits
 import report
 
 from kdhpc import compose
-from kdhpc.config import LanguageConfig, checked
+from kdhpc.config import LanguageConfig
 from kdhpc.estimates import OF_MEMORY
+from kdhpc.pipeline import LANGUAGE
 from kdhpc.sizes import SamplingMemory
 
 SHARE = 0.5
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=989.0)
     parser.add_argument("--gb", type=float, default=80.0)
     options = parser.parse_args()
-    config = checked(compose.build(LanguageConfig, compose.compose(["paper"])))
+    config = LANGUAGE.checked(compose.build(LanguageConfig, compose.compose(["paper"])))
     shapes = {"truth": config.truth.shape, "teacher": config.teacher.shape}
     shapes |= {name: student.shape for name, student in config.students.items()}
     rows: list[dict[str, Any]] = []

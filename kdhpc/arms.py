@@ -18,6 +18,11 @@ SAMPLE_TEACHER, TRAIN_STUDENTS, SAMPLE_STUDENTS = (
     "sample-students",
 )
 SCORE, MERGE = "score", "merge"
+STAGES = (
+    TRUTH, SAMPLE_TRUTH, TRAIN_ON_TRUTH, SAMPLE_TEACHER, TRAIN_STUDENTS, SAMPLE_STUDENTS, SCORE,
+    MERGE,
+)  # fmt: skip
+"""In pipeline order."""
 ArmName = tuple[str, str]
 """Stage and arm."""
 TRUTH_MODEL: ArmName = (TRUTH, "truth")

@@ -1,36 +1,184 @@
-"""Everything that can be chosen: frozen dataclasses, one docstring a field, checks in one place.
+"""Everything that can be chosen: frozen dataclasses, one docstring a field, bounds in the types.
 
-YAML in `configs/` holds choices only; `kdhpc.compose` merges it into these classes.
+YAML in `configs/` holds choices only; `kdhpc.compose` merges it into these classes. A field's type
+says what its value may be alone; what several values must be together stands in the functions
+named `..._problems`, below the classes that they check.
 """
 
 import math
+import operator
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+import types
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import BaseMetadata, Ge, GroupedMetadata, Gt, Interval, Le, Lt
 
 from kdhpc.errors import InputError
+from kdhpc.selection import Selection
+
+# Bounds: what a value may be, as part of its type, and the one function that checks it.
+
+
+@dataclass(frozen=True)
+class Pattern(BaseMetadata):
+    """Marks a text that has to match as a whole."""
+
+    expression: str
+    """A regular expression."""
+    meaning: str
+    """What it lets through, to follow "expected"."""
+
+
+Count = Annotated[int, Ge(1)]
+"""At least one."""
+AtLeastTwo = Annotated[int, Ge(2)]
+"""At least two: one alone would leave nothing to run, predict or fit."""
+Whole = Annotated[int, Ge(0)]
+"""A number of things of which there may be none."""
+Positive = Annotated[float, Gt(0)]
+"""More than 0."""
+NotNegative = Annotated[float, Ge(0)]
+"""0 or more."""
+Fraction = Annotated[float, Interval(ge=0, le=1)]
+"""Part of a whole: none of it, all of it, or between."""
+DecayRate = Annotated[float, Interval(ge=0, lt=1)]
+"""What a moving average keeps of itself; with all of it, nothing new would ever count."""
+ZeroStage = Annotated[int, Interval(ge=0, le=3)]
+"""One of DeepSpeed's ZeRO stages."""
+Word = Annotated[str, Pattern(r"[^\s\"'\\]+", "a word without spaces, quotes or backslashes")]
+"""Text that stands as it is in a line of the batch script."""
+
+
+def out_of_bounds(value: object, hint: object, key: str = "") -> Iterator[str]:
+    """A line for every value that its type forbids: its key, the value, what is expected.
+
+    Args:
+        value: a config, or a part of one.
+        hint: its type. Of a config, only the fields that this class knows are looked at.
+        key: where the value stands in the config; nothing for a whole config.
+    """
+    if isinstance(hint, type) and is_dataclass(hint):
+        hints = get_type_hints(hint, include_extras=True)
+        for name in (known.name for known in fields(hint)):
+            there = f"{key}.{name}" if key else name
+            yield from out_of_bounds(getattr(value, name), hints[name], there)
+    elif get_origin(hint) in {Union, types.UnionType}:
+        for kind in get_args(hint) if value is not None else ():
+            yield from out_of_bounds(value, kind, key)
+    elif get_origin(hint) is dict and isinstance(value, dict):
+        for name, item in value.items():
+            yield from out_of_bounds(item, get_args(hint)[1], f"{key}.{name}")
+    elif get_origin(hint) is tuple and isinstance(value, tuple):
+        yield from _items_out_of_bounds(value, get_args(hint), key)
+    elif expected := _unmet(value, hint):
+        shown = repr(value) if isinstance(value, str) else value
+        yield f"{key}={shown}: expected {expected}"
+
+
+def _items_out_of_bounds(
+    items: tuple[object, ...], hints: tuple[object, ...], key: str
+) -> Iterator[str]:
+    """The same for a tuple, whose items have no keys of their own."""
+    if Ellipsis in hints:
+        hints = hints[:1] * len(items)
+    for item, hint in zip(items, hints, strict=True):
+        if expected := _unmet(item, hint):
+            yield f"{key}={list(items)}: expected every item to be {expected}, got {item}"
+
+
+def _unmet(value: object, hint: object) -> str:
+    """What the marks of a type demand, if the value does not meet all of it; else nothing."""
+    if get_origin(hint) is not Annotated:
+        return ""
+    judged = [_judged(value, mark) for mark in _single(get_args(hint)[1:])]
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if finite and all(met for met, _ in judged):
+        return ""
+    return " and ".join([*(words for _, words in judged), *([] if finite else ["finite"])])
+
+
+def _single(marks: Iterable[object]) -> Iterator[object]:
+    """Every mark by itself: an interval is two."""
+    for mark in marks:
+        if isinstance(mark, GroupedMetadata):
+            yield from mark
+        else:
+            yield mark
+
+
+def _judged(value: object, mark: object) -> tuple[bool, str]:
+    """Whether a value meets a mark, and what the mark demands, in words."""
+    if isinstance(mark, Pattern) and isinstance(value, str):
+        return re.fullmatch(mark.expression, value) is not None, mark.meaning
+    if isinstance(value, int | float):
+        match mark:
+            case Ge(low):
+                return operator.ge(value, low), f"at least {low}"
+            case Gt(low):
+                return operator.gt(value, low), f"more than {low}"
+            case Le(high):
+                return operator.le(value, high), f"at most {high}"
+            case Lt(high):
+                return operator.lt(value, high), f"less than {high}"
+    raise TypeError(f"{mark!r}: no check knows what this demands of {value!r}")
+
+
+def list_problems(name: str, values: tuple[float, ...], example: str) -> Iterator[str]:
+    """What is wrong with a list of temperatures or sharpenings as a whole."""
+    if not values:
+        yield f"{name}s=[]: expected at least one {name}, such as {name}s={example}"
+    for value in repeated(f"{value:g}" for value in values):
+        yield f"{name}s={list(values)}: duplicate {name} {value}"
+
+
+def name_problems(key: str, names: Iterable[str]) -> Iterator[str]:
+    """What is wrong with names that become parts of file names."""
+    for name in names:
+        if not name.replace("_", "").replace("-", "").isalnum():
+            yield f"{key}.{name}: expected a name of letters, digits, - and _"
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """Names that come more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Refuse a config for the first of its problems, if it has any.
+
+    Raises:
+        InputError: which is that line.
+    """
+    for problem in problems:
+        raise InputError(problem)
+
+
+# Models: architecture and recipe.
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """A Llama model, without its vocabulary (always the truth's) and context (`length`)."""
 
-    layers: int
+    layers: Count
     """Number of transformer layers."""
-    hidden: int
+    hidden: Count
     """Width of the residual stream."""
-    heads: int
+    heads: Count
     """Query heads; the head size is hidden / heads."""
-    kv_heads: int
+    kv_heads: Count
     """Key and value heads; divides `heads`."""
-    ffn: int
+    ffn: Count
     """Width of the gated feed-forward layer."""
-    rope_theta: float = 10000.0
+    rope_theta: Positive = 10000.0
     """Base of the rotary position embedding."""
-    init_std: float = 0.02
+    init_std: Positive = 0.02
     """Standard deviation of the initial weights."""
 
 
@@ -38,41 +186,41 @@ class Shape:
 class Training:
     """How a model is trained: AdamW with warm-up, constant rate and linear decay, on DeepSpeed."""
 
-    learning_rate: float = 5e-4
+    learning_rate: Positive = 5e-4
     """Peak rate of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
-    eps: float = 1e-6
+    eps: Positive = 1e-6
     """Added to AdamW's denominator."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Decoupled weight decay."""
-    gradient_clip: float = 1.0
+    gradient_clip: NotNegative = 1.0
     """Largest global gradient norm; 0 leaves gradients alone."""
-    batch_sequences: int = 64
+    batch_sequences: Count = 64
     """Global batch in sequences, whatever the number of ranks."""
-    micro_batch_sequences: int = 64
+    micro_batch_sequences: Count = 64
     """Sequences that a rank holds at once, at most; sets memory. A rank's share of the batch is cut
     into the largest equal parts that fit, and their gradients are accumulated."""
-    epochs: float = 5.0
+    epochs: Positive = 5.0
     """Length of the learning-rate schedule in passes over the data."""
-    stop_after_epochs: float | None = None
+    stop_after_epochs: Positive | None = None
     """Where in that schedule training stops and the model is taken; at its end if not given."""
-    warmup_fraction: float = 0.01
+    warmup_fraction: Fraction = 0.01
     """Part of the schedule with a linearly rising rate."""
-    decay_fraction: float = 0.2
+    decay_fraction: Fraction = 0.2
     """Last part of the schedule, in which the rate falls linearly to zero."""
     dtype: Dtype = "float32"
     """Of weights and activations; float16 needs a GPU and uses a static loss scale."""
-    loss_scale: float = 1024.0
+    loss_scale: Positive = 1024.0
     """Static loss scale, used with float16 only."""
-    zero_stage: int = 1
+    zero_stage: ZeroStage = 1
     """DeepSpeed ZeRO stage: 0 shards nothing (float32 only), 1 optimizer states, 2 also gradients,
     3 also weights."""
-    nodes: int = 1
+    nodes: Count = 1
     """Nodes that train together."""
-    ranks_per_node: int = 1
+    ranks_per_node: Count = 1
     """Processes a node, one a GPU (or CPU rank)."""
-    head_tokens: int = 4096
+    head_tokens: Count = 4096
     """Positions whose logits over the whole vocabulary are in memory at once."""
     activation_checkpointing: bool = False
     """Keep only each layer's input and compute the rest again backwards: less memory, a third more
@@ -80,17 +228,17 @@ class Training:
     compile: bool = False
     """Run norms and feed-forward layers through torch.compile: a tenth faster on CPUs, where it
     needs a C++ compiler."""
-    checkpoint_every_steps: int = 0
+    checkpoint_every_steps: Whole = 0
     """Steps between checkpoints, from which a killed training goes on; 0 means none."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """Newest checkpoints that are kept; the older ones serve if the newest is damaged."""
-    keep_epochs: tuple[float, ...] = ()
+    keep_epochs: tuple[Positive, ...] = ()
     """Passes over the data after which a checkpoint is made and kept for good."""
-    validate_every_steps: int = 0
+    validate_every_steps: Whole = 0
     """Steps between losses on truth's evaluation set; 0 means none."""
-    validation_sequences: int = 512
+    validation_sequences: Count = 512
     """Sequences of that set that are used, from its start."""
-    max_gradient_norm: float = 1000.0
+    max_gradient_norm: Positive = 1000.0
     """A larger norm before clipping means that the training has exploded, and stops it."""
 
     @property
@@ -125,33 +273,6 @@ WATCHING = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Truth:
-    """The ground-truth model p*."""
-
-    model: str = "train"
-    """`train` (a small model trained in the run), a Hugging Face folder or hub id, a `.gguf` file
-    or `package:NAME/FILE` for a file that an installed Python package ships."""
-    revision: str = "main"
-    """Branch, tag or commit of a hub id."""
-    corpus: str = "python-docs"
-    """Text for `model: train`: `python-docs` (the documentation inside the installed Python), a
-    `.txt`, `.jsonl` or `.parquet` file, or a hub id of a data set."""
-    text_column: str = "text"
-    """Column of the corpus that holds the text."""
-    tokenizer: str = "model"
-    """`bytes` (for `model: train`), `model` (the one that comes with it), or a folder with a
-    tokenizer.json, which must then equal the model's."""
-    shape: Shape | None = None
-    """Architecture for `model: train`."""
-    training: Training | None = None
-    """Recipe for `model: train`."""
-    dtype: Dtype = "float32"
-    """In which p* is stored and sampled."""
-    fingerprint: str = ""
-    """Identity of the model or corpus (sha256 or commit); filled in when a run is submitted."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Model:
     """A model trained in the run: its architecture and recipe."""
 
@@ -161,59 +282,82 @@ class Model:
     """Its recipe."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How sequences are drawn."""
+def model_problems(
+    key: str, model: Model, *, device: Device, num_sequences: int | None
+) -> Iterator[str]:
+    """What is wrong with a model whose values are within their bounds.
 
-    train_sequences: int
-    """Sequences in D and in every D'_tau."""
-    eval_sequences: int
-    """Sequences in every evaluation set."""
-    shard_sequences: int
-    """Sequences a shard, a multiple of `batch_rows`: the unit of loss (aim at 2-10 minutes)."""
-    batch_rows: int = 64
-    """Rows decoded together. Part of the result: another batch shape rounds differently."""
-    draw: Literal["inverse_cdf", "gumbel"] = "inverse_cdf"
-    """Exact draws both: `inverse_cdf` uses one uniform a token and is fastest; `gumbel` uses one a
-    vocabulary entry and keeps ids comparable across kernels."""
-    engine: Literal["torch", "native"] = "torch"
-    """`native` uses the extension for CPUs that `make native` builds; where it cannot be used,
-    plain torch does the work and says so. Part of the result: it rounds differently."""
-    truncations: tuple[str, ...] = ()
-    """Further selective teachers beside the taus, at temperature 1: `top_k=50`, `top_p=0.9`."""
+    Args:
+        key: where it stands in the config.
+        model: the model.
+        device: what it is trained on.
+        num_sequences: how many sequences it is trained on, if that is known.
+    """
+    training = model.training
+    yield from _shape_problems(f"{key}.shape", model.shape)
+    yield from _schedule_problems(f"{key}.training", training)
+    yield from _layout_problems(f"{key}.training", training, device)
+    if num_sequences is not None and training.batch_sequences > num_sequences:
+        yield (
+            f"{key}.training.batch_sequences={training.batch_sequences}: expected at most "
+            f"sampling.train_sequences={num_sequences}"
+        )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scoring:
-    """How samples are scored."""
+def _shape_problems(key: str, shape: Shape) -> Iterator[str]:
+    if shape.hidden % shape.heads or (shape.hidden // shape.heads) % 2:
+        yield (
+            f"{key}.heads={shape.heads}: expected a head size, hidden={shape.hidden} over heads, "
+            "that is whole and even"
+        )
+    if shape.heads % shape.kv_heads:
+        yield f"{key}.kv_heads={shape.kv_heads}: expected a divisor of heads={shape.heads}"
 
-    shard_sequences: int
-    """Sequences a shard."""
-    batch_rows: int = 64
-    """Rows scored together; sets memory."""
-    head_tokens: int = 4096
-    """Positions whose logits over the whole vocabulary are in memory at once."""
-    dtype: Dtype = "float32"
-    """Of the model's body; logits and log-softmax are always float32."""
-    engine: Literal["torch", "native"] = "torch"
-    """`native` takes bfloat16 logits on CPUs by the extension that `make native` builds."""
-    per_token: bool = False
-    """Keep the log-probability of every token too (4 bytes each)."""
+
+def _schedule_problems(key: str, training: Training) -> Iterator[str]:
+    """What is wrong with the points of the schedule at which something happens."""
+    epochs, stop, keep = training.epochs, training.stop_after_epochs, training.keep_epochs
+    if stop is not None and stop > epochs:
+        yield f"{key}.stop_after_epochs={stop}: expected at most epochs={epochs}"
+    if any(epoch > epochs for epoch in keep):
+        yield f"{key}.keep_epochs={list(keep)}: expected every item to be at most epochs={epochs}"
+
+
+def _layout_problems(key: str, training: Training, device: Device) -> Iterator[str]:
+    """What is wrong with how a training is spread over ranks and held in memory."""
+    if training.zero_stage == 0 and training.dtype != "float32":
+        yield (
+            f"{key}.zero_stage=0: expected 1, 2 or 3 with dtype={training.dtype} "
+            "(DeepSpeed's stage 0 silently takes another optimizer there)"
+        )
+    if training.zero_stage == 3 and training.compile:
+        yield f"{key}.compile=true: expected zero_stage 0, 1 or 2, got 3"
+    if training.dtype == "float16" and device == "cpu":
+        yield f"{key}.dtype=float16: needs a GPU; expected bfloat16 or float32 on a CPU"
+    if training.batch_sequences % training.world_size:
+        yield (
+            f"{key}.batch_sequences={training.batch_sequences}: expected a multiple of "
+            f"its {training.world_size} ranks (nodes={training.nodes} times "
+            f"ranks_per_node={training.ranks_per_node})"
+        )
+
+
+# Runs: what every run has, and the cluster.
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageResources:
     """What one task of a stage asks of Slurm; what is not given comes from `slurm` itself."""
 
-    partition: str | None = None
+    partition: Word | None = None
     """Partition."""
-    time_min: int | None = None
+    time_min: Count | None = None
     """Time limit in minutes."""
-    mem_gb: float | None = None
+    mem_gb: Positive | None = None
     """Memory a node."""
-    cpus_per_task: int | None = None
+    cpus_per_task: Count | None = None
     """Cores a process."""
-    gpus_per_node: int | None = None
+    gpus_per_node: Whole | None = None
     """GPUs a node."""
 
 
@@ -221,45 +365,46 @@ class StageResources:
 class Slurm:
     """Your cluster. Nothing here changes results, so all of it may change between two launches."""
 
-    account: str | None = None
+    account: Word | None = None
     """Account to charge."""
-    partition: str | None = None
+    partition: Word | None = None
     """Partition; Slurm's default if not given."""
-    qos: str | None = None
+    qos: Word | None = None
     """Quality of service."""
-    constraint: str | None = None
+    constraint: Word | None = None
     """Node features."""
-    exclude: str | None = None
+    exclude: Word | None = None
     """Nodes to avoid."""
-    time_min: int = 60
+    time_min: Count = 60
     """Time limit of a task in minutes."""
-    mem_gb: float = 4.0
+    mem_gb: Positive = 4.0
     """Memory a node."""
-    cpus_per_task: int = 1
+    cpus_per_task: Count = 1
     """Cores a process; at least `threads`."""
-    gpus_per_node: int = 0
+    gpus_per_node: Whole = 0
     """GPUs a node for stages that use a device."""
-    gpu_mem_gb: float | None = None
+    gpu_mem_gb: Positive | None = None
     """Memory of one GPU; --dry-run then says which `sampling.batch_rows` fits."""
     stages: dict[str, StageResources] = field(default_factory=dict)
     """By stage name, what differs from the above."""
     gate: StageResources = field(default_factory=lambda: StageResources(time_min=10, mem_gb=1.0))
     """The small job after each array that submits what has become ready."""
-    max_parallel: int = 64
+    max_parallel: Count = 64
     """Tasks of one array that run at once."""
-    max_array: int | None = None
+    max_array: Count | None = None
     """Tasks of one array; the cluster's MaxArraySize if not given."""
-    max_mem_gb: float | None = None
+    max_mem_gb: Positive | None = None
     """Memory that a shard that ran out of it may be given at most; no limit if not given."""
-    max_submit: int | None = None
-    """Jobs of this run in the queue, array tasks counted singly; no limit if not given."""
-    task_min: float = 10.0
+    max_submit: AtLeastTwo | None = None
+    """Jobs of this run in the queue, array tasks counted singly: at least a task and its gate; no
+    limit if not given."""
+    task_min: Positive = 10.0
     """Work packed into one task, in minutes, by measured or estimated speed."""
-    canary: int = 2
+    canary: Whole = 2
     """Tasks of a large stage that are tried first; if they fail alike, the rest is not started."""
-    max_attempts: int = 3
+    max_attempts: Count = 3
     """Failed attempts of a shard before it waits for `rerun.py`."""
-    signal_s: int = 60
+    signal_s: Whole = 60
     """Seconds before the time limit at which a task is told to stop."""
     setup: tuple[str, ...] = ()
     """Shell lines before the work: modules, conda."""
@@ -294,28 +439,123 @@ class RunConfig:
     """What runs the tasks; set by the cluster's YAML."""
     small: bool = False
     """Whether the run may start on this machine by itself where there is no Slurm."""
-    local_workers: int = 0
+    local_workers: Whole = 0
     """Tasks at once on this machine; 0 means one a core."""
-    threads: int = 1
+    threads: Count = 1
     """Threads a process, under every executor. Part of the result: sums round differently."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where models run; `auto` takes a GPU if the task sees one."""
     slurm: Slurm = field(default_factory=Slurm)
     """Your cluster."""
+
+
+MAX_NAME_BYTES = 200
+"""Of a run's folder: 255 for a file name, less what is added in the queue."""
+
+
+def run_problems(config: RunConfig) -> Iterator[str]:
+    """What is wrong with what every run has."""
+    yield from out_of_bounds(config, RunConfig)
+    name = config.name
+    if not name or name in {".", ".."} or "/" in name or "\0" in name or name.startswith("-"):
+        yield (
+            f"name={name!r}: expected the name of one folder inside {config.runs_dir}, without '/'"
+        )
+    if len(name.encode(errors="surrogateescape")) > MAX_NAME_BYTES:
+        yield f"name={name!r}: expected at most {MAX_NAME_BYTES} bytes"
+
+
+def check_run(config: RunConfig) -> None:
+    """Check what every run has.
+
+    Raises:
+        InputError: naming the key, its value, what is expected.
+    """
+    refuse(run_problems(config))
+
+
+# The language-model experiment.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """The ground-truth model p*."""
+
+    model: str = "train"
+    """`train` (a small model trained in the run), a Hugging Face folder or hub id, a `.gguf` file
+    or `package:NAME/FILE` for a file that an installed Python package ships."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub id."""
+    corpus: str = "python-docs"
+    """Text for `model: train`: `python-docs` (the documentation inside the installed Python), a
+    `.txt`, `.jsonl` or `.parquet` file, or a hub id of a data set."""
+    text_column: str = "text"
+    """Column of the corpus that holds the text."""
+    tokenizer: str = "model"
+    """`bytes` (for `model: train`), `model` (the one that comes with it), or a folder with a
+    tokenizer.json, which must then equal the model's."""
+    shape: Shape | None = None
+    """Architecture for `model: train`."""
+    training: Training | None = None
+    """Recipe for `model: train`."""
+    dtype: Dtype = "float32"
+    """In which p* is stored and sampled."""
+    fingerprint: str = ""
+    """Identity of the model or corpus (sha256 or commit); filled in when a run is submitted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How sequences are drawn."""
+
+    train_sequences: Count
+    """Sequences in D and in every D'_tau."""
+    eval_sequences: Count
+    """Sequences in every evaluation set."""
+    shard_sequences: Count
+    """Sequences a shard, a multiple of `batch_rows`: the unit of loss (aim at 2-10 minutes)."""
+    batch_rows: Count = 64
+    """Rows decoded together. Part of the result: another batch shape rounds differently."""
+    draw: Literal["inverse_cdf", "gumbel"] = "inverse_cdf"
+    """Exact draws both: `inverse_cdf` uses one uniform a token and is fastest; `gumbel` uses one a
+    vocabulary entry and keeps ids comparable across kernels."""
+    engine: Literal["torch", "native"] = "torch"
+    """`native` uses the extension for CPUs that `make native` builds; where it cannot be used,
+    plain torch does the work and says so. Part of the result: it rounds differently."""
+    truncations: tuple[str, ...] = ()
+    """Further selective teachers beside the taus, at temperature 1: `top_k=50`, `top_p=0.9`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How samples are scored."""
+
+    shard_sequences: Count
+    """Sequences a shard."""
+    batch_rows: Count = 64
+    """Rows scored together; sets memory."""
+    head_tokens: Count = 4096
+    """Positions whose logits over the whole vocabulary are in memory at once."""
+    dtype: Dtype = "float32"
+    """Of the model's body; logits and log-softmax are always float32."""
+    engine: Literal["torch", "native"] = "torch"
+    """`native` takes bfloat16 logits on CPUs by the extension that `make native` builds."""
+    per_token: bool = False
+    """Keep the log-probability of every token too (4 bytes each)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig(RunConfig):
     """The language-model experiment."""
 
-    seeds: int = 1
+    seeds: Count = 1
     """Teachers, each with its own students; a student of seed s uses the teacher of seed s."""
-    taus: tuple[float, ...]
+    taus: tuple[Positive, ...]
     """Temperatures at which the teacher is sampled."""
     prompt: str = "The"
     """Start of every sequence; never scored."""
-    length: int
-    """Tokens of a sequence, the prompt included."""
+    length: AtLeastTwo
+    """Tokens of a sequence, the prompt included: at least one of the prompt and one drawn."""
     eos: Literal["learn", "mask"] = "learn"
     """Whether the end-of-sequence token is trained and scored, or neither."""
     truth: Truth
@@ -330,53 +570,8 @@ class LanguageConfig(RunConfig):
     """Likelihoods."""
     tensorboard: bool = False
     """Write TensorBoard events beside each training's log; needs kdhpc[tensorboard]."""
-    throughput: dict[str, float] = field(default_factory=dict)
+    throughput: dict[str, Positive] = field(default_factory=dict)
     """By stage name, tokens a second a rank, for estimates; measured speeds replace them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """One setting of the mixture simulation; the defaults are the paper's."""
-
-    truth: Literal["grid", "fitted_grid", "random"] = "grid"
-    """p*: `grid` (eight modes in the plane, exactly), `fitted_grid` (an EM fit to points of that
-    grid, as in the released code), or `random` (`modes` of them in `dimension` dimensions)."""
-    modes: int = 8
-    """Modes of p*; the grid has 8."""
-    dimension: int = 2
-    """Of the points; the grid has 2."""
-    fit_points: int = 50000
-    """Points that `truth: fitted_grid` is fitted to."""
-    train_points: int = 100
-    """Points in D."""
-    distill_points: int = 1000
-    """Points in every D'."""
-    teacher_components: int = 4
-    """K', components of the teacher."""
-    student_components: int = 1
-    """K'', components of the students, the direct one too."""
-    teacher_covariance: Literal["diagonal", "full"] = "diagonal"
-    """Shape of the teacher's components."""
-    student_covariance: Literal["diagonal", "full"] = "diagonal"
-    """Shape of the students' components."""
-    em_starts: int = 10
-    """Runs of EM a fit, of which the likeliest is taken; one is quicker and finds worse fits."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixtureConfig(RunConfig):
-    """The mixture-of-Gaussians simulation."""
-
-    settings: dict[str, Setting]
-    """What is simulated, by name."""
-    seeds: int
-    """Repetitions of every setting, each with its own D, teacher and students."""
-    shard_seeds: int = 20
-    """Repetitions a shard. Seeds added in multiples of it repeat none."""
-    betas: tuple[float, ...]
-    """Sharpenings of the teacher's weights; the direct student is always there too."""
-    eval_points: int = 20000
-    """Fresh points for every expectation that has no closed form."""
 
 
 TOKENS_PER_S = 20000.0
@@ -386,187 +581,6 @@ TOKENS_PER_S = 20000.0
 def tokens_per_s(config: LanguageConfig, stage: str) -> float:
     """Estimated speed of one rank in a stage."""
     return config.throughput.get(stage, TOKENS_PER_S)
-
-
-C = TypeVar("C", bound=RunConfig)
-
-
-def checked(config: C) -> C:
-    """The same config if every value is possible.
-
-    Raises:
-        InputError: naming the key, its value, what is expected.
-    """
-    check_run(config)
-    if isinstance(config, LanguageConfig):
-        problems = _problems(config)
-    elif isinstance(config, MixtureConfig):
-        problems = _mixture_problems(config)
-    else:
-        problems = iter(())
-    for problem in problems:
-        raise InputError(problem)
-    return config
-
-
-MAX_NAME_BYTES = 200
-"""Of a run's folder: 255 for a file name, less what is added in the queue."""
-POSITIVE = (
-    "time_min", "mem_gb", "max_mem_gb", "gpu_mem_gb", "cpus_per_task", "max_parallel", "max_array",
-    "max_submit", "task_min", "max_attempts",
-)  # fmt: skip
-NOT_NEGATIVE = ("gpus_per_node", "canary", "signal_s")
-
-
-def check_run(config: RunConfig) -> None:
-    """Check what every run has.
-
-    Raises:
-        InputError: naming the key, its value, what is expected.
-    """
-    name = config.name
-    if not name or name in {".", ".."} or "/" in name or "\0" in name or name.startswith("-"):
-        raise InputError(
-            f"name={name!r}: expected the name of one folder inside {config.runs_dir}, without '/'"
-        )
-    if len(name.encode(errors="surrogateescape")) > MAX_NAME_BYTES:
-        raise InputError(f"name={name!r}: expected at most {MAX_NAME_BYTES} bytes")
-    for key in ("threads",):
-        if getattr(config, key) < 1:
-            raise InputError(f"{key}={getattr(config, key)}: expected at least 1")
-    if config.local_workers < 0:
-        raise InputError(f"local_workers={config.local_workers}: expected 0 (one a core) or more")
-    slurm = config.slurm
-    parts = {"slurm": slurm, "slurm.gate": slurm.gate}
-    parts |= {f"slurm.stages.{stage}": found for stage, found in slurm.stages.items()}
-    for part, found in parts.items():
-        for key in POSITIVE:
-            value = getattr(found, key, None)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{part}.{key}={value}: expected a number of more than 0")
-        for key in NOT_NEGATIVE:
-            value = getattr(found, key, None)
-            if value is not None and value < 0:
-                raise InputError(f"{part}.{key}={value}: expected 0 or more")
-        for key in ("account", "partition", "qos", "constraint", "exclude"):
-            value = getattr(found, key, None)
-            if value is not None and not re.fullmatch(r"[^\s\"'\\]+", value):
-                # It stands in a line of the batch script.
-                raise InputError(f"{part}.{key}={value!r}: expected no spaces, quotes, backslashes")
-    if slurm.max_submit == 1:
-        raise InputError("slurm.max_submit=1: expected at least 2, one task and its gate")
-
-
-def _at_least(config: RunConfig, low: float, *keys: str) -> Iterator[str]:
-    for key in keys:
-        value: object = config
-        for part in key.split("."):
-            value = value[part] if isinstance(value, dict) else getattr(value, part)
-        if not (isinstance(value, int | float) and value >= low and math.isfinite(value)):
-            yield f"{key}={value}: expected a number of at least {low:g}"
-
-
-def _knob_problems(key: str, values: tuple[float, ...], example: str) -> Iterator[str]:
-    """What is wrong with a list of temperatures or sharpenings."""
-    if not values:
-        yield f"{key}s=[]: expected at least one {key}, such as {key}s={example}"
-    for value in values:
-        if not (math.isfinite(value) and value > 0):
-            yield f"{key}s={list(values)}: expected every {key} to be a number above 0, got {value}"
-    if len({f"{value:g}" for value in values}) < len(values):
-        yield f"{key}s={list(values)}: a {key} stands there twice"
-
-
-def _name_problems(key: str, names: Iterable[str]) -> Iterator[str]:
-    """What is wrong with names that become parts of file names."""
-    for name in names:
-        if not name.replace("_", "").replace("-", "").isalnum():
-            yield f"{key}.{name}: expected a name of letters, digits, - and _"
-
-
-def _mixture_problems(config: MixtureConfig) -> Iterator[str]:
-    yield from _at_least(config, 1, "seeds", "shard_seeds")
-    yield from _at_least(config, 2, "eval_points")
-    yield from _knob_problems("beta", config.betas, "[1,100]")
-    if not config.settings:
-        yield "settings={}: expected at least one, such as settings.paper.train_points=100"
-    yield from _name_problems("settings", config.settings)
-    for name, setting in config.settings.items():
-        key = f"settings.{name}"
-        counts = ("modes", "dimension", "teacher_components", "student_components", "em_starts")
-        yield from _at_least(config, 1, *(f"{key}.{count}" for count in counts))
-        if setting.truth != "random":
-            for part, there in {"modes": 8, "dimension": 2}.items():
-                if getattr(setting, part) != there:
-                    yield (
-                        f"{key}.{part}={getattr(setting, part)}: truth={setting.truth} has "
-                        f"{there}; expected that, or truth=random"
-                    )
-        components = max(setting.teacher_components, setting.student_components)
-        yield from _at_least(config, max(2, components), f"{key}.train_points")
-        yield from _at_least(config, max(2, setting.student_components), f"{key}.distill_points")
-        if setting.fit_points < 1 or setting.fit_points % setting.modes:
-            yield (
-                f"{key}.fit_points={setting.fit_points}: expected a multiple of the "
-                f"{setting.modes} modes, so that each has as many"
-            )
-
-
-def _problems(config: LanguageConfig) -> Iterator[str]:
-    yield from _at_least(
-        config, 1, "seeds", "length", "sampling.batch_rows", "sampling.shard_sequences",
-        "sampling.train_sequences", "sampling.eval_sequences", "scoring.batch_rows",
-        "scoring.shard_sequences", "scoring.head_tokens",
-    )  # fmt: skip
-    yield from _knob_problems("tau", config.taus, "[1.0,0.8]")
-    if config.length < 2:
-        yield f"length={config.length}: expected at least 2 tokens, one of prompt and one drawn"
-    if not config.prompt:
-        yield "prompt='': expected at least one token to start from"
-    rows, per_shard = config.sampling.batch_rows, config.sampling.shard_sequences
-    if per_shard % rows:
-        yield (
-            f"sampling.shard_sequences={per_shard}: expected a multiple of "
-            f"sampling.batch_rows={rows}, so that shards do not change the batches"
-        )
-    if not config.students:
-        yield "students={}: expected at least one size"
-    if len(set(config.sampling.truncations)) < len(config.sampling.truncations):
-        yield f"sampling.truncations={list(config.sampling.truncations)}: one stands there twice"
-    for stage, speed in config.throughput.items():
-        if not 0 < speed < math.inf:
-            yield f"throughput.{stage}={speed}: expected a number of more than 0"
-    for text in config.sampling.truncations:
-        name, _, value = text.partition("=")
-        if name not in {"top_k", "top_p"} or not _is_number(value, whole=name == "top_k"):
-            yield f"sampling.truncations: expected top_k=50 or top_p=0.9, got {text!r}"
-    if config.truth.model == "train":
-        if config.truth.shape is None or config.truth.training is None:
-            yield "truth.model=train: expected truth.shape and truth.training too"
-        if config.truth.tokenizer not in {"bytes"}:
-            yield (
-                f"truth.tokenizer={config.truth.tokenizer}: truth.model=train trains on bytes; "
-                "expected truth.tokenizer=bytes"
-            )
-        if config.truth.tokenizer == "bytes" and len(config.prompt.encode()) >= config.length:
-            yield f"prompt={config.prompt!r}: expected fewer than length={config.length} tokens"
-    elif config.truth.tokenizer == "bytes":
-        yield (
-            f"truth.tokenizer=bytes: differs from the tokenizer of {config.truth.model}, which the "
-            "students share; expected truth.tokenizer=model"
-        )
-    yield from _name_problems("students", config.students)
-    for key, model in models(config).items():
-        yield from _model_problems(key, model, config)
-
-
-def _is_number(text: str, *, whole: bool) -> bool:
-    convert: Callable[[str], float] = int if whole else float
-    try:
-        number = convert(text)
-    except ValueError:
-        return False
-    return number >= 1 if whole else 0 < number <= 1
 
 
 def models(config: LanguageConfig) -> dict[str, Model]:
@@ -579,74 +593,139 @@ def models(config: LanguageConfig) -> dict[str, Model]:
     return found
 
 
-def _model_problems(key: str, model: Model, config: LanguageConfig) -> Iterator[str]:
-    shape, training = model.shape, model.training
-    for name in ("layers", "hidden", "heads", "kv_heads", "ffn"):
-        if getattr(shape, name) < 1:
-            yield f"{key}.shape.{name}={getattr(shape, name)}: expected at least 1"
-            return
-    if shape.hidden % shape.heads or (shape.hidden // shape.heads) % 2:
+def language_problems(config: LanguageConfig) -> Iterator[str]:
+    """What is wrong with a language experiment whose values are within their bounds."""
+    yield from list_problems("tau", config.taus, "[1.0,0.8]")
+    yield from _sampling_problems(config.sampling)
+    yield from _truth_problems(config.truth)
+    yield from _prompt_problems(config)
+    if not config.students:
+        yield "students={}: expected at least one size"
+    yield from name_problems("students", config.students)
+    for key, model in models(config).items():
+        num_sequences = None if key == "truth" else config.sampling.train_sequences
+        yield from model_problems(key, model, device=config.device, num_sequences=num_sequences)
+
+
+def _prompt_problems(config: LanguageConfig) -> Iterator[str]:
+    prompt, length = config.prompt, config.length
+    if not prompt:
+        yield "prompt='': expected at least one token to start from"
+    if config.truth.tokenizer == "bytes" and len(prompt.encode()) >= length:
+        yield f"prompt={prompt!r}: expected fewer than length={length} tokens"
+
+
+def _sampling_problems(sampling: Sampling) -> Iterator[str]:
+    if sampling.shard_sequences % sampling.batch_rows:
         yield (
-            f"{key}.shape: hidden={shape.hidden} over heads={shape.heads} must give an "
-            "even head size"
+            f"sampling.shard_sequences={sampling.shard_sequences}: expected a multiple of "
+            f"sampling.batch_rows={sampling.batch_rows}, so that shards do not change the batches"
         )
-    if shape.heads % shape.kv_heads:
-        yield f"{key}.shape: kv_heads={shape.kv_heads} must divide heads={shape.heads}"
-    for name, value in {"rope_theta": shape.rope_theta, "init_std": shape.init_std}.items():
-        if not 0 < value < math.inf:
-            yield f"{key}.shape.{name}={value}: expected a number of more than 0"
-    for name in ("learning_rate", "epochs", "eps", "loss_scale", "max_gradient_norm"):
-        if not 0 < getattr(training, name) < math.inf:
-            yield f"{key}.training.{name}={getattr(training, name)}: expected more than 0"
-    for name in (
-        "weight_decay", "gradient_clip", "checkpoint_every_steps", "validate_every_steps",
-    ):  # fmt: skip
-        if not 0 <= getattr(training, name) < math.inf:
-            yield f"{key}.training.{name}={getattr(training, name)}: expected 0 or more"
-    for name in ("warmup_fraction", "decay_fraction"):
-        if not 0 <= getattr(training, name) <= 1:
-            yield f"{key}.training.{name}={getattr(training, name)}: expected 0 to 1"
-    if not all(0 <= beta < 1 for beta in training.betas):
-        yield f"{key}.training.betas={list(training.betas)}: expected 0 to less than 1"
-    stop = training.stop_after_epochs
-    if stop is not None and not 0 < stop <= training.epochs:
-        yield f"{key}.training.stop_after_epochs={stop}: expected at most epochs={training.epochs}"
-    if not 0 <= training.zero_stage <= 3:
-        yield f"{key}.training.zero_stage={training.zero_stage}: expected 0, 1, 2 or 3"
-    if training.zero_stage == 0 and training.dtype != "float32":
-        yield (
-            f"{key}.training.zero_stage=0: expected 1, 2 or 3 with dtype={training.dtype} "
-            "(DeepSpeed's stage 0 silently takes another optimizer there)"
-        )
-    if training.zero_stage == 3 and training.compile:
-        yield f"{key}.training.compile=true: expected zero_stage 0, 1 or 2, got 3"
-    if training.dtype == "float16" and config.device == "cpu":
-        yield f"{key}.training.dtype=float16: needs a GPU; expected bfloat16 or float32 on a CPU"
-    for name in (
-        "nodes", "ranks_per_node", "batch_sequences", "micro_batch_sequences", "head_tokens",
-        "keep_checkpoints", "validation_sequences",
-    ):  # fmt: skip
-        if getattr(training, name) < 1:
-            yield f"{key}.training.{name}={getattr(training, name)}: expected at least 1"
-            return
-    if training.batch_sequences % training.world_size:
-        yield (
-            f"{key}.training.batch_sequences={training.batch_sequences}: expected a multiple of "
-            f"its {training.world_size} ranks (nodes={training.nodes} times "
-            f"ranks_per_node={training.ranks_per_node})"
-        )
-    for epoch in training.keep_epochs:
-        if not 0 < epoch <= training.epochs:
+    given = f"sampling.truncations={list(sampling.truncations)}"
+    for text in sampling.truncations:
+        try:
+            Selection.parse(text)
+        except InputError as error:
+            yield f"{given}: {error}"
+    for text in repeated(sampling.truncations):
+        yield f"{given}: duplicate {text}"
+
+
+def _truth_problems(truth: Truth) -> Iterator[str]:
+    if truth.model == "train":
+        if truth.shape is None or truth.training is None:
+            yield "truth.model=train: expected truth.shape and truth.training too"
+        if truth.tokenizer != "bytes":
             yield (
-                f"{key}.training.keep_epochs={list(training.keep_epochs)}: expected numbers above "
-                f"0 and at most epochs={training.epochs}"
+                f"truth.tokenizer={truth.tokenizer}: truth.model=train trains on bytes; "
+                "expected truth.tokenizer=bytes"
             )
-    if key != "truth" and training.batch_sequences > config.sampling.train_sequences:
+    elif truth.tokenizer == "bytes":
         yield (
-            f"{key}.training.batch_sequences={training.batch_sequences}: expected at most "
-            f"sampling.train_sequences={config.sampling.train_sequences}"
+            f"truth.tokenizer=bytes: differs from the tokenizer of {truth.model}, which the "
+            "students share; expected truth.tokenizer=model"
         )
 
 
-language_problems = _problems
-mixture_problems = _mixture_problems
+# The mixture simulation.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One setting of the mixture simulation; the defaults are the paper's."""
+
+    truth: Literal["grid", "fitted_grid", "random"] = "grid"
+    """p*: `grid` (eight modes in the plane, exactly), `fitted_grid` (an EM fit to points of that
+    grid, as in the released code), or `random` (`modes` of them in `dimension` dimensions)."""
+    modes: Count = 8
+    """Modes of p*; the grid has 8."""
+    dimension: Count = 2
+    """Of the points; the grid has 2."""
+    fit_points: Count = 50000
+    """Points that `truth: fitted_grid` is fitted to."""
+    train_points: AtLeastTwo = 100
+    """Points in D."""
+    distill_points: AtLeastTwo = 1000
+    """Points in every D'."""
+    teacher_components: Count = 4
+    """K', components of the teacher."""
+    student_components: Count = 1
+    """K'', components of the students, the direct one too."""
+    teacher_covariance: Literal["diagonal", "full"] = "diagonal"
+    """Shape of the teacher's components."""
+    student_covariance: Literal["diagonal", "full"] = "diagonal"
+    """Shape of the students' components."""
+    em_starts: Count = 10
+    """Runs of EM a fit, of which the likeliest is taken; one is quicker and finds worse fits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig(RunConfig):
+    """The mixture-of-Gaussians simulation."""
+
+    settings: dict[str, Setting]
+    """What is simulated, by name."""
+    seeds: Count
+    """Repetitions of every setting, each with its own D, teacher and students."""
+    shard_seeds: Count = 20
+    """Repetitions a shard. Seeds added in multiples of it repeat none."""
+    betas: tuple[Positive, ...]
+    """Sharpenings of the teacher's weights; the direct student is always there too."""
+    eval_points: AtLeastTwo = 20000
+    """Fresh points for every expectation that has no closed form."""
+
+
+def mixture_problems(config: MixtureConfig) -> Iterator[str]:
+    """What is wrong with a mixture simulation whose values are within their bounds."""
+    yield from list_problems("beta", config.betas, "[1,100]")
+    if not config.settings:
+        yield "settings={}: expected at least one, such as settings.paper.train_points=100"
+    yield from name_problems("settings", config.settings)
+    for name, setting in config.settings.items():
+        yield from _setting_problems(f"settings.{name}", setting)
+
+
+def _setting_problems(key: str, setting: Setting) -> Iterator[str]:
+    if setting.truth != "random":
+        for name, value, there in (
+            ("modes", setting.modes, 8),
+            ("dimension", setting.dimension, 2),
+        ):
+            if value != there:
+                yield (
+                    f"{key}.{name}={value}: truth={setting.truth} has {there}; expected that, or "
+                    "truth=random"
+                )
+    student = setting.student_components
+    most = max(setting.teacher_components, student)
+    for name, points, components in (
+        ("train_points", setting.train_points, most),
+        ("distill_points", setting.distill_points, student),
+    ):
+        if points < components:
+            yield f"{key}.{name}={points}: expected at least {components}, one for each component"
+    if setting.fit_points % setting.modes:
+        yield (
+            f"{key}.fit_points={setting.fit_points}: expected a multiple of the "
+            f"{setting.modes} modes, so that each has as many"
+        )

@@ -1,15 +1,25 @@
-"""What a run starts from: found, fetched and checked on the login node before it is submitted.
+"""What a run of the language experiment starts from, checked before it is submitted.
 
-Compute nodes need no network.
+Files are found and fetched on the login node: compute nodes need no network.
 """
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from kdhpc.config import LanguageConfig, Truth
+from kdhpc import arms
+from kdhpc.config import LanguageConfig, Truth, language_problems
 from kdhpc.errors import DamagedError, InputError
+
+
+def problems(config: LanguageConfig) -> Iterator[str]:
+    """What is wrong with the values of a config, a line each."""
+    yield from language_problems(config)
+    for stage in config.throughput:
+        if stage not in arms.STAGES:
+            yield f"throughput.{stage}: no such stage; expected one of {', '.join(arms.STAGES)}"
 
 
 def prepare(config: LanguageConfig) -> LanguageConfig:

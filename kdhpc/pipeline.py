@@ -4,9 +4,9 @@ Each stage reads what the ones before it wrote; `python launch/sweep.py --dry-ru
 order with its shards, and a run's folders are numbered by it.
 """
 
-from kdhpc.config import LanguageConfig, MixtureConfig, language_problems, mixture_problems
+from kdhpc.config import LanguageConfig, MixtureConfig, mixture_problems
 from kdhpc.estimates import batches_that_fit
-from kdhpc.inputs import prepare
+from kdhpc.inputs import prepare, problems
 from kdhpc.pipelines import Pipeline
 from kdhpc.stages.merge import MERGE, run_partial
 from kdhpc.stages.mixture import FIT_STUDENTS, FIT_TEACHERS, MERGE_MIXTURE
@@ -27,7 +27,7 @@ LANGUAGE = Pipeline(
         SCORE,  # log p* over model samples, log p'' over truth's
         MERGE,  # results.h5
     ),
-    check=language_problems,
+    check=problems,
     prepare=prepare,
     estimate=batches_that_fit,
     merge_partial=run_partial,

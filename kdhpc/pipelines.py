@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
-from kdhpc.config import RunConfig
+from kdhpc.config import RunConfig, check_run, out_of_bounds, refuse
 from kdhpc.errors import InputError
 from kdhpc.shards import Plan, Shard
 
@@ -79,6 +79,21 @@ class Pipeline(Generic[C]):
         for stage in self.stages:
             plan.add(stage.plan(config, plan))
         return plan
+
+    def checked(self, config: C) -> C:
+        """The same config if every value is possible.
+
+        Raises:
+            InputError: naming the key, its value, what is expected.
+        """
+        check_run(config)
+        for stage in config.slurm.stages:
+            if stage not in self.folders:
+                names = ", ".join(self.folders)
+                raise InputError(f"slurm.stages.{stage}: no such stage; expected one of {names}")
+        refuse(out_of_bounds(config, self.config))
+        refuse(self.check(config))
+        return config
 
     def stage(self, name: str) -> Stage[C]:
         return next(stage for stage in self.stages if stage.name == name)

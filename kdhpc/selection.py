@@ -34,7 +34,7 @@ class Selection:
                 return cls(top_p=float(value))
         except ValueError:
             pass
-        raise InputError(f"expected top_k=50 or top_p=0.9, got {text!r}")
+        raise InputError(f"expected every item to be like top_k=50 or top_p=0.9, got {text!r}")
 
     @property
     def keeps_all(self) -> bool:

@@ -27,7 +27,7 @@ from kdhpc.cluster.ledger import Failure, Job, Ledger, Submission
 from kdhpc.cluster.observe import observe
 from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import look, status_of
-from kdhpc.config import LanguageConfig, checked
+from kdhpc.config import LanguageConfig
 from kdhpc.pipeline import LANGUAGE
 from kdhpc.shards import Shard
 from kdhpc.stages.train import states_recipe
@@ -195,7 +195,7 @@ def test_cleaning_deletes_only_what_nobody_needs(copy: Path) -> None:
 
 def run_here(tmp_path: Path, *words: str) -> store.Results:
     """All shards in plan order in this process."""
-    config = checked(compose.build(LanguageConfig, compose.compose(["tiny", *words])))
+    config = LANGUAGE.checked(compose.build(LanguageConfig, compose.compose(["tiny", *words])))
     plan = LANGUAGE.plan(config)
     path = tmp_path / "run"
     run = Run(path, LANGUAGE)

@@ -13,7 +13,7 @@ import pytest
 from commands import ROOT, launch
 
 from kdhpc import compose, store
-from kdhpc.config import MixtureConfig, checked
+from kdhpc.config import MixtureConfig
 from kdhpc.pipeline import MIXTURE
 
 RESULTS = Path("3-merge/results.h5")
@@ -35,7 +35,7 @@ def records(path: Path) -> dict[str, str]:
 
 
 def config(*words: str) -> MixtureConfig:
-    return checked(compose.build(MixtureConfig, compose.compose(["mixture", *words])))
+    return MIXTURE.checked(compose.build(MixtureConfig, compose.compose(["mixture", *words])))
 
 
 def analyse(path: Path, *words: str) -> list[Path]:

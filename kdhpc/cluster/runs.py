@@ -27,7 +27,7 @@ from kdhpc.artifacts import (
 )
 from kdhpc.cluster import ledger as ledgers
 from kdhpc.cluster.ledger import Request
-from kdhpc.config import RunConfig, check_run
+from kdhpc.config import RunConfig
 from kdhpc.errors import BusyError, DamagedError, InputError
 from kdhpc.pipelines import AnyPipeline, find_pipeline
 from kdhpc.shards import Plan
@@ -60,15 +60,7 @@ def from_words(words: list[str]) -> tuple[AnyPipeline, RunConfig]:
     if "pipeline" not in values:
         raise InputError("pipeline: nothing is given; expected a preset, or pipeline=NAME")
     pipeline = find_pipeline(str(values["pipeline"]))
-    config = compose.build(pipeline.config, values)
-    check_run(config)
-    for stage in config.slurm.stages:
-        if stage not in pipeline.folders:
-            names = ", ".join(pipeline.folders)
-            raise InputError(f"slurm.stages.{stage}: no such stage; expected one of {names}")
-    for problem in pipeline.check(config):
-        raise InputError(problem)
-    return pipeline, config
+    return pipeline, pipeline.checked(compose.build(pipeline.config, values))
 
 
 def open_run(path: Path) -> Run:

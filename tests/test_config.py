@@ -1,0 +1,215 @@
+"""Bounds of the config: a field takes what its bound lets through and refuses what is outside."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
+
+import pytest
+from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt
+
+from kdhpc import compose
+from kdhpc.config import (
+    LanguageConfig,
+    Pattern,
+    RunConfig,
+    check_run,
+    out_of_bounds,
+)
+from kdhpc.errors import InputError
+from kdhpc.pipeline import LANGUAGE, MIXTURE
+from kdhpc.pipelines import AnyPipeline
+
+PIPELINES: dict[str, AnyPipeline] = {"tiny": LANGUAGE, "mixture": MIXTURE}
+"""By preset, its pipeline."""
+ITEMS = {
+    "students": "small",
+    "settings": "paper",
+    "slurm.stages": "score",
+    "throughput": "score",
+}
+"""One item of every dictionary, by the dictionary's key."""
+UNBOUNDED = {"seed"}
+"""Numbers that may be anything."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A value somewhere in a config."""
+
+    preset: str
+    path: tuple[str, ...]
+    kind: type
+    marks: tuple[object, ...]
+    items: int = 0
+    """If the value is one of a tuple's: how many the tuple has here."""
+
+    @property
+    def key(self) -> str:
+        return ".".join(self.path)
+
+    def config_with(self, value: object) -> RunConfig:
+        """The preset, with one value that is another."""
+        inside = 0.5  # of every bound that an item of a tuple has
+        changed = (*[inside] * (self.items - 1), value) if self.items else value
+        return cast(RunConfig, replaced(valid(self.preset), self.path, changed))
+
+
+@functools.cache
+def valid(preset: str) -> RunConfig:
+    """The config of a preset, with an item in every dictionary."""
+    words = [preset, "slurm.stages.score.mem_gb=1.0"]
+    words += ["throughput.score=9.0"] if preset == "tiny" else []
+    pipeline = PIPELINES[preset]
+    config = pipeline.checked(compose.build(pipeline.config, compose.compose(words)))
+    return cast(RunConfig, config)
+
+
+def replaced(part: Any, path: tuple[str, ...], value: object) -> Any:
+    """A config, or a part of one, with another value at a path."""
+    if not path:
+        return value
+    name, *rest = path
+    if isinstance(part, dict):
+        return part | {name: replaced(part[name], tuple(rest), value)}
+    changed = replaced(getattr(part, name), tuple(rest), value)
+    return dataclasses.replace(part, **{name: changed})
+
+
+def fields_of(hint: Any, preset: str, path: tuple[str, ...] = ()) -> Iterator[Field]:
+    """Everything below a type that is a number, or is marked."""
+    arguments = [kind for kind in get_args(hint) if kind is not type(None)]
+    if dataclasses.is_dataclass(hint):
+        for name, kind in get_type_hints(hint, include_extras=True).items():
+            yield from fields_of(kind, preset, (*path, name))
+    elif get_origin(hint) is Annotated:
+        kind, *marks = arguments
+        single = [
+            m for mark in marks for m in (mark if isinstance(mark, GroupedMetadata) else [mark])
+        ]
+        yield Field(preset, path, kind, tuple(single))
+    elif get_origin(hint) is dict:
+        yield from fields_of(arguments[1], preset, (*path, ITEMS[".".join(path)]))
+    elif get_origin(hint) is tuple:
+        for item in fields_of(arguments[0], preset, path):
+            yield dataclasses.replace(item, items=2)
+    elif hint in {int, float}:
+        yield Field(preset, path, hint, ())
+    elif get_origin(hint) is not None:
+        for kind in arguments:
+            if isinstance(kind, type) or get_origin(kind) is not None:
+                yield from fields_of(kind, preset, path)
+
+
+FIELDS = [field for preset, kind in PIPELINES.items() for field in fields_of(kind, preset)]
+BOUNDED = [field for field in FIELDS if field.marks]
+
+
+def beside(limit: object, direction: int, kind: type) -> float:
+    """The next number of a kind above or below another."""
+    assert isinstance(limit, int | float)
+    return limit + direction if kind is int else math.nextafter(limit, direction * math.inf)
+
+
+def around(field: Field) -> Iterator[tuple[object, bool]]:
+    """Values at each bound, and whether the bound lets them be."""
+    for mark in field.marks:
+        match mark:
+            case Ge(low):
+                yield low, True
+                yield beside(low, -1, field.kind), False
+            case Gt(low):
+                yield beside(low, 1, field.kind), True
+                yield low, False
+            case Le(high):
+                yield high, True
+                yield beside(high, 1, field.kind), False
+            case Lt(high):
+                yield beside(high, -1, field.kind), True
+                yield high, False
+            case Pattern():
+                yield "gpu-2.large", True
+                for text in ("", "two words", "line\nbreak", "it's", 'a"', "a\\"):
+                    yield text, False
+            case _:
+                pytest.fail(f"{field.key}: this test knows no value outside of {mark}")
+    if field.kind is float:
+        for value in (math.nan, math.inf, -math.inf):
+            yield value, False
+
+
+def test_every_number_has_bounds() -> None:
+    unbounded = {field.key for field in FIELDS if not field.marks}
+    assert unbounded == UNBOUNDED
+
+
+def test_bounds_are_found_at_every_depth() -> None:
+    found = {field.key for field in BOUNDED}
+    assert found >= {
+        "threads", "slurm.mem_gb", "slurm.account", "slurm.gate.time_min",
+        "slurm.stages.score.partition", "taus", "throughput.score", "truth.shape.layers",
+        "teacher.training.betas", "students.small.training.stop_after_epochs",
+        "settings.paper.em_starts",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("field", BOUNDED, ids=lambda field: f"{field.preset}: {field.key}")
+def test_a_value_just_outside_its_bound_is_refused_by_its_whole_key(field: Field) -> None:
+    pipeline = PIPELINES[field.preset]
+    for value, fits in around(field):
+        config = field.config_with(value)
+        problems = list(out_of_bounds(config, pipeline.config))
+        if fits:
+            assert problems == []
+            continue
+        [problem] = problems
+        assert problem.startswith(f"{field.key}=")
+        assert ": expected " in problem
+        assert "\n" not in problem
+        with pytest.raises(InputError) as refused:
+            pipeline.checked(config)
+        assert str(refused.value) == problem
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("students.small.training.batch_sequences=0", "at least 1"),
+        ("slurm.max_submit=1", "at least 2"),
+        ("slurm.mem_gb=0.0", "more than 0"),
+        ("slurm.mem_gb=inf", "more than 0 and finite"),
+        ("teacher.training.warmup_fraction=1.5", "at least 0 and at most 1"),
+        ("slurm.stages.score.gpus_per_node=-1", "at least 0"),
+    ],
+)
+def test_a_line_says_key_value_and_what_is_expected(words: str, line: str) -> None:
+    config = compose.build(LanguageConfig, compose.compose(["tiny", words]))
+    assert list(out_of_bounds(config, LanguageConfig)) == [f"{words}: expected {line}"]
+
+
+def test_an_item_that_is_out_of_bounds_is_named_with_its_list() -> None:
+    words = ["tiny", "teacher.training.betas=[0.9,1.0]"]
+    config = compose.build(LanguageConfig, compose.compose(words))
+    assert list(out_of_bounds(config, LanguageConfig)) == [
+        "teacher.training.betas=[0.9, 1.0]: expected every item to be at least 0 and less than 1, "
+        "got 1.0"
+    ]
+
+
+def test_what_every_run_has_is_refused_first_and_can_be_checked_alone() -> None:
+    words = ["tiny", "length=0", "slurm.time_min=0", "name=a/b"]
+    config = compose.build(LanguageConfig, compose.compose(words))
+    with pytest.raises(InputError, match=r"slurm.time_min=0: expected at least 1"):
+        LANGUAGE.checked(config)
+    words = ["tiny", "length=0", "name=a/b"]
+    config = compose.build(LanguageConfig, compose.compose(words))
+    with pytest.raises(InputError, match="name='a/b': expected the name of one folder"):
+        LANGUAGE.checked(config)
+    check_run(compose.build(LanguageConfig, compose.compose(["tiny", "length=0"])))
+
+
+def test_a_mark_that_no_check_knows_is_an_error() -> None:
+    with pytest.raises(TypeError, match="no check knows"):
+        list(out_of_bounds(3, Annotated[int, "even"], "key"))
