@@ -103,7 +103,9 @@ def fields_of(hint: Any, preset: str, path: tuple[str, ...] = ()) -> Iterator[Fi
                 yield from fields_of(kind, preset, path)
 
 
-FIELDS = [field for preset, kind in PIPELINES.items() for field in fields_of(kind, preset)]
+FIELDS = [
+    field for preset, pipeline in PIPELINES.items() for field in fields_of(pipeline.config, preset)
+]
 BOUNDED = [field for field in FIELDS if field.marks]
 
 
