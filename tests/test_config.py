@@ -27,7 +27,7 @@ PIPELINES: dict[str, AnyPipeline] = {"tiny": LANGUAGE, "mixture": MIXTURE}
 ITEMS = {
     "students": "small",
     "settings": "paper",
-    "slurm.stages": "score",
+    "slurm.stages": "merge",
     "throughput": "score",
 }
 """One item of every dictionary, by the dictionary's key."""
@@ -60,7 +60,7 @@ class Field:
 @functools.cache
 def valid(preset: str) -> RunConfig:
     """The config of a preset, with an item in every dictionary."""
-    words = [preset, "slurm.stages.score.mem_gb=1.0"]
+    words = [preset, "slurm.stages.merge.mem_gb=1.0"]
     words += ["throughput.score=9.0"] if preset == "tiny" else []
     pipeline = PIPELINES[preset]
     config = pipeline.checked(compose.build(pipeline.config, compose.compose(words)))
@@ -151,7 +151,7 @@ def test_bounds_are_found_at_every_depth() -> None:
     found = {field.key for field in BOUNDED}
     assert found >= {
         "threads", "slurm.mem_gb", "slurm.account", "slurm.gate.time_min",
-        "slurm.stages.score.partition", "taus", "throughput.score", "truth.shape.layers",
+        "slurm.stages.merge.partition", "taus", "throughput.score", "truth.shape.layers",
         "teacher.training.betas", "students.small.training.stop_after_epochs",
         "settings.paper.em_starts",
     }  # fmt: skip
@@ -183,7 +183,7 @@ def test_a_value_just_outside_its_bound_is_refused_by_its_whole_key(field: Field
         ("slurm.mem_gb=0.0", "more than 0"),
         ("slurm.mem_gb=inf", "more than 0 and finite"),
         ("teacher.training.warmup_fraction=1.5", "at least 0 and at most 1"),
-        ("slurm.stages.score.gpus_per_node=-1", "at least 0"),
+        ("slurm.stages.merge.gpus_per_node=-1", "at least 0"),
     ],
 )
 def test_a_line_says_key_value_and_what_is_expected(words: str, line: str) -> None:
