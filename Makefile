@@ -25,7 +25,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	@touch $@
 
 native: install  ## Build the extension for CPUs; needs a C++ compiler
-	$(BIN)/python -m kdhpc.native
+	$(BIN)/python -m kdhpc.sampling.native
 
 demo: install  ## Run the demo and its analysis: minutes on a laptop
 	$(BIN)/python launch/sweep.py demo cluster=local
@@ -44,7 +44,7 @@ check: $(VENV)/installed-dev  ## Format, lint, types, layers
 test: $(VENV)/installed-dev  ## All tests; with CI=true on a real Slurm that it installs (root)
 	@if [ "$$CI" = true ]; then slurm/devcluster install; fi
 	@if [ "$$CI" = true ] && ! command -v c++ > /dev/null; then apt-get update -qq && apt-get install -y -qq g++; fi
-	@if command -v c++ > /dev/null; then $(BIN)/python -m kdhpc.native; fi
+	@if command -v c++ > /dev/null; then $(BIN)/python -m kdhpc.sampling.native; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 faults: $(VENV)/installed-dev  ## The fault suite on a real Slurm; FAULTS=all: the long ones too

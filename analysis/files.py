@@ -11,11 +11,11 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from kdhpc import store
-from kdhpc.artifacts import RESULTS
 from kdhpc.errors import InputError
 from kdhpc.pipeline import MIXTURE
-from kdhpc.pipelines import Pipeline
+from kdhpc.plan.stages import Pipeline
+from kdhpc.storage.results import Results, read_results
+from kdhpc.storage.run_folder import RESULTS
 
 mpl.use("Agg")  # figures go to files; there need not be a screen
 
@@ -30,7 +30,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return found
 
 
-def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> tuple[store.Results, Path, Path]:
+def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> tuple[Results, Path, Path]:
     """Results of a run, where they are, and the folder to write into.
 
     Args:
@@ -46,7 +46,7 @@ def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> tuple[store.Re
     )
     if not path.is_file():
         raise InputError(f"{path}: no results here; run launch/sweep.py to its end")
-    results = store.read_results(path)
+    results = read_results(path)
     if bool(results.tables) != (pipeline is MIXTURE):
         raise InputError(f"{path}: results of another pipeline; expected {pipeline.name}")
     if not results.complete:

@@ -43,13 +43,13 @@ from mixture_arms import (
 from rich.console import Console
 from rich.table import Table
 
-from kdhpc import store
 from kdhpc.cluster.display import command
 from kdhpc.errors import InputError
 from kdhpc.pipeline import MIXTURE
+from kdhpc.storage.results import Results
 
 
-def student_rows(results: store.Results) -> Iterator[dict[str, Any]]:
+def student_rows(results: Results) -> Iterator[dict[str, Any]]:
     """Every quantity of every arm; of modes and components, how many."""
     for name, facts in results.models.items():
         if facts["arm"] == "teachers":

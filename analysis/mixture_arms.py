@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdhpc import gaussian, metrics, store
+from kdhpc.science import gaussian, metrics
+from kdhpc.storage.hdf5 import Arrays
+from kdhpc.storage.results import Results
 
 Floats = NDArray[np.float64]
 PUBLISHED_BETA = 100.0
@@ -35,14 +37,14 @@ def mean_of(values: Any) -> Mean:
 class Arms:
     """The arms of one setting."""
 
-    def __init__(self, results: store.Results, setting: str) -> None:
+    def __init__(self, results: Results, setting: str) -> None:
         self.setting = setting
         facts = [f for f in results.models.values() if f["setting"] == setting]
         self.betas = sorted(f["beta"] for f in facts if "beta" in f)
         self.facts = facts[0]
         self._tables = {f["arm"]: results.tables[f"{setting}-{f['arm']}"] for f in facts}
 
-    def table(self, arm: str | float) -> store.Arrays:
+    def table(self, arm: str | float) -> Arrays:
         return self._tables[arm if isinstance(arm, str) else f"beta{arm:g}"]
 
     def mixture(self, arm: str | float, role: str, row: int) -> gaussian.Mixture:
@@ -72,7 +74,7 @@ class Arms:
         return {"weight": weight, "misfit": misfit, "term": weight * misfit}
 
 
-def settings(results: store.Results) -> list[str]:
+def settings(results: Results) -> list[str]:
     """Names of the settings, the paper's own first."""
     names = {facts["setting"] for facts in results.models.values()}
     return sorted(names, key=lambda name: (name != "paper", name))
@@ -108,7 +110,7 @@ class Effect:
         }
 
 
-def effects(results: store.Results) -> list[Effect]:
+def effects(results: Results) -> list[Effect]:
     found = []
     for name in settings(results):
         arms = Arms(results, name)

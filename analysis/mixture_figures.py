@@ -22,7 +22,7 @@ from mixture_arms import (
     mean_of,
 )
 
-from kdhpc import gaussian
+from kdhpc.science import distillation, gaussian
 
 RECALL_TICKS = (-2.5, -5.0, -10.0, -20.0, -50.0)
 PANEL_RADIUS = 2.6
@@ -99,7 +99,7 @@ def _student_panel(panel: Axes, arms: Arms, arm: str | float, row: int) -> None:
 def _ellipse(panel: Axes, mixture: gaussian.Mixture, index: int, **style: Any) -> None:
     """One component at the Mahalanobis distance within which it covers a mode."""
     variances, axes = np.linalg.eigh(mixture.covariances[index])
-    width, height = 2.0 * gaussian.MODE_RADIUS * np.sqrt(variances)
+    width, height = 2.0 * distillation.MODE_RADIUS * np.sqrt(variances)
     angle = math.degrees(math.atan2(axes[1, 0], axes[0, 0]))
     center = (float(mixture.means[index, 0]), float(mixture.means[index, 1]))
     panel.add_patch(Ellipse(center, width, height, angle=angle, **style))

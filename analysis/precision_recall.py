@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from kdhpc import metrics, store
 from kdhpc.cluster.display import command
 from kdhpc.pipeline import LANGUAGE
+from kdhpc.science import metrics
+from kdhpc.storage.results import Results
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Row:
     recall_high: float
 
 
-def rows(results: store.Results) -> list[Row]:
+def rows(results: Results) -> list[Row]:
     """A row a student, then one over all seeds where there are several."""
     found = [
         _row(results, name, facts)
@@ -61,7 +62,7 @@ def rows(results: store.Results) -> list[Row]:
     return found
 
 
-def _row(results: store.Results, name: str, facts: Any) -> Row:
+def _row(results: Results, name: str, facts: Any) -> Row:
     values = {}
     for metric, pair in (("precision", (name, "truth")), ("recall", ("truth", name))):
         scores = results.scores[pair]

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import report
 
-from kdhpc.artifacts import Record
 from kdhpc.cluster import runs
 from kdhpc.cluster.ledger import Ledger
+from kdhpc.storage.run_folder import Record
 
 BAR = 0.75
 LAUNCH = Path(__file__).parents[1] / "launch"

@@ -13,10 +13,12 @@ from typing import Any
 import report
 import torch
 
-from kdhpc import devices, likelihood, models, sampling
-from kdhpc.config import Shape
-from kdhpc.counting import Counting
-from kdhpc.llama import Llama
+from kdhpc.config.model import Shape
+from kdhpc.models import devices, huggingface
+from kdhpc.models.llama import Llama
+from kdhpc.sampling.sampler import Sampler, sample
+from kdhpc.scoring import likelihood
+from kdhpc.scoring.counting import Counting
 from kdhpc.selection import Selection
 
 SHAPE = Shape(layers=6, hidden=384, heads=6, kv_heads=2, ffn=1024)
@@ -56,11 +58,11 @@ def main() -> None:
 
 def sampling_of(sequences: int, length: int, batch: int) -> Any:
     """A function that samples."""
-    sampler = sampling.Sampler(
+    sampler = Sampler(
         model(length), prompt_ids=[1], length=length, batch_rows=batch, selection=Selection(),
         draw="inverse_cdf", counting=Counting(num_prompt=1, eos=-1, count_eos=True),
     )  # fmt: skip
-    return lambda: sampling.sample(sampler, rows=range(sequences), seed=0, stream="growth")
+    return lambda: sample(sampler, rows=range(sequences), seed=0, stream="growth")
 
 
 def score(sequences: int, length: int, batch: int) -> Any:
@@ -77,7 +79,7 @@ def score(sequences: int, length: int, batch: int) -> Any:
 
 def model(length: int) -> Llama:
     """Fresh weights."""
-    made = models.new_model(SHAPE, vocab_size=VOCAB_SIZE, length=length, eos=0, seed=0)
+    made = huggingface.new_model(SHAPE, vocab_size=VOCAB_SIZE, length=length, eos=0, seed=0)
     weights = made.state_dict()
     return Llama(made.config.to_dict(), weights.__getitem__, dtype=made.dtype, device=made.device)
 

@@ -5,8 +5,8 @@ import statistics
 import time
 from pathlib import Path
 
-from kdhpc.config import Shape
-from kdhpc.sizes import NUM_BYTES, key_value_bytes, num_parameters
+from kdhpc.config.model import Shape
+from kdhpc.models.sizes import NUM_BYTES, key_value_bytes, num_parameters
 
 LARGE = Shape(
     layers=30, hidden=576, heads=9, kv_heads=3, ffn=1536, rope_theta=100000.0, init_std=0.04167
@@ -22,7 +22,7 @@ def bandwidth() -> float:
     """
     import torch
 
-    from kdhpc import devices
+    from kdhpc.models import devices
 
     device = devices.pick_device("auto")
     source = torch.ones(2**28, dtype=torch.uint8, device=device)
@@ -39,7 +39,7 @@ def bandwidth() -> float:
 
 def matrix_rate(dtype: str) -> float:
     """Floating-point operations a second of a large matrix product."""
-    from kdhpc import devices
+    from kdhpc.models import devices
 
     return devices.matmul_flops_per_s(devices.pick_device("auto"), devices.DTYPES[dtype])
 

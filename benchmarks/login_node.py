@@ -20,10 +20,10 @@ from typing import Any
 
 import report
 
-from kdhpc import arms
-from kdhpc.artifacts import Work, Written
 from kdhpc.cluster import runs
+from kdhpc.experiment import arms
 from kdhpc.pipeline import LANGUAGE
+from kdhpc.storage.work import Work, Written
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 LIMIT_S = 1.0

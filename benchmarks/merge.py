@@ -28,12 +28,15 @@ from typing import Any
 import numpy as np
 import report
 
-from kdhpc import arms, store
-from kdhpc.artifacts import Work, Written, remove
 from kdhpc.cluster import runs
 from kdhpc.cluster.runs import Run
+from kdhpc.experiment import arms
+from kdhpc.experiment.stages import merge as merging
 from kdhpc.pipeline import LANGUAGE
-from kdhpc.stages import merge as merging
+from kdhpc.storage.files import remove
+from kdhpc.storage.score_shards import Scores, write_scores
+from kdhpc.storage.token_shards import Samples, write_samples
+from kdhpc.storage.work import Work, Written
 
 GROWTH = 16
 LEAST_SHARE = 0.7
@@ -130,16 +133,14 @@ def make_run(folder: Path, sequences: int, per_shard: int, length: int) -> tuple
         stats: dict[str, Any] = {}
         if shard.stage == arms.SCORE:
             path = work.new_path(shard, ".h5")
-            store.write_scores(
+            write_scores(
                 path,
-                store.Scores(log_prob_sum=sums, num_tokens=counts, token_log_prob=token_log_prob),
+                Scores(log_prob_sum=sums, num_tokens=counts, token_log_prob=token_log_prob),
             )
         elif shard.rows:
             path = work.new_path(shard, ".arrow")
-            samples = store.Samples(
-                ids=ids, length=counts, log_prob_sum=sums, log_prob_tau_sum=sums
-            )
-            store.write_samples(path, samples, {})
+            samples = Samples(ids=ids, length=counts, log_prob_sum=sums, log_prob_tau_sum=sums)
+            write_samples(path, samples, {})
         else:
             path = work.new_path(shard)
             path.mkdir()

@@ -9,11 +9,11 @@ from typing import Any
 import limits
 import report
 
-from kdhpc import compose
-from kdhpc.config import LanguageConfig
-from kdhpc.estimates import OF_MEMORY
+from kdhpc.config import presets
+from kdhpc.config.language import LanguageConfig
+from kdhpc.experiment.estimates import OF_MEMORY
+from kdhpc.models.sizes import SamplingMemory
 from kdhpc.pipeline import LANGUAGE
-from kdhpc.sizes import SamplingMemory
 
 SHARE = 0.5
 """Of the limit by sums: what plain torch reaches on a CPU at least (docs/performance.md)."""
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=989.0)
     parser.add_argument("--gb", type=float, default=80.0)
     options = parser.parse_args()
-    config = LANGUAGE.checked(compose.build(LanguageConfig, compose.compose(["paper"])))
+    config = LANGUAGE.checked(presets.build(LanguageConfig, presets.compose(["paper"])))
     shapes = {"truth": config.truth.shape, "teacher": config.teacher.shape}
     shapes |= {name: student.shape for name, student in config.students.items()}
     rows: list[dict[str, Any]] = []

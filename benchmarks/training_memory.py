@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Memory of training: the formula of kdhpc/sizes.py against what processes really hold.
+"""Memory of training: the formula of kdhpc/models/sizes.py against what processes really hold.
 
 python benchmarks/training_memory.py             measure on CPUs, print both
 python benchmarks/training_memory.py --plan      what each GPU would hold, by the formula
@@ -16,9 +16,9 @@ from typing import Any
 import report
 from limits import LARGE, VOCAB_SIZE
 
-from kdhpc.config import Shape, Training
-from kdhpc.counting import Counting
-from kdhpc.sizes import num_parameters, training_memory
+from kdhpc.config.model import Shape, Training
+from kdhpc.models.sizes import num_parameters, training_memory
+from kdhpc.scoring.counting import Counting
 
 LENGTH = 512
 SHAPES = {
@@ -107,8 +107,12 @@ def hold(name: str, changes: dict[str, Any]) -> None:
     import numpy as np
     import torch
 
-    from kdhpc import devices, models, ranks, training
     from kdhpc.cluster.task import find_rank
+    from kdhpc.models import devices, huggingface
+    from kdhpc.training import ranks
+    from kdhpc.training.data import Corpus
+    from kdhpc.training.engine import load_deepspeed
+    from kdhpc.training.loop import Watch, train
 
     devices.set_threads(1)
     rank, world_size = find_rank()
@@ -117,13 +121,13 @@ def hold(name: str, changes: dict[str, Any]) -> None:
         rank=rank, world_size=world_size, address="127.0.0.1",
         port=int(os.environ["MASTER_PORT"]), device=cpu,
     )  # fmt: skip
-    training.load_deepspeed()
+    load_deepspeed()
     before = report.peak_bytes()
     recipe = dataclasses.replace(BASE, **changes)
     ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, (64, LENGTH)).astype(np.uint16)
-    training.train(
-        models.new_model(SHAPES[name], vocab_size=VOCAB_SIZE, length=LENGTH, eos=0, seed=0),
-        training.Corpus(
+    train(
+        huggingface.new_model(SHAPES[name], vocab_size=VOCAB_SIZE, length=LENGTH, eos=0, seed=0),
+        Corpus(
             ids=ids,
             length=np.full(64, LENGTH, np.int32),
             counting=Counting(num_prompt=1, eos=-1, count_eos=True),
@@ -132,7 +136,7 @@ def hold(name: str, changes: dict[str, Any]) -> None:
         seed=0,
         stream="memory",
         device=cpu,
-        watch=training.Watch(on_step=lambda facts: _end(before) if facts["step"] == 2 else None),
+        watch=Watch(on_step=lambda facts: _end(before) if facts["step"] == 2 else None),
     )
 
 

@@ -4,15 +4,16 @@ Each stage reads what the ones before it wrote; `python launch/sweep.py --dry-ru
 order with its shards, and a run's folders are numbered by it.
 """
 
-from kdhpc.config import LanguageConfig, MixtureConfig, mixture_problems
-from kdhpc.estimates import batches_that_fit
-from kdhpc.inputs import prepare, problems
-from kdhpc.pipelines import Pipeline
-from kdhpc.stages.merge import MERGE, run_partial
-from kdhpc.stages.mixture import FIT_STUDENTS, FIT_TEACHERS, MERGE_MIXTURE
-from kdhpc.stages.sample import SAMPLE_STUDENTS, SAMPLE_TEACHER, SAMPLE_TRUTH
-from kdhpc.stages.score import SCORE
-from kdhpc.stages.train import TRAIN_ON_TRUTH, TRAIN_STUDENTS, TRUTH
+from kdhpc.config.language import LanguageConfig
+from kdhpc.config.mixture import MixtureConfig, mixture_problems
+from kdhpc.experiment.estimates import batches_that_fit
+from kdhpc.experiment.inputs import prepare, problems
+from kdhpc.experiment.stages.merge import MERGE, run_partial
+from kdhpc.experiment.stages.mixture import FIT_STUDENTS, FIT_TEACHERS, MERGE_MIXTURE
+from kdhpc.experiment.stages.sample import SAMPLE_STUDENTS, SAMPLE_TEACHER, SAMPLE_TRUTH
+from kdhpc.experiment.stages.score import SCORE
+from kdhpc.experiment.stages.train import TRAIN_ON_TRUTH, TRAIN_STUDENTS, TRUTH
+from kdhpc.plan.stages import Pipeline
 
 LANGUAGE = Pipeline(
     name="language",

@@ -10,11 +10,11 @@ run is active.
 
 import argparse
 
-from kdhpc.artifacts import remove
 from kdhpc.cluster import housekeeping, runs
 from kdhpc.cluster.display import command, size
 from kdhpc.cluster.status import look, status_of
 from kdhpc.errors import BusyError
+from kdhpc.storage.files import remove
 
 
 def main(arguments: list[str]) -> int:

@@ -11,16 +11,17 @@ Shards are numbered from 0 within their stage, in the order of the plan. Publish
 
 import argparse
 
-from kdhpc.artifacts import Work, disk_errors
 from kdhpc.cluster import local, planning, runs
 from kdhpc.cluster.advance import advance
 from kdhpc.cluster.display import command, console, status_view
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import look, status_of
-from kdhpc.config import RunConfig
+from kdhpc.config.run import RunConfig
 from kdhpc.errors import InputError
-from kdhpc.shards import Plan
+from kdhpc.plan.shards import Plan
+from kdhpc.storage.files import disk_errors
+from kdhpc.storage.work import Work
 
 
 def main(arguments: list[str]) -> int:

@@ -15,7 +15,6 @@ import time
 
 from rich.live import Live
 
-from kdhpc.artifacts import disk_errors
 from kdhpc.cluster import local, planning, runs, slurm
 from kdhpc.cluster.advance import advance
 from kdhpc.cluster.display import command, console, plan_table, status_view
@@ -23,9 +22,10 @@ from kdhpc.cluster.gate import patiently, tell
 from kdhpc.cluster.observe import State
 from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import Status, look, status_of
-from kdhpc.config import RunConfig
+from kdhpc.config.run import RunConfig
 from kdhpc.errors import InputError
-from kdhpc.shards import Plan
+from kdhpc.plan.shards import Plan
+from kdhpc.storage.files import disk_errors
 
 WATCH_EVERY_S = 5.0
 

@@ -11,10 +11,10 @@ import argparse
 
 from rich.progress import track
 
-from kdhpc.artifacts import verify
 from kdhpc.cluster import runs
 from kdhpc.cluster.display import command, console
 from kdhpc.errors import DamagedError
+from kdhpc.storage.run_folder import verify
 
 
 def main(arguments: list[str]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from light import expected
 
-from kdhpc import store
+from kdhpc.storage.results import read_results
 
 LIGHT_RESULTS = "3-merge/results.h5"
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def status(run: Path, code: int | None = None) -> dict[str, Any]:
 
 
 def light_result(run: Path) -> list[int]:
-    table = store.read_results(run / LIGHT_RESULTS).tables["all"]["value"]
+    table = read_results(run / LIGHT_RESULTS).tables["all"]["value"]
     found: list[int] = table[:, 0].tolist()
     return found
 

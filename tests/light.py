@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdhpc.artifacts import RESULTS, Work, Written
-from kdhpc.config import RunConfig
-from kdhpc.pipelines import Pipeline, Stage
-from kdhpc.shards import Arm, Plan, Shard
+from kdhpc.config.run import RunConfig
+from kdhpc.plan.shards import Arm, Plan, Shard
+from kdhpc.plan.stages import Pipeline, Stage
+from kdhpc.storage.run_folder import RESULTS
+from kdhpc.storage.work import Work, Written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,20 +121,17 @@ def run_square(shard: Shard, work: Work[LightConfig]) -> Written:
 def run_merge(shard: Shard, work: Work[LightConfig]) -> Written:
     import numpy as np
 
-    from kdhpc import store
+    from kdhpc.storage.results import write_results
 
     name = begin(shard, work)
     misbehave(name, work)
     values = [json.loads(work.input(key).read_text()) for key in shard.reads]
     table = np.add.outer(np.array(values, np.int64), np.arange(work.config.width))
     path = work.new_path(shard, ".h5")
-    store.write_results(
+    write_results(
         path,
-        iter(()),
-        {},
         tables=[("all", {"value": table})],
         recipe=shard.recipe,
-        complete=True,
         provenance=work.provenance(shard.reads, ["numpy", "h5py"]),
     )
     misbehave(f"{name}-written", work)

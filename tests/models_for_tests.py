@@ -3,9 +3,9 @@
 import torch
 from transformers import PreTrainedModel
 
-from kdhpc.config import Shape
-from kdhpc.llama import Llama
-from kdhpc.models import new_model
+from kdhpc.config.model import Shape
+from kdhpc.models.huggingface import new_model
+from kdhpc.models.llama import Llama
 
 SHAPE = Shape(layers=2, hidden=64, heads=2, kv_heads=1, ffn=48, init_std=0.2)
 

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from kdhpc import artifacts
-from kdhpc.artifacts import RunFolder, Work, Written
-from kdhpc.config import RunConfig
+from kdhpc.config.run import RunConfig
 from kdhpc.errors import DamagedError
-from kdhpc.pipelines import Pipeline, Stage
-from kdhpc.shards import Arm, Plan, Shard
+from kdhpc.plan.shards import Arm, Plan, Shard
+from kdhpc.plan.stages import Pipeline, Stage
+from kdhpc.storage.files import disk_errors, write_once
+from kdhpc.storage.run_folder import RunFolder, verify
+from kdhpc.storage.work import Work, Written
 
 SHARD = Shard(arm=Arm(stage="only", name="arm", fields={"x": 1}, inputs={}), name="00000")
 
@@ -50,7 +51,7 @@ def work(tmp_path: Path) -> Work[RunConfig]:
 def test_a_published_shard_is_found_and_verified(work: Work[RunConfig]) -> None:
     assert work.publish(SHARD, write(SHARD, work), time.time())
     record = work.run.scan().records[SHARD.key]
-    artifacts.verify(record)
+    verify(record)
     assert record.data.read_text() == "data"
     assert (record.recipe, record.rows) == (SHARD.recipe, 1)
     assert (work.run.path / "1-only" / "last").read_text() == "data"
@@ -67,9 +68,9 @@ def test_the_first_attempt_wins_and_the_second_leaves_nothing(work: Work[RunConf
 
 def test_writing_the_same_record_again_counts_as_won(tmp_path: Path) -> None:
     """A file server may repeat a request that it already carried out."""
-    assert artifacts.write_once(tmp_path / "a.json", {"nonce": 1})
-    assert artifacts.write_once(tmp_path / "a.json", {"nonce": 1})
-    assert not artifacts.write_once(tmp_path / "a.json", {"nonce": 2})
+    assert write_once(tmp_path / "a.json", {"nonce": 1})
+    assert write_once(tmp_path / "a.json", {"nonce": 1})
+    assert not write_once(tmp_path / "a.json", {"nonce": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
@@ -132,9 +133,10 @@ import sys, time
 sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
 from pathlib import Path
 from test_artifacts import PIPELINE, SHARD, write
-from kdhpc.artifacts import RunFolder, Work
-from kdhpc.config import RunConfig
-from kdhpc.shards import Plan
+from kdhpc.storage.run_folder import RunFolder
+from kdhpc.storage.work import Work
+from kdhpc.config.run import RunConfig
+from kdhpc.plan.shards import Plan
 run = RunFolder(Path({str(tmp_path)!r}), PIPELINE.folders)
 work = Work(run, RunConfig(), Plan())
 written = write(SHARD, work)
@@ -157,9 +159,9 @@ work.publish(SHARD, written, time.time())
 def test_a_full_disk_and_an_unwritable_one_are_named(tmp_path: Path) -> None:
     with (
         pytest.raises(DamagedError, match="disk is full"),
-        artifacts.disk_errors(tmp_path),
+        disk_errors(tmp_path),
         open("/dev/full", "w") as file,
     ):
         file.write("x" * 100_000)
-    with pytest.raises(DamagedError, match="cannot be written"), artifacts.disk_errors(tmp_path):
+    with pytest.raises(DamagedError, match="cannot be written"), disk_errors(tmp_path):
         raise PermissionError(13, "Permission denied")

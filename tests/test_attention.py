@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdhpc.attention import attend, causal
-from kdhpc.loss import summed_nll
+from kdhpc.models.attention import attend, causal
+from kdhpc.training.loss import summed_nll
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

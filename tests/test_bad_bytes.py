@@ -19,14 +19,19 @@ from commands import ROOT, launch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdhpc import checkpoints, compose, store
-from kdhpc.artifacts import Work, read_record
 from kdhpc.cluster import runs
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.runs import Run
+from kdhpc.config import presets
 from kdhpc.errors import DamagedError, InputError
+from kdhpc.experiment.stages import merge
 from kdhpc.pipeline import LANGUAGE
-from kdhpc.stages import merge
+from kdhpc.storage.results import logical_digest
+from kdhpc.storage.run_folder import read_record
+from kdhpc.storage.score_shards import read_scores
+from kdhpc.storage.token_shards import read_samples
+from kdhpc.storage.work import Work
+from kdhpc.training import checkpoints
 
 FEW = settings(
     max_examples=60,
@@ -117,7 +122,7 @@ def test_a_damaged_ledger_is_named(kind: str, run: Path, spoil: Damage) -> None:
 
 
 def add_failure(path: Path) -> None:
-    from kdhpc.artifacts import write_once
+    from kdhpc.storage.files import write_once
 
     write_once(
         path,
@@ -223,15 +228,15 @@ def test_readers_of_a_damaged_token_shard_say_so(run: Path, spoil: Damage) -> No
     good = data.read_bytes()
     data.write_bytes(spoil(good))
     try:
-        _, said = attempt(lambda: store.read_samples([data]))
+        _, said = attempt(lambda: read_samples([data]))
         assert not said or data.name in said
     finally:
         data.write_bytes(good)
 
 
 READERS: dict[str, Callable[[Path], object]] = {
-    "score shard": lambda path: store.read_scores(path).log_prob_sum.tobytes(),
-    "merged file": store.logical_digest,
+    "score shard": lambda path: read_scores(path).log_prob_sum.tobytes(),
+    "merged file": logical_digest,
 }
 
 
@@ -277,7 +282,7 @@ def test_a_damaged_preset_is_refused_or_is_another_preset(tmp_path: Path, spoil:
     path.write_bytes(spoil((ROOT / "configs" / "tiny.yaml").read_bytes()))
     # Presets are looked up in the project's own folder, which a test must not spoil.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compose, "CONFIGS_DIR", tmp_path)
+        patch.setattr(presets, "CONFIGS_DIR", tmp_path)
         _, said = attempt(lambda: runs.from_words(["spoilt", "executor=local", "cluster=auto"]))
         assert "\n" not in said
 
@@ -323,7 +328,7 @@ def test_analysis_names_damaged_results(run: Path) -> None:
 
 
 def test_a_seal_covers_lists_and_tuples_alike(tmp_path: Path) -> None:
-    from kdhpc.artifacts import read_once, write_once
+    from kdhpc.storage.files import read_once, write_once
 
     value = {"a": (1, 2), "b": {"c": 0.1}, "d": np.float64(0.5).item(), "time": time.time()}
     write_once(tmp_path / "x.json", value)

@@ -10,17 +10,13 @@ from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 import pytest
 from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt
 
-from kdhpc import compose
-from kdhpc.config import (
-    LanguageConfig,
-    Pattern,
-    RunConfig,
-    check_run,
-    out_of_bounds,
-)
+from kdhpc.config import presets
+from kdhpc.config.bounds import Pattern, out_of_bounds
+from kdhpc.config.language import LanguageConfig
+from kdhpc.config.run import RunConfig, check_run
 from kdhpc.errors import InputError
 from kdhpc.pipeline import LANGUAGE, MIXTURE
-from kdhpc.pipelines import AnyPipeline
+from kdhpc.plan.stages import AnyPipeline
 
 PIPELINES: dict[str, AnyPipeline] = {"tiny": LANGUAGE, "mixture": MIXTURE}
 """By preset, its pipeline."""
@@ -63,7 +59,7 @@ def valid(preset: str) -> RunConfig:
     words = [preset, "slurm.stages.merge.mem_gb=1.0"]
     words += ["throughput.score=9.0"] if preset == "tiny" else []
     pipeline = PIPELINES[preset]
-    config = pipeline.checked(compose.build(pipeline.config, compose.compose(words)))
+    config = pipeline.checked(presets.build(pipeline.config, presets.compose(words)))
     return cast(RunConfig, config)
 
 
@@ -187,13 +183,13 @@ def test_a_value_just_outside_its_bound_is_refused_by_its_whole_key(field: Field
     ],
 )
 def test_a_line_says_key_value_and_what_is_expected(words: str, line: str) -> None:
-    config = compose.build(LanguageConfig, compose.compose(["tiny", words]))
+    config = presets.build(LanguageConfig, presets.compose(["tiny", words]))
     assert list(out_of_bounds(config, LanguageConfig)) == [f"{words}: expected {line}"]
 
 
 def test_an_item_that_is_out_of_bounds_is_named_with_its_list() -> None:
     words = ["tiny", "teacher.training.betas=[0.9,1.0]"]
-    config = compose.build(LanguageConfig, compose.compose(words))
+    config = presets.build(LanguageConfig, presets.compose(words))
     assert list(out_of_bounds(config, LanguageConfig)) == [
         "teacher.training.betas=[0.9, 1.0]: expected every item to be at least 0 and less than 1, "
         "got 1.0"
@@ -202,14 +198,14 @@ def test_an_item_that_is_out_of_bounds_is_named_with_its_list() -> None:
 
 def test_what_every_run_has_is_refused_first_and_can_be_checked_alone() -> None:
     words = ["tiny", "length=0", "slurm.time_min=0", "name=a/b"]
-    config = compose.build(LanguageConfig, compose.compose(words))
+    config = presets.build(LanguageConfig, presets.compose(words))
     with pytest.raises(InputError, match=r"slurm.time_min=0: expected at least 1"):
         LANGUAGE.checked(config)
     words = ["tiny", "length=0", "name=a/b"]
-    config = compose.build(LanguageConfig, compose.compose(words))
+    config = presets.build(LanguageConfig, presets.compose(words))
     with pytest.raises(InputError, match="name='a/b': expected the name of one folder"):
         LANGUAGE.checked(config)
-    check_run(compose.build(LanguageConfig, compose.compose(["tiny", "length=0"])))
+    check_run(presets.build(LanguageConfig, presets.compose(["tiny", "length=0"])))
 
 
 def test_a_mark_that_no_check_knows_is_an_error() -> None:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from kdhpc.cluster.decide import Changes, Policy, Situation, decide
 from kdhpc.cluster.failures import of_exception, of_slurm
 from kdhpc.cluster.ledger import Failure
-from kdhpc.config import RunConfig
-from kdhpc.pipelines import Pipeline, Stage
-from kdhpc.shards import Arm, Plan, Shard
+from kdhpc.config.run import RunConfig
+from kdhpc.plan.shards import Arm, Plan, Shard
+from kdhpc.plan.stages import Pipeline, Stage
 
 NUM = 12
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import multivariate_normal
 
-from kdhpc import gaussian
-from kdhpc.gaussian import Estimate, Floats, Mixture
+from kdhpc.science import distillation, gaussian
+from kdhpc.science.gaussian import Estimate, Floats, Mixture
 
 NUM_POINTS = 20000
 COUNTS, BETAS = st.integers(1, 4), st.floats(0.1, 50.0)
@@ -94,10 +94,10 @@ def test_permuting_components_changes_nothing(p: Mixture, q: Mixture, seed: int)
     other, points = permuted(p, order), gaussian.draw(p, 50, seed=1, stream="x")
     np.testing.assert_allclose(gaussian.log_prob(other, points), gaussian.log_prob(p, points))
     assert math.isclose(gaussian.weight_entropy(other), gaussian.weight_entropy(p), abs_tol=1e-12)
-    assert np.array_equal(gaussian.emphasised(other), gaussian.emphasised(p)[order])
-    assert np.array_equal(gaussian.covered(other, q), gaussian.covered(p, q))
-    assert np.array_equal(gaussian.covered(q, other), gaussian.covered(q, p)[order])
-    before, after = (gaussian.bound(m, q, points) for m in (p, other))
+    assert np.array_equal(distillation.emphasised(other), distillation.emphasised(p)[order])
+    assert np.array_equal(distillation.covered(other, q), distillation.covered(p, q))
+    assert np.array_equal(distillation.covered(q, other), distillation.covered(q, p)[order])
+    before, after = (distillation.bound(m, q, points) for m in (p, other))
     np.testing.assert_allclose(after.joint_weights, before.joint_weights[order])
     np.testing.assert_allclose(after.alignments, before.alignments[order])
     assert math.isclose(after.bound, before.bound, rel_tol=1e-9)
@@ -107,7 +107,7 @@ def test_permuting_components_changes_nothing(p: Mixture, q: Mixture, seed: int)
 @given(mixtures(), mixtures())
 def test_the_bound_lies_above_the_loss(teacher: Mixture, student: Mixture) -> None:
     points = gaussian.draw(teacher, 200, seed=0, stream="teacher")
-    found = gaussian.bound(teacher, student, points)
+    found = distillation.bound(teacher, student, points)
     assert math.isclose(found.joint_weights.sum(), 1.0, rel_tol=1e-9)
     assert math.isclose(found.bound, -(found.joint_weights * found.alignments).sum())
     if student.num_components == 1:
@@ -120,10 +120,10 @@ def test_the_bound_lies_above_the_loss(teacher: Mixture, student: Mixture) -> No
 
 @given(mixtures())
 def test_emphasised_components_are_the_fewest_that_hold_the_mass(mixture: Mixture) -> None:
-    chosen = gaussian.emphasised(mixture)
+    chosen = distillation.emphasised(mixture)
     kept = mixture.weights[chosen]
-    assert kept.sum() >= gaussian.EMPHASISED_MASS - 1e-12
-    assert kept.sum() - kept.min() < gaussian.EMPHASISED_MASS
+    assert kept.sum() >= distillation.EMPHASISED_MASS - 1e-12
+    assert kept.sum() - kept.min() < distillation.EMPHASISED_MASS
     assert not (mixture.weights[~chosen] > kept.min()).any()
 
 
@@ -183,7 +183,7 @@ def test_closed_forms_agree_with_monte_carlo(truth: Mixture, seed: int) -> None:
 def test_the_loss_is_the_cross_entropy_of_the_student_on_the_teacher(
     teacher: Mixture, student: Mixture
 ) -> None:
-    found = gaussian.bound(teacher, student, points_of(teacher, "terms"))
+    found = distillation.bound(teacher, student, points_of(teacher, "terms"))
     fresh = gaussian.monte_carlo(gaussian.log_prob(student, points_of(teacher, "fresh")))
     assert abs(found.loss + fresh.value) <= 4.0 * math.hypot(found.gap.error, fresh.error)
 
@@ -209,7 +209,7 @@ def test_best_students_on_a_few_modes_score_as_expected(
     assert math.isclose(
         gaussian.expected_log_prob(truth, student, points_of(truth)).value, recall, abs_tol=0.1
     )
-    assert set(np.flatnonzero(gaussian.covered(student, truth))) == set(modes)
+    assert set(np.flatnonzero(distillation.covered(student, truth))) == set(modes)
 
 
 def test_entropy_of_the_truth_is_as_expected() -> None:
@@ -226,8 +226,8 @@ def test_a_mode_is_covered_within_mahalanobis_distance_two() -> None:
     truth = Mixture(
         weights=np.full(4, 0.25), means=centres, covariances=np.tile(np.eye(2), (4, 1, 1))
     )
-    assert gaussian.covered(student, truth).tolist() == [True, False, True, False]
-    assert not gaussian.covered(student, truth, np.array([False])).any()
+    assert distillation.covered(student, truth).tolist() == [True, False, True, False]
+    assert not distillation.covered(student, truth, np.array([False])).any()
 
 
 # Fits

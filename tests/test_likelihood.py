@@ -11,12 +11,12 @@ from models_for_tests import SHAPE, llama_of, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from kdhpc import native
-from kdhpc.counting import Counting
 from kdhpc.errors import InputError
-from kdhpc.likelihood import CPU_HEAD_TOKENS, token_log_probs
-from kdhpc.models import TransformersModel
-from kdhpc.sampling import Sampler, sample
+from kdhpc.models.huggingface import TransformersModel
+from kdhpc.sampling import native
+from kdhpc.sampling.sampler import Sampler, sample
+from kdhpc.scoring.counting import Counting
+from kdhpc.scoring.likelihood import CPU_HEAD_TOKENS, token_log_probs
 from kdhpc.selection import Selection
 
 

@@ -12,11 +12,11 @@ import torch
 from models_for_tests import SHAPE, llama_of, small_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from kdhpc import models
 from kdhpc.errors import DamagedError, InputError
-from kdhpc.inference import load_model
-from kdhpc.llama import CPU_BODY_TOKENS, Llama, fits
-from kdhpc.tokens import Tokenizer
+from kdhpc.models import huggingface
+from kdhpc.models.llama import CPU_BODY_TOKENS, Llama, fits
+from kdhpc.models.loading import load_model
+from kdhpc.models.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 LLAMA3 = {
@@ -94,7 +94,7 @@ def test_a_checkpoint_that_is_cut_off_or_of_another_shape_is_damaged(tmp_path: P
 
 
 def test_prompts_have_the_ids_that_transformers_gives(tmp_path: Path) -> None:
-    models.byte_tokenizer().save_pretrained(tmp_path)
+    huggingface.byte_tokenizer().save_pretrained(tmp_path)
     ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     for text in ("The", " a  b\n", "<|endoftext|>x", "ä€"):
         assert ours.prompt_ids(text) == theirs(text, add_special_tokens=False)["input_ids"]
@@ -105,7 +105,7 @@ def test_prompts_have_the_ids_that_transformers_gives(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("eos", [{"content": "<|endoftext|>"}, "nowhere", None, [1]])
 def test_a_tokenizer_names_its_end_or_is_refused(eos: Any, tmp_path: Path) -> None:
-    models.byte_tokenizer().save_pretrained(tmp_path)
+    huggingface.byte_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
     if isinstance(eos, dict):
         assert Tokenizer(tmp_path).eos == 0
@@ -140,9 +140,9 @@ def test_lack_of_memory_is_not_damage(kind: str, tmp_path: Path) -> None:
 import resource
 from pathlib import Path
 import torch, transformers
-from kdhpc import models
+from kdhpc.models import huggingface
 from kdhpc.cluster.failures import of_exception
-from kdhpc.inference import load_model
+from kdhpc.models.loading import load_model
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**29,) * 2)
 try:
@@ -158,14 +158,15 @@ except Exception as error:
 def test_sampling_and_scoring_load_nothing_of_transformers(tmp_path: Path) -> None:
     """Its modules would be more than half of the start of a task."""
     small_model(300, 16).save_pretrained(tmp_path)
-    models.byte_tokenizer().save_pretrained(tmp_path)
+    huggingface.byte_tokenizer().save_pretrained(tmp_path)
     code = f"""
 import sys
 from pathlib import Path
-from kdhpc import inference, likelihood, sampling, store
+from kdhpc.models import loading
+from kdhpc.scoring import likelihood
 from kdhpc.cluster import task
-from kdhpc.stages import sample, score
-loaded = inference.load(Path({str(tmp_path)!r}), "float32", "cpu")
+from kdhpc.experiment.stages import sample, score
+loaded = loading.load(Path({str(tmp_path)!r}), "float32", "cpu")
 assert loaded.model.kind == "llama" and loaded.tokenizer.eos == 0
 unwanted = "transformers torch._dynamo sympy scipy datasets pandas deepspeed".split()
 print([name for name in unwanted if name in sys.modules])

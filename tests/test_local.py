@@ -20,17 +20,20 @@ import pytest
 from commands import LIGHT_RESULTS, ROOT, assert_light_complete, launch, light_result, status
 from light import expected
 
-from kdhpc import compose, store, trainlog
-from kdhpc.artifacts import Work, Written
 from kdhpc.cluster import runs
 from kdhpc.cluster.ledger import Failure, Job, Ledger, Submission
 from kdhpc.cluster.observe import observe
 from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import look, status_of
-from kdhpc.config import LanguageConfig
+from kdhpc.config import presets
+from kdhpc.config.language import LanguageConfig
+from kdhpc.experiment.stages.train import states_recipe
 from kdhpc.pipeline import LANGUAGE
-from kdhpc.shards import Shard
-from kdhpc.stages.train import states_recipe
+from kdhpc.plan.shards import Shard
+from kdhpc.storage.results import Results, logical_digest, read_results
+from kdhpc.storage.token_shards import read_samples
+from kdhpc.storage.work import Work, Written
+from kdhpc.training.log import read_log
 
 RESULTS = Path("8-merge/results.h5")
 
@@ -82,7 +85,7 @@ def test_deleted_and_damaged_shards_are_made_again_to_the_same_digest(
     assert changed == {f"{name}.json" for name in lost} | {
         name for name in before if name.startswith("8-merge/")
     }
-    assert store.logical_digest(copy / RESULTS) == store.logical_digest(tiny_run / RESULTS)
+    assert logical_digest(copy / RESULTS) == logical_digest(tiny_run / RESULTS)
     assert "0 damaged" in launch("verify", str(copy)).stdout
 
 
@@ -102,9 +105,9 @@ def test_watching_a_training_changes_no_weight(tiny_run: Path, copy: Path) -> No
     watching = {"validate_every_steps": 4, "keep_epochs": "[1.0]", "checkpoint_every_steps": 5}
     words = [f"teacher.training.{name}={value}" for name, value in watching.items()]
     again(copy, "tensorboard=true", *words)
-    assert store.logical_digest(copy / RESULTS) == store.logical_digest(tiny_run / RESULTS)
+    assert logical_digest(copy / RESULTS) == logical_digest(tiny_run / RESULTS)
     folder = teacher / "00000.checkpoints"
-    log = trainlog.read_log(folder)
+    log = read_log(folder)
     assert [facts["step"] for facts in log] == list(range(1, 17))
     assert [f["step"] for f in log if "validation_loss" in f] == [4, 8, 12, 16]
     assert [f["step"] for f in log if "checkpoint_s" in f] == [5, 8, 10, 15]
@@ -142,13 +145,13 @@ def test_an_interrupted_training_is_seen_live_and_goes_on_with_another_zero_stag
     launch("sweep", *words, "teacher.training.zero_stage=2")
     stats = json.loads(record.read_text())["stats"]
     assert (stats["steps"], 0 < stats["resumed_from_step"] < 480) == (480, True)
-    log = trainlog.read_log(record.with_suffix(".checkpoints"))
+    log = read_log(record.with_suffix(".checkpoints"))
     assert [facts["step"] for facts in log] == list(range(1, 481))
 
 
 def test_checkpoints_serve_other_ranks_but_no_other_recipe() -> None:
     def recipe(*words: str) -> str:
-        plan = LANGUAGE.plan(compose.build(LanguageConfig, compose.compose(["tiny", *words])))
+        plan = LANGUAGE.plan(presets.build(LanguageConfig, presets.compose(["tiny", *words])))
         [teacher] = plan.arm("train-on-truth", "teacher-s0")
         return states_recipe(teacher.arm)
 
@@ -167,7 +170,7 @@ def test_adding_a_tau_runs_nothing_that_exists(copy: Path) -> None:
     assert all(after[name] == digest for name, digest in before.items())
     new = set(after) - set(before)
     assert {name for name in new if "tau0.7" not in name and "8-merge" not in name} == set()
-    found = store.read_results(copy / RESULTS)
+    found = read_results(copy / RESULTS)
     assert ("student-s0-small-tau0.7", "truth") in found.scores
 
 
@@ -176,8 +179,8 @@ def test_a_partial_merge_says_so_and_leaves_the_run_alone(copy: Path) -> None:
     for path in (copy / "7-score" / "truth-under-teacher-s0").glob("00001*"):
         path.unlink()
     launch("rerun", str(copy), "--partial")
-    found = store.read_results(copy / "8-merge" / "partial.h5")
-    whole = store.read_results(copy / RESULTS)
+    found = read_results(copy / "8-merge" / "partial.h5")
+    whole = read_results(copy / RESULTS)
     assert not found.complete
     assert whole.scores.keys() - found.scores.keys() == {("truth", "teacher-s0")}
     assert set(before) - set(records(copy)) == {"7-score/truth-under-teacher-s0/00001.json"}
@@ -193,9 +196,9 @@ def test_cleaning_deletes_only_what_nobody_needs(copy: Path) -> None:
     assert status(copy, code=0)["complete"]
 
 
-def run_here(tmp_path: Path, *words: str) -> store.Results:
+def run_here(tmp_path: Path, *words: str) -> Results:
     """All shards in plan order in this process."""
-    config = LANGUAGE.checked(compose.build(LanguageConfig, compose.compose(["tiny", *words])))
+    config = LANGUAGE.checked(presets.build(LanguageConfig, presets.compose(["tiny", *words])))
     plan = LANGUAGE.plan(config)
     path = tmp_path / "run"
     run = Run(path, LANGUAGE)
@@ -204,7 +207,7 @@ def run_here(tmp_path: Path, *words: str) -> store.Results:
         written = LANGUAGE.stage(shard.stage).run(shard, work)
         assert written is not None
         work.publish(shard, written, time.time())
-    return store.read_results(path / RESULTS)
+    return read_results(path / RESULTS)
 
 
 def test_shards_of_any_size_give_the_same_ids_and_scores(tmp_path: Path) -> None:
@@ -222,7 +225,7 @@ def test_shards_of_any_size_give_the_same_ids_and_scores(tmp_path: Path) -> None
         )
         shards = sorted((folder / "run/2-sample-truth/train").glob("*.arrow"))
         assert len(shards) == num_shards
-        ids.append(store.read_samples(shards).ids)
+        ids.append(read_samples(shards).ids)
         assert np.array_equal(ids[-1], ids[0])
     for other in found[1:]:
         for pair, scores in found[0].scores.items():
@@ -236,7 +239,7 @@ def test_the_logical_digest_knows_nothing_of_shards(tmp_path: Path) -> None:
     digests = set()
     for size in (32, 64):
         run_here(tmp_path / str(size), *words, f"sampling.shard_sequences={size}")
-        digests.add(store.logical_digest(tmp_path / str(size) / "run" / RESULTS))
+        digests.add(logical_digest(tmp_path / str(size) / "run" / RESULTS))
     assert len(digests) == 1
 
 

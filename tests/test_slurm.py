@@ -24,8 +24,8 @@ from real_slurm import (
     wait_for_end,
 )
 
-from kdhpc import store
 from kdhpc.cluster import slurm
+from kdhpc.storage.results import logical_digest
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,7 +48,7 @@ def test_tiny_gives_the_same_digest_as_local_processes(tiny_run: Path, tmp_path:
     wait_for_end(run)
     assert status(run, code=0)["complete"]
     name = "8-merge/results.h5"
-    assert store.logical_digest(run / name) == store.logical_digest(tiny_run / name)
+    assert logical_digest(run / name) == logical_digest(tiny_run / name)
 
 
 def test_a_job_that_another_launcher_released_may_have_ended() -> None:
@@ -67,7 +67,7 @@ def test_the_mixture_gives_the_same_digest_as_local_processes(tmp_path: Path) ->
     wait_for_end(one)
     assert status(one, code=0)["executor"] == "slurm"
     name = "3-merge/results.h5"
-    assert store.logical_digest(one / name) == store.logical_digest(two / name)
+    assert logical_digest(one / name) == logical_digest(two / name)
 
 
 def test_the_teacher_trains_over_two_nodes(tiny_run: Path, tmp_path: Path) -> None:

@@ -13,15 +13,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kdhpc import store
-from kdhpc.artifacts import Digest, digest_of
 from kdhpc.errors import DamagedError
-from kdhpc.store import ScorePieces
+from kdhpc.storage.corpora import read_corpus
+from kdhpc.storage.files import Digest, digest_of
+from kdhpc.storage.hdf5 import read_pieces
+from kdhpc.storage.results import ScorePieces, logical_digest, read_results, write_results
+from kdhpc.storage.score_shards import Scores, read_scores, write_scores
+from kdhpc.storage.token_shards import ROW_COLUMNS, Samples, read_samples, write_samples
 
 
-def samples(num_rows: int = 7, width: int = 5) -> store.Samples:
+def samples(num_rows: int = 7, width: int = 5) -> Samples:
     generator = np.random.default_rng(0)
-    return store.Samples(
+    return Samples(
         ids=generator.integers(0, 65536, (num_rows, width)).astype(np.uint16),
         length=generator.integers(1, width + 1, num_rows).astype(np.int32),
         log_prob_sum=generator.normal(size=num_rows),
@@ -29,9 +32,9 @@ def samples(num_rows: int = 7, width: int = 5) -> store.Samples:
     )
 
 
-def scores(num_rows: int = 7, per_token: bool = True) -> store.Scores:
+def scores(num_rows: int = 7, per_token: bool = True) -> Scores:
     generator = np.random.default_rng(1)
-    return store.Scores(
+    return Scores(
         log_prob_sum=generator.normal(size=num_rows),
         num_tokens=generator.integers(1, 9, num_rows).astype(np.int32),
         token_log_prob=generator.normal(size=(num_rows, 5)).astype(np.float32)
@@ -42,7 +45,7 @@ def scores(num_rows: int = 7, per_token: bool = True) -> store.Scores:
 
 def test_token_shards_open_in_datasets_alone(tmp_path: Path) -> None:
     written = samples()
-    store.write_samples(tmp_path / "00000.arrow", written, {"k": "v"})
+    write_samples(tmp_path / "00000.arrow", written, {"k": "v"})
     found = datasets.load_dataset(
         "arrow", data_files=f"{tmp_path}/*.arrow", split="train", cache_dir=f"{tmp_path}/cache"
     )
@@ -53,14 +56,14 @@ def test_token_shards_open_in_datasets_alone(tmp_path: Path) -> None:
 def test_shards_are_joined_in_order(tmp_path: Path) -> None:
     paths = [tmp_path / "a.arrow", tmp_path / "b.arrow"]
     for path, rows in zip(paths, (3, 4), strict=True):
-        store.write_samples(path, samples(rows), {})
-    assert np.array_equal(store.read_samples(paths).ids[3:], samples(4).ids)
+        write_samples(path, samples(rows), {})
+    assert np.array_equal(read_samples(paths).ids[3:], samples(4).ids)
 
 
 def test_a_token_shard_is_mapped_not_copied(tmp_path: Path) -> None:
-    store.write_samples(tmp_path / "a.arrow", samples(1000), {})
+    write_samples(tmp_path / "a.arrow", samples(1000), {})
     before = pa.total_allocated_bytes()
-    ids = store.read_samples([tmp_path / "a.arrow"]).ids
+    ids = read_samples([tmp_path / "a.arrow"]).ids
     assert pa.total_allocated_bytes() - before < ids.nbytes
     assert not ids.flags.owndata
     assert not ids.flags.writeable
@@ -69,20 +72,20 @@ def test_a_token_shard_is_mapped_not_copied(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ids", [[1, 2], ["a", "b"], [[1], [2]], [[1], [None]]])
 def test_a_file_without_rows_of_ids_is_refused_by_name(tmp_path: Path, ids: list[Any]) -> None:
     path = tmp_path / "a.arrow"
-    rows = {n: np.ones(2, dtype) for n, dtype in store.ROW_COLUMNS.items()}
+    rows = {n: np.ones(2, dtype) for n, dtype in ROW_COLUMNS.items()}
     table = pa.table({"ids": ids, **rows})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     with pytest.raises(DamagedError, match=r"a\.arrow: not a token shard"):
-        store.read_samples([path])
+        read_samples([path])
 
 
 def test_reading_a_token_shard_loads_no_pandas(tmp_path: Path) -> None:
     """Half a second of every task that reads one."""
-    store.write_samples(tmp_path / "a.arrow", samples(), {})
+    write_samples(tmp_path / "a.arrow", samples(), {})
     program = (
-        "import sys; from pathlib import Path; from kdhpc import store;"
-        "store.read_samples([Path(sys.argv[1])]);"
+        "import sys; from pathlib import Path; from kdhpc.storage.token_shards import read_samples;"
+        "read_samples([Path(sys.argv[1])]);"
         "print({'pandas', 'pyarrow.compute'} & set(sys.modules))"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "a.arrow")]
@@ -95,15 +98,15 @@ def test_reading_a_token_shard_loads_no_pandas(tmp_path: Path) -> None:
 def test_a_truncated_file_is_refused_by_name(tmp_path: Path, name: str, keep: int) -> None:
     path = tmp_path / name
     if name.endswith("arrow"):
-        store.write_samples(path, samples(), {})
+        write_samples(path, samples(), {})
     else:
-        store.write_scores(path, scores())
+        write_scores(path, scores())
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(DamagedError, match=name):
-        store.read_samples([path]) if name.endswith("arrow") else store.read_scores(path)
+        read_samples([path]) if name.endswith("arrow") else read_scores(path)
 
 
-def whole(sampler: str, scorer: str, found: store.Scores, cuts: Sequence[int] = ()) -> ScorePieces:
+def whole(sampler: str, scorer: str, found: Scores, cuts: Sequence[int] = ()) -> ScorePieces:
     """Scores in one piece, or cut before these rows."""
     arrays = {name: array for name, array in vars(found).items() if array is not None}
     pieces = [
@@ -117,10 +120,13 @@ def whole(sampler: str, scorer: str, found: store.Scores, cuts: Sequence[int] = 
 def results(
     path: Path, *, provenance: str = "here", last: float = 1.0, complete: bool = True
 ) -> str:
-    return store.write_results(
+    return write_results(
         path,
-        [whole("truth", "student", scores()), whole("student", "truth", scores(per_token=False))],
-        {"student": {"kind": "student", "tau": last, "steps": 3}},
+        scores=[
+            whole("truth", "student", scores()),
+            whole("student", "truth", scores(per_token=False)),
+        ],
+        models={"student": {"kind": "student", "tau": last, "steps": 3}},
         recipe="r",
         complete=complete,
         provenance={"hosts": provenance},
@@ -129,11 +135,11 @@ def results(
 
 def test_merged_results_read_back(tmp_path: Path) -> None:
     digest = results(tmp_path / "results.h5")
-    found = store.read_results(tmp_path / "results.h5")
+    found = read_results(tmp_path / "results.h5")
     assert np.array_equal(found.scores["truth", "student"].log_prob_sum, scores().log_prob_sum)
     assert found.models["student"] == {"kind": "student", "tau": 1.0, "steps": 3}
     assert (found.recipe, found.complete, found.provenance["hosts"]) == ("r", True, "here")
-    assert store.logical_digest(tmp_path / "results.h5") == digest
+    assert logical_digest(tmp_path / "results.h5") == digest
 
 
 def test_the_logical_digest_ignores_provenance_and_nothing_else(tmp_path: Path) -> None:
@@ -147,12 +153,11 @@ def test_the_logical_digest_ignores_provenance_and_nothing_else(tmp_path: Path) 
 @pytest.mark.parametrize("num_parts", [2, 7])
 def test_the_logical_digest_does_not_know_of_shards(tmp_path: Path, num_parts: int) -> None:
     cuts = np.linspace(0, 7, num_parts + 1).astype(int)[1:-1].tolist()
-    facts: dict[str, Any] = {"recipe": "r", "complete": True, "provenance": {}}
-    one = store.write_results(
-        tmp_path / "one.h5", [whole("truth", "student", scores())], {}, **facts
-    )
-    cut = store.write_results(
-        tmp_path / "cut.h5", [whole("truth", "student", scores(), cuts)], {}, **facts
+    parts = {"one": whole("truth", "student", scores())}
+    parts["cut"] = whole("truth", "student", scores(), cuts)
+    one, cut = (
+        write_results(tmp_path / f"{name}.h5", scores=[part], recipe="r", provenance={})
+        for name, part in parts.items()
     )
     assert one == cut
     assert (tmp_path / "one.h5").read_bytes() == (tmp_path / "cut.h5").read_bytes()
@@ -162,12 +167,10 @@ def test_the_logical_digest_does_not_know_of_shards(tmp_path: Path, num_parts: i
 def test_fewer_rows_than_planned_are_refused(tmp_path: Path) -> None:
     part = whole("truth", "student", scores())
     with pytest.raises(ValueError, match="num_tokens"):
-        store.write_results(
+        write_results(
             tmp_path / "results.h5",
-            [replace(part, pieces=[("num_tokens", scores().num_tokens[:-1])])],
-            {},
+            scores=[replace(part, pieces=[("num_tokens", scores().num_tokens[:-1])])],
             recipe="r",
-            complete=True,
             provenance={},
         )
 
@@ -183,7 +186,7 @@ def test_merged_arrays_are_contiguous_aligned_and_can_be_mapped(tmp_path: Path) 
             assert offset % dataset.dtype.itemsize == 0
             mapped = np.memmap(path, dataset.dtype, "r", offset, dataset.shape)
             assert np.array_equal(mapped, getattr(scores(), name))
-    found = store.read_results(path).scores["truth", "student"].token_log_prob
+    found = read_results(path).scores["truth", "student"].token_log_prob
     assert found is not None
     assert not found.flags.owndata
     assert not found.flags.writeable
@@ -194,8 +197,12 @@ PEAK = """
 import sys
 from pathlib import Path
 import numpy as np
-from kdhpc import store
-from kdhpc.artifacts import Digest
+from kdhpc.storage.token_shards import ROW_COLUMNS, Samples, read_samples, write_samples
+from kdhpc.storage.results import ScorePieces, logical_digest, read_results, write_results
+from kdhpc.storage.score_shards import Scores, read_scores, write_scores
+from kdhpc.storage.corpora import read_corpus
+from kdhpc.storage.hdf5 import read_pieces
+from kdhpc.storage.files import Digest
 
 def peak():
     [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
@@ -204,14 +211,14 @@ def peak():
 folder, num_shards = Path(sys.argv[1]), int(sys.argv[2])
 def merge(name, num_shards):
     pieces = (
-        piece for _ in range(num_shards) for piece in store.read_pieces(folder / "a.h5", Digest())
+        piece for _ in range(num_shards) for piece in read_pieces(folder / "a.h5", Digest())
     )
-    part = store.ScorePieces(
+    part = ScorePieces(
         sampler="truth", scorer="student", num_rows=num_shards * 4096, pieces=pieces
     )
     path = folder / f"{name}.h5"
-    store.write_results(path, [part], {}, recipe="r", complete=True, provenance={})
-    return store.logical_digest(path)
+    write_results(path, scores=[part], recipe="r", provenance={})
+    return logical_digest(path)
 
 merge("small", 1)
 before = peak()
@@ -222,12 +229,12 @@ print(peak() - before)
 
 def test_the_merge_holds_a_piece_at_a_time(tmp_path: Path) -> None:
     """A file of 256 MB is merged and read back; memory does not know it."""
-    shard = store.Scores(
+    shard = Scores(
         log_prob_sum=np.zeros(4096),
         num_tokens=np.zeros(4096, np.int32),
         token_log_prob=np.ones((4096, 512), np.float32),
     )
-    store.write_scores(tmp_path / "a.h5", shard)
+    write_scores(tmp_path / "a.h5", shard)
     command = [sys.executable, "-c", PEAK, str(tmp_path), "32"]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert (tmp_path / "large.h5").stat().st_size > 256e6
@@ -236,18 +243,18 @@ def test_the_merge_holds_a_piece_at_a_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("offset", [0, 3000, -1])
 def test_pieces_name_a_file_that_is_cut_or_is_none(tmp_path: Path, offset: int) -> None:
-    store.write_scores(tmp_path / "a.h5", scores())
+    write_scores(tmp_path / "a.h5", scores())
     raw = (tmp_path / "a.h5").read_bytes()
     (tmp_path / "a.h5").write_bytes(raw[:offset])
     with pytest.raises(DamagedError, match=r"a\.h5"):
-        list(store.read_pieces(tmp_path / "a.h5", Digest()))
+        list(read_pieces(tmp_path / "a.h5", Digest()))
 
 
 def test_pieces_feed_every_byte_to_the_digest(tmp_path: Path) -> None:
     path, whole_file = tmp_path / "a.h5", Digest()
-    store.write_scores(path, scores())
+    write_scores(path, scores())
     found: dict[str, list[Any]] = {}
-    for name, piece in store.read_pieces(path, whole_file):
+    for name, piece in read_pieces(path, whole_file):
         found.setdefault(name, []).append(piece.copy())
     assert whole_file.hexdigest() == digest_of(path)
     for name, array in vars(scores()).items():
@@ -262,14 +269,14 @@ def test_a_flipped_bit_in_merged_scores_is_noticed(tmp_path: Path) -> None:
     raw[where + 3] ^= 1
     path.write_bytes(bytes(raw))
     with pytest.raises(DamagedError, match=r"results\.h5"):
-        store.read_results(path)
+        read_results(path)
 
 
 def test_a_text_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
-    assert [t.strip() for t in store.read_corpus(str(tmp_path / "a.txt"), "text")] == [
+    assert [t.strip() for t in read_corpus(str(tmp_path / "a.txt"), "text")] == [
         "one\ntwo",
         "three",
     ]
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n{"body": "y"}\n')
-    assert store.read_corpus(str(tmp_path / "a.jsonl"), "body") == ["x", "y"]
+    assert read_corpus(str(tmp_path / "a.jsonl"), "body") == ["x", "y"]

@@ -21,21 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy_training import CPU, LONG, RECIPE, WIDTH, corpus, fresh, newest, one_process, run, saver
 from transformers import AutoModelForCausalLM, get_wsd_schedule
 
-from kdhpc import (
-    checkpoints,
-    models,
-    ranks,
-    seeding,
-    sizes,
-    store,
-    training,
-)
+from kdhpc import seeding
 from kdhpc.cluster import failures
-from kdhpc.config import Dtype, Shape, Training
-from kdhpc.counting import Counting
-from kdhpc.devices import DTYPES
+from kdhpc.config.model import Dtype, Shape, Training
 from kdhpc.errors import ClusterError, InputError
-from kdhpc.training import DivergedError, Schedule, Trained, Watch
+from kdhpc.models import huggingface, sizes
+from kdhpc.models.devices import DTYPES
+from kdhpc.scoring.counting import Counting
+from kdhpc.storage.token_shards import Samples, map_token_rows, write_samples
+from kdhpc.training import checkpoints, ranks
+from kdhpc.training.loop import DivergedError, Trained, Watch, train
+from kdhpc.training.schedule import Schedule
 
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 TOY = Path(__file__).with_name("toy_training.py")
@@ -281,15 +277,15 @@ def test_shards_are_mapped_and_read_by_row(tmp_path: Path) -> None:
     parts = []
     for index, rows in enumerate((5, 1, 7)):
         zeros = np.zeros(rows)
-        part = store.Samples(
+        part = Samples(
             ids=generator.integers(0, 999, (rows, 6)).astype(np.uint16),
             length=np.full(rows, index + 1, np.int32),
             log_prob_sum=zeros,
             log_prob_tau_sum=zeros,
         )
-        store.write_samples(tmp_path / f"{index}.arrow", part, {})
+        write_samples(tmp_path / f"{index}.arrow", part, {})
         parts.append(part)
-    found = store.map_token_rows([tmp_path / f"{index}.arrow" for index in range(3)])
+    found = map_token_rows([tmp_path / f"{index}.arrow" for index in range(3)])
     whole = np.concatenate([part.ids for part in parts])
     order = generator.permutation(13)
     assert np.array_equal(found[order], whole[order])
@@ -344,7 +340,7 @@ def test_float16_is_refused_on_cpus() -> None:
 def test_missing_ranks_are_named_before_any_model_is_built() -> None:
     code = """
 import torch
-from kdhpc import ranks
+from kdhpc.training import ranks
 cpu = torch.device("cpu")
 ranks.join(rank=0, world_size=3, address="127.0.0.1", port=PORT, device=cpu, limit_s=1)
 """
@@ -362,7 +358,7 @@ def test_a_process_keeps_its_number_of_ranks() -> None:
 
 @pytest.mark.parametrize("shape", [Shape(layers=3, hidden=48, heads=6, kv_heads=2, ffn=80)])
 def test_sizes_are_those_of_the_model(shape: Shape) -> None:
-    model = models.new_model(shape, vocab_size=257, length=16, eos=0, seed=0)
+    model = huggingface.new_model(shape, vocab_size=257, length=16, eos=0, seed=0)
     assert sizes.num_parameters(shape, 257) == sum(p.numel() for p in model.parameters())
 
 
@@ -424,13 +420,13 @@ def test_a_saved_model_gives_the_logits_of_training_in_transformers(
     recipe = dataclasses.replace(
         RECIPE, dtype=dtype, stop_after_epochs=0.25, validate_every_steps=2, validation_sequences=8
     )
-    trained = training.train(
+    trained = train(
         trainee, corpus(), recipe, seed=0, stream="test", device=CPU, watch=Watch(validation=rows)
     )
     model = fresh().to(DTYPES[dtype])
     model.load_state_dict(dict(trained.weights), strict=False)
-    models.byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    models.save_model(model, tmp_path / "tokenizer", tmp_path / "model")
+    huggingface.byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    huggingface.save_model(model, tmp_path / "tokenizer", tmp_path / "model")
     assert list((tmp_path / "model").glob("*.safetensors"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").requires_grad_(False)
     assert loaded.dtype == DTYPES[dtype]
@@ -443,7 +439,7 @@ def test_a_saved_model_gives_the_logits_of_training_in_transformers(
 def test_rotary_frequencies_stay_exact_in_bfloat16() -> None:
     model = fresh()
     recipe = dataclasses.replace(RECIPE, dtype="bfloat16", stop_after_epochs=0.125)
-    training.train(model, corpus(), recipe, seed=0, stream="test", device=CPU)
+    train(model, corpus(), recipe, seed=0, stream="test", device=CPU)
     assert model.model.norm.weight.dtype == torch.bfloat16
     trained, exact = dict(model.named_buffers()), dict(fresh().named_buffers())
     assert trained.keys() == exact.keys()
@@ -466,17 +462,18 @@ def test_training_compiles_nothing(tmp_path: Path) -> None:
         program.chmod(0o755)
     code = """
 import numpy as np, torch
-from kdhpc import models
-from kdhpc.devices import DTYPES
-from kdhpc.config import Dtype, Shape, Training
-from kdhpc.counting import Counting
-from kdhpc.ranks import join
-from kdhpc.training import Corpus, train
+from kdhpc.models import huggingface
+from kdhpc.models.devices import DTYPES
+from kdhpc.config.model import Dtype, Shape, Training
+from kdhpc.scoring.counting import Counting
+from kdhpc.training.ranks import join
+from kdhpc.training.data import Corpus
+from kdhpc.training.loop import train
 torch.set_num_threads(1)
 cpu = torch.device("cpu")
 join(rank=0, world_size=1, address="", port=0, device=cpu)
 shape = Shape(layers=1, hidden=16, heads=2, kv_heads=1, ffn=16)
-model = models.new_model(shape, vocab_size=257, length=8, eos=0, seed=0)
+model = huggingface.new_model(shape, vocab_size=257, length=8, eos=0, seed=0)
 counting = Counting(num_prompt=1, eos=0, count_eos=True)
 corpus = Corpus(ids=np.ones((8, 8), np.uint16), length=np.full(8, 8, np.int32), counting=counting)
 recipe = Training(epochs=2.0, batch_sequences=4, micro_batch_sequences=4)

@@ -18,11 +18,14 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from kdhpc import checkpoints, models, ranks
 from kdhpc.cluster.task import find_rank
-from kdhpc.config import Shape, Training
-from kdhpc.counting import Counting
-from kdhpc.training import Corpus, State, Trained, Watch, train
+from kdhpc.config.model import Shape, Training
+from kdhpc.models import huggingface
+from kdhpc.scoring.counting import Counting
+from kdhpc.training import checkpoints, ranks
+from kdhpc.training.data import Corpus
+from kdhpc.training.engine import State
+from kdhpc.training.loop import Trained, Watch, train
 
 CPU = torch.device("cpu")
 SHAPE = Shape(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48)
@@ -45,7 +48,7 @@ def corpus() -> Corpus:
 
 
 def fresh() -> Any:
-    return models.new_model(SHAPE, vocab_size=257, length=WIDTH, eos=0, seed=1)
+    return huggingface.new_model(SHAPE, vocab_size=257, length=WIDTH, eos=0, seed=1)
 
 
 def one_process() -> None:

@@ -10,13 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 
-from kdhpc.artifacts import disk_errors
 from kdhpc.cluster import failures, runs, slurm
 from kdhpc.cluster.ledger import Failure, Job, Ledger, Submission, launcher_gone
 from kdhpc.cluster.observe import State, observe
 from kdhpc.cluster.runs import Run
 from kdhpc.cluster.submission import submit
 from kdhpc.errors import BusyError
+from kdhpc.storage.files import disk_errors
 
 
 def advance(run: Run) -> State:

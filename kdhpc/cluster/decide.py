@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from kdhpc.cluster.failures import REMEDIES
 from kdhpc.cluster.ledger import Failure
-from kdhpc.config import Slurm
-from kdhpc.shards import Plan, Shard
+from kdhpc.config.run import Slurm
+from kdhpc.plan.shards import Plan, Shard
 from kdhpc.types import Json
 
 LOCAL_TASK_S = 3.0

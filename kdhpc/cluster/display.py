@@ -9,10 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from kdhpc.cluster.status import Status
-from kdhpc.config import RunConfig
+from kdhpc.config.run import RunConfig
 from kdhpc.errors import KdhpcError
-from kdhpc.pipelines import AnyPipeline
-from kdhpc.shards import Plan
+from kdhpc.plan.shards import Plan
+from kdhpc.plan.stages import AnyPipeline
 
 
 def command(main: Callable[[list[str]], int]) -> NoReturn:

@@ -5,12 +5,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from kdhpc.artifacts import Record
 from kdhpc.cluster.failures import REMEDIES, STARTED
 from kdhpc.cluster.ledger import Failure, Ledger
 from kdhpc.cluster.observe import State
 from kdhpc.cluster.runs import Run
 from kdhpc.errors import InputError
+from kdhpc.storage.run_folder import Record
 
 LOG_LINES = 20
 

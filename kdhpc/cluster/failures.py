@@ -10,8 +10,8 @@ import re
 import traceback
 from dataclasses import dataclass
 
-from kdhpc.artifacts import DISK_FULL_ERRNOS
 from kdhpc.errors import DamagedError, InputError
+from kdhpc.storage.files import DISK_FULL_ERRNOS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from kdhpc.artifacts import RunFolder, Scan
+from kdhpc.storage.run_folder import RunFolder, Scan
 
 
 def unneeded(run: RunFolder, scan: Scan, *, complete: bool) -> dict[Path, str]:

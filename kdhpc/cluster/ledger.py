@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from kdhpc.artifacts import read_once, write_once
 from kdhpc.errors import DamagedError
+from kdhpc.storage.files import read_once, write_once
 from kdhpc.types import Json
 
 Made = TypeVar("Made")

@@ -20,8 +20,8 @@ from kdhpc.cluster.ledger import Failure, Job, Ledger, Submission, launcher_gone
 from kdhpc.cluster.observe import State, observe
 from kdhpc.cluster.runs import Run
 from kdhpc.cluster.submission import job_name
-from kdhpc.config import RunConfig
-from kdhpc.shards import Plan
+from kdhpc.config.run import RunConfig
+from kdhpc.plan.shards import Plan
 
 
 class _Worker:

@@ -7,13 +7,14 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kdhpc.artifacts import Scan, stands_for
 from kdhpc.cluster import failures, slurm
 from kdhpc.cluster.decide import Decision, Policy, Situation, decide
 from kdhpc.cluster.ledger import Failure, Job, Ledger, Request, Submission, launcher_gone
 from kdhpc.cluster.runs import Run
-from kdhpc.config import RunConfig
-from kdhpc.shards import Plan
+from kdhpc.config.run import RunConfig
+from kdhpc.plan.shards import Plan
+from kdhpc.storage.files import stands_for
+from kdhpc.storage.run_folder import Scan
 from kdhpc.types import Json
 
 

@@ -2,17 +2,17 @@
 
 from dataclasses import dataclass, fields, replace
 
-from kdhpc import compose
 from kdhpc.cluster import runs, slurm
 from kdhpc.cluster.decide import LOCAL_TASK_S, Batch, Policy, Situation, decide
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.observe import observe
 from kdhpc.cluster.resources import Resources, array_resources
 from kdhpc.cluster.runs import Run
-from kdhpc.config import RunConfig, check_run
+from kdhpc.config import presets
+from kdhpc.config.run import RunConfig, check_run
 from kdhpc.errors import InputError
-from kdhpc.pipelines import AnyPipeline
-from kdhpc.shards import Plan
+from kdhpc.plan.shards import Plan
+from kdhpc.plan.stages import AnyPipeline
 from kdhpc.types import Json
 
 
@@ -136,8 +136,8 @@ def resource_overrides(words: list[str], config: RunConfig) -> dict[str, Json]:
     for word in words:
         if not word.startswith("slurm.") or "=" not in word:
             raise InputError(f"{word}: rerun takes resources only, such as slurm.mem_gb=64")
-    values = compose.compose(words).get("slurm", {})
-    changed = compose.build(type(config), compose.merged(compose.plain(config), {"slurm": values}))
+    values = presets.compose(words).get("slurm", {})
+    changed = presets.build(type(config), presets.merged(presets.plain(config), {"slurm": values}))
     check_run(changed)
     resources = {field.name for field in fields(Resources)}
     for name in values:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from kdhpc.cluster import slurm
 from kdhpc.cluster.decide import Batch
-from kdhpc.config import RunConfig, Slurm
+from kdhpc.config.run import RunConfig, Slurm
 from kdhpc.types import Json
 
 

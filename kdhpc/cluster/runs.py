@@ -16,24 +16,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdhpc import compose
-from kdhpc.artifacts import (
-    RunFolder,
-    Scan,
-    check_run_folder,
-    disk_errors,
-    read_once,
-    write_once,
-)
 from kdhpc.cluster import ledger as ledgers
 from kdhpc.cluster.ledger import Request
-from kdhpc.config import RunConfig
+from kdhpc.config import presets
+from kdhpc.config.run import RunConfig
 from kdhpc.errors import BusyError, DamagedError, InputError
-from kdhpc.pipelines import AnyPipeline, find_pipeline
-from kdhpc.shards import Plan
+from kdhpc.plan.shards import Plan
+from kdhpc.plan.stages import AnyPipeline, find_pipeline
+from kdhpc.storage.files import disk_errors, read_once, write_once
+from kdhpc.storage.run_folder import RunFolder, Scan, check_run_folder
 from kdhpc.types import Json
 
-PROJECT_DIR = Path(compose.__file__).resolve().parents[1]
+PROJECT_DIR = Path(presets.__file__).resolve().parents[2]
 SNAPSHOT = ("kdhpc", "configs", "slurm")
 FORMAT = 1
 """Of run folders. Every commit reads, extends, verifies and merges the runs of this format that any
@@ -56,11 +50,11 @@ def from_words(words: list[str]) -> tuple[AnyPipeline, RunConfig]:
     """
     if all("=" in word and not word.startswith("pipeline=") for word in words):
         words = ["demo", *words]
-    values = compose.compose(words)
+    values = presets.compose(words)
     if "pipeline" not in values:
         raise InputError("pipeline: nothing is given; expected a preset, or pipeline=NAME")
     pipeline = find_pipeline(str(values["pipeline"]))
-    return pipeline, pipeline.checked(compose.build(pipeline.config, values))
+    return pipeline, pipeline.checked(presets.build(pipeline.config, values))
 
 
 def open_run(path: Path) -> Run:
@@ -114,7 +108,7 @@ def current(run: Run) -> tuple[int, RunConfig, Plan]:
     requests = ledger.requests() if (run.path / "requests").is_dir() else []
     if not requests:
         raise InputError(f"{run.path}: a run without a request; run sweep.py again")
-    config: Any = compose.build(run.pipeline.config, dict(requests[-1].config))
+    config: Any = presets.build(run.pipeline.config, dict(requests[-1].config))
     return requests[-1].number, config, run.pipeline.plan(config)
 
 
@@ -148,7 +142,7 @@ def changed_recipes(plan: Plan, scan: Scan) -> list[str]:
         shard = plan.shards.get(key)
         if shard is None or shard.recipe == record.recipe:
             continue
-        found = compose.difference(dict(record.fields), json.loads(json.dumps(shard.arm.fields)))
+        found = presets.difference(dict(record.fields), json.loads(json.dumps(shard.arm.fields)))
         if shard.rows != record.row_range:
             found.append(f"rows of {key}: {record.row_range} -> {shard.rows}")
         if not found:  # what it was made from changed, and is not there to say so itself
@@ -232,7 +226,7 @@ def add_request(
                 number=max((r.number for r in ledger.requests()), default=0) + 1,
                 kind=kind,
                 time=time.time(),
-                config=compose.plain(config),
+                config=presets.plain(config),
                 code=code,
                 executor=executor,
                 stage=stage,

@@ -17,7 +17,7 @@ from kdhpc.cluster.ledger import Failure, Ledger
 from kdhpc.cluster.observe import State, observe
 from kdhpc.cluster.runs import Run
 from kdhpc.errors import ClusterError
-from kdhpc.shards import Plan
+from kdhpc.plan.shards import Plan
 
 LOG_LINES = 6
 DISK_FULL_BYTES = 2**20

@@ -17,7 +17,7 @@ from kdhpc.cluster.ledger import Failure, Job, Ledger, Submission
 from kdhpc.cluster.observe import State
 from kdhpc.cluster.resources import Resources, array_resources, gate_resources
 from kdhpc.cluster.runs import Run
-from kdhpc.config import Slurm
+from kdhpc.config.run import Slurm
 from kdhpc.errors import ClusterError
 
 

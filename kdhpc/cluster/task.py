@@ -20,14 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from kdhpc import compose
-from kdhpc.artifacts import Work, disk_errors
 from kdhpc.cluster import failures, runs
 from kdhpc.cluster.ledger import AttemptEvent, Failure, Ledger, Submission
 from kdhpc.cluster.runs import Run
-from kdhpc.config import RunConfig
+from kdhpc.config import presets
+from kdhpc.config.run import RunConfig
 from kdhpc.errors import KdhpcError
-from kdhpc.shards import Plan, Shard
+from kdhpc.plan.shards import Plan, Shard
+from kdhpc.storage.files import disk_errors
+from kdhpc.storage.work import Work
 
 PROGRESS_EVERY_S = 2.0
 
@@ -117,7 +118,7 @@ def _asked_for(path: Path, number: int) -> tuple[Run, RunConfig, Plan]:
     """Run, config and plan of a request, which never changes."""
     run = runs.open_run(path)
     request = next(r for r in Ledger(path).requests() if r.number == number)
-    config = compose.build(run.pipeline.config, dict(request.config))
+    config = presets.build(run.pipeline.config, dict(request.config))
     return run, config, run.pipeline.plan(config)
 
 

@@ -21,8 +21,8 @@ from real_slurm import DEVCLUSTER, SMALL, queue, running_cluster, wait_for
 
 from faults.scenario import published_again
 from faults.test_launchers import DEATHS, wrapper
-from kdhpc import store
 from kdhpc.cluster.ledger import Ledger
+from kdhpc.storage.results import logical_digest
 
 RESULTS = "8-merge/results.h5"
 NUM_FAULTS = 20
@@ -242,7 +242,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kdhpc-chaos-") as name:
         folder = Path(name)
         launch("sweep", *WORDS, "cluster=local", "local_workers=1", f"runs_dir={folder}/whole")
-        expected = store.logical_digest(folder / "whole/tiny" / RESULTS)
+        expected = logical_digest(folder / "whole/tiny" / RESULTS)
         with running_cluster("--min-job-age", "5", "--memory-mb", "1800") as cluster:
             started = time.monotonic()
             chaos = Chaos(seed, folder, cluster)
@@ -255,7 +255,7 @@ def main() -> int:
             if shown.returncode:
                 print(shown.stdout)
                 return 1
-            found = store.logical_digest(chaos.run / RESULTS)
+            found = logical_digest(chaos.run / RESULTS)
             ledger = Ledger(chaos.run)
             kinds = sorted({failure.kind for failure in ledger.failures()})
             num_shards = chaos.num_published()

@@ -19,7 +19,7 @@ Edit = tuple[str, str, str]
 
 MUTATIONS: dict[str, tuple[list[Edit], str]] = {
     "publish becomes rename": (
-        [("kdhpc/artifacts.py", "os.link(temporary, path)\n", "os.replace(temporary, path)\n")],
+        [("kdhpc/storage/files.py", "os.link(temporary, path)\n", "os.replace(temporary, path)\n")],
         "test_of_two_live_writers_the_first_wins",
     ),
     "the gate waits with afterok": (
@@ -43,7 +43,7 @@ MUTATIONS: dict[str, tuple[list[Edit], str]] = {
         "test_a_relaunch_while_half_the_array_is_queued_changes_no_queued_task",
     ),
     "the merge verifies nothing": (
-        [("kdhpc/artifacts.py", "            self._verify(record)\n", "")],
+        [("kdhpc/storage/work.py", "            self._verify(record)\n", "")],
         "test_damage_found_by_the_merge_is_not_merged",
     ),
     "--open-mode=append goes": (

@@ -14,9 +14,9 @@ from commands import LIGHT_RESULTS, ROOT, launch, status
 from light import PIPELINE
 from real_slurm import DEVCLUSTER, jobs_of, log_of, sweep_light, trouble, wait_for, wait_for_end
 
-from kdhpc import store
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.pipeline import LANGUAGE
+from kdhpc.storage.results import logical_digest
 
 _digests: dict[tuple[str, ...], str] = {}
 
@@ -44,7 +44,7 @@ def undisturbed(*words: str) -> str:
         folder = Path(os.environ["FAULTS_DIR"]) / f"undisturbed-{len(_digests)}"
         where = [f"runs_dir={folder}", "name=light", "cluster=local"]
         launch("sweep", "pipeline=light:PIPELINE", *where, *words)
-        _digests[words] = store.logical_digest(folder / "light" / LIGHT_RESULTS)
+        _digests[words] = logical_digest(folder / "light" / LIGHT_RESULTS)
     return _digests[words]
 
 
@@ -220,7 +220,7 @@ class Scenario:
         """
         recover_s = self.seconds()
         launch("status", str(self.run), code=0)
-        assert store.logical_digest(self.run / LIGHT_RESULTS) == undisturbed(*self.words)
+        assert logical_digest(self.run / LIGHT_RESULTS) == undisturbed(*self.words)
         assert "0 damaged" in launch("verify", str(self.run), code=0).stdout
         planned = self.starts().keys()
         lost = [key for key in planned if not self.record(key).exists()]

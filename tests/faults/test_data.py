@@ -12,7 +12,7 @@ from commands import LIGHT_RESULTS, launch, status
 from real_slurm import queue, wait_for
 
 from faults.scenario import Scenario
-from kdhpc import store
+from kdhpc.storage.results import read_results
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_a_reader_that_holds_the_merged_file_keeps_it(scenario: Scenario) -> Non
         scenario.wait()
         assert held["tables/all/value"].shape == (5, 1)
         assert held["tables/all/value"][4, 0] == 16
-    assert len(store.read_results(results).tables["all"]["value"]) == 8
+    assert len(read_results(results).tables["all"]["value"]) == 8
     scenario.assert_whole(reruns=0)
 
 

@@ -9,8 +9,8 @@ import pytest
 from commands import ROOT, launch, status
 
 from faults.scenario import Row, Scenario, published_again
-from kdhpc import store
 from kdhpc.cluster.ledger import Ledger
+from kdhpc.storage.results import logical_digest
 
 RESULTS = "8-merge/results.h5"
 WORDS = [
@@ -71,7 +71,7 @@ def test_a_training_that_loses_ranks_and_half_a_checkpoint_ends_the_same(
     assert scenario.failure_kinds() == {KEY: ["LOST", "LOST", "STOPPED"]}
     record = json.loads(scenario.record(KEY).read_text())
     assert record["stats"]["resumed_from_step"] >= 10
-    assert store.logical_digest(scenario.run / RESULTS) == store.logical_digest(whole / RESULTS)
+    assert logical_digest(scenario.run / RESULTS) == logical_digest(whole / RESULTS)
     starts = [key for s in Ledger(scenario.run).submissions() for key in s.keys]
     rerun, duplicated = len(starts) - len(set(starts)), published_again(scenario.run)
     assert (rerun, duplicated) == (3, [])

@@ -1,0 +1,1 @@
+"""The stages of the two experiments, and what they agree on."""

@@ -1,0 +1,183 @@
+"""Names of the models and sample sets of the experiment: what the stages agree on.
+
+A model is called `truth`, `teacher-s0`, `student-s0-small-direct` or `student-s0-small-tau0.8`; a
+teacher sampled through a selection is `teacher-s0-tau0.8`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from kdhpc.config.language import LanguageConfig
+from kdhpc.config.model import Model
+from kdhpc.selection import Selection
+
+TRUTH, SAMPLE_TRUTH, TRAIN_ON_TRUTH = "truth", "sample-truth", "train-on-truth"
+SAMPLE_TEACHER, TRAIN_STUDENTS, SAMPLE_STUDENTS = (
+    "sample-teacher",
+    "train-students",
+    "sample-students",
+)
+SCORE, MERGE = "score", "merge"
+STAGES = (
+    TRUTH, SAMPLE_TRUTH, TRAIN_ON_TRUTH, SAMPLE_TEACHER, TRAIN_STUDENTS, SAMPLE_STUDENTS, SCORE,
+    MERGE,
+)  # fmt: skip
+"""In pipeline order."""
+ArmName = tuple[str, str]
+"""Stage and arm."""
+TRUTH_MODEL: ArmName = (TRUTH, "truth")
+TRUTH_TRAIN: ArmName = (SAMPLE_TRUTH, "train")
+"""D."""
+TRUTH_EVAL: ArmName = (SAMPLE_TRUTH, "eval")
+"""Truth's evaluation set."""
+
+
+def selections(config: LanguageConfig) -> Iterator[Selection]:
+    """Every way in which teachers are sampled, one for each student."""
+    for tau in config.taus:
+        yield Selection(tau=tau)
+    for text in config.sampling.truncations:
+        yield Selection.parse(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainee:
+    """A model that the run trains on samples."""
+
+    kind: Literal["teacher", "student"]
+    seed: int
+    size: str
+    """Name of its size: `teacher`, or a key of `students`."""
+    selection: Selection | None = None
+    """How the teacher was sampled that it learns from; None for those that learn from D."""
+    model: Model
+
+    @property
+    def arm(self) -> str:
+        """What it learns from: `direct` or the name of a selection."""
+        return self.selection.name if self.selection else "direct"
+
+    @property
+    def tau(self) -> float:
+        """Temperature of the teacher that it learns from; 1 for those that learn from D."""
+        return self.selection.tau if self.selection else 1.0
+
+    @property
+    def name(self) -> str:
+        if self.kind == "teacher":
+            return teacher_name(self.seed)
+        return f"student-s{self.seed}-{self.size}-{self.arm}"
+
+    @property
+    def stage(self) -> str:
+        """Where it is trained."""
+        return TRAIN_STUDENTS if self.selection else TRAIN_ON_TRUTH
+
+    @property
+    def data(self) -> ArmName:
+        """The samples that it is trained on."""
+        if self.selection is None:
+            return TRUTH_TRAIN
+        return SAMPLE_TEACHER, f"s{self.seed}-{self.selection.name}"
+
+
+def teacher_name(seed: int) -> str:
+    return f"teacher-s{seed}"
+
+
+def trainees(config: LanguageConfig) -> Iterator[Trainee]:
+    """Teachers, direct students and distilled students, in pipeline order."""
+    for seed in range(config.seeds):
+        yield Trainee(kind="teacher", seed=seed, size="teacher", model=config.teacher)
+        for size, model in config.students.items():
+            yield Trainee(kind="student", seed=seed, size=size, model=model)
+    for seed in range(config.seeds):
+        for selection in selections(config):
+            for size, model in config.students.items():
+                yield Trainee(
+                    kind="student", seed=seed, size=size, selection=selection, model=model
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSet:
+    """Sequences of one model under one selection."""
+
+    stage: str
+    arm: str
+    stream: str
+    """Name of the random stream that they are drawn from."""
+    model: ArmName
+    dtype: str
+    selection: Selection
+    evaluation: bool
+
+
+def sample_sets(config: LanguageConfig) -> Iterator[SampleSet]:
+    """All sample sets, in pipeline order."""
+    for stage, use in (TRUTH_TRAIN, TRUTH_EVAL):
+        yield SampleSet(
+            stage=stage,
+            arm=use,
+            stream=f"truth/{use}",
+            model=TRUTH_MODEL,
+            dtype=config.truth.dtype,
+            selection=Selection(),
+            evaluation=use == "eval",
+        )
+    for seed in range(config.seeds):
+        for selection in selections(config):
+            for evaluation in (False, True):
+                yield _of_teacher(config, seed, selection, evaluation)
+    for trainee in trainees(config):
+        if trainee.kind == "student":
+            yield SampleSet(
+                stage=SAMPLE_STUDENTS,
+                arm=trainee.name,
+                stream=f"student/s{trainee.seed}/{trainee.size}/{trainee.arm}/eval",
+                model=(trainee.stage, trainee.name),
+                dtype=trainee.model.training.dtype,
+                selection=Selection(),
+                evaluation=True,
+            )
+
+
+def _of_teacher(
+    config: LanguageConfig, seed: int, selection: Selection, evaluation: bool
+) -> SampleSet:
+    name, use = teacher_name(seed), "eval" if evaluation else "train"
+    return SampleSet(
+        stage=SAMPLE_STUDENTS if evaluation else SAMPLE_TEACHER,
+        arm=f"{name}-{selection.name}" if evaluation else f"s{seed}-{selection.name}",
+        stream=f"teacher/s{seed}/{selection.name}/{use}",
+        model=(TRAIN_ON_TRUTH, name),
+        dtype=config.teacher.training.dtype,
+        selection=selection,
+        evaluation=evaluation,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Whose sequences are scored under which model."""
+
+    sampler: str
+    samples: ArmName
+    scorer: str
+    model: ArmName
+
+    @property
+    def arm(self) -> str:
+        return f"{self.sampler}-under-{self.scorer}"
+
+
+def pairs(config: LanguageConfig) -> Iterator[Pair]:
+    """Every pair: models' samples under truth (precision), truth's under models (recall)."""
+    for found in sample_sets(config):
+        if found.evaluation and found.stage == SAMPLE_STUDENTS:
+            samples = (found.stage, found.arm)
+            yield Pair(sampler=found.arm, samples=samples, scorer="truth", model=TRUTH_MODEL)
+    for trainee in trainees(config):
+        model = (trainee.stage, trainee.name)
+        yield Pair(sampler="truth", samples=TRUTH_EVAL, scorer=trainee.name, model=model)

@@ -1,0 +1,40 @@
+"""What --dry-run says of the language experiment: which batches fit into the stated memory."""
+
+from collections.abc import Iterator
+
+from kdhpc.config.language import LanguageConfig
+from kdhpc.models.sizes import SamplingMemory
+
+OF_MEMORY = 0.9
+"""What of the stated memory is counted on: the rest is the process, and freed pieces."""
+
+
+def batches_that_fit(config: LanguageConfig) -> Iterator[str]:
+    """What `sampling.batch_rows` takes and the largest that fits, a line for each sampled model."""
+    on_gpu = bool(config.slurm.gpus_per_node) and config.device != "cpu"
+    stated, key = (
+        (config.slurm.gpu_mem_gb, "slurm.gpu_mem_gb")
+        if on_gpu
+        else (config.slurm.mem_gb, "slurm.mem_gb")
+    )
+    if stated is None:
+        yield f"{key} is not stated: no check that sampling.batch_rows fits"
+        return
+    rows = config.sampling.batch_rows
+    sampled = {"teacher": config.teacher, **config.students}
+    shapes = {name: (model.shape, model.training.dtype) for name, model in sampled.items()}
+    if config.truth.shape:
+        shapes = {"truth": (config.truth.shape, config.truth.dtype)} | shapes
+    for name, (shape, dtype) in shapes.items():
+        memory = SamplingMemory(
+            shape=shape,
+            vocab_size=257 if config.truth.tokenizer == "bytes" else 2**16,
+            length=config.length,
+            dtype=dtype,
+            on_gpu=on_gpu,
+        )
+        needs, most = memory.of(rows) / 1e9, memory.most_rows(OF_MEMORY * 1e9 * stated)
+        yield (
+            f"sampling {name}: {rows} rows take about {needs:.3g} GB; with {key}={stated:g} "
+            f"at most {most} fit{'' if most >= rows else ': LOWER sampling.batch_rows'}"
+        )

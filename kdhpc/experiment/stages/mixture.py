@@ -1,0 +1,314 @@
+"""The mixture simulation: fit teachers, distil and score students, merge.
+
+fit-teachers
+reads   nothing: everything is drawn
+writes  arrays with a row a seed [S, ...]: p*, teacher and direct student as weights [S, K], means
+        [S, K, D], covariances [S, K, D, D]; train_points [S, N, D]
+
+fit-students
+reads   teachers
+writes  arrays with a row a seed: the student, and all that `score_student` and `score_distillation`
+        of `kdhpc.science.distillation` say of it; nats a point
+
+merge
+reads   both
+writes  results.h5: /tables/<setting>-<arm>/<array>, /models, /provenance; an arm is `teachers`,
+        `direct` or `beta100`
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from kdhpc.config.mixture import MixtureConfig, Setting
+from kdhpc.plan.shards import Arm, Plan, Shard, cut, merge_of
+from kdhpc.plan.stages import Stage
+from kdhpc.storage.run_folder import RESULTS
+from kdhpc.storage.work import Work, Written
+from kdhpc.types import Json
+
+if TYPE_CHECKING:
+    from kdhpc.science.gaussian import Facts, Floats, Mixture
+    from kdhpc.storage.hdf5 import Arrays
+
+TEACHERS, DIRECT = "teachers", "direct"
+PARTS = ("weights", "means", "covariances")
+PACKAGES = ("numpy", "scipy", "scikit-learn", "h5py")
+"""Whose versions the results name."""
+
+
+def arms(config: MixtureConfig) -> Iterator[tuple[str, float | None]]:
+    """Name and sharpening of every student of a setting; the direct student has none."""
+    yield DIRECT, None
+    for beta in config.betas:
+        yield f"beta{beta:g}", beta
+
+
+def plan_teachers(config: MixtureConfig, before: Plan) -> list[Shard]:
+    """Shards of seeds for every setting."""
+    shards = []
+    for name, setting in config.settings.items():
+        fields = _fields(config, name) | dataclasses.asdict(setting)
+        del fields["distill_points"]
+        if setting.truth != "fitted_grid":
+            del fields["fit_points"]
+        arm = Arm(stage="fit-teachers", name=f"{name}-{TEACHERS}", fields=fields, inputs={})
+        points = setting.train_points + (
+            setting.fit_points if setting.truth == "fitted_grid" else 0
+        )
+        work = points * setting.teacher_components * setting.em_starts
+        num_bytes = 8.0 * setting.dimension * (setting.train_points + 100 * setting.dimension)
+        shards += [
+            Shard(
+                arm=arm,
+                name=shard_name,
+                rows=rows,
+                work=work * (rows[1] - rows[0]),
+                num_bytes=num_bytes * (rows[1] - rows[0]),
+            )
+            for shard_name, rows in cut(config.seeds, config.shard_seeds)
+        ]
+    return shards
+
+
+def plan_students(config: MixtureConfig, before: Plan) -> list[Shard]:
+    """Shards of seeds for every setting and sharpening, each from the teachers of its seeds."""
+    shards = []
+    for name, setting in config.settings.items():
+        teachers = before.arm("fit-teachers", f"{name}-{TEACHERS}")
+        fields = _fields(config, name) | {
+            "distill_points": setting.distill_points,
+            "eval_points": config.eval_points,
+        }
+        for arm_name, beta in arms(config):
+            arm = Arm(
+                stage="fit-students",
+                name=f"{name}-{arm_name}",
+                fields=fields | {"beta": beta},
+                inputs={TEACHERS: teachers[0].arm.recipe},
+            )
+            shards += [
+                Shard(
+                    arm=arm,
+                    name=source.name,
+                    rows=source.rows,
+                    reads=(source.key,),
+                    work=(setting.distill_points + 4 * config.eval_points) * source.num_rows,
+                    num_bytes=2000.0 * source.num_rows,
+                )
+                for source in teachers
+            ]
+    return shards
+
+
+def _fields(config: MixtureConfig, setting: str) -> dict[str, Json]:
+    return {"seed": config.seed, "stream": setting, "threads": config.threads}
+
+
+def plan_merge(config: MixtureConfig, before: Plan) -> list[Shard]:
+    """One shard, over all seeds of all settings."""
+    wanted = [*before.stage("fit-teachers"), *before.stage("fit-students")]
+    rows = sum(shard.num_rows for shard in wanted)
+    return [merge_of(wanted, stage="merge", fields={}, rows=rows, bytes_per_row=2000.0)]
+
+
+def run_teachers(shard: Shard, work: Work[MixtureConfig]) -> Written:
+    """Draw D, fit a teacher and a direct student to it, for each seed of the shard."""
+    from kdhpc.science import gaussian
+
+    config: MixtureConfig = work.config
+    name, setting = _setting(shard, config)
+
+    def fit_one(index: int) -> "Facts":
+        stream = f"{name}/s{index}"
+        truth = _truth(setting, config, stream)
+        points = gaussian.draw(
+            truth, setting.train_points, seed=config.seed, stream=f"{stream}/train"
+        )
+        fit = functools.partial(
+            gaussian.fit, points, num_starts=setting.em_starts, seed=config.seed
+        )
+        teacher = fit(
+            setting.teacher_components, setting.teacher_covariance, stream=f"{stream}/teacher/fit"
+        )
+        direct = fit(
+            setting.student_components, setting.student_covariance, stream=f"{stream}/direct/fit"
+        )
+        return {
+            "train_points": points,
+            **_parts("truth", truth),
+            **_parts("teacher", teacher),
+            **_parts("direct", direct),
+        }
+
+    return _write(shard, work, fit_one)
+
+
+def run_students(shard: Shard, work: Work[MixtureConfig]) -> Written:
+    """Distil and score one student for each seed of the shard."""
+    from kdhpc.science import distillation, gaussian
+    from kdhpc.storage.hdf5 import read_arrays
+
+    config: MixtureConfig = work.config
+    name, setting = _setting(shard, config)
+    beta, arm = shard.arm.fields["beta"], shard.arm.name.removeprefix(f"{name}-")
+    teachers = read_arrays(work.input(shard.reads[0]))
+    first = shard.rows[0] if shard.rows else 0
+
+    def fit_one(index: int) -> "Facts":
+        stream, row = f"{name}/s{index}", index - first
+        truth, direct = (_mixture(teachers, role, row) for role in ("truth", "direct"))
+
+        @functools.cache
+        def points_of(mixture: "Mixture", role: str) -> "Floats":
+            # Every arm is scored on the same points of p*, so that arms can be compared.
+            where = stream if role == "truth" else f"{stream}/{arm}"
+            return gaussian.draw(
+                mixture, config.eval_points, seed=config.seed, stream=f"{where}/{role}/eval"
+            )
+
+        student, found = direct, {}
+        if beta is not None:
+            teacher = gaussian.sharpen(_mixture(teachers, "teacher", row), beta)
+            distilled = gaussian.draw(
+                teacher, setting.distill_points, seed=config.seed, stream=f"{stream}/{arm}/train"
+            )
+            student = gaussian.fit(
+                distilled,
+                setting.student_components,
+                setting.student_covariance,
+                num_starts=setting.em_starts,
+                seed=config.seed,
+                stream=f"{stream}/{arm}/fit",
+            )
+            found = distillation.score_distillation(truth, teacher, student, direct, points_of)
+        points = teachers["train_points"][row]
+        found |= distillation.score_student(truth, student, points, points_of)
+        return found | _parts("student", student)
+
+    return _write(shard, work, fit_one)
+
+
+def run_merge(shard: Shard, work: Work[MixtureConfig]) -> Written:
+    """Join the shards of every arm, checking each digest."""
+    from kdhpc.storage.results import write_results
+
+    path = work.new_path(shard, ".h5")
+    merged = write_results(
+        path,
+        tables=_tables(work),
+        models=_facts(work.config),
+        recipe=shard.recipe,
+        provenance=work.provenance(shard.reads, PACKAGES),
+    )
+    stats = {"logical_digest": merged.logical_digest}
+    return Written(path=path, rows=1, stats=stats, digest=merged.digest)
+
+
+def _tables(work: Work[MixtureConfig]) -> Iterator[tuple[str, "Arrays"]]:
+    from kdhpc.storage.hdf5 import join_arrays, read_arrays
+
+    for stage in ("fit-teachers", "fit-students"):
+        for name, shards in work.plan.arms(stage).items():
+            yield name, join_arrays([read_arrays(work.input(s.key)) for s in shards])
+
+
+def _facts(config: MixtureConfig) -> dict[str, dict[str, Json]]:
+    """What the analysis groups arms by."""
+    return {
+        f"{name}-{arm}": {
+            "setting": name,
+            "arm": arm,
+            **({} if beta is None else {"beta": beta}),
+            **dataclasses.asdict(setting),
+        }
+        for name, setting in config.settings.items()
+        for arm, beta in [(TEACHERS, None), *arms(config)]
+    }
+
+
+def _setting(shard: Shard, config: MixtureConfig) -> tuple[str, Setting]:
+    name = str(shard.arm.fields["stream"])
+    return name, config.settings[name]
+
+
+def _truth(setting: Setting, config: MixtureConfig, stream: str) -> "Mixture":
+    from kdhpc.science import gaussian
+
+    if setting.truth == "random":
+        return gaussian.random_truth(
+            setting.modes, setting.dimension, seed=config.seed, stream=f"{stream}/truth/means"
+        )
+    truth = gaussian.grid_truth()
+    if setting.truth == "grid":
+        return truth
+    points = gaussian.draw_evenly(
+        truth, setting.fit_points, seed=config.seed, stream=f"{stream}/truth/points"
+    )
+    return gaussian.fit(
+        points,
+        setting.modes,
+        "full",
+        num_starts=setting.em_starts,
+        seed=config.seed,
+        stream=f"{stream}/truth/fit",
+    )
+
+
+def _parts(role: str, mixture: "Mixture") -> "Facts":
+    return {f"{role}_{part}": getattr(mixture, part) for part in PARTS}
+
+
+def _mixture(arrays: "Arrays", role: str, row: int) -> "Mixture":
+    from kdhpc.science import gaussian
+
+    return gaussian.Mixture(**{part: arrays[f"{role}_{part}"][row] for part in PARTS})
+
+
+def _write(shard: Shard, work: Work[MixtureConfig], fit_one: Callable[[int], "Facts"]) -> Written:
+    """A row a seed of what `fit_one` finds for it."""
+    import numpy as np
+
+    from kdhpc.storage.hdf5 import write_arrays
+
+    rows = []
+    for index in range(*(shard.rows or (0, 0))):
+        rows.append(fit_one(index))
+        work.progress(len(rows) / shard.num_rows)
+    path = work.new_path(shard, ".h5")
+    write_arrays(path, {name: np.stack([row[name] for row in rows]) for name in rows[0]})
+    return Written(path=path, rows=len(rows))
+
+
+FIT_TEACHERS = Stage(
+    name="fit-teachers",
+    reads="nothing: p* and D are drawn",
+    writes="p*, D, teachers and direct students; arrays [S, ...] with a row a seed",
+    unit="points",
+    plan=plan_teachers,
+    run=run_teachers,
+    rate=lambda config: 5e5,
+    uses_device=False,
+)
+FIT_STUDENTS = Stage(
+    name="fit-students",
+    reads="p*, D, teachers and direct students",
+    writes="a student on each D'_beta and its scores; arrays [S, ...] with a row a seed, in nats",
+    unit="points",
+    plan=plan_students,
+    run=run_students,
+    rate=lambda config: 1.5e6,
+    uses_device=False,
+)
+MERGE_MIXTURE = Stage(
+    name="merge",
+    reads="teachers, students and scores",
+    writes="results.h5: /tables/<setting>-<arm>, /models, /provenance",
+    unit="rows",
+    plan=plan_merge,
+    run=run_merge,
+    rate=lambda config: 1e5,
+    uses_device=False,
+    alias=RESULTS,
+)

@@ -1,0 +1,154 @@
+"""Sample sequences from a model.
+
+reads   a model checkpoint
+writes  token shards: ids [N, L] uint16, length [N] int32, log_prob_sum [N] float64 (nats, at
+        temperature 1) and log_prob_tau_sum [N] float64 (nats, under what was drawn from)
+"""
+
+import functools
+from dataclasses import dataclass
+
+from kdhpc.config.language import LanguageConfig, tokens_per_s
+from kdhpc.experiment import arms
+from kdhpc.plan.shards import Arm, Plan, Shard, cut, fields_of, settings_of
+from kdhpc.plan.stages import Stage
+from kdhpc.selection import Selection
+from kdhpc.storage.work import Work, Written
+
+WRITES = "token shards: ids [N, L] uint16, length [N], log-probability sums [N] in nats"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """What determines the sequences of an arm, beside the model."""
+
+    seed: int
+    stream: str
+    prompt: str
+    length: int
+    eos: str
+    dtype: str
+    batch_rows: int
+    draw: str
+    engine: str
+    threads: int
+    selection: Selection
+
+
+def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
+    """Shards of every sample set of one stage."""
+    shards: list[Shard] = []
+    for wanted in arms.sample_sets(config):
+        if wanted.stage != stage:
+            continue
+        [model] = before.arm(*wanted.model)
+        settings = SampleSettings(
+            seed=config.seed,
+            stream=wanted.stream,
+            prompt=config.prompt,
+            length=config.length,
+            eos=config.eos,
+            dtype=wanted.dtype,
+            batch_rows=config.sampling.batch_rows,
+            draw=config.sampling.draw,
+            engine=config.sampling.engine,
+            threads=config.threads,
+            selection=wanted.selection,
+        )
+        arm = Arm(
+            stage=stage,
+            name=wanted.arm,
+            fields=fields_of(settings),
+            inputs={"model": model.recipe},
+        )
+        sizes = config.sampling
+        num_rows = sizes.eval_sequences if wanted.evaluation else sizes.train_sequences
+        shards += [
+            Shard(
+                arm=arm,
+                name=name,
+                rows=rows,
+                reads=(model.key,),
+                work=(rows[1] - rows[0]) * config.length,
+                num_bytes=(rows[1] - rows[0]) * (2.0 * config.length + 20),
+            )
+            for name, rows in cut(num_rows, sizes.shard_sequences)
+        ]
+    return shards
+
+
+def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
+    """Sample one shard."""
+    from kdhpc.models import devices, loading
+    from kdhpc.sampling.sampler import sample, sampler_for
+    from kdhpc.scoring.counting import Counting
+    from kdhpc.storage.token_shards import write_samples
+
+    settings = settings_of(shard.arm.fields, SampleSettings)
+    model_path = work.local_input(shard.reads[0])
+    devices.set_threads(settings.threads)
+    devices.set_allocator(keep_freed=True)
+    loaded = loading.load(model_path, settings.dtype, work.config.device)
+    prompt_ids = tuple(loaded.tokenizer.prompt_ids(settings.prompt))
+    sampler = sampler_for(
+        loaded,
+        prompt_ids=prompt_ids,
+        length=settings.length,
+        batch_rows=settings.batch_rows,
+        selection=settings.selection,
+        draw=settings.draw,
+        counting=Counting(
+            num_prompt=len(prompt_ids),
+            eos=loaded.tokenizer.eos,
+            count_eos=settings.eos == "learn",
+        ),
+        engine=settings.engine,
+    )
+    work.ready()
+    samples = sample(
+        sampler,
+        rows=range(*(shard.rows or (0, 0))),
+        seed=settings.seed,
+        stream=settings.stream,
+        on_batch=lambda done: work.progress(done / shard.num_rows),
+    )
+    path = work.new_path(shard, ".arrow")
+    about = {"kdhpc.key": shard.key, "kdhpc.recipe": shard.recipe, "kdhpc.draw": settings.draw}
+    write_samples(path, samples, about)
+    return Written(
+        path=path,
+        rows=len(samples),
+        stats={"device": sampler.device.type, "decoder": sampler.decoder.name},
+    )
+
+
+SAMPLE_TRUTH = Stage(
+    name=arms.SAMPLE_TRUTH,
+    reads="p*",
+    writes=f"D and truth's evaluation set; {WRITES}",
+    unit="tokens",
+    plan=functools.partial(plan, arms.SAMPLE_TRUTH),
+    run=run,
+    modules=("kdhpc.sampling.sampler",),
+    rate=functools.partial(tokens_per_s, stage=arms.SAMPLE_TRUTH),
+)
+SAMPLE_TEACHER = Stage(
+    name=arms.SAMPLE_TEACHER,
+    reads="teachers",
+    writes=f"D'_tau for every tau; {WRITES}",
+    unit="tokens",
+    plan=functools.partial(plan, arms.SAMPLE_TEACHER),
+    run=run,
+    modules=("kdhpc.sampling.sampler",),
+    rate=functools.partial(tokens_per_s, stage=arms.SAMPLE_TEACHER),
+)
+SAMPLE_STUDENTS = Stage(
+    name=arms.SAMPLE_STUDENTS,
+    reads="students and teachers",
+    writes=f"evaluation sets, students at temperature 1, teachers at every tau; {WRITES}",
+    unit="tokens",
+    plan=functools.partial(plan, arms.SAMPLE_STUDENTS),
+    run=run,
+    modules=("kdhpc.sampling.sampler",),
+    rate=functools.partial(tokens_per_s, stage=arms.SAMPLE_STUDENTS),
+)

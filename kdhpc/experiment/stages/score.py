@@ -1,0 +1,134 @@
+"""Score sample sets: log p* over models' samples (precision), log p'' over truth's (recall).
+
+reads   token shards and a model checkpoint
+writes  score shards: log_prob_sum [N] float64 in nats, num_tokens [N] int32, and where asked
+        token_log_prob [N, L] float32
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kdhpc.config.language import LanguageConfig, tokens_per_s
+from kdhpc.experiment import arms
+from kdhpc.plan.shards import Arm, Plan, Shard, cut, fields_of, settings_of
+from kdhpc.plan.stages import Stage
+from kdhpc.storage.work import Work, Written
+
+if TYPE_CHECKING:
+    from kdhpc.storage.token_shards import Samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """What determines the scores of an arm, beside the samples and the model."""
+
+    eos: str
+    prompt: str
+    dtype: str
+    batch_rows: int
+    head_tokens: int
+    engine: str
+    per_token: bool
+    threads: int
+
+
+def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
+    """Shards of every pair of sampler and scorer."""
+    shards = []
+    scoring = config.scoring
+    settings = ScoreSettings(
+        eos=config.eos,
+        prompt=config.prompt,
+        dtype=scoring.dtype,
+        batch_rows=scoring.batch_rows,
+        head_tokens=scoring.head_tokens,
+        engine=scoring.engine,
+        per_token=scoring.per_token,
+        threads=config.threads,
+    )
+    for pair in arms.pairs(config):
+        sources = before.arm(*pair.samples)
+        [model] = before.arm(*pair.model)
+        arm = Arm(
+            stage=arms.SCORE,
+            name=pair.arm,
+            fields=fields_of(settings),
+            inputs={"samples": sources[0].arm.recipe, "model": model.recipe},
+        )
+        num_rows = sum(shard.num_rows for shard in sources)
+        for name, rows in cut(num_rows, scoring.shard_sequences):
+            needed = [s for s in sources if s.rows and s.rows[0] < rows[1] and rows[0] < s.rows[1]]
+            size = rows[1] - rows[0]
+            shards.append(
+                Shard(
+                    arm=arm,
+                    name=name,
+                    rows=rows,
+                    reads=(model.key, *(shard.key for shard in needed)),
+                    work=size * config.length,
+                    num_bytes=size * (12 + 4 * config.length * scoring.per_token) + 4096,
+                )
+            )
+    return shards
+
+
+def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
+    """Score one shard."""
+    from kdhpc.models import devices, loading
+    from kdhpc.sampling import native
+    from kdhpc.scoring import scorer
+    from kdhpc.scoring.counting import Counting
+    from kdhpc.storage.score_shards import write_scores
+
+    settings = settings_of(shard.arm.fields, ScoreSettings)
+    devices.set_threads(settings.threads)
+    devices.set_allocator(keep_freed=True)
+    path = work.local_input(shard.reads[0])
+    loaded = loading.load(path, settings.dtype, work.config.device)
+    head = native.head_for(loaded.model, "scoring.engine") if settings.engine == "native" else None
+    samples = _samples(shard, work)
+    work.ready()
+    scores = scorer.score(
+        loaded.model,
+        samples,
+        counting=Counting(
+            num_prompt=len(loaded.tokenizer.prompt_ids(settings.prompt)),
+            eos=loaded.tokenizer.eos,
+            count_eos=settings.eos == "learn",
+        ),
+        batch_rows=settings.batch_rows,
+        head_tokens=settings.head_tokens,
+        per_token=settings.per_token,
+        head=head,
+        on_batch=lambda done: work.progress(done / shard.num_rows),
+    )
+    path = work.new_path(shard, ".h5")
+    write_scores(path, scores)
+    return Written(
+        path=path,
+        rows=shard.num_rows,
+        stats={"device": loaded.model.device.type, "engine": "native" if head else "torch"},
+    )
+
+
+def _samples(shard: Shard, work: Work[LanguageConfig]) -> "Samples":
+    """The sequences of the shard, from the sample shards that hold them."""
+    from kdhpc.storage.token_shards import read_samples
+
+    sources = [work.plan.shards[key] for key in shard.reads[1:]]
+    first = sources[0].rows[0] if sources[0].rows else 0
+    start, stop = shard.rows or (0, 0)
+    return read_samples([work.input(s.key) for s in sources])[start - first : stop - first]
+
+
+SCORE = Stage(
+    name=arms.SCORE,
+    reads="evaluation sets; p*, teachers and students",
+    writes="score shards: log_prob_sum [N] float64 in nats, num_tokens [N] int32",
+    unit="tokens",
+    plan=plan,
+    run=run,
+    modules=("kdhpc.scoring.scorer",),
+    rate=functools.partial(tokens_per_s, stage=arms.SCORE),
+)

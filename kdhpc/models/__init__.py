@@ -1,0 +1,1 @@
+"""Language models: loading, Llama in plain torch, tokenizers, devices, sizes."""

@@ -1,0 +1,158 @@
+"""Make, convert and save models by transformers, and infer with those that are no Llama."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from kdhpc.config.model import Shape
+from kdhpc.errors import DamagedError, InputError
+from kdhpc.models.devices import DTYPES, Linear, frozen_head
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def new_model(
+    shape: Shape, *, vocab_size: int, length: int, eos: int, seed: int
+) -> PreTrainedModel:
+    """A Llama model with fresh float32 weights on the CPU, the same for every number of ranks."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=length,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        initializer_range=shape.init_std,
+        tie_word_embeddings=True,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        pad_token_id=None,
+        attn_implementation="sdpa",
+        dtype=torch.float32,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+MORE_THAN_A_PRODUCT = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Fields of transformers' configs for what some architectures do to their logits."""
+
+
+class TransformersModel:
+    """Any causal language model of transformers, as `kdhpc.models.loading` wants it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.kind = str(model.config.model_type)
+        self.device, self.dtype = model.device, model.dtype
+
+    @classmethod
+    def load(cls, path: Path, *, dtype: str, device: torch.device) -> "TransformersModel":
+        """A checkpoint folder.
+
+        Raises:
+            DamagedError: if it is not one.
+        """
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"{path}: not a model checkpoint ({error})") from error
+        return cls(model.to(device))
+
+    @functools.cached_property
+    def head(self) -> Linear:
+        """Float32 logits [N, V] of hidden states [N, H].
+
+        Raises:
+            InputError: for a model that does more to its logits than this: a bias, a cap, a scale.
+        """
+        weight = self.model.get_output_embeddings().weight
+        config = self.model.config
+        more = [
+            name for name in MORE_THAN_A_PRODUCT if getattr(config, name, None) not in (None, 1.0)
+        ]
+        ids = torch.arange(8, device=self.device)[None] % config.vocab_size
+        logits = self.hidden(ids).double() @ weight.double().T
+        found = self.model(ids, use_cache=False).logits.double()
+        if more or (found - logits).abs().max() > 0.02 * logits.abs().max():
+            raise InputError(
+                f"a model of type {self.kind}: its logits are not hidden states times its head; "
+                "expected an architecture without logit bias, cap or scale"
+            )
+        return frozen_head(weight)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Last hidden states [B, L, H] under causal attention over ids [B, L]."""
+        states: Tensor = self.model.base_model(ids, use_cache=False).last_hidden_state
+        return states
+
+
+def save_model(model: PreTrainedModel, tokenizer_path: Path, path: Path) -> None:
+    """Write a checkpoint folder with its tokenizer, as `from_pretrained` of transformers reads."""
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True).save_pretrained(path)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """A tokenizer of 257 ids: end of text, then the 256 bytes."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as tokenizer_models
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {END_OF_TEXT: 0} | {symbol: 1 + i for i, symbol in enumerate(alphabet)}
+    tokenizer = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
+    )
+
+
+def convert_gguf(path: Path, out: Path, *, dtype: str) -> None:
+    """Dequantise a GGUF file into an ordinary checkpoint folder with its tokenizer."""
+    from transformers import GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=DTYPES[dtype],
+    )
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
+
+
+def copy_model(source: str, revision: str, out: Path, *, dtype: str) -> None:
+    """Save a Hugging Face folder or (already fetched) hub id as a checkpoint folder of ours."""
+    options: dict[str, Any] = {"revision": revision, "local_files_only": True}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], use_safetensors=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"truth.model={source}: not a model with a tokenizer ({error})") from error
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)

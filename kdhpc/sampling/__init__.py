@@ -1,0 +1,1 @@
+"""Sequences drawn exactly from a language model."""

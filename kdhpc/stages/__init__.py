@@ -1,1 +1,0 @@
-"""One file a stage: what it reads and writes, its plan, its run."""

@@ -1,0 +1,220 @@
+"""The run folder: the only maker of paths, and the only place that publishes.
+
+    runs/demo/
+      run.json                      who made the run, when, for which pipeline
+      requests/0001.json            what was asked: config, code, resources (see `kdhpc.cluster`)
+      submissions/0001.json ...     what was submitted
+      code/3f9a.../                 kdhpc and configs as they were when submitted
+      logs/0001/0_3.log             one log a task; failures/0001/... one file a failed shard
+      2-sample-truth/train/00017.json            the record: immutable, first writer wins
+      2-sample-truth/train/00017.9c41d2aa.arrow  its data, written whole before the record
+      8-merge/results.h5            the newest merge
+
+A shard is done when its record exists and its data has the recorded size. Readers list records,
+never data files.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from kdhpc.errors import DamagedError, InputError
+from kdhpc.storage.files import digest_of, entries, read_once, size_of
+from kdhpc.types import Json
+
+RESULTS = "results.h5"
+"""Fixed name of the newest merge in its stage's folder."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """A published shard."""
+
+    key: str
+    folder: Path
+    data_name: str
+    num_bytes: int
+    digest: str
+    rows: int
+    recipe: str
+    fields: Mapping[str, Json]
+    inputs: Mapping[str, str]
+    row_range: tuple[int, int] | None
+    code: str
+    attempt: Mapping[str, Json]
+    stats: Mapping[str, Json]
+    nonce: str
+
+    @property
+    def data(self) -> Path:
+        return self.folder / self.data_name
+
+    @property
+    def seconds(self) -> float:
+        return float(self.attempt["seconds"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scan:
+    """All records of a run, read once."""
+
+    records: Mapping[str, Record]
+    damaged: Mapping[str, str]
+    """By shard key, what is wrong with its record or data."""
+
+
+class RunFolder:
+    """Paths and files of one run."""
+
+    def __init__(
+        self, path: Path, folders: Mapping[str, str], aliases: Mapping[str, str] | None = None
+    ) -> None:
+        """Name the folders that it serves; nothing is read or made.
+
+        Args:
+            path: of the run.
+            folders: by stage name, the folder inside the run.
+            aliases: by stage name, the fixed file name of its newest output, where there is one.
+        """
+        self.path = path
+        self.folders = folders
+        self.aliases = aliases or {}
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Four hexadecimal digits that tell runs of one name apart."""
+        return str(read_once(self.path / "run.json")["identity"])
+
+    def stage_dir(self, stage: str) -> Path:
+        return self.path / self.folders[stage]
+
+    def record_path(self, key: str) -> Path:
+        stage, arm, name = key.split("/")
+        return self.stage_dir(stage) / arm / f"{name}.json"
+
+    def scratch_path(self, key: str) -> Path:
+        """Where a shard keeps what its next attempt can use, such as checkpoints."""
+        stage, arm, name = key.split("/")
+        return self.stage_dir(stage) / arm / f"{name}.checkpoints"
+
+    def checkpoint_since(self, key: str, time_s: float) -> bool:
+        """Whether a shard has a checkpoint that is newer than that."""
+        found = self.scratch_path(key).glob("*/*.json")
+        return any(path.stat().st_mtime > time_s for path in found)
+
+    def alias_path(self, stage: str) -> Path | None:
+        """The fixed name of a stage's newest output, if it has one."""
+        return self.stage_dir(stage) / self.aliases[stage] if stage in self.aliases else None
+
+    def scan(self) -> Scan:
+        """Every record and whether its data is there, in one walk over the run's folder."""
+        records: dict[str, Record] = {}
+        damaged: dict[str, str] = {}
+        for stage in self.folders:
+            for arm in entries(self.stage_dir(stage)):
+                if not arm.is_dir():
+                    continue
+                for key, record in _records_in(arm, f"{stage}/{arm.name}"):
+                    if isinstance(record, DamagedError):
+                        damaged[key] = str(record)
+                    else:
+                        records[key] = record
+        return Scan(records=records, damaged=damaged)
+
+    def quarantine(self, key: str) -> None:
+        """Move a damaged record aside, so that the shard can be made again; nothing is deleted."""
+        path = self.record_path(key)
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
+
+
+def read_record(path: Path, key: str) -> Record:
+    """Read one record.
+
+    Raises:
+        DamagedError: if it is not whole or speaks of another shard.
+    """
+    return _record(read_once(path), key, path.parent)
+
+
+def _records_in(arm: os.DirEntry[str], prefix: str) -> Iterator[tuple[str, Record | DamagedError]]:
+    """Keys of the shards of one arm that have a record, and the record or what is wrong with it."""
+    folder = Path(arm.path)
+    present = {entry.name: entry for entry in entries(folder)}
+    for name, entry in present.items():
+        if not name.endswith(".json") or name.startswith("."):
+            continue
+        key = f"{prefix}/{name.removesuffix('.json')}"
+        try:
+            record = _record(read_once(entry.path), key, folder)
+            # Data that is not listed was written, and recorded, while the folder was being listed.
+            size = size_of(present.get(record.data_name) or record.data)
+            if size != record.num_bytes:
+                what = "is missing" if size is None else f"has {size} bytes"
+                raise DamagedError(f"{record.data}: {what}, its record says {record.num_bytes}")
+            yield key, record
+        except DamagedError as error:
+            yield key, error
+
+
+def _record(raw: Mapping[str, Json], key: str, folder: Path) -> Record:
+    # The seal says that the values are those that were written.
+    try:
+        data = raw["data"]
+        if raw["key"] != key or "/" in data or data in {"", ".", ".."}:
+            raise DamagedError(f"{folder}: a record of {raw['key']} with data {data!r}")
+        return Record(
+            key=key,
+            folder=folder,
+            data_name=data,
+            num_bytes=raw["bytes"],
+            digest=raw["digest"],
+            rows=raw["rows"],
+            recipe=raw["recipe"],
+            fields=raw["fields"],
+            inputs=raw["inputs"],
+            row_range=tuple(raw["row_range"]) if raw["row_range"] else None,
+            code=raw["code"],
+            attempt=raw["attempt"],
+            stats=raw["stats"],
+            nonce=raw["nonce"],
+        )
+    except (TypeError, KeyError) as error:
+        raise DamagedError(f"{folder}: a record of {key} without {error}") from error
+
+
+def verify(record: Record) -> None:
+    """Read the data of a record again, every byte.
+
+    Raises:
+        DamagedError: naming the file, if it is missing or its digest differs.
+    """
+    try:
+        found = digest_of(record.data)
+    except OSError as error:
+        raise DamagedError(f"{record.data}: cannot be read ({error.strerror})") from error
+    if found != record.digest:
+        raise DamagedError(
+            f"{record.data}: its bytes differ from what was published "
+            f"(digest {found[:12]}, expected {record.digest[:12]})"
+        )
+
+
+def check_run_folder(path: Path) -> None:
+    """Check that a run is there and that nobody else may write to it: its code is run.
+
+    Raises:
+        InputError: if it is not so.
+    """
+    if not (path / "run.json").is_file():
+        raise InputError(f"{path}: no run here; expected a folder that sweep.py made")
+    mode = path.stat()
+    if mode.st_uid != os.getuid() or mode.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise InputError(
+            f"{path}: belongs to or may be written by others; its code would run as you"
+        )

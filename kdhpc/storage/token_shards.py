@@ -1,0 +1,145 @@
+"""Token shards (Arrow): sequences and what their sampler thought of them.
+
+A token shard opens without this project:
+`datasets.load_dataset("arrow", data_files="runs/demo/2-sample-truth/train/*.arrow", split="train")`
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdhpc.errors import DamagedError
+
+MAX_VOCAB_SIZE = 2**16
+"""Token ids are stored as uint16."""
+ROW_COLUMNS = {"length": np.int32, "log_prob_sum": np.float64, "log_prob_tau_sum": np.float64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Sequences and what their sampler thought of them."""
+
+    ids: NDArray[np.uint16]
+    """[N, L] token ids, the prompt first; what lies beyond a row's length means nothing."""
+    length: NDArray[np.int32]
+    """[N] tokens in the row: prompt, drawn tokens, and the end-of-sequence token if drawn."""
+    log_prob_sum: NDArray[np.float64]
+    """[N] nats: the sampler's own log-probability at temperature 1 of the counted tokens."""
+    log_prob_tau_sum: NDArray[np.float64]
+    """[N] nats: the same under the distribution that was drawn from (tau, truncation)."""
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def __getitem__(self, rows: slice) -> "Samples":
+        """Some of the sequences, not copied."""
+        return Samples(**{name: array[rows] for name, array in vars(self).items()})
+
+
+def write_samples(path: Path, samples: Samples, metadata: Mapping[str, str]) -> None:
+    """Write a token shard as one Arrow record batch and read it back.
+
+    Raises:
+        DamagedError: if what is read differs.
+    """
+    import pyarrow as pa
+
+    width = samples.ids.shape[1]
+    columns = {"ids": pa.FixedSizeListArray.from_arrays(pa.array(samples.ids.reshape(-1)), width)}
+    for name, dtype in ROW_COLUMNS.items():
+        columns[name] = pa.array(getattr(samples, name).astype(dtype))
+    table = pa.table(columns).replace_schema_metadata(dict(metadata))
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    again = read_samples([path])
+    if not (
+        np.array_equal(again.ids, samples.ids) and np.array_equal(again.length, samples.length)
+    ):
+        raise DamagedError(f"{path}: reads back differently from what was written")
+
+
+def read_samples(paths: Sequence[Path]) -> Samples:
+    """Token shards, one after the other; a single one is mapped into memory, not copied.
+
+    Raises:
+        DamagedError: naming a file that is not a token shard.
+    """
+    parts = [_read_sample_shard(path) for path in paths]
+    if len(parts) == 1:
+        return parts[0]
+    return Samples(
+        ids=np.concatenate([part.ids for part in parts]),
+        length=np.concatenate([part.length for part in parts]),
+        log_prob_sum=np.concatenate([part.log_prob_sum for part in parts]),
+        log_prob_tau_sum=np.concatenate([part.log_prob_tau_sum for part in parts]),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRows:
+    """Token ids of several shards as one array [N, L], mapped into memory, never copied whole."""
+
+    parts: tuple[NDArray[np.uint16], ...]
+    """[n_i, L] each."""
+    length: NDArray[np.int32]
+    """[N] tokens in each row."""
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.uint16]:
+        """The rows asked for, [n, L], read from wherever they are."""
+        ends = np.cumsum([len(part) for part in self.parts])
+        which = np.searchsorted(ends, rows, side="right")
+        found = np.empty((len(rows), self.parts[0].shape[1]), np.uint16)
+        for index in np.unique(which):
+            part = self.parts[index]
+            found[which == index] = part[rows[which == index] - (ends[index] - len(part))]
+        return found
+
+
+def map_token_rows(paths: Sequence[Path]) -> TokenRows:
+    """The ids of token shards, for random access.
+
+    Raises:
+        DamagedError: naming a file that is not a token shard.
+    """
+    parts = [_read_sample_shard(path) for path in paths]
+    return TokenRows(
+        parts=tuple(part.ids for part in parts),
+        length=np.concatenate([part.length for part in parts]),
+    )
+
+
+def _read_sample_shard(path: Path) -> Samples:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_stream(source).read_all()
+        ids = _numbers(_in_one_piece(table["ids"]).values, np.uint16)
+        rows: dict[str, Any] = {
+            name: _numbers(_in_one_piece(table[name]), dtype) for name, dtype in ROW_COLUMNS.items()
+        }
+        return Samples(ids=ids.reshape(len(table), -1), **rows)
+    except (pa.ArrowException, AttributeError, KeyError, ValueError, OSError) as error:
+        raise DamagedError(f"{path}: not a token shard ({error})") from error
+
+
+def _in_one_piece(column: Any) -> Any:
+    """A column of a table: where it is mapped, if it was written as one batch."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _numbers(array: Any, dtype: type) -> NDArray[Any]:
+    """An Arrow array of numbers, not copied; its own `to_numpy` imports pandas."""
+    import pyarrow as pa
+
+    if array.type != pa.from_numpy_dtype(dtype) or array.null_count:
+        raise ValueError(f"expected {np.dtype(dtype)}, found {array.type}")
+    start = array.offset * np.dtype(dtype).itemsize
+    return np.frombuffer(array.buffers()[1], dtype, len(array), start)

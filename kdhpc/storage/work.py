@@ -1,0 +1,266 @@
+"""What a stage sees while it runs one shard, and how its output is published."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import secrets
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from kdhpc.config.run import RunConfig
+from kdhpc.errors import DamagedError
+from kdhpc.plan.shards import Plan, Shard
+from kdhpc.storage.files import Digest, digest_of, point_alias, remove, sync_tree, write_once
+from kdhpc.storage.run_folder import Record, RunFolder, read_record, verify
+from kdhpc.types import Json
+
+T = TypeVar("T")
+C = TypeVar("C", bound=RunConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a stage's `run` leaves behind: a file or folder, made by `Work.new_path`."""
+
+    path: Path
+    rows: int
+    stats: Mapping[str, Json] = dataclasses.field(default_factory=dict)
+    """Numbers worth keeping in the record, such as a final loss."""
+    digest: str = ""
+    """What `digest_of` finds for the path, from a stage that has just read it back."""
+
+
+class Work(Generic[C]):
+    """What a stage sees while it runs one shard: its config, its inputs, where to write.
+
+    Raises `DamagedError` when an input is not what its record says.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: C,
+        plan: Plan,
+        *,
+        code: str = "",
+        should_stop: Callable[[], bool] = lambda: False,
+        progress: Callable[[float], None] = lambda fraction: None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.run = run
+        self.config = config
+        self.plan = plan
+        self.should_stop = should_stop
+        self.progress = progress
+        self.rank = rank
+        self.world_size = world_size
+        self._code = code
+        self._ready_at = 0.0
+        self._records: dict[str, Record] = {}
+        self._verified: set[str] = set()
+        self._unpublished: list[Path] = []
+
+    def record(self, key: str) -> Record:
+        """The record of an input shard.
+
+        Raises:
+            DamagedError: if it is not there or its data differs from it.
+        """
+        record = self._unverified(key)
+        if key not in self._verified and self.rank == 0:  # the others wait for rank 0
+            self._verify(record)
+            self._keep(record)
+        return record
+
+    def _unverified(self, key: str) -> Record:
+        record = self._records.get(key) or read_record(self.run.record_path(key), key)
+        if key in self.plan.shards and self.plan.shards[key].recipe != record.recipe:
+            raise DamagedError(f"{record.data}: made with other settings than this run's")
+        return record
+
+    def _keep(self, record: Record) -> None:
+        self._verified.add(record.key)
+        self._records[record.key] = record
+
+    def _verify(self, record: Record) -> None:
+        """Check every byte; what differs is put aside, so that it is made again."""
+        try:
+            verify(record)
+        except DamagedError as error:
+            if not isinstance(error.__cause__, OSError):
+                self.run.quarantine(record.key)
+            raise
+
+    def input(self, key: str) -> Path:
+        """Data of an input shard, its digest checked at the first read."""
+        return self.record(key).data
+
+    def read(self, key: str, reader: Callable[[Path, Digest], Iterator[T]]) -> Iterator[T]:
+        """What a reader finds in the data of an input shard, checked in the same read of the file.
+
+        Nothing of it may be published before it has come to its end.
+
+        Args:
+            key: of the shard.
+            reader: reads a file once, and feeds it to a digest.
+
+        Raises:
+            DamagedError: at the end, if the data differs from its record.
+        """
+        record, found = self._unverified(key), Digest()
+        try:
+            yield from reader(record.data, found)
+        except DamagedError:
+            self.record(key)  # reads it again; what is damaged is put aside
+            raise
+        if found.hexdigest() != record.digest:
+            self.record(key)
+            raise DamagedError(f"{record.data}: reads differently each time")
+        self._keep(record)
+
+    def local_input(self, key: str) -> Path:
+        """The same, copied once a node to KDHPC_SCRATCH where that is set: for models."""
+        scratch = os.environ.get("KDHPC_SCRATCH")
+        record = self.record(key)
+        if not scratch:
+            return record.data
+        copy = Path(scratch) / f"kdhpc-models-{os.getuid()}" / record.digest
+        if str(copy) in self._verified:
+            return copy
+        if not copy.is_dir() or digest_of(copy) != record.digest:
+            temporary = copy.with_name(f".{copy.name}.{secrets.token_hex(4)}")
+            temporary.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            shutil.copytree(record.data, temporary)
+            shutil.rmtree(copy, ignore_errors=True)
+            try:
+                temporary.rename(copy)
+            except OSError:  # another task of this node was first
+                shutil.rmtree(temporary)
+            if digest_of(copy) != record.digest:
+                raise DamagedError(f"{copy}: differs from {record.data}")
+        self._verified.add(str(copy))
+        return copy
+
+    def ready(self) -> None:
+        """Say that all is imported, read and loaded: from here on a shard's time is useful work."""
+        self._ready_at = time.time()
+
+    def provenance(self, keys: Sequence[str], packages: Sequence[str]) -> dict[str, str]:
+        """Where merged numbers come from; outside their logical digest.
+
+        Args:
+            keys: of the shards that they were merged from.
+            packages: whose versions matter.
+        """
+        import platform
+        from importlib.metadata import version
+
+        from kdhpc.config import presets
+
+        records = [self._unverified(key) for key in keys]
+        return {
+            "config": presets.to_yaml(self.config),
+            "merged_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "versions": json.dumps({name: version(name) for name in packages}),
+            "python": platform.python_version(),
+            "hosts": json.dumps(sorted({r.attempt["host"] for r in records})),
+            "code": json.dumps(sorted({r.code for r in records})),
+            "seconds": json.dumps(round(sum(r.seconds for r in records), 1)),
+        }
+
+    def new_path(self, shard: Shard, suffix: str = "") -> Path:
+        """A name of this attempt's own, beside the record to come."""
+        record_path = self.run.record_path(shard.key)
+        record_path.parent.mkdir(parents=True, exist_ok=True)
+        path = record_path.with_name(f"{shard.name}.{secrets.token_hex(4)}{suffix}")
+        self._unpublished.append(path)
+        return path
+
+    def discard(self) -> None:
+        """Delete what was begun and not published: on a full disk it would keep others out."""
+        for path in self._unpublished:
+            with contextlib.suppress(OSError):
+                remove(path)
+        self._unpublished.clear()
+
+    def publish(self, shard: Shard, written: Written, started_at: float) -> bool:
+        """Make one attempt's output the shard's, unless another attempt was first.
+
+        The loser's data is deleted. Returns whether this attempt won.
+        """
+        sync_tree(written.path)
+        path = self.run.record_path(shard.key)
+        num_bytes = (
+            sum(f.stat().st_size for f in written.path.rglob("*") if f.is_file())
+            if written.path.is_dir()
+            else written.path.stat().st_size
+        )
+        record = {
+            "key": shard.key,
+            "data": written.path.name,
+            "bytes": num_bytes,
+            "digest": written.digest or digest_of(written.path),
+            "rows": written.rows,
+            "row_range": shard.rows,
+            "recipe": shard.recipe,
+            "fields": dict(shard.arm.fields),
+            "inputs": dict(shard.arm.inputs),
+            "code": self._code,
+            "attempt": attempt_facts(started_at, max(started_at, self._ready_at)),
+            "stats": dict(written.stats),
+            "nonce": secrets.token_hex(8),
+        }
+        try:
+            won = write_once(path, record)
+        except OSError:
+            if path.exists():
+                self._unpublished.clear()  # it may be ours
+            raise
+        self._unpublished.clear()
+        if not won:
+            remove(written.path)
+        self.point_alias(shard)
+        return won
+
+    def point_alias(self, shard: Shard) -> None:
+        """Let the stage's fixed name, if it has one, stand for a published shard."""
+        alias = self.run.alias_path(shard.stage)
+        if alias is not None:
+            point_alias(alias, read_record(self.run.record_path(shard.key), shard.key).data)
+
+
+def attempt_facts(started_at: float, ready_at: float) -> dict[str, object]:
+    """Where, when and under which job this process runs, for a record's provenance.
+
+    Args:
+        started_at: when the attempt began.
+        ready_at: when it had imported, read and loaded what it works on.
+    """
+    return {
+        "host": socket.gethostname(),
+        "node": os.environ.get("SLURMD_NODENAME", ""),
+        "pid": os.getpid(),
+        "process_started": round(process_started(), 3),
+        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "python": ".".join(str(part) for part in sys.version_info[:3]),
+        "started": round(started_at, 3),
+        "ready": round(ready_at, 3),
+        "seconds": round(time.time() - started_at, 3),
+    }
+
+
+@functools.cache
+def process_started() -> float:
+    """When this process was started, by the kernel's account."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    up_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - up_s

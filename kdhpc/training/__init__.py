@@ -1,0 +1,1 @@
+"""Models trained with DeepSpeed, resumable, the same for any number of ranks."""

@@ -1,0 +1,118 @@
+"""Checkpoints of a training: written beside, verified, then published, like every other output.
+
+3-train-on-truth/teacher-s0/00000.checkpoints/3f9a0c.../
+  000001000.json                     the record: step, data, digest, recipe, kept
+  000001000.5b1c77d2.safetensors     float32 weights and moments, written before the record
+"""
+
+import contextlib
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdhpc.errors import DamagedError
+from kdhpc.storage.files import digest_of, read_once, remove, sync_tree, write_once
+from kdhpc.types import Json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def save(
+    folder: Path,
+    *,
+    step: int,
+    tensors: Mapping[str, "Tensor"],
+    recipe: str,
+    num_kept: int,
+    for_good: bool = False,
+) -> None:
+    """Publish a checkpoint, then delete what is neither kept for good nor among the newest.
+
+    Raises:
+        DamagedError: if it reads back differently; then nothing is published.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / f"{step:09d}.{secrets.token_hex(4)}.safetensors"
+    save_file(dict(tensors), data)
+    sync_tree(data)
+    _compare(data, tensors)
+    record = {
+        "step": step,
+        "data": data.name,
+        "digest": digest_of(data),
+        "recipe": recipe,
+        "for_good": for_good,
+    }
+    if not write_once(folder / f"{step:09d}.json", record):
+        data.unlink()  # another attempt was here first
+    _prune(folder, num_kept)
+
+
+def newest(folder: Path, recipe: str) -> tuple[int, dict[str, "Tensor"]] | None:
+    """The last whole checkpoint of this recipe: steps done and tensors; None if there is none.
+
+    The record of a damaged one is put aside, so that the step can be published again; the one
+    before it serves.
+    """
+    from safetensors.torch import load_file
+
+    for path in sorted(folder.glob("*.json"), reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError, DamagedError):
+            record = _read(path)
+            data = folder / record["data"]
+            if record["recipe"] != recipe:
+                continue
+            if digest_of(data) == record["digest"]:
+                return int(record["step"]), load_file(data)
+        try:
+            path.rename(path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}"))
+        except FileNotFoundError:  # another live attempt has newer ones by now
+            return newest(folder, recipe)
+    return None
+
+
+def _compare(data: Path, tensors: Mapping[str, "Tensor"]) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(data, framework="pt") as found:
+            same = all(found.get_tensor(name).equal(value) for name, value in tensors.items())
+    except SafetensorError as error:
+        raise DamagedError(f"{data}: cannot be read back ({error})") from error
+    if not same:
+        raise DamagedError(f"{data}: reads back differently from what was written")
+
+
+def _prune(folder: Path, num_kept: int) -> None:
+    """Delete older records with their data, and data whose writer died before its record.
+
+    A requeued training may have the old one, on a node out of reach, beside it: data without a
+    record is taken for a dead writer's only if the checkpoint before the last came after it.
+    """
+    records, times = {}, []
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, DamagedError):
+            records[path] = _read(path)
+            times.append(path.stat().st_mtime)
+    dead_before = sorted(times)[-2] if times[1:] else 0.0
+    passing = [path for path, record in records.items() if not record["for_good"]]
+    for path in passing[:-num_kept]:
+        path.unlink(missing_ok=True)
+        remove(folder / records[path]["data"])
+    named = {record["data"] for record in records.values()}
+    unnamed = folder.glob(".tmp*")  # what safetensors writes before it has a name
+    for data in (*folder.glob("*.safetensors"), *unnamed):
+        with contextlib.suppress(OSError):
+            if data.name not in named and data.stat().st_mtime < dead_before:
+                remove(data)
+
+
+def _read(path: Path) -> dict[str, Json]:
+    found = read_once(path)
+    if "/" in found["data"]:
+        raise DamagedError(f"{path}: names a file outside its folder")
+    return found

@@ -1,0 +1,123 @@
+"""What is trained on: sequences, and global batches in an order that no number of ranks changes."""
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, distributed
+
+from kdhpc import seeding
+from kdhpc.config.model import Training
+from kdhpc.scoring.counting import Counting
+from kdhpc.training.schedule import Schedule
+
+
+class Rows(Protocol):
+    """Token ids [N, L] that can be read by row: an array, or shards mapped into memory."""
+
+    def __getitem__(self, rows: NDArray[np.int64], /) -> NDArray[np.uint16]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """What is trained on."""
+
+    ids: Rows
+    """[N, L] token ids, mapped into memory or not."""
+    length: NDArray[np.int32]
+    """[N] tokens in each row; what lies beyond means nothing."""
+    counting: Counting
+    """Which tokens count."""
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def read(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Rows by number; nothing counts in those of a negative number.
+
+        Returns:
+            Ids [n, L] and what is predicted at each position [n, L], -100 where it does not count.
+        """
+        ids = torch.from_numpy(self.ids[np.maximum(rows, 0)].astype(np.int64))
+        length = torch.from_numpy(np.where(rows < 0, 0, self.length[np.maximum(rows, 0)]))
+        counts = self.counting.of(ids, length)
+        targets = torch.full_like(ids, -100)
+        targets[:, :-1] = ids[:, 1:].where(counts[:, 1:], -100)
+        return ids, targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One global batch, of which this rank holds its share."""
+
+    parts: Sequence[tuple[Tensor, Tensor]]
+    """Micro-batches of this rank: ids [B, L] and targets [B, L], in pinned memory for GPUs."""
+    num_counted: int
+    """Tokens that count in the whole global batch."""
+
+
+def batch_of(corpus: Corpus, rows: NDArray[np.int64], recipe: Training, *, pin: bool) -> Batch:
+    """Read a global batch and take this rank's part of it.
+
+    Every rank reads all rows, a few hundred kilobytes, because all need the number of counted
+    tokens.
+    """
+    ids, targets = corpus.read(rows)
+    mine = np.arange(len(rows)).reshape(recipe.accumulation, recipe.world_size, -1)
+    parts = []
+    for index in mine[:, distributed.get_rank()]:
+        part = ids[index], targets[index]
+        parts.append((part[0].pin_memory(), part[1].pin_memory()) if pin else part)
+    return Batch(parts=parts, num_counted=max(1, int((targets >= 0).sum())))
+
+
+@dataclass
+class Batches:
+    """The global batches in order, each read while the one before it is trained on."""
+
+    corpus: Corpus
+    recipe: Training
+    schedule: Schedule
+    seed: int
+    stream: str
+    pin: bool
+    waited_s: float = 0.0
+    """Seconds that the last batch was waited for."""
+    _order: tuple[int, NDArray[np.int64]] | None = None
+    _next: tuple[int, Future[Batch]] | None = None
+    _reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+
+    def get(self, step: int) -> Batch:
+        """The batch of a step; starts to read the one after it."""
+        began = time.perf_counter()
+        if self._next is None or self._next[0] != step:
+            self._next = step, self._reader.submit(self._read, step)
+        batch = self._next[1].result()
+        self._next = step + 1, self._reader.submit(self._read, step + 1)
+        self.waited_s = time.perf_counter() - began
+        return batch
+
+    def _read(self, step: int) -> Batch:
+        epoch, index = divmod(step, self.schedule.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            order = seeding.permutation(self.seed, self.stream, epoch, len(self.corpus))
+            self._order = epoch, order
+        size = self.recipe.batch_sequences
+        rows = self._order[1][index * size : (index + 1) * size]
+        return batch_of(self.corpus, rows, self.recipe, pin=self.pin)
+
+    def close(self) -> None:
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+
+def validation_batches(corpus: Corpus, recipe: Training, *, pin: bool) -> Iterator[Batch]:
+    """Global batches over the first sequences; rows that fill the last one do not count."""
+    num_rows = min(recipe.validation_sequences, len(corpus))
+    for start in range(0, num_rows, recipe.batch_sequences):
+        rows = np.arange(start, start + recipe.batch_sequences)
+        yield batch_of(corpus, np.where(rows < num_rows, rows, -1), recipe, pin=pin)

@@ -1,0 +1,260 @@
+"""DeepSpeed around one model: steps, checkpoints, weights."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+from transformers import PreTrainedModel, get_wsd_schedule
+
+from kdhpc.config.model import Training
+from kdhpc.models import attention
+from kdhpc.models.devices import DTYPES
+from kdhpc.models.sizes import BUCKET
+from kdhpc.training.data import Batch
+from kdhpc.training.loss import summed_nll
+from kdhpc.training.ranks import from_first, summed
+from kdhpc.training.schedule import Schedule
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """A checkpoint: all that a later process needs to go on."""
+
+    step: int
+    """Steps done."""
+    tensors: Mapping[str, Tensor]
+    """Float32 weights by name, and moments as `exp_avg/<name>` and `exp_avg_sq/<name>`."""
+
+
+class _Head(nn.Module):
+    """The output layer and the loss in one module, so that ZeRO-3 gathers the weights for both."""
+
+    def __init__(self, weight: nn.Parameter, head_tokens: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.head_tokens = head_tokens
+
+    def forward(self, hidden: Tensor, targets: Tensor, gain: float) -> Tensor:
+        return summed_nll(
+            hidden.flatten(0, 1),
+            self.weight,
+            targets.flatten(),
+            head_tokens=self.head_tokens,
+            gain=gain,
+        )
+
+
+class _WithLoss(nn.Module):
+    """The model with its loss inside, which is how DeepSpeed wants it."""
+
+    def __init__(self, model: PreTrainedModel, head_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self.head = _Head(model.get_output_embeddings().weight, head_tokens)
+
+    def forward(self, ids: Tensor, targets: Tensor, gain: float) -> Tensor:
+        """Sum of the cross-entropy over targets [B, L] that are not negative."""
+        hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
+        total: Tensor = self.head(hidden, targets, gain)
+        return total
+
+
+def deepspeed_settings(recipe: Training) -> dict[str, object]:
+    """The DeepSpeed dictionary, made from the recipe alone."""
+    settings: dict[str, object] = {
+        "train_batch_size": recipe.batch_sequences,
+        "train_micro_batch_size_per_gpu": recipe.micro_batch,
+        "gradient_accumulation_steps": recipe.accumulation,
+        "gradient_clipping": recipe.gradient_clip,
+        "zero_optimization": {
+            "stage": recipe.zero_stage,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+        },
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": recipe.dtype == "bfloat16"},
+    }
+    if recipe.dtype == "float16":
+        settings["fp16"] = {"enabled": True, "loss_scale": recipe.loss_scale}
+    return settings
+
+
+def load_deepspeed() -> Any:
+    """DeepSpeed, quiet, and without its shared-memory op, which compiles C++ at first use."""
+    import deepspeed
+
+    deepspeed.logger.setLevel(logging.ERROR)
+    # 0.19 asks this table before it builds `ShareMemCommBuilder`.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class Engine:
+    """DeepSpeed around one model: steps, checkpoints, weights."""
+
+    def __init__(
+        self, model: PreTrainedModel, recipe: Training, schedule: Schedule, device: torch.device
+    ) -> None:
+        self.deepspeed = load_deepspeed()
+        self.recipe, self.device = recipe, device
+        self.linear = functional.linear  # ZeRO-3 replaces it for the whole process
+        rank = distributed.get_rank()
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(distributed.get_world_size()))
+        os.environ.setdefault("LOCAL_RANK", "0")
+        self.deepspeed.init_distributed(dist_backend=distributed.get_backend())
+        model = model.to(device).train()
+        # DeepSpeed casts buffers too. Rotary frequencies in bfloat16 would be off by 0.7 radian at
+        # the end of a row of 512 tokens, and no longer be those of the saved model.
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        model.to(DTYPES[recipe.dtype])
+        attention.use_blocks(model)
+        if recipe.activation_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        for layer in model.base_model.layers if recipe.compile else ():
+            # Only what is no matrix product: one graph of each kind serves all layers.
+            for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+                part.compile()
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=recipe.learning_rate,
+            betas=recipe.betas,
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
+        self.engine, self.optimizer, _, self.schedule = self.deepspeed.initialize(
+            model=_WithLoss(model, recipe.head_tokens),
+            optimizer=optimizer,
+            lr_scheduler=lambda inner: get_wsd_schedule(
+                inner,
+                num_warmup_steps=round(recipe.warmup_fraction * schedule.total),
+                num_decay_steps=round(recipe.decay_fraction * schedule.total),
+                num_training_steps=schedule.total,
+                decay_type="linear",
+            ),
+            config=deepspeed_settings(recipe),
+            dist_init_required=False,
+        )
+        for name, buffer in buffers.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, buffer)
+        self.parameters = {
+            name.removeprefix("model."): parameter
+            for name, parameter in self.engine.module.named_parameters()
+        }
+
+    def step(self, batch: "Batch") -> float:
+        """One optimizer step; returns its loss in nats per counted token."""
+        # DeepSpeed divides by accumulation steps and by ranks; the mean is over tokens.
+        share = self.recipe.accumulation * self.recipe.world_size / batch.num_counted
+        gain = share * (self.recipe.loss_scale if self.recipe.dtype == "float16" else 1.0)
+        total = torch.zeros((), device=self.device)
+        for ids, targets in batch.parts:
+            nll = self.engine(self._here(ids), self._here(targets), gain)
+            self.engine.backward(nll * share)
+            self.engine.step()
+            total += nll.detach()
+        return float(summed(total)) / batch.num_counted
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    @torch.no_grad()
+    def validate(self, batches: Iterator["Batch"]) -> float:
+        """Loss in nats per counted token."""
+        total, num_counted = torch.zeros((), device=self.device), 0
+        self.engine.eval()
+        for batch in batches:
+            num_counted += batch.num_counted
+            for ids, targets in batch.parts:
+                total += self.engine(self._here(ids), self._here(targets), 1.0)
+        self.engine.train()
+        return float(summed(total)) / max(1, num_counted)
+
+    def gradient_norm(self) -> float:
+        """Global norm of the last step's gradients, before clipping."""
+        if self.engine.skipped_steps:  # float16 overflowed: its static loss scale is too large
+            return float("inf")
+        return float(self.engine.get_global_grad_norm() or 0.0)
+
+    def state(self, step: int) -> State:
+        """Whole weights and moments on the CPU; every rank must ask, rank 0 gets them."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            found = {name: self._weight(parameter)}
+            found |= {f"{moment}/{name}": self._moment(parameter, moment) for moment in MOMENTS}
+            if distributed.get_rank() == 0:
+                tensors |= {key: value.detach().cpu().clone() for key, value in found.items()}
+        return State(step=step, tensors=tensors)
+
+    def _weight(self, parameter: nn.Parameter) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        found: Tensor | None = safe_get_full_fp32_param(parameter)
+        return parameter if found is None else found  # stage 0 keeps no second copy
+
+    def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if self.recipe.zero_stage == 0:
+            state: Tensor = self._states()[parameter][moment]
+            return state
+        found: Tensor = safe_get_full_optimizer_state(parameter, moment)
+        return found
+
+    def _states(self) -> Mapping[nn.Parameter, dict[str, Tensor]]:
+        """AdamW's state; under ZeRO, DeepSpeed wraps the optimizer."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        states: Mapping[nn.Parameter, dict[str, Tensor]] = inner.state
+        return states
+
+    def restore(self, step: int, state: State | None) -> None:
+        """Put rank 0's checkpoint back on all ranks.
+
+        The optimizer must have made a step before, so that its state exists.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        def whole(name: str, parameter: nn.Parameter) -> Tensor:
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 holds a part
+            value = torch.empty(shape, device=self.device)
+            return from_first(value if state is None else value.copy_(state.tensors[name]))
+
+        for name, parameter in self.parameters.items():
+            weight = whole(name, parameter)
+            if self.recipe.zero_stage > 0:
+                safe_set_full_fp32_param(parameter, weight)
+            with self.deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(weight)
+            for moment in MOMENTS:
+                value = whole(f"{moment}/{name}", parameter)
+                if self.recipe.zero_stage > 0:
+                    safe_set_full_optimizer_state(parameter, value, moment)
+                else:
+                    self._moment(parameter, moment).copy_(value)
+        for inner in self._states().values():
+            inner["step"].fill_(step)
+        self.engine.global_steps = step
+        self.schedule.last_epoch = step - 1
+        self.schedule.step()
+
+    def weights(self) -> dict[str, Tensor]:
+        """State dict of the model on the CPU in the training dtype; filled on rank 0."""
+        found = {}
+        for name, parameter in self.parameters.items():
+            with self.deepspeed.zero.GatheredParameters([parameter]):
+                if distributed.get_rank() == 0:
+                    found[name] = parameter.detach().cpu().clone()
+        return found
+
+    def close(self) -> None:
+        """Let go of hooks and buffers, so that the next training in this process starts clean."""
+        self.engine.destroy()
+        functional.linear = self.linear

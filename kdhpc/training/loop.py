@@ -1,0 +1,151 @@
+"""Train a causal language model with DeepSpeed ZeRO, the same for any number of ranks.
+
+The global batch and the order of the data are functions of (seed, epoch), never of the ranks. The
+loss of a step is the mean cross-entropy over all counted tokens of the global batch, so variable
+lengths weigh as they should. Checkpoints hold whole float32 weights and moments: another number of
+ranks or another ZeRO stage can go on from them.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+from transformers import PreTrainedModel
+
+from kdhpc.config.model import Training
+from kdhpc.errors import InputError
+from kdhpc.models.devices import DTYPES, matmul_flops_per_s
+from kdhpc.training.data import Batches, Corpus, validation_batches
+from kdhpc.training.engine import Engine, State
+from kdhpc.training.ranks import any_rank, from_first
+from kdhpc.training.schedule import Schedule
+from kdhpc.types import Json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """The end of a training, or where it was told to stop."""
+
+    finished: bool
+    step: int
+    losses: list[float]
+    """Of the steps that this process did, nats per counted token."""
+    weights: Mapping[str, Tensor]
+    """State dict on the CPU in the training dtype; filled on rank 0 when finished."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What a training tells and asks while it runs; called on rank 0, `should_stop` on all."""
+
+    save: Callable[[State], None] = lambda state: None
+    """Gets a checkpoint at the recipe's interval and when told to stop."""
+    should_stop: Callable[[], bool] = lambda: False
+    """Looked at after every step."""
+    on_step: Callable[[Mapping[str, Json]], None] = lambda facts: None
+    """Gets the facts of a step: step, steps, epoch, loss, learning_rate, gradient_norm,
+    tokens_per_s, mfu, step_s, data_s (waiting for data), and where they were made checkpoint_s,
+    validation_loss and validation_s."""
+    validation: Corpus | None = None
+    """Sequences for the validation loss."""
+    flops_per_token: float = 0.0
+    """Arithmetic of one position, for MFU."""
+
+
+class DivergedError(FloatingPointError):
+    """A loss or gradient that is no number, or a norm that exploded: trying again cannot help."""
+
+
+def train(
+    model: PreTrainedModel,
+    corpus: Corpus,
+    recipe: Training,
+    *,
+    seed: int,
+    stream: str,
+    device: torch.device,
+    state: State | None = None,
+    watch: Watch = Watch(),
+) -> Trained:
+    """Train to the recipe's last step, or until told to stop.
+
+    `ranks.join` must have been called. Every rank calls this with the same arguments, but for the
+    state, which only rank 0 needs.
+
+    Args:
+        model: fresh weights on the CPU; its parameters are taken over.
+        corpus: what is trained on.
+        recipe: optimizer, batch, schedule, precision.
+        seed: of the run.
+        stream: name of the stream that orders the data.
+        device: of this rank.
+        state: a checkpoint to go on from.
+        watch: what is told and asked on the way.
+
+    Raises:
+        InputError: for float16 without a GPU.
+        DivergedError: naming the step and the last good checkpoint.
+    """
+    if recipe.dtype == "float16" and device.type != "cuda":
+        raise InputError("dtype=float16: needs a GPU; expected bfloat16 or float32 on a CPU")
+    schedule = Schedule.of(recipe, len(corpus))
+    peak = matmul_flops_per_s(device, DTYPES[recipe.dtype]) * recipe.world_size
+    engine = Engine(model, recipe, schedule, device)
+    batches = Batches(corpus, recipe, schedule, seed, stream, pin := device.type == "cuda")
+    is_first = distributed.get_rank() == 0
+    found = torch.tensor(0 if state is None else state.step, device=device)
+    step = saved = int(from_first(found))
+    if step:
+        engine.step(batches.get(0))
+        engine.restore(step, state)
+    losses: list[float] = []
+    stop = False
+    while step < schedule.last and not stop:
+        began = time.perf_counter()
+        batch, rate = batches.get(step), engine.schedule.get_last_lr()[0]
+        loss, norm = engine.step(batch), engine.gradient_norm()
+        step += 1
+        losses.append(loss)
+        if not (np.isfinite(loss) and norm <= recipe.max_gradient_norm):
+            raise DivergedError(
+                f"step {step}: loss {loss:.6g}, gradient norm {norm:.6g} (max_gradient_norm="
+                f"{recipe.max_gradient_norm:g}); the last good checkpoint is that of step {saved}"
+            )
+        step_s = time.perf_counter() - began
+        num_positions = recipe.batch_sequences * batch.parts[0][0].shape[1]
+        facts = {
+            "step": step,
+            "steps": schedule.last,
+            "epoch": step / schedule.steps_per_epoch,
+            "loss": loss,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "tokens_per_s": batch.num_counted / step_s,
+            "mfu": watch.flops_per_token * num_positions / step_s / peak,
+            "step_s": step_s,
+            "data_s": batches.waited_s,
+        }
+        every = recipe.validate_every_steps
+        if watch.validation is not None and every and (step % every == 0 or step == schedule.last):
+            began = time.perf_counter()
+            facts["validation_loss"] = engine.validate(
+                validation_batches(watch.validation, recipe, pin=pin)
+            )
+            facts["validation_s"] = time.perf_counter() - began
+        stop = step < schedule.last and any_rank(watch.should_stop(), device)
+        if stop or schedule.saves_at(step, recipe.checkpoint_every_steps):
+            began = time.perf_counter()
+            made = engine.state(step)
+            if is_first:
+                watch.save(made)
+            saved = step
+            facts["checkpoint_s"] = time.perf_counter() - began
+        if is_first:
+            watch.on_step(facts)
+    weights = {} if stop else engine.weights()
+    batches.close()
+    engine.close()
+    return Trained(finished=not stop, step=step, losses=losses, weights=weights)
