@@ -1,0 +1,159 @@
+#!/usr/bin/env python
+"""Whether two commits make the same arrays on this machine, bit for bit.
+
+python benchmarks/same_arrays.py OLD NEW [PRESET ...] [--keep DIR]
+
+Each preset (tiny and demo) is run with the code of each commit, in local processes with one thread.
+Compared are all arrays of results.h5, the columns of the token shards of each arm, however they are
+cut into shards, and the tensors of all models. Files are read by h5py, pyarrow and safetensors
+alone, since modules of kdhpc move between commits; attributes and recipes may differ. With --keep a
+run stays in DIR/COMMIT/PRESET, and is not run again once it has its results. A commit against
+itself is run twice. Exit code 1 if an array differs or is there on one side only.
+"""
+
+import collections
+import filecmp
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import report
+from safetensors import deserialize
+
+GIT = ("git", "-C", str(Path(__file__).resolve().parents[1]))
+RESULTS = "*-merge/results.h5"
+"""Of every pipeline, below the run's folder."""
+MOST_NAMES = 10
+Array = tuple[str, tuple[int, ...], bytes]
+"""Type, shape, content."""
+
+
+def main() -> int:
+    """Run what is not there yet, print a line a preset."""
+    parser = report.options(__doc__)
+    parser.add_argument("old", metavar="OLD", help="a commit")
+    parser.add_argument("new", metavar="NEW", help="a commit")
+    parser.add_argument("presets", metavar="PRESET", nargs="*", default=["tiny", "demo"])
+    parser.add_argument("--keep", metavar="DIR", type=Path, help="where runs stay")
+    options = parser.parse_intermixed_args()
+    old, new = commit_of(options.old), commit_of(options.new)
+    any_differs = False
+    with tempfile.TemporaryDirectory(prefix="same-arrays-") as temporary:
+        home = (options.keep or Path(temporary)).resolve()
+        folders = [home / old, home / (f"{new}-again" if new == old else new)]
+        for preset in options.presets:
+            for commit, folder in zip((old, new), folders, strict=True):
+                make_run(commit, preset, folder)
+            before, after = (arrays_of(folder / preset) for folder in folders)
+            found = differences(before, after)
+            counts = collections.Counter(name.split("/")[0] for name in before | after)
+            where = ", ".join(f"{folder} {count}" for folder, count in sorted(counts.items()))
+            print(f"{preset}: {counts.total()} arrays ({where}), {len(found)} differ", flush=True)
+            for line in found[:MOST_NAMES]:
+                print(f"  {line}", flush=True)
+            any_differs |= bool(found)
+    return int(any_differs)
+
+
+def commit_of(name: str) -> str:
+    """The whole hash of a commit."""
+    command = [*GIT, "rev-parse", "--verify", f"{name}^{{commit}}"]
+    return subprocess.check_output(command, text=True).strip()
+
+
+def make_run(commit: str, preset: str, folder: Path) -> None:
+    """Run a preset with a commit's own code into a folder, unless its results are there."""
+    with tempfile.TemporaryDirectory(prefix="same-arrays-") as tree:
+        packed = subprocess.check_output([*GIT, "archive", commit])
+        subprocess.run(["tar", "-x", "-C", tree], check=True, input=packed)
+        if not list(folder.glob(f"{preset}/{RESULTS}")):
+            print(f"{preset}: running {commit[:12]}", file=sys.stderr, flush=True)
+            words = [preset, "cluster=local", f"runs_dir={folder}", f"name={preset}"]
+            done = subprocess.run(
+                [sys.executable, "launch/sweep.py", *words],
+                cwd=tree,
+                env=os.environ | {"PYTHONPATH": tree, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            if done.returncode:
+                raise SystemExit(f"{done.stdout}\n{commit[:12]}: {preset} failed")
+        modules = [path.relative_to(tree) for path in Path(tree, "kdhpc").rglob("*.py")]
+        for snapshot in (folder / preset / "code").glob("[!.]*"):  # what ran: not an installed one
+            _, *other = filecmp.cmpfiles(tree, snapshot, modules, shallow=False)
+            if any(other):
+                raise SystemExit(f"{snapshot}: not the code of {commit[:12]}; delete this run")
+
+
+def arrays_of(run: Path) -> dict[str, Array]:
+    """Everything that is compared, by stage folder, arm and name."""
+    [results] = run.glob(RESULTS)
+    found: dict[str, Array] = {}
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            content = item[()].tobytes()
+            found[f"{results.parent.name}/{name}"] = str(item.dtype), item.shape, content
+
+    with h5py.File(results, "r", locking=False) as file:
+        file.visititems(visit)
+    shards: dict[Path, list[tuple[list[int], Path]]] = collections.defaultdict(list)
+    for path in run.glob("[0-9]*-*/*/*.json"):
+        record = json.loads(path.read_text())
+        data = path.parent / record["data"]
+        if data.suffix == ".arrow":
+            shards[path.parent].append((record["row_range"], data))
+        elif data.is_dir():
+            model = path.relative_to(run).with_suffix("")
+            found |= {f"{model}/{name}": tensor for name, tensor in tensors_of(data).items()}
+    for arm, parts in shards.items():
+        columns = columns_of([data for _, data in sorted(parts)])
+        found |= {f"{arm.relative_to(run)}/{name}": column for name, column in columns.items()}
+    return found
+
+
+def columns_of(shards: list[Path]) -> dict[str, Array]:
+    """Columns of token shards, one shard after the other."""
+    table = pa.concat_tables([pa.ipc.open_stream(path.read_bytes()).read_all() for path in shards])
+    found: dict[str, Array] = {}
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        rows = pa.types.is_fixed_size_list(column.type)
+        numbers = (column.flatten() if rows else column).to_numpy(zero_copy_only=True)
+        found[name] = str(column.type), (len(column),), numbers.tobytes()
+    return found
+
+
+def tensors_of(model: Path) -> dict[str, Array]:
+    return {
+        name: (tensor["dtype"], tuple(tensor["shape"]), bytes(tensor["data"]))
+        for path in model.glob("*.safetensors")
+        for name, tensor in deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+    }
+
+
+def differences(old: Mapping[str, Array], new: Mapping[str, Array]) -> list[str]:
+    """A line for each array that is not the same on both sides; NaN is as good as its bits."""
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        if name not in new or name not in old:
+            lines.append(f"{name}: only in {'OLD' if name in old else 'NEW'}")
+        elif old[name][:2] != new[name][:2]:
+            lines.append(f"{name}: {old[name][:2]} -> {new[name][:2]}")
+        elif old[name] != new[name]:
+            before, after = (np.frombuffer(side[name][2], np.uint8) for side in (old, new))
+            lines.append(f"{name}: {np.count_nonzero(before != after)} of {len(before)} bytes")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
