@@ -13,6 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import ROOT, assert_light_complete, launch, status
+from own_pipeline import (
+    assert_counted,
+    project_without_experiment,
+    words,
+    write_pipeline,
+    write_texts,
+)
 from real_slurm import (
     SMALL,
     assert_submitted_once,
@@ -212,3 +219,17 @@ def test_names_with_quotes_and_spaces_reach_no_shell(tmp_path: Path) -> None:
     wait_for_end(run)
     assert_light_complete(run, 6)
     assert not list(ROOT.glob("hacked")) + list(tmp_path.rglob("hacked"))
+
+
+def test_a_pipeline_of_somebody_else_runs_without_the_experiment(tmp_path: Path) -> None:
+    write_pipeline(tmp_path)
+    project = str(project_without_experiment(tmp_path / "project"))
+    one, two, _ = write_texts(tmp_path)
+    launch(
+        "sweep", *words(tmp_path, one, two), *SMALL, project=project,
+        PYTHONPATH=f"{project}:{tmp_path}",
+    )  # fmt: skip
+    run = tmp_path / "words"
+    wait_for_end(run)
+    assert json.loads((run / "requests" / "0001.json").read_text())["executor"] == "slurm"
+    assert_counted(run, one, two)
