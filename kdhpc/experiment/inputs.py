@@ -38,8 +38,10 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
         found = corpus_fingerprint(truth.corpus, truth.text_column)
         if found.startswith("hub:"):
             read_corpus(truth.corpus, truth.text_column)
+        truth = dataclasses.replace(truth, corpus=_whole_path(truth.corpus))
     else:
         source = Path(resolve_model(truth.model))
+        truth = dataclasses.replace(truth, model=_whole_path(truth.model))
         if source.suffix == ".gguf" or source.is_dir():
             found = _fingerprint(source, truth.model)
         elif str(source).startswith((".", "/", "~")) or truth.model.count("/") != 1:
@@ -52,6 +54,11 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
             "it changed since, or is another one"
         )
     return dataclasses.replace(config, truth=dataclasses.replace(truth, fingerprint=found))
+
+
+def _whole_path(name: str) -> str:
+    """The path of a local file or folder from the root, because tasks run in another folder."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def _fingerprint(source: Path, name: str) -> str:

@@ -11,9 +11,9 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from kdhpc.config.language import LanguageConfig, tokens_per_s
+from kdhpc.config.language import LanguageConfig, Truth, tokens_per_s
 from kdhpc.config.model import LAYOUT, WATCHING, Model, Shape, Training
 from kdhpc.errors import ClusterError, InputError
 from kdhpc.experiment import arms
@@ -74,11 +74,13 @@ class TrainSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TruthSettings:
-    """What determines p*: a model that is given, or a corpus and a training."""
+    """What determines p*: a given model, or a corpus (and the training settings beside it)."""
 
-    model: str
+    kind: Literal["given", "trained"]
     fingerprint: str
-    """Of the model or the corpus."""
+    """Identity of the model or the corpus; where they are kept determines nothing."""
+    text_column: str | None
+    """Column of the corpus that holds the text."""
     dtype: str
 
 
@@ -101,7 +103,12 @@ def plan_truth(config: LanguageConfig, before: Plan) -> list[Shard]:
     """One shard: p* as a checkpoint folder."""
     truth, model = config.truth, _trained_truth(config)
     fields = fields_of(
-        TruthSettings(model=truth.model, fingerprint=truth.fingerprint, dtype=truth.dtype)
+        TruthSettings(
+            kind="trained" if model else "given",
+            fingerprint=truth.fingerprint,
+            text_column=truth.text_column if model else None,
+            dtype=truth.dtype,
+        )
     )
     if model is None:
         arm = Arm(stage=arms.TRUTH, name="truth", fields=fields, inputs={})
@@ -109,9 +116,7 @@ def plan_truth(config: LanguageConfig, before: Plan) -> list[Shard]:
     arm = Arm(
         stage=arms.TRUTH,
         name="truth",
-        fields=fields
-        | {"corpus": truth.corpus, "text_column": truth.text_column}
-        | TrainSettings.of(model, config, stream="truth", prompt="").fields,
+        fields=fields | TrainSettings.of(model, config, stream="truth", prompt="").fields,
         inputs={},
         nodes=model.training.nodes,
         ranks_per_node=model.training.ranks_per_node,
@@ -132,7 +137,7 @@ def run_truth(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
         tokenizer = huggingface.byte_tokenizer()
         with tempfile.TemporaryDirectory() as tokenizer_dir:
             tokenizer.save_pretrained(tokenizer_dir)
-            corpus = _text_corpus(shard.arm.fields, tokenizer)
+            corpus = _text_corpus(truth, work.config.length, tokenizer)
             return _train(shard, work, model.training, corpus, Path(tokenizer_dir))
     devices.set_threads(work.config.threads)
     path = work.new_path(shard)
@@ -365,17 +370,25 @@ def progress(scratch: Path) -> str:
         return ""
 
 
-def _text_corpus(fields: Mapping[str, Json], tokenizer: "PreTrainedTokenizerBase") -> "Corpus":
-    """Documents cut into rows of `length` tokens; a row that ends its document ends with EOS."""
+def _text_corpus(truth: Truth, length: int, tokenizer: "PreTrainedTokenizerBase") -> "Corpus":
+    """Cut documents into rows of `length` tokens; a row that ends its document ends with EOS.
+
+    Raises:
+        InputError: if the corpus is not the one that the run was submitted with.
+    """
     import numpy as np
 
     from kdhpc.scoring.counting import Counting
-    from kdhpc.storage.corpora import read_corpus
+    from kdhpc.storage.corpora import corpus_fingerprint, read_corpus
     from kdhpc.training.data import Corpus
 
+    if truth.fingerprint not in {"", corpus_fingerprint(truth.corpus, truth.text_column)}:
+        raise InputError(
+            f"truth.corpus={truth.corpus}: has changed since the run was submitted; expected the "
+            f"text with fingerprint {truth.fingerprint[:12]}"
+        )
     rows = []
-    length = fields["length"]
-    for text in read_corpus(fields["corpus"], fields["text_column"]):
+    for text in read_corpus(truth.corpus, truth.text_column):
         ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
         rows += [ids[start : start + length] for start in range(0, len(ids), length)]
     padded = np.zeros((len(rows), length), np.uint16)
