@@ -165,6 +165,23 @@ def test_every_field_of_the_config_is_explained() -> None:
                 assert isinstance(after.value, ast.Constant)
 
 
+def test_the_map_names_every_module() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    tree = text.partition("kdhpc/\n")[2].partition("\nslurm/")[0]
+    listed: list[str] = []
+    folders: list[str] = []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2 - 1
+        name = line.split()[0]
+        folders = [*folders[:depth], name]
+        if name.endswith(".py"):
+            listed.append("".join(folders))
+    there = {str(path.relative_to(ROOT / "kdhpc")) for path in (ROOT / "kdhpc").rglob("*.py")}
+    stages = {path for path in there if path.startswith("experiment/stages/")}
+    expected = {path for path in there - stages if not path.endswith("__init__.py")}
+    assert sorted(listed) == sorted(expected)
+
+
 def test_todos_carry_an_issue_number() -> None:
     for path in [*ROOT.glob("kdhpc/**/*.py"), *ROOT.glob("launch/*.py")]:
         for line in path.read_text().splitlines():
