@@ -259,7 +259,8 @@ def test_what_determines_a_number_stands_in_its_recipe(word: str, stage: str) ->
 
 def test_tasks_of_the_mixture_load_no_torch() -> None:
     code = (
-        "import sys, kdhpc.stages.mixture, kdhpc.gaussian, kdhpc.store, sklearn.mixture, h5py\n"
+        "import sys, sklearn.mixture, h5py, kdhpc.experiment.stages.mixture\n"
+        "import kdhpc.science.distillation, kdhpc.storage.hdf5\n"
         "print('torch' in sys.modules)"
     )
     found = subprocess.run(

@@ -19,10 +19,10 @@ writes  results.h5: /tables/<setting>-<arm>/<array>, /models, /provenance; an ar
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from kdhpc.config.mixture import MixtureConfig, Setting
-from kdhpc.plan.shards import Arm, Plan, Shard, cut, merge_of
+from kdhpc.config.mixture import MixtureConfig
+from kdhpc.plan.shards import Arm, Plan, Shard, cut, fields_of, merge_of, settings_of
 from kdhpc.plan.stages import Stage
 from kdhpc.storage.run_folder import RESULTS
 from kdhpc.storage.work import Work, Written
@@ -38,6 +38,44 @@ PACKAGES = ("numpy", "scipy", "scikit-learn", "h5py")
 """Whose versions the results name."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherSettings:
+    """What determines p*, D, the teachers and the direct students of a setting."""
+
+    seed: int
+    stream: str
+    threads: int
+    truth: Literal["grid", "fitted_grid", "random"]
+    modes: int
+    dimension: int
+    fit_points: int | None
+    """Points that p* is fitted to; None if it is not fitted."""
+    train_points: int
+    teacher_components: int
+    teacher_covariance: Literal["diagonal", "full"]
+    student_components: int
+    student_covariance: Literal["diagonal", "full"]
+    em_starts: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudentSettings:
+    """What determines the students of an arm and their scores, beside the teachers."""
+
+    seed: int
+    stream: str
+    threads: int
+    arm: str
+    """Part of the names of its random streams."""
+    beta: float | None
+    """Sharpening of the teacher's weights; None for the direct student."""
+    distill_points: int
+    eval_points: int
+    student_components: int
+    student_covariance: Literal["diagonal", "full"]
+    em_starts: int
+
+
 def arms(config: MixtureConfig) -> Iterator[tuple[str, float | None]]:
     """Name and sharpening of every student of a setting; the direct student has none."""
     yield DIRECT, None
@@ -49,14 +87,24 @@ def plan_teachers(config: MixtureConfig, before: Plan) -> list[Shard]:
     """Shards of seeds for every setting."""
     shards = []
     for name, setting in config.settings.items():
-        fields = _fields(config, name) | dataclasses.asdict(setting)
-        del fields["distill_points"]
-        if setting.truth != "fitted_grid":
-            del fields["fit_points"]
-        arm = Arm(stage="fit-teachers", name=f"{name}-{TEACHERS}", fields=fields, inputs={})
-        points = setting.train_points + (
-            setting.fit_points if setting.truth == "fitted_grid" else 0
+        settings = TeacherSettings(
+            seed=config.seed,
+            stream=name,
+            threads=config.threads,
+            truth=setting.truth,
+            modes=setting.modes,
+            dimension=setting.dimension,
+            fit_points=setting.fit_points if setting.truth == "fitted_grid" else None,
+            train_points=setting.train_points,
+            teacher_components=setting.teacher_components,
+            teacher_covariance=setting.teacher_covariance,
+            student_components=setting.student_components,
+            student_covariance=setting.student_covariance,
+            em_starts=setting.em_starts,
         )
+        fields = fields_of(settings)
+        arm = Arm(stage="fit-teachers", name=f"{name}-{TEACHERS}", fields=fields, inputs={})
+        points = setting.train_points + (settings.fit_points or 0)
         work = points * setting.teacher_components * setting.em_starts
         num_bytes = 8.0 * setting.dimension * (setting.train_points + 100 * setting.dimension)
         shards += [
@@ -77,15 +125,23 @@ def plan_students(config: MixtureConfig, before: Plan) -> list[Shard]:
     shards = []
     for name, setting in config.settings.items():
         teachers = before.arm("fit-teachers", f"{name}-{TEACHERS}")
-        fields = _fields(config, name) | {
-            "distill_points": setting.distill_points,
-            "eval_points": config.eval_points,
-        }
         for arm_name, beta in arms(config):
+            settings = StudentSettings(
+                seed=config.seed,
+                stream=name,
+                threads=config.threads,
+                arm=arm_name,
+                beta=beta,
+                distill_points=setting.distill_points,
+                eval_points=config.eval_points,
+                student_components=setting.student_components,
+                student_covariance=setting.student_covariance,
+                em_starts=setting.em_starts,
+            )
             arm = Arm(
                 stage="fit-students",
                 name=f"{name}-{arm_name}",
-                fields=fields | {"beta": beta},
+                fields=fields_of(settings),
                 inputs={TEACHERS: teachers[0].arm.recipe},
             )
             shards += [
@@ -102,10 +158,6 @@ def plan_students(config: MixtureConfig, before: Plan) -> list[Shard]:
     return shards
 
 
-def _fields(config: MixtureConfig, setting: str) -> dict[str, Json]:
-    return {"seed": config.seed, "stream": setting, "threads": config.threads}
-
-
 def plan_merge(config: MixtureConfig, before: Plan) -> list[Shard]:
     """One shard, over all seeds of all settings."""
     wanted = [*before.stage("fit-teachers"), *before.stage("fit-students")]
@@ -117,23 +169,21 @@ def run_teachers(shard: Shard, work: Work[MixtureConfig]) -> Written:
     """Draw D, fit a teacher and a direct student to it, for each seed of the shard."""
     from kdhpc.science import gaussian
 
-    config: MixtureConfig = work.config
-    name, setting = _setting(shard, config)
+    settings = settings_of(shard.arm.fields, TeacherSettings)
+    seed = settings.seed
 
     def fit_one(index: int) -> "Facts":
-        stream = f"{name}/s{index}"
-        truth = _truth(setting, config, stream)
-        points = gaussian.draw(
-            truth, setting.train_points, seed=config.seed, stream=f"{stream}/train"
-        )
-        fit = functools.partial(
-            gaussian.fit, points, num_starts=setting.em_starts, seed=config.seed
-        )
+        stream = f"{settings.stream}/s{index}"
+        truth = _truth(settings, stream)
+        points = gaussian.draw(truth, settings.train_points, seed=seed, stream=f"{stream}/train")
+        fit = functools.partial(gaussian.fit, points, num_starts=settings.em_starts, seed=seed)
         teacher = fit(
-            setting.teacher_components, setting.teacher_covariance, stream=f"{stream}/teacher/fit"
+            settings.teacher_components,
+            settings.teacher_covariance,
+            stream=f"{stream}/teacher/fit",
         )
         direct = fit(
-            setting.student_components, setting.student_covariance, stream=f"{stream}/direct/fit"
+            settings.student_components, settings.student_covariance, stream=f"{stream}/direct/fit"
         )
         return {
             "train_points": points,
@@ -150,14 +200,13 @@ def run_students(shard: Shard, work: Work[MixtureConfig]) -> Written:
     from kdhpc.science import distillation, gaussian
     from kdhpc.storage.hdf5 import read_arrays
 
-    config: MixtureConfig = work.config
-    name, setting = _setting(shard, config)
-    beta, arm = shard.arm.fields["beta"], shard.arm.name.removeprefix(f"{name}-")
+    settings = settings_of(shard.arm.fields, StudentSettings)
+    seed, arm = settings.seed, settings.arm
     teachers = read_arrays(work.input(shard.reads[0]))
     first = shard.rows[0] if shard.rows else 0
 
     def fit_one(index: int) -> "Facts":
-        stream, row = f"{name}/s{index}", index - first
+        stream, row = f"{settings.stream}/s{index}", index - first
         truth, direct = (_mixture(teachers, role, row) for role in ("truth", "direct"))
 
         @functools.cache
@@ -165,21 +214,21 @@ def run_students(shard: Shard, work: Work[MixtureConfig]) -> Written:
             # Every arm is scored on the same points of p*, so that arms can be compared.
             where = stream if role == "truth" else f"{stream}/{arm}"
             return gaussian.draw(
-                mixture, config.eval_points, seed=config.seed, stream=f"{where}/{role}/eval"
+                mixture, settings.eval_points, seed=seed, stream=f"{where}/{role}/eval"
             )
 
         student, found = direct, {}
-        if beta is not None:
-            teacher = gaussian.sharpen(_mixture(teachers, "teacher", row), beta)
+        if settings.beta is not None:
+            teacher = gaussian.sharpen(_mixture(teachers, "teacher", row), settings.beta)
             distilled = gaussian.draw(
-                teacher, setting.distill_points, seed=config.seed, stream=f"{stream}/{arm}/train"
+                teacher, settings.distill_points, seed=seed, stream=f"{stream}/{arm}/train"
             )
             student = gaussian.fit(
                 distilled,
-                setting.student_components,
-                setting.student_covariance,
-                num_starts=setting.em_starts,
-                seed=config.seed,
+                settings.student_components,
+                settings.student_covariance,
+                num_starts=settings.em_starts,
+                seed=seed,
                 stream=f"{stream}/{arm}/fit",
             )
             found = distillation.score_distillation(truth, teacher, student, direct, points_of)
@@ -228,30 +277,26 @@ def _facts(config: MixtureConfig) -> dict[str, dict[str, Json]]:
     }
 
 
-def _setting(shard: Shard, config: MixtureConfig) -> tuple[str, Setting]:
-    name = str(shard.arm.fields["stream"])
-    return name, config.settings[name]
-
-
-def _truth(setting: Setting, config: MixtureConfig, stream: str) -> "Mixture":
+def _truth(settings: TeacherSettings, stream: str) -> "Mixture":
     from kdhpc.science import gaussian
 
-    if setting.truth == "random":
+    seed = settings.seed
+    if settings.truth == "random":
         return gaussian.random_truth(
-            setting.modes, setting.dimension, seed=config.seed, stream=f"{stream}/truth/means"
+            settings.modes, settings.dimension, seed=seed, stream=f"{stream}/truth/means"
         )
     truth = gaussian.grid_truth()
-    if setting.truth == "grid":
+    if settings.fit_points is None:
         return truth
     points = gaussian.draw_evenly(
-        truth, setting.fit_points, seed=config.seed, stream=f"{stream}/truth/points"
+        truth, settings.fit_points, seed=seed, stream=f"{stream}/truth/points"
     )
     return gaussian.fit(
         points,
-        setting.modes,
+        settings.modes,
         "full",
-        num_starts=setting.em_starts,
-        seed=config.seed,
+        num_starts=settings.em_starts,
+        seed=seed,
         stream=f"{stream}/truth/fit",
     )
 
