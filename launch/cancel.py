@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Cancel everything of a run that is queued or running, and nothing else.
+"""Cancel all queued and running jobs of a run, and nothing else.
 
     python launch/cancel.py RUN
 
-Published results stay; sweep.py or rerun.py go on later.
+Published results are kept; sweep.py or rerun.py continue the run later.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from kdhpc.errors import BusyError
 
 
 def main(arguments: list[str]) -> int:
-    """Say that the run is cancelled, then cancel its jobs."""
+    """Record that the run is cancelled, then cancel its jobs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -28,15 +28,15 @@ def main(arguments: list[str]) -> int:
     executor = ledger.requests()[-1].executor
     if executor == "local":
         if runs.is_locked(run):
-            raise BusyError(f"{run.path}: runs in a process here; press Ctrl-C there")
+            raise BusyError(f"{run.path}: runs in a process on this machine; press Ctrl-C there")
         print("nothing is running")
         return 0
-    # The request first: a gate that starts meanwhile sees it and submits nothing.
+    # The request comes first, so that a gate that starts meanwhile sees it and submits nothing.
     runs.add_request(run, config, kind="cancel", executor=executor)
-    names = {name for submission in ledger.submissions() for name in submission.job_names}
-    jobs = {task.job_id for task in slurm.queue() if task.name in names}
-    slurm.cancel(sorted(jobs))
-    print(f"cancelled {len(jobs)} jobs of {run.path.name}; sweep.py or rerun.py go on later")
+    job_names = {name for submission in ledger.submissions() for name in submission.job_names}
+    job_ids = {task.job_id for task in slurm.queue() if task.name in job_names}
+    slurm.cancel(sorted(job_ids))
+    print(f"cancelled {len(job_ids)} jobs of {run.path.name}; sweep.py or rerun.py continue later")
     return 0
 
 

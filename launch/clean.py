@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""List, then delete, what a run does not need.
+"""List or delete the files that a run does not need.
 
     python launch/clean.py RUN [--yes]
 
-That is: data without a record, checkpoints of finished trainings, damaged records that were put
-aside, progress files, and logs of a complete run. Without --yes it only lists. It refuses while the
-run is active.
+These are data without a record, checkpoints of finished trainings, damaged records that were put
+aside, progress files, and the logs of a complete run. Nothing is deleted without --yes, nor while
+the run is active.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from kdhpc.storage.files import remove
 
 
 def main(arguments: list[str]) -> int:
-    """List or delete."""
+    """List the files, and delete them if asked to."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -29,18 +29,21 @@ def main(arguments: list[str]) -> int:
     run = runs.find(options.run, options.runs_dir)
     state = look(run)
     if state.queue_error:
-        raise BusyError(f"{run.path}: Slurm does not answer, so what is active is not known")
+        raise BusyError(
+            f"{run.path}: Slurm does not answer, so it is unknown what is active; try again later"
+        )
     if state.situation.active or runs.is_locked(run):
         raise BusyError(f"{run.path}: is active; clean it when nothing runs, or cancel.py it first")
-    found = housekeeping.unneeded(run, state.scan, complete=status_of(run, state).complete)
-    for path, why in found.items():
-        print(f"{path.relative_to(run.path)}  {why}")
-    total = sum(housekeeping.bytes_of(path) for path in found)
+    reasons = housekeeping.unneeded(run, state.scan, complete=status_of(run, state).complete)
+    for path, reason in reasons.items():
+        print(f"{path.relative_to(run.path)}  {reason}")
+    total = sum(housekeeping.bytes_of(path) for path in reasons)
     if options.yes:
-        for path in found:
+        for path in reasons:
             remove(path)
     print(
-        f"{len(found)} entries, {size(total)}" + ("; deleted" if options.yes else "; --yes deletes")
+        f"{len(reasons)} entries, {size(total)}"
+        + ("; deleted" if options.yes else "; --yes deletes")
     )
     return 0
 

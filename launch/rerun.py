@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Run again what failed or is missing, with other resources if given.
+"""Run failed and missing shards again, with other resources if given.
 
     python launch/rerun.py RUN [--stage S] [--shards 3,17-20] [slurm.mem_gb=64 ...]
 
     python launch/rerun.py RUN --partial
 
---partial runs nothing: it merges what is there now into 8-merge/partial.h5, marked incomplete.
-Shards are numbered from 0 within their stage, in the order of the plan. Published results stay.
+--partial runs no shard; it merges the published results into 8-merge/partial.h5, marked incomplete.
+Shards are numbered from 0 within their stage, in the order of the plan. Published results are kept.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from kdhpc.storage.work import Work
 
 
 def main(arguments: list[str]) -> int:
-    """Choose shards, write the request, advance."""
+    """Choose shards, write the request, and advance the run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--runs-dir", default="runs")
     parser.add_argument("--stage", help="only this stage")
     parser.add_argument("--shards", help="only these shards of --stage, such as 3,17-20")
-    parser.add_argument("--partial", action="store_true", help="merge what is there now")
+    parser.add_argument("--partial", action="store_true", help="merge the results published so far")
     options = parser.parse_intermixed_args(arguments)
     run = runs.find(options.run, options.runs_dir)
     _, config, plan = runs.current(run)
@@ -43,26 +43,26 @@ def main(arguments: list[str]) -> int:
     resources = planning.resource_overrides(options.words, config)
     keys = chosen(run, plan, options.stage, options.shards)
     executor = Ledger(run.path).requests()[-1].executor
-    asked = {"kind": "rerun", "executor": executor, "stage": options.stage, "keys": keys}
+    request = {"kind": "rerun", "executor": executor, "stage": options.stage, "keys": keys}
     for key in run.scan().damaged:
         if keys is None or key in keys:
             run.quarantine(key)
     if executor == "local":
         with runs.launcher_lock(run):
-            runs.add_request(run, config, resources=resources, **asked)
+            runs.add_request(run, config, resources=resources, **request)
             with disk_errors(run.path):
                 state = local.run_all(run, config, plan)
         status = status_of(run, state)
         console().print(status_view(status))
         return 0 if status.complete else 1
-    runs.add_request(run, config, resources=resources, **asked)
+    runs.add_request(run, config, resources=resources, **request)
     advance(run)
     console().print(status_view(status_of(run, look(run))))
     return 0
 
 
 def merge_partly(run: Run, config: RunConfig, plan: Plan) -> int:
-    """Merge the arms that are whole, in this process; nothing is published."""
+    """Merge the complete arms in this process; nothing is published."""
     if run.pipeline.merge_partial is None:
         raise InputError(f"--partial: the pipeline {run.pipeline.name} has no partial merge")
     state = look(run)
@@ -74,18 +74,20 @@ def merge_partly(run: Run, config: RunConfig, plan: Plan) -> int:
 
 
 def chosen(run: Run, plan: Plan, stage: str | None, shards: str | None) -> tuple[str, ...] | None:
-    """Keys of the shards that are asked for; None for all (of the stage).
+    """Return the keys of the shards that --shards names; None for all shards of the stage or run.
 
     Raises:
         InputError: for a stage or number that does not exist.
     """
-    names = [s.name for s in run.pipeline.stages]
-    if stage is not None and stage not in names:
-        raise InputError(f"--stage {stage}: expected one of {', '.join(names)}")
+    stages = [s.name for s in run.pipeline.stages]
+    if stage is not None and stage not in stages:
+        raise InputError(f"--stage {stage}: expected one of {', '.join(stages)}")
     if shards is None:
         return None
     if stage is None:
-        raise InputError("--shards: needs --stage, whose shards are meant")
+        raise InputError(
+            "--shards: expected --stage too, because shards are numbered within a stage"
+        )
     planned = plan.stage(stage)
     keys = []
     for part in shards.split(","):

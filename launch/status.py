@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Show how a run stands: counts a stage, causes of failures, time left.
+"""Show the state of a run: counts for each stage, causes of failures, time left.
 
     python launch/status.py RUN [--watch] [--json]
-    python launch/status.py RUN --explain STAGE/ARM/NAME    why this shard is where it is
+    python launch/status.py RUN --explain STAGE/ARM/NAME    explain the state of this shard
 
-RUN is a name in runs/ or a path. Exit code 0 if the run (or that shard) is complete, else 1. Works
-without accounting, and without Slurm.
+RUN is a name in runs/ or a path. The exit code is 0 if the run (or that shard) is complete, else 1.
+Works without accounting, and without Slurm.
 """
 
 import argparse
@@ -20,15 +20,17 @@ from kdhpc.cluster.status import look, status_of
 
 
 def main(arguments: list[str]) -> int:
-    """Read and show."""
+    """Observe the run and show it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("run")
     parser.add_argument("--runs-dir", default="runs")
-    parser.add_argument("--watch", action="store_true", help="stay until nothing runs")
+    parser.add_argument(
+        "--watch", action="store_true", help="stay until nothing is queued or running"
+    )
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--explain", metavar="SHARD", help="why this shard is where it is")
+    parser.add_argument("--explain", metavar="SHARD", help="explain the state of this shard")
     options = parser.parse_args(arguments)
     run = runs.find(options.run, options.runs_dir)
     state = look(run)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Plan and submit a run. Typed again, it submits only what is missing and not already queued.
+"""Plan and submit a run. Typed again, it submits only what is missing and not queued.
 
     python launch/sweep.py [PRESET ...] [key=value ...] [--dry-run] [--watch]
 
@@ -31,13 +31,15 @@ WATCH_EVERY_S = 5.0
 
 
 def main(arguments: list[str]) -> int:
-    """Compose, plan, show, submit."""
+    """Compose the config, plan, and submit or show the plan."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("words", nargs="*", metavar="PRESET|key=value")
-    parser.add_argument("--dry-run", action="store_true", help="stop after the plan")
-    parser.add_argument("--watch", action="store_true", help="stay, with a live display")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and submit nothing")
+    parser.add_argument(
+        "--watch", action="store_true", help="stay until the end, with a live display"
+    )
     options = parser.parse_intermixed_args(arguments)
 
     pipeline, config = runs.from_words(options.words)
@@ -45,13 +47,13 @@ def main(arguments: list[str]) -> int:
     if options.dry_run:
         executor = "slurm" if slurm_here and config.executor != "local" else "local"
         plan = pipeline.plan(config)
-        found = planning.preview(pipeline, plan, config, executor)
-        console().print(plan_table(pipeline, plan, config, found.num_tasks, found.resources))
+        preview = planning.preview(pipeline, plan, config, executor)
+        console().print(plan_table(pipeline, plan, config, preview.num_tasks, preview.resources))
         for line in pipeline.estimate(config):
             print(line)
         print(f"planned for {executor}, in {config.runs_dir}/{config.name}; nothing was written")
-        if found.refused:
-            raise InputError(f"Slurm would refuse: {'; '.join(found.refused)}")
+        if preview.refused:
+            raise InputError(f"Slurm would refuse: {'; '.join(preview.refused)}")
         return 0
 
     executor = runs.pick_executor(config, slurm_here)
@@ -101,7 +103,7 @@ def _local(run: Run, config: RunConfig, plan: Plan) -> int:
 
 
 def _watch(run: Run) -> int:
-    """Stay until nothing is queued; where gates may not submit, this loop does it."""
+    """Stay until nothing is queued or running; where gates may not submit, this loop does."""
     out = console()
     with Live(console=out, refresh_per_second=1, transient=True) as live:
         while True:

@@ -3,8 +3,9 @@
 
     python launch/verify.py RUN [--put-aside]
 
-Exit code 0 if every byte is as published, else 1 with the names of the others. Nothing is changed;
-with --put-aside the records of damaged shards are renamed, so that sweep.py makes those again.
+The exit code is 0 if every byte is as published; otherwise it is 1, and the damaged files are
+named. Nothing is changed, except that --put-aside renames the records of damaged shards, so that
+sweep.py makes those shards again.
 """
 
 import argparse
@@ -18,14 +19,14 @@ from kdhpc.storage.run_folder import verify
 
 
 def main(arguments: list[str]) -> int:
-    """Verify all records."""
+    """Verify the data of all records."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("run")
     parser.add_argument("--runs-dir", default="runs")
     parser.add_argument(
-        "--put-aside", action="store_true", help="let the next sweep.py remake what is damaged"
+        "--put-aside", action="store_true", help="let the next sweep.py make damaged shards again"
     )
     options = parser.parse_args(arguments)
     run = runs.find(options.run, options.runs_dir)
@@ -42,10 +43,11 @@ def main(arguments: list[str]) -> int:
         run.quarantine(key)
     print(f"{len(scan.records) + len(scan.damaged)} records, {len(problems)} damaged")
     if problems:
-        done = (
-            "put aside; sweep.py" if options.put_aside else "verify.py --put-aside, then sweep.py"
+        print(
+            "the damaged records were put aside; sweep.py makes the shards again"
+            if options.put_aside
+            else "run verify.py --put-aside, then sweep.py, to make them again"
         )
-        print(f"{done} makes them again")
     return 1 if problems else 0
 
 

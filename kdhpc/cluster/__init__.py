@@ -1,4 +1,4 @@
-"""The batch system: all that knows Slurm, for any tuple of stages.
+"""The batch system: everything that knows Slurm, for any tuple of stages.
 
-Read `advance.py` first: one function moves a run, and everybody calls it.
+Read `advance.py` first: its one function moves a run on, and everything else calls it.
 """

@@ -1,8 +1,8 @@
-"""`advance(run)`: the one function that moves a run.
+"""`advance(run)`: the one function that moves a run on.
 
-It reads how the run stands (`observe.py`), decides (`decide.py`, pure) and submits what may start
-now (`submission.py`). `sweep.py`, `rerun.py`, the gate after every array and `sweep.py --watch` all
-call it; the local executor (`local.py`) observes and decides the same way.
+It reads the state of the run (`observe.py`), decides what may start now (`decide.py`, pure) and
+submits that (`submission.py`). `sweep.py`, `rerun.py`, the gate after every array and
+`sweep.py --watch` all call it; the local executor (`local.py`) observes and decides the same way.
 """
 
 import os
@@ -20,14 +20,17 @@ from kdhpc.storage.files import disk_errors
 
 
 def advance(run: Run) -> State:
-    """Submit to Slurm what the last request wants and may start now; how the run then stands.
+    """Submit to Slurm everything that the last request asks for and that may start now.
 
-    What Slurm refuses is recorded as a failure of its shards, so that the rest goes on.
+    An array that Slurm refuses is recorded as a failure of its shards, and the rest goes on.
+
+    Returns:
+        The state of the run afterwards.
 
     Raises:
-        BusyError: if other launchers kept claiming submissions before this one could.
+        BusyError: if other launchers claimed every submission before this one could.
         ClusterError: if Slurm does not answer, or refused everything.
-        DamagedError: if the disk is full.
+        DamagedError: if the disk is full or cannot be written.
     """
     with disk_errors(run.path):
         return _advance(run)
@@ -38,20 +41,20 @@ def _advance(run: Run) -> State:
     room: int | None = None
     num_submitted, refusals = 0, []
     for _ in range(50):
-        state = _look(run, ledger, room)
+        state = _settle_and_observe(run, ledger, room)
         if not state.decision.batches:
             break
         for batch in state.decision.batches:
             try:
                 if not submit(run, ledger, state, batch):
-                    time.sleep(0.2)  # another launcher was first: look again
+                    time.sleep(0.2)  # another launcher was first: observe again
                     break
                 num_submitted += 1
             except slurm.OverLimitError as error:
                 if len(batch.tasks) == 1:
                     if num_submitted or _others_queued(state):
-                        # A gate that is in the queue goes on when there is room.
-                        return _look(run, ledger, room)
+                        # A gate that is in the queue submits more when the queue has room again.
+                        return _settle_and_observe(run, ledger, room)
                     raise
                 room = (len(batch.tasks) + 1) // 2 + state.policy.per_array
                 print(f"{error}; trying {room}", file=sys.stderr)
@@ -59,18 +62,18 @@ def _advance(run: Run) -> State:
             except slurm.RefusedError as error:
                 refusals.append(error)
     else:
-        raise BusyError(f"{run.path}: another launcher is submitting; look again with status.py")
+        raise BusyError(f"{run.path}: another launcher is submitting; look at it with status.py")
     if refusals and not num_submitted:
         raise refusals[0]
     return state
 
 
-def _look(run: Run, ledger: Ledger, room: int | None) -> State:
-    """Observe, after putting right what launchers and tasks that died have left."""
+def _settle_and_observe(run: Run, ledger: Ledger, room: int | None) -> State:
+    """Settle what dead launchers and tasks left behind, release held jobs, and observe the run."""
     state = _observe(run, room)
-    if _settle_orphans(ledger, state) | _explain_ended(run, ledger, state):
+    if _settle_orphans(ledger, state) | _record_unexplained(run, ledger, state):
         state = _observe(run, room)
-    settled = {
+    settled_names = {
         name
         for submission in state.submissions
         if (job := state.jobs.get(submission.number)) and job.job_id
@@ -79,7 +82,7 @@ def _look(run: Run, ledger: Ledger, room: int | None) -> State:
     held = {
         task.job_id
         for task in state.queued
-        if task.name in settled and task.reason in slurm.HELD_REASONS
+        if task.name in settled_names and task.reason in slurm.HELD_REASONS
     }
     if held and not state.situation.stopped:
         slurm.release(sorted(held))
@@ -87,7 +90,7 @@ def _look(run: Run, ledger: Ledger, room: int | None) -> State:
 
 
 def _observe(run: Run, room: int | None) -> State:
-    """Observe by the config of the last request, even if that comes in between."""
+    """Observe by the config of the last request, even if a new request arrives meanwhile."""
     while True:
         number, config, plan = runs.current(run)
         state = observe(run, config, plan, room=room)
@@ -96,20 +99,20 @@ def _observe(run: Run, room: int | None) -> State:
 
 
 def _others_queued(state: State) -> bool:
-    """Whether a gate of this run is in the queue beside the one that may be asking."""
+    """Return whether a gate of this run is in the queue, other than the gate that may run this."""
     gates = {job.gate_id for job in state.jobs.values()} - {None, os.environ.get("SLURM_JOB_ID")}
     return any(task.job_id in gates for task in state.queued)
 
 
 def _settle_orphans(ledger: Ledger, state: State) -> bool:
-    """Give up submissions whose launcher died between claiming and recording; cancel their jobs."""
+    """Give up submissions whose launcher died before it recorded the job ids; cancel their jobs."""
     settled = False
     for submission in state.submissions:
         job = state.jobs.get(submission.number)
         if job is None and launcher_gone(submission):
             job = Job(job_id=None, note="its launcher died")
             if not ledger.settle(submission.number, job):
-                continue  # it lives, and was just recorded
+                continue  # the launcher is alive and has just recorded the job ids
             settled = True
         if job is not None and job.job_id is None:
             names = submission.job_names
@@ -117,28 +120,38 @@ def _settle_orphans(ledger: Ledger, state: State) -> bool:
     return settled
 
 
-def _explain_ended(run: Run, ledger: Ledger, state: State) -> bool:
-    """Write down why shards left the queue without output and without a word."""
-    silent = _silent(ledger, state)
-    job_ids = sorted({job_id for job_id, _ in silent})
+def _record_unexplained(run: Run, ledger: Ledger, state: State) -> bool:
+    """Record a failure for shards whose task left the queue without output or failure.
+
+    Returns:
+        Whether any failure was recorded.
+    """
+    unexplained = _unexplained(ledger, state)
+    job_ids = sorted({job_id for job_id, _ in unexplained})
     ended = slurm.accounting(job_ids)
-    if silent.keys() - ended.keys():
-        time.sleep(2.5)  # accounting lags
+    if unexplained.keys() - ended.keys():
+        time.sleep(2.5)  # accounting lags behind the queue
         ended = slurm.accounting(job_ids)
-    written = False
-    for (job_id, index), (submission, keys) in silent.items():
-        said = ended.get((job_id, index), slurm.Ended(state="", exit_code="", node=""))
-        for failure in _failures_of(run, ledger, submission, index, keys, said):
-            written |= ledger.add_failure(failure)
-    return written
+    recorded = False
+    for (job_id, index), (submission, keys) in unexplained.items():
+        task_end = ended.get((job_id, index), slurm.Ended(state="", exit_code="", node=""))
+        for failure in _failures_of(run, ledger, submission, index, keys, task_end):
+            recorded |= ledger.add_failure(failure)
+    return recorded
 
 
-def _silent(ledger: Ledger, state: State) -> dict[tuple[str, int], tuple[Submission, list[str]]]:
-    """By job id and index, the tasks that are gone, and their shards that nothing is known of."""
+def _unexplained(
+    ledger: Ledger, state: State
+) -> dict[tuple[str, int], tuple[Submission, list[str]]]:
+    """Find tasks that left the queue with shards that have neither output nor failure.
+
+    Returns:
+        The submission and those shards of each such task, by job id and array index.
+    """
     known = {(failure.submission, failure.key) for failure in ledger.failures()}
     present = {(task.name, task.index) for task in state.queued}
     newest = {key: s.number for s in state.submissions for key in s.keys}
-    silent: dict[tuple[str, int], tuple[Submission, list[str]]] = {}
+    unexplained: dict[tuple[str, int], tuple[Submission, list[str]]] = {}
     for submission in state.submissions:
         job = state.jobs.get(submission.number)
         if job is None or job.job_id is None:
@@ -153,8 +166,8 @@ def _silent(ledger: Ledger, state: State) -> dict[tuple[str, int], tuple[Submiss
                 and (submission.number, key) not in known
             ]
             if keys and (submission.name, index) not in present:
-                silent[job.job_id, index] = submission, keys
-    return silent
+                unexplained[job.job_id, index] = submission, keys
+    return unexplained
 
 
 def _failures_of(
@@ -163,19 +176,20 @@ def _failures_of(
     submission: Submission,
     index: int,
     keys: list[str],
-    said: slurm.Ended,
+    task_end: slurm.Ended,
 ) -> Iterator[Failure]:
-    """The failures of a task that is gone: of the shard that it had begun last, or of all.
+    """Yield the failures of a task that left the queue.
 
-    A task that died between two shards is nobody's failure.
+    Usually only the shard that the task began last has failed, and none if the task died between
+    two shards. If the task was cancelled or never started, all its shards have.
     """
     events = ledger.last_events(submission.number, index)
-    kind, message = failures.of_slurm(said.state, said.exit_code, started=bool(events))
+    kind, message = failures.of_slurm(task_end.state, task_end.exit_code, started=bool(events))
     if "stopped" in events.values():
-        # Slurm kills the other ranks when the first one leaves, and reports that.
+        # Slurm kills the other ranks when the first one leaves, and reports that as the state.
         kind, message = "STOPPED", "was told to stop and did"
-    last = list(events)[-1:]
-    for key in keys if kind in {"CANCELLED", "LAUNCH"} or not last else last:
+    last_begun = list(events)[-1:]
+    for key in keys if kind in {"CANCELLED", "LAUNCH"} or not last_begun else last_begun:
         if key in keys:
             yield Failure(
                 key=key,
@@ -184,7 +198,7 @@ def _failures_of(
                 fingerprint=kind,
                 submission=submission.number,
                 log=str(ledger.log_path(submission.number, index)),
-                node=said.node,
+                node=task_end.node,
                 time=time.time(),
                 got_further=run.checkpoint_since(key, submission.time),
             )

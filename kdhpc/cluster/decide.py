@@ -1,4 +1,4 @@
-"""Which shards start now: a pure function of the plan and of what disk and queue say."""
+"""Decide which shards start now: a pure function of the plan, the disk and the queue."""
 
 import math
 import sys
@@ -12,58 +12,59 @@ from kdhpc.plan.shards import Plan, Shard
 from kdhpc.types import Json
 
 LOCAL_TASK_S = 3.0
-"""Work in seconds packed into one local task: its process is there already, and no core should
+"""Seconds of work in one local task: short, because the process exists already and no core should
 idle."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """What disk and queue say."""
+    """The facts that a decision depends on."""
 
     done: frozenset[str]
+    """Shards with a result."""
     active: frozenset[str]
-    """In the queue or running."""
+    """Shards in the queue, running, or being submitted."""
     failures: Mapping[str, Sequence[Failure]] = field(default_factory=dict)
-    """By shard, those that count: since somebody last asked for it."""
+    """By shard, the failures that count: those since it was last asked for."""
     free_failures: Mapping[str, int] = field(default_factory=dict)
-    """By shard, how many of those had made progress and cost no attempt."""
+    """By shard, how many of those made progress and therefore cost no attempt."""
     damaged: Mapping[str, str] = field(default_factory=dict)
-    """Damaged outputs that nobody has asked to remake."""
+    """By shard, what is wrong with a damaged output that nobody has asked to make again."""
     seconds_per_work: Mapping[str, float] = field(default_factory=dict)
-    """By stage, measured or estimated."""
+    """By stage, seconds per unit of `Shard.work`, measured or estimated."""
     overrides: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
-    """By shard, resources asked for by rerun."""
+    """By shard, the resources that rerun asked for."""
     stopped: bool = False
-    """The last request was to cancel."""
+    """Whether the last request was to cancel."""
     only: frozenset[str] | None = None
-    """After a cancel, only what rerun asked for since starts."""
+    """After a cancel, the only shards that may start: those that rerun asked for since."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Limits and packing."""
+    """Limits of arrays and queue, and how much work goes into a task."""
 
     task_s: float
-    """Work packed into one task."""
+    """Seconds of work packed into one task."""
     max_array: int
-    """Tasks of one array."""
+    """Maximum number of tasks in one array."""
     max_tasks: int
-    """Tasks that may be submitted now, over all arrays."""
+    """Maximum number of jobs that may be submitted now, gates included, over all arrays."""
     per_array: int = 1
-    """Queue places that an array needs beside its tasks: the gate."""
+    """Jobs in the queue that an array needs beside its tasks: 1 for the gate."""
     canary: int = 0
-    """Tasks of a large stage that are tried first; 0 starts it whole."""
+    """Number of tasks of a large stage that are tried first; 0 starts the whole stage."""
     max_attempts: int = 3
-    """Failed attempts of a shard before it waits for somebody."""
+    """Failed attempts of a shard before it waits for `rerun.py` or `sweep.py`."""
 
     @classmethod
     def unlimited(cls, task_s: float, max_array: int = sys.maxsize) -> "Policy":
-        """As if the queue took everything at once: for plans."""
+        """Plan as if the queue took everything at once."""
         return cls(task_s=task_s, max_array=max_array, max_tasks=sys.maxsize)
 
     @classmethod
     def local(cls, limits: Slurm) -> "Policy":
-        """For processes of this machine, which start task by task and need no gate."""
+        """Use processes of this machine, which start task by task and need no gate."""
         return cls(
             task_s=LOCAL_TASK_S,
             max_array=1,
@@ -74,7 +75,7 @@ class Policy:
 
     @classmethod
     def slurm(cls, limits: Slurm, *, max_array: int, num_queued: int) -> "Policy":
-        """For a cluster, with so many jobs of the run in the queue already."""
+        """Use a cluster, where `num_queued` jobs of the run are in the queue already."""
         return cls(
             task_s=limits.task_min * 60,
             max_array=max_array,
@@ -87,7 +88,7 @@ class Policy:
 
     @classmethod
     def looking(cls, limits: Slurm) -> "Policy":
-        """For who only looks: nothing may start, so Slurm need not be asked for its limits."""
+        """Start nothing, for commands that only look; Slurm need not be asked for its limits."""
         return cls(
             task_s=1.0,
             max_array=1,
@@ -99,14 +100,14 @@ class Policy:
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
-    """What the next attempt of a shard gets beyond the config."""
+    """Resources in which the next attempt of a shard differs from the config."""
 
     asked: Mapping[str, Json] = field(default_factory=dict)
-    """Fields of `slurm` that rerun gave."""
+    """Fields of `slurm` that rerun asked for."""
     time_factor: float = 1.0
     mem_factor: float = 1.0
     avoid: tuple[str, ...] = ()
-    """Nodes that failed."""
+    """Nodes that failed, which Slurm should not use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ class Batch:
 
     stage: str
     tasks: tuple[tuple[str, ...], ...]
-    """Keys of the shards of each task."""
+    """Keys of the shards in each task."""
     nodes: int
     ranks_per_node: int
     changes: Changes = Changes()
@@ -127,19 +128,19 @@ class Decision:
 
     batches: tuple[Batch, ...]
     blocked: Mapping[str, str]
-    """By shard, why it does not start by itself."""
+    """By shard, why it does not start without a person."""
 
 
 def decide(plan: Plan, situation: Situation, policy: Policy) -> Decision:
     """Group the shards that may start into arrays, earliest stage first.
 
-    A shard may start when the records that it reads exist.
+    A shard may start when all records that it reads exist.
     """
     blocked = _blocked(plan, situation, policy)
     if situation.stopped:
         return Decision(batches=(), blocked=blocked)
     batches: list[Batch] = []
-    places = policy.max_tasks
+    num_free = policy.max_tasks
     for stage in plan.stages:
         ready = [
             shard
@@ -155,10 +156,11 @@ def decide(plan: Plan, situation: Situation, policy: Policy) -> Decision:
         ]
         for group, tasks in _canary(packed, plan.stage(stage), situation, policy):
             for start in range(0, len(tasks), policy.max_array):
-                wave = tasks[start : start + policy.max_array][: max(0, places - policy.per_array)]
+                max_wave = max(0, num_free - policy.per_array)
+                wave = tasks[start : start + policy.max_array][:max_wave]
                 if not wave:
                     break
-                places -= len(wave) + policy.per_array
+                num_free -= len(wave) + policy.per_array
                 batches.append(
                     Batch(
                         stage=stage,
@@ -172,6 +174,7 @@ def decide(plan: Plan, situation: Situation, policy: Policy) -> Decision:
 
 
 def _blocked(plan: Plan, situation: Situation, policy: Policy) -> dict[str, str]:
+    """Return the shards that do not start without a person, and why."""
     blocked = dict(situation.damaged)
     for key, failures in situation.failures.items():
         if (
@@ -183,11 +186,11 @@ def _blocked(plan: Plan, situation: Situation, policy: Policy) -> dict[str, str]
             continue
         last = failures[-1]
         remedy = REMEDIES[last.kind]
-        spent = len(failures) - situation.free_failures.get(key, 0)
+        num_spent = len(failures) - situation.free_failures.get(key, 0)
         same = [f for f in failures if f.kind == "EXCEPTION" and f.fingerprint == last.fingerprint]
         if not remedy.retry:
             blocked[key] = f"{last.kind}: {last.message}; {remedy.advice}"
-        elif spent >= policy.max_attempts or len(same) >= 2:
+        elif num_spent >= policy.max_attempts or len(same) >= 2:
             blocked[key] = f"{last.kind} {len(failures)} times: {last.message}; {remedy.advice}"
     return blocked | _same_cause_everywhere(plan, situation, policy, blocked)
 
@@ -195,11 +198,11 @@ def _blocked(plan: Plan, situation: Situation, policy: Policy) -> dict[str, str]
 def _same_cause_everywhere(
     plan: Plan, situation: Situation, policy: Policy, blocked: Mapping[str, str]
 ) -> dict[str, str]:
-    """When the first shards of a stage all die alike, the others are not started.
+    """Block the rest of a stage whose first shards all failed for the same cause.
 
-    One exception is alike at once; other causes when their own remedies are used up.
+    An exception counts at once, any other cause only when its own remedies are used up.
     """
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     by_cause: dict[tuple[str, str], list[Failure]] = {}
     for key, failures in situation.failures.items():
         if key in plan.shards and failures and key not in situation.done:
@@ -215,8 +218,8 @@ def _same_cause_everywhere(
         reason = f"the first {len(alike)} shards of {stage} all failed: {alike[0].message}"
         for shard in shards:
             if shard.key not in situation.active and shard.key not in blocked:
-                found[shard.key] = f"{reason}; mend it, then rerun.py RUN"
-    return found
+                reasons[shard.key] = f"{reason}; fix the cause, then rerun.py RUN"
+    return reasons
 
 
 def _seconds(shard: Shard, situation: Situation) -> float:
@@ -224,10 +227,10 @@ def _seconds(shard: Shard, situation: Situation) -> float:
 
 
 def _groups(ready: list[Shard], situation: Situation, policy: Policy) -> list[list[Shard]]:
-    """Shards that go into arrays together: same ranks and resources.
+    """Group the shards that may share an array: those with the same ranks and resources.
 
-    An arm that fills a task has arrays, and so a gate, of its own: what waits for it alone does not
-    wait for others. Smaller arms share.
+    An arm with enough work for a task gets arrays, and therefore gates, of its own, so that shards
+    that read only this arm do not wait for others. Smaller arms share arrays.
     """
     by_arm: dict[str, list[Shard]] = {}
     for shard in ready:
@@ -237,32 +240,32 @@ def _groups(ready: list[Shard], situation: Situation, policy: Policy) -> list[li
         large = sum(_seconds(shard, situation) for shard in shards) >= policy.task_s
         for shard in shards:
             changes = _changes(shard, situation)
-            alike = f"{arm if large else ''}/{shard.arm.nodes}/{shard.arm.ranks_per_node}/{changes}"
-            groups.setdefault(alike, []).append(shard)
+            group = f"{arm if large else ''}/{shard.arm.nodes}/{shard.arm.ranks_per_node}/{changes}"
+            groups.setdefault(group, []).append(shard)
     return list(groups.values())
 
 
 def _pack(group: list[Shard], situation: Situation, policy: Policy) -> list[list[Shard]]:
-    """Cut shards, in order, into tasks of about `task_s` seconds.
+    """Pack shards, in order, into tasks of about `task_s` seconds.
 
-    A shard of several ranks, or one that failed before, gets a task of its own: what kills its
-    process must not take others along.
+    A shard with several ranks gets a task of its own. So does a shard that failed before, because
+    what kills its process would end the other shards of the task too.
     """
     if group[0].arm.nodes * group[0].arm.ranks_per_node > 1:
         return [[shard] for shard in group]
     tasks: list[list[Shard]] = []
-    filled = math.inf
+    filled_s = math.inf
     for shard in group:
         seconds = _seconds(shard, situation)
         if situation.failures.get(shard.key):
             tasks.append([shard])
-            filled = math.inf
+            filled_s = math.inf
             continue
-        if filled + seconds > policy.task_s:
+        if filled_s + seconds > policy.task_s:
             tasks.append([])
-            filled = 0.0
+            filled_s = 0.0
         tasks[-1].append(shard)
-        filled += seconds
+        filled_s += seconds
     return tasks
 
 
@@ -271,9 +274,9 @@ Packed = list[tuple[list[Shard], list[list[Shard]]]]
 
 
 def _canary(packed: Packed, shards: list[Shard], situation: Situation, policy: Policy) -> Packed:
-    """Only the first tasks of a large stage that has not shown yet that it works.
+    """Keep only the first tasks of a large stage until one of its shards is done.
 
-    Stages of long shards, such as trainings, start whole: waiting would cost more than it saves.
+    A stage of long shards, such as trainings, starts whole: waiting would cost more than it saves.
     """
     large = sum(len(tasks) for _, tasks in packed) >= 4 * policy.canary
     if not policy.canary or not large or any(shard.key in situation.done for shard in shards):
@@ -287,13 +290,13 @@ def _canary(packed: Packed, shards: list[Shard], situation: Situation, policy: P
 
 
 def _changes(shard: Shard, situation: Situation) -> Changes:
-    """What rerun asked for, and the remedies of the failures that count."""
+    """Combine what rerun asked for with the remedies of the failures that count."""
     time_factor = mem_factor = 1.0
     avoid = set()
     for failure in situation.failures.get(shard.key, ()):
         remedy = REMEDIES[failure.kind]
         if failure.kind == "TIMEOUT" and situation.free_failures.get(shard.key, 0):
-            continue  # it got further: the same time again is enough
+            continue  # the shard made progress: the same time again is enough
         time_factor *= remedy.time_factor
         mem_factor *= remedy.mem_factor
         if remedy.avoid_node and failure.node:

@@ -1,4 +1,4 @@
-"""What the launch scripts print: plans, status, and one line for an error."""
+"""Format what the launch scripts print: plans, status, and one line for an error."""
 
 import sys
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from kdhpc.plan.stages import AnyPipeline
 
 
 def command(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a launch script: errors on purpose become one line and their exit code."""
+    """Run a launch script; a `KdhpcError` becomes one line and its exit code."""
     try:
         sys.exit(main(sys.argv[1:]))
     except KdhpcError as error:
@@ -30,7 +30,7 @@ def command(main: Callable[[list[str]], int]) -> NoReturn:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 42 s, 3 min, 2.5 h, 4.1 d."""
+    """Format seconds for people: 42 s, 3.0 min, 2.5 h, 4.1 d."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
@@ -38,7 +38,7 @@ def duration(seconds: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Bytes for people."""
+    """Format bytes for people: 42 B, 1.5 MB."""
     for exponent, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
         if num_bytes >= 1000**exponent:
             return f"{num_bytes / 1000**exponent:.1f} {unit}"
@@ -52,7 +52,7 @@ def plan_table(
     num_tasks: dict[str, int],
     resources: dict[str, str],
 ) -> Table:
-    """The pipeline with its shards, tasks, hours and bytes."""
+    """Format the pipeline with its shards, tasks, hours and bytes."""
     table = Table(title=f"{config.name}: {len(plan.shards)} shards", title_justify="left", box=None)
     for name in ("stage", "reads", "writes"):
         table.add_column(name, overflow="fold")
@@ -82,7 +82,7 @@ def plan_table(
 
 
 def status_view(status: Status) -> Group:
-    """A run as a table, then what is wrong with it."""
+    """Format the status of a run: a table, then what is wrong."""
     table = Table(title=f"{status.run} ({status.executor})", title_justify="left", box=None)
     table.add_column("stage", no_wrap=True)
     for name in ("done", "running", "queued", "failed", "missing"):
@@ -100,8 +100,8 @@ def status_view(status: Status) -> Group:
     if status.eta_s is not None:
         parts.append(Text(f"about {duration(status.eta_s)} left at this pace"))
     if status.waiting:
-        found = ", ".join(f"{count} {reason}" for reason, count in status.waiting.items())
-        parts.append(Text(f"waiting in the queue: {found}"))
+        reasons = ", ".join(f"{count} {reason}" for reason, count in status.waiting.items())
+        parts.append(Text(f"waiting in the queue: {reasons}"))
     parts += [Text(note) for note in status.notes]
     for cause in status.causes:
         count = f"{len(cause.shards)} shards" if len(cause.shards) > 1 else cause.shards[0]
@@ -115,6 +115,6 @@ def status_view(status: Status) -> Group:
 
 
 def console() -> Console:
-    """Standard output; wide enough for a log file too."""
-    found = Console()
-    return found if found.is_terminal else Console(width=160)
+    """Return a console on standard output, 160 characters wide if that is not a terminal."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=160)

@@ -1,4 +1,4 @@
-"""Why one shard is where it is: `status.py RUN --explain SHARD`."""
+"""Explain the state of one shard: `status.py RUN --explain SHARD`."""
 
 import difflib
 import time
@@ -16,7 +16,10 @@ LOG_LINES = 20
 
 
 def explain(run: Run, state: State, key: str) -> list[str]:
-    """Lines for people: where a shard stands, every attempt, its own part of its log, what to do.
+    """Explain a shard to people: its state, every attempt, its own part of the log, what to do.
+
+    Returns:
+        Lines of text.
 
     Raises:
         InputError: if no such shard is planned.
@@ -24,12 +27,12 @@ def explain(run: Run, state: State, key: str) -> list[str]:
     if key not in state.plan.shards:
         near = difflib.get_close_matches(key, state.plan.shards, n=1, cutoff=0.0)
         raise InputError(
-            f"--explain {key}: no such shard; expected STAGE/ARM/NAME such as {near[0]}"
+            f"--explain {key}: no such shard; expected STAGE/ARM/NAME, such as {near[0]}"
         )
-    lines = [f"{key}: {_standing(state, key)}"]
+    lines = [f"{key}: {_state_of(state, key)}"]
     record = state.scan.records.get(key)
     if record is not None:
-        lines += _made(record)
+        lines += _provenance(record)
     ledger = Ledger(run.path)
     failures = {f.submission: f for f in ledger.failures() if f.key == key}
     for submission in state.submissions:
@@ -37,10 +40,10 @@ def explain(run: Run, state: State, key: str) -> list[str]:
             if key in task:
                 job = state.jobs.get(submission.number)
                 where = f"job {job.job_id}_{index}" if job and job.job_id else "no job"
-                said = job.note if job and job.note else ""
+                note = job.note if job and job.note else ""
                 failure = failures.get(submission.number)
                 lines.append(
-                    f"submission {submission.number:04d} ({where}): {_outcome(failure, said)}"
+                    f"submission {submission.number:04d} ({where}): {_outcome(failure, note)}"
                 )
                 log = ledger.log_path(submission.number, index)
     if failures or key in state.situation.active:
@@ -51,7 +54,7 @@ def explain(run: Run, state: State, key: str) -> list[str]:
     return lines
 
 
-def _standing(state: State, key: str) -> str:
+def _state_of(state: State, key: str) -> str:
     situation = state.situation
     if key in situation.done:
         return "published"
@@ -63,9 +66,9 @@ def _standing(state: State, key: str) -> str:
         return f"not started: {state.decision.blocked[key]}"
     if situation.stopped:
         return "not started: the run was cancelled"
-    absent = [read for read in state.plan.shards[key].reads if read not in situation.done]
-    if absent:
-        return f"waits for {len(absent)} shards that it reads; the first is {absent[0]}"
+    missing = [read for read in state.plan.shards[key].reads if read not in situation.done]
+    if missing:
+        return f"waits for {len(missing)} shards that it reads; the first is {missing[0]}"
     if situation.failures.get(key):
         return "failed; it will be tried again"
     if situation.active:
@@ -88,37 +91,37 @@ def _in_queue(state: State, key: str) -> str:
     return "being worked on, or submitted at this moment"
 
 
-def _made(record: Record) -> Iterator[str]:
+def _provenance(record: Record) -> Iterator[str]:
     attempt = record.attempt
     where = attempt.get("node") or attempt.get("host", "?")
-    made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(attempt.get("started", 0))))
-    yield f"made on {where} from {made} in {record.seconds:.1f} s by code {record.code}"
+    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(attempt.get("started", 0))))
+    yield f"made on {where} at {started} in {record.seconds:.1f} s by code {record.code}"
     yield f"data: {record.data} ({record.num_bytes} bytes, digest {record.digest[:12]})"
 
 
-def _outcome(failure: Failure | None, said: str) -> str:
+def _outcome(failure: Failure | None, note: str) -> str:
     if failure is None:
-        return said or "no failure recorded"
+        return note or "no failure recorded"
     node = f" on {failure.node}" if failure.node else ""
     return f"{failure.kind}{node}: {failure.message}"
 
 
 def _advice(state: State, key: str, failures: dict[int, Failure]) -> str:
     if key in state.situation.active:
-        return "nothing, it is under way"
+        return "nothing: it is queued or running"
     if key in state.situation.damaged:
-        return "run sweep.py or rerun.py, which remake it"
+        return "run sweep.py or rerun.py, which make it again"
     if failures:
         last = failures[max(failures)]
         return REMEDIES[last.kind].advice
     if state.situation.active:
-        return "nothing, it starts by itself"
-    absent = [read for read in state.plan.shards[key].reads if read not in state.situation.done]
-    return f"status.py RUN --explain {absent[0]}" if absent else "run sweep.py again"
+        return "nothing: it starts by itself"
+    missing = [read for read in state.plan.shards[key].reads if read not in state.situation.done]
+    return f"status.py RUN --explain {missing[0]}" if missing else "run sweep.py again"
 
 
 def own_lines(log: Path, key: str) -> list[str]:
-    """The end of what a shard's last attempt left in the log of its task."""
+    """Return the last lines that a shard's last attempt wrote to the log of its task."""
     try:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:

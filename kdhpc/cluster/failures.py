@@ -1,6 +1,6 @@
-"""Classes of failure and what is done about each: one table.
+"""One table of the classes of failure and what is done about each.
 
-A failure is retried by itself only if trying again can help; everything else waits for `rerun.py`
+A failed shard is tried again automatically only if that can help. Otherwise it waits for `rerun.py`
 or another `sweep.py`, which start a fresh budget of attempts. `python -m kdhpc.cluster.failures`
 prints the table for docs/reliability.md.
 """
@@ -16,36 +16,37 @@ from kdhpc.storage.files import DISK_FULL_ERRNOS
 
 @dataclass(frozen=True, kw_only=True)
 class Remedy:
-    """What the next attempt does differently."""
+    """Whether and how a failed shard is tried again."""
 
     means: str
     """What happened, for people."""
     retry: bool
+    """Whether it is tried again automatically."""
     time_factor: float = 1.0
     mem_factor: float = 1.0
     avoid_node: bool = False
     free_with_progress: bool = False
-    """Costs no attempt if the shard or its task got further since the last one."""
+    """Whether the failure costs no attempt if the shard or its task made progress."""
     advice: str = ""
-    """For people, when it is not retried any more."""
+    """What a person can do when it is not tried again."""
 
 
 REMEDIES = {
     "TIMEOUT": Remedy(
-        means="the time limit ended it",
+        means="it reached its time limit",
         retry=True,
         time_factor=1.5,
         free_with_progress=True,
         advice="give it more time: rerun.py RUN slurm.time_min=...",
     ),
     "STOPPED": Remedy(
-        means="told to stop, and did so between shards or at a checkpoint",
+        means="it was told to stop, and did so between shards or at a checkpoint",
         retry=True,
         free_with_progress=True,
         advice="run sweep.py again",
     ),
     "PREEMPTED": Remedy(
-        means="another job took its place",
+        means="another job preempted it",
         retry=True,
         free_with_progress=True,
         advice="run sweep.py again",
@@ -58,44 +59,44 @@ REMEDIES = {
         advice="rerun.py RUN slurm.exclude=NODE",
     ),
     "OOM": Remedy(
-        means="out of memory, by Slurm, Python or the GPU",
+        means="it ran out of memory, as reported by Slurm, Python or the GPU",
         retry=True,
         mem_factor=1.5,
         advice="give it more memory: rerun.py RUN slurm.mem_gb=...",
     ),
     "LOST": Remedy(
-        means="killed, or gone without a word",
+        means="it was killed, or ended without a message",
         retry=True,
         free_with_progress=True,
         advice="look at its log, then rerun.py RUN",
     ),
     "EXCEPTION": Remedy(
-        means="the code raised; alike if type and places in the code are",
+        means="the code raised an exception; two are the same if their types and tracebacks are",
         retry=True,
-        advice="look at the traceback; mend it, then rerun.py RUN",
+        advice="look at the traceback, fix the cause, then rerun.py RUN",
     ),
     "DIVERGED": Remedy(
-        means="a training's loss is no number, or its gradient exploded",
+        means="the loss or gradient norm of a training is NaN, or the norm exploded",
         retry=False,
-        advice="a smaller training.learning_rate, or float32; with other settings it starts anew",
+        advice="use a smaller training.learning_rate, or float32; the training then starts anew",
     ),
     "REFUSED": Remedy(
-        means="what the config asks for cannot be done",
+        means="the config asks for something that cannot be done",
         retry=False,
         advice="change what the message names, then rerun.py RUN",
     ),
     "DISK_FULL": Remedy(
-        means="no space left, or over quota",
+        means="the disk is full, or its quota is used up",
         retry=False,
         advice="free some space, then rerun.py RUN",
     ),
     "LAUNCH": Remedy(
         means="Slurm refused it, or it never reached kdhpc's code",
         retry=False,
-        advice="check setup and partition, then rerun.py RUN",
+        advice="check slurm.setup and slurm.partition, then rerun.py RUN",
     ),
     "CANCELLED": Remedy(
-        means="scancel by the user or an administrator",
+        means="a user or an administrator cancelled it with scancel",
         retry=False,
         advice="run sweep.py or rerun.py RUN when you want it again",
     ),
@@ -115,11 +116,11 @@ SLURM_STATES = {
 RANK_GONE = re.compile(
     r"connection (reset|closed) by|broken pipe|ncclRemoteError|ncclSystemError", re.IGNORECASE
 )
-"""What gloo and NCCL say when another rank is gone."""
+"""Messages of gloo and NCCL when another rank is gone."""
 NO_MEMORY = re.compile(r"out of memory|(can't|cannot) allocate memory", re.IGNORECASE)
-"""What torch says on GPUs, on CPUs, and the system."""
+"""Messages of torch on GPUs, of torch on CPUs, and of the operating system."""
 KILLED = {code: n for n in (9, 15) for code in (f"0:{n}", f"{n}:0", f"{128 + n}:0")}
-"""By ExitCode, the signal that ended a task: said by Slurm, by srun of 22.05, by later ones."""
+"""Signal that ended a task, by ExitCode: from Slurm, from srun 22.05, and from later sruns."""
 STARTED = ": started"
 """End of the line that begins a shard's attempt in the log of its task."""
 STOPPED_EXIT_CODE = 75
@@ -127,10 +128,11 @@ STOPPED_EXIT_CODE = 75
 
 
 def of_exception(error: BaseException) -> tuple[str, str, str]:
-    """Class, message and fingerprint of an exception.
+    """Classify an exception.
 
-    The fingerprint covers the type and the places in the code, not values, so that the same bug in
-    a thousand shards counts as one.
+    Returns:
+        Class, message and fingerprint. The fingerprint covers the exception's type and its places
+        in the code, not values, so that the same bug in a thousand shards counts as one.
     """
     kind = "EXCEPTION"
     if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
@@ -138,7 +140,7 @@ def of_exception(error: BaseException) -> tuple[str, str, str]:
     elif isinstance(error, FloatingPointError):
         kind = "DIVERGED"
     elif RANK_GONE.search(str(error)):
-        kind = "LOST"  # what the others see of a rank that was killed
+        kind = "LOST"  # the other ranks see a lost connection when one rank is killed
     elif isinstance(error, InputError):
         kind = "REFUSED"
     elif isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
@@ -155,12 +157,15 @@ def of_exception(error: BaseException) -> tuple[str, str, str]:
 
 
 def of_slurm(state: str, exit_code: str, *, started: bool) -> tuple[str, str]:
-    """Class and message of a task that left the queue without output.
+    """Classify a task that left the queue without output.
 
     Args:
-        state: sacct's State, such as `CANCELLED by 1000`; empty when accounting says nothing.
+        state: sacct's State, such as `CANCELLED by 1000`; empty if accounting does not know it.
         exit_code: sacct's ExitCode, such as `0:9`.
-        started: whether the task got as far as kdhpc's own code.
+        started: whether the task reached kdhpc's own code.
+
+    Returns:
+        Class and message.
     """
     word = re.split(r"[ +]", state)[0]
     if word in SLURM_STATES:
@@ -177,22 +182,22 @@ def of_slurm(state: str, exit_code: str, *, started: bool) -> tuple[str, str]:
 
 
 def as_markdown() -> str:
-    """The remedies as a table."""
+    """Format the remedies as a Markdown table."""
     lines = [
-        "| class | what happened | tried again by itself | the next attempt | what you can do |",
+        "| class | what happened | tried again automatically | next attempt | what you can do |",
         "|---|---|---|---|---|",
     ]
     for kind, remedy in REMEDIES.items():
-        again = "no"
+        retry = "no"
         if remedy.retry:
-            again = "yes; free with progress" if remedy.free_with_progress else "yes"
+            retry = "yes; free with progress" if remedy.free_with_progress else "yes"
         changes = [
             f"time x {remedy.time_factor:g}" if remedy.time_factor > 1 else "",
             f"memory x {remedy.mem_factor:g}" if remedy.mem_factor > 1 else "",
             "another node" if remedy.avoid_node else "",
         ]
         change = ", ".join(filter(None, changes)) or ("the same" if remedy.retry else "")
-        lines.append(f"| {kind} | {remedy.means} | {again} | {change} | {remedy.advice} |")
+        lines.append(f"| {kind} | {remedy.means} | {retry} | {change} | {remedy.advice} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,7 @@
-"""The small job after an array: `python -m kdhpc.cluster.gate RUN` advances the run once."""
+"""Run the gate, the small job after an array: it advances the run once.
+
+Its command is `python -m kdhpc.cluster.gate RUN`.
+"""
 
 import os
 import subprocess
@@ -14,11 +17,12 @@ from kdhpc.cluster.runs import Run
 from kdhpc.errors import BusyError, ClusterError, KdhpcError
 
 PATIENCE_S = 8 * 60.0
+"""How long to try again while Slurm does not answer; below the gate's time limit of 10 minutes."""
 RETRY_S = 15.0
 
 
 def main() -> None:
-    """Advance, and tell the user when nothing is left to wait for."""
+    """Advance the run, and tell the user if nothing of it is queued or running any more."""
     path = Path(sys.argv[1])
     _use_newest_code(path)
     state = patiently(runs.open_run(path))
@@ -28,10 +32,11 @@ def main() -> None:
 
 
 def patiently(run: Run) -> State:
-    """Advance, again while Slurm does not answer or another launcher is in the middle of it.
+    """Advance, and try again while Slurm does not answer or another launcher is submitting.
 
     Raises:
-        KdhpcError: what was still so after eight minutes.
+        ClusterError: if Slurm refused everything, or did not answer for eight minutes.
+        BusyError: if another launcher was submitting for eight minutes.
     """
     deadline = time.monotonic() + PATIENCE_S
     while True:
@@ -49,7 +54,7 @@ def patiently(run: Run) -> State:
 
 
 def _use_newest_code(path: Path) -> None:
-    """Start over from the snapshot of the last request: it may know more than this one does."""
+    """Start again from the code snapshot of the last request if that is newer than this one."""
     newest = path / "code" / Ledger(path).requests()[-1].code
     if Path(__file__).is_relative_to(path / "code") and not Path(__file__).is_relative_to(newest):
         environment = os.environ | {"PYTHONPATH": str(newest)}
@@ -59,15 +64,19 @@ def _use_newest_code(path: Path) -> None:
 
 
 def tell(path: Path, state: State) -> None:
-    """Call the user's hook and send the mail that the config asks for."""
+    """Call the user's hook and send the mail, if the config asks for them."""
     outcome = "stopped" if state.missing else "complete"
-    wanted = state.config.slurm
-    if wanted.on_end:
-        subprocess.run([wanted.on_end, str(path), outcome], check=False, timeout=60)
-    if wanted.mail_user:
-        text = f"{len(state.missing)} shards are missing.\n" if state.missing else "All is done.\n"
+    settings = state.config.slurm
+    if settings.on_end:
+        subprocess.run([settings.on_end, str(path), outcome], check=False, timeout=60)
+    if settings.mail_user:
+        text = (
+            f"{len(state.missing)} shards are missing.\n"
+            if state.missing
+            else "All shards are done.\n"
+        )
         subprocess.run(
-            ["mail", "-s", f"kdhpc: {path.name} {outcome}", wanted.mail_user],
+            ["mail", "-s", f"kdhpc: {path.name} {outcome}", settings.mail_user],
             input=text,
             text=True,
             check=False,

@@ -1,9 +1,9 @@
-"""What was asked, what was submitted, what failed: immutable JSON files in the run folder.
+"""Requests, submissions and failures of a run: immutable JSON files in the run folder.
 
-requests/0001.json          somebody typed sweep, rerun or cancel: config, code, which shards
-submissions/0001.json       intent: which shards go into which task; claimed by whoever links it
-submissions/0001.job.json   what became of it: job ids, or that it was given up
-attempts/0001/3.jsonl       what task 3 began and how it ended, a line each; for explanations only
+requests/0001.json          what somebody typed (sweep, rerun or cancel): config, code, shards
+submissions/0001.json       the intent to submit: shards of each task; the first writer claims it
+submissions/0001.job.json   the outcome of that: job ids, or that it was given up
+attempts/0001/3.jsonl       a line for each event of an attempt in task 3; only for explanations
 failures/0001/<shard>.json  one failed shard of one submission
 """
 
@@ -22,15 +22,15 @@ from kdhpc.errors import DamagedError
 from kdhpc.storage.files import read_once, write_once
 from kdhpc.types import Json
 
-Made = TypeVar("Made")
+Entry = TypeVar("Entry")
 ORPHAN_AGE_S = 420.0
-"""An intent without a job this old was left by a launcher that died; longer than every time limit
-on the way from one to the other."""
+"""Age in seconds at which a submission without a job counts as left by a dead launcher; longer than
+all time limits between the claim of a submission and the record of its job together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What somebody asked for."""
+    """What somebody typed."""
 
     number: int
     kind: str
@@ -49,7 +49,7 @@ class Request:
     """For rerun: fields of `slurm` that replace the config's."""
 
     def covers(self, key: str) -> bool:
-        """Whether this request asks for a shard, whatever became of it before."""
+        """Return whether this request asks for a shard, whatever happened to it before."""
         if self.kind == "cancel":
             return False
         if self.keys is not None:
@@ -59,15 +59,15 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """An array: one stage, the shards of each task."""
+    """One array: its stage and the shards of each task."""
 
     number: int
     request: int
     name: str
-    """Unique in the whole cluster; how a job is found when sbatch's answer was lost."""
+    """Job name, unique in the cluster: a job is found by it when sbatch's answer is lost."""
     stage: str
     tasks: tuple[tuple[str, ...], ...]
-    """Shard keys by array index; never changed afterwards."""
+    """Shard keys of each task, by array index; they never change."""
     resources: Mapping[str, Json]
     code: str
     time: float
@@ -76,6 +76,7 @@ class Submission:
 
     @property
     def keys(self) -> Iterator[str]:
+        """Keys of all shards."""
         for task in self.tasks:
             yield from task
 
@@ -86,20 +87,20 @@ class Submission:
 
     @property
     def job_names(self) -> tuple[str, str]:
-        """Names of its two jobs: the array and its gate."""
+        """Names of the two jobs: the array and its gate."""
         return self.name, self.gate_name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What became of a submission."""
+    """Outcome of a submission."""
 
     job_id: str | None
-    """None if it was given up, or ran locally."""
+    """Job id of the array; None if the submission was given up, or ran locally."""
     gate_id: str | None = None
     note: str = ""
     launcher_cpu_s: float = 0.0
-    """Of a local run: what its launcher had computed by then."""
+    """In a local run, CPU seconds that its launcher had used so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,83 +112,90 @@ class Failure:
     """Failure class; see `failures.py`."""
     message: str
     fingerprint: str = ""
-    """Equal for failures with the same cause."""
+    """Equal for failures that have the same cause."""
     submission: int
     log: str = ""
     node: str = ""
     time: float = 0.0
     got_further: bool = False
-    """Whether the attempt left a newer checkpoint than the one before it."""
+    """Whether the attempt left a newer checkpoint than the attempt before it."""
 
 
 AttemptEvent = Literal["started", "stopped", "ended"]
-"""A shard's attempt began; was told to stop and did; published, failed, or lost to another one."""
+"""What happened to an attempt: it began; it stopped when told to; it published, failed, or another
+attempt had published first."""
 
 
 class Ledger:
-    """The three folders of one run."""
+    """Reads and writes the requests, submissions, attempts and failures of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def log_path(self, number: int, task: int) -> Path:
+        """Return the path of a task's log.
+
+        Args:
+            number: number of the submission.
+            task: index of the task in the array.
+        """
         return self.path / "logs" / f"{number:04d}" / f"{task}.log"
 
     def requests(self) -> list[Request]:
-        """All requests, oldest first."""
-        found = []
+        """Read all requests, oldest first."""
+        requests = []
         for path, raw in self._read("requests", r"(\d+)\.json"):
             if raw.get("keys") is not None:
                 raw["keys"] = tuple(raw["keys"])
-            found.append(_made(Request, path, raw))
-        return found
+            requests.append(_entry(Request, path, raw))
+        return requests
 
     def submissions(self) -> list[Submission]:
-        """All submissions, oldest first."""
-        found = self._read("submissions", r"(\d+)\.json")
-        return [_submission(path, raw) for path, raw in found]
+        """Read all submissions, oldest first."""
+        files = self._read("submissions", r"(\d+)\.json")
+        return [_submission(path, raw) for path, raw in files]
 
     def submission(self, number: int) -> Submission:
-        """One of them: a task need not read what all the others were told."""
+        """Read one submission, as a task does, which need not know the others."""
         path = self.path / f"submissions/{number:04d}.json"
         return _submission(path, read_once(path))
 
     def jobs(self) -> dict[int, Job]:
-        """By submission number, what became of it."""
-        found = self._read("submissions", r"(\d+)\.job\.json")
-        return {int(path.name.partition(".")[0]): _made(Job, path, raw) for path, raw in found}
+        """Read the outcomes of submissions, by submission number."""
+        files = self._read("submissions", r"(\d+)\.job\.json")
+        return {int(path.name.partition(".")[0]): _entry(Job, path, raw) for path, raw in files}
 
     def failures(self) -> list[Failure]:
-        """All failures, oldest first."""
-        found = []
+        """Read all failures, those of the oldest submission first."""
+        failures = []
         for number in sorted(os.listdir(self.path / "failures"), key=int):
-            found += [
-                _made(Failure, path, raw)
+            failures += [
+                _entry(Failure, path, raw)
                 for path, raw in self._read(f"failures/{number}", r"[^.].*\.json")
             ]
-        return sorted(found, key=lambda failure: failure.submission)
+        return sorted(failures, key=lambda failure: failure.submission)
 
     def add_request(self, request: Request) -> bool:
-        """Claim the request's number. Returns whether it is ours."""
+        """Write a request unless its number is taken. Returns whether it was written."""
         return write_once(self.path / f"requests/{request.number:04d}.json", asdict(request))
 
     def claim(self, submission: Submission) -> bool:
-        """Claim the submission's number. Returns whether it is ours."""
+        """Write a submission unless its number is taken. Returns whether it was written."""
         path = self.path / f"submissions/{submission.number:04d}.json"
         return write_once(path, asdict(submission))
 
     def settle(self, number: int, job: Job) -> bool:
-        """Say what became of a submission, once."""
+        """Write the outcome of a submission unless it has one. Returns whether it was written."""
         return write_once(self.path / f"submissions/{number:04d}.job.json", asdict(job))
 
     def add_failure(self, failure: Failure) -> bool:
-        """Record a failure; the first word on a shard of a submission stays."""
+        """Record a failure; the first failure of a shard in a submission is kept."""
         name = failure.key.replace("/", "__")
         folder = self.path / "failures" / f"{failure.submission:04d}"
         return write_once(folder / f"{name}.json", asdict(failure))
 
     def note_attempt(self, number: int, task: int, key: str, event: AttemptEvent) -> None:
-        """Note what an attempt does, by the first rank; a disk that takes nothing stops no work."""
+        """Append an event of an attempt; an unwritable disk is ignored. Only rank 0 calls this."""
         path = self._attempts_path(number, task)
         line = json.dumps({"key": key, "event": event, "time": round(time.time(), 3)})
         with contextlib.suppress(OSError):
@@ -196,21 +204,21 @@ class Ledger:
                 file.write(f"{line}\n")
 
     def last_events(self, number: int, task: int) -> dict[str, AttemptEvent]:
-        """By shard that a task has begun, in order, the last event of its last attempt."""
-        found: dict[str, AttemptEvent] = {}
+        """Read the last event of every shard that a task has begun, in the order of their begin."""
+        events: dict[str, AttemptEvent] = {}
         with contextlib.suppress(FileNotFoundError):
             for line in self._attempts_path(number, task).read_text(errors="replace").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short
                     event = json.loads(line)
-                    found.pop(event["key"], None)  # the last begun comes last
-                    found[event["key"]] = event["event"]
-        return found
+                    events.pop(event["key"], None)  # the shard that was begun last comes last
+                    events[event["key"]] = event["event"]
+        return events
 
     def _attempts_path(self, number: int, task: int) -> Path:
         return self.path / "attempts" / f"{number:04d}" / f"{task}.jsonl"
 
     def _read(self, folder: str, pattern: str) -> Iterator[tuple[Path, dict[str, Json]]]:
-        # Numbers have four digits, and one day five.
+        # Sorted by length first: numbers have four digits, and five from 10000 on.
         for name in sorted(os.listdir(self.path / folder), key=lambda name: (len(name), name)):
             if re.fullmatch(pattern, name):
                 path = self.path / folder / name
@@ -219,25 +227,27 @@ class Ledger:
 
 def _submission(path: Path, raw: dict[str, Json]) -> Submission:
     raw["tasks"] = tuple(tuple(task) for task in raw.get("tasks", ()))
-    return _made(Submission, path, raw)
+    return _entry(Submission, path, raw)
 
 
-def _made(kind: Callable[..., Made], path: Path, raw: Mapping[str, Json]) -> Made:
+def _entry(entry_class: Callable[..., Entry], path: Path, raw: Mapping[str, Json]) -> Entry:
     try:
-        return kind(**raw)
+        return entry_class(**raw)
     except TypeError as error:
-        raise DamagedError(f"{path}: of another version of kdhpc ({error})") from error
+        raise DamagedError(
+            f"{path}: was written by another version of kdhpc ({error}); use that version"
+        ) from error
 
 
 def make(path: Path) -> Ledger:
-    """The ledger of a run folder, its folders created."""
+    """Create the folders of a run's ledger and return the ledger."""
     for name in ("requests", "submissions", "attempts", "failures", "logs", "code", "progress"):
         (path / name).mkdir(parents=True, exist_ok=True)
     return Ledger(path)
 
 
 def launcher_gone(submission: Submission) -> bool:
-    """Whether whoever claimed this intent, and never settled it, is no more."""
+    """Return whether the launcher that claimed an unsettled submission is dead."""
     if time.time() - submission.time > ORPHAN_AGE_S:
         return True
     if submission.host != socket.gethostname():

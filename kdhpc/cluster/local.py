@@ -1,4 +1,4 @@
-"""Run a plan in processes of this machine: the same tasks as on Slurm, a loop for the gates."""
+"""Run a plan in processes on this machine: the same tasks as on Slurm, and a loop for the gates."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ from kdhpc.plan.shards import Plan
 
 
 class _Worker:
-    """A process that does tasks, one at a time (see `task.serve`)."""
+    """A process that runs tasks one at a time (see `task.serve`)."""
 
     def __init__(self, run: Run, code: str, environment: Mapping[str, str]) -> None:
         self.run, self.code = run, code
@@ -42,23 +42,24 @@ class _Worker:
         os.set_blocking(self.answers.fileno(), False)
 
     def send(self, number: int, log: Path) -> None:
+        """Start task 0 of a submission in this process."""
         pipe = cast(IO[bytes], self.process.stdin)
-        with contextlib.suppress(BrokenPipeError):  # it died; `exit_code` says so
+        with contextlib.suppress(BrokenPipeError):  # the process died; `exit_code` reports it
             pipe.write(json.dumps([number, 0, str(log)]).encode() + b"\n")
             pipe.flush()
 
     def exit_code(self) -> int | None:
-        """Of the task that was sent; None while it runs, negative if killed."""
+        """Return the exit code of the last task: None while it runs, negative if killed."""
         answer = self.answers.readline()
         return int(answer) if answer else self.process.poll()
 
     def stop(self) -> None:
-        """Ask for an end at the next shard or checkpoint."""
+        """Tell the process to stop at the next shard or checkpoint."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
     def close(self) -> None:
-        """Let it go once its task is done."""
+        """Let the process end once its task is done, and wait for that."""
         with contextlib.suppress(BrokenPipeError):
             cast(IO[bytes], self.process.stdin).close()
         self.process.wait()
@@ -67,17 +68,19 @@ class _Worker:
 
 @dataclass
 class _Task:
-    """A submission under way: one worker a rank."""
+    """A submission that is running, with one worker for each rank."""
 
     submission: Submission
     workers: list[_Worker]
     codes: dict[int, int]
+    """Exit codes by rank, of the ranks that have ended."""
 
     def ended(self) -> bool:
+        """Collect exit codes, end the other ranks if one failed; return whether all have ended."""
         for rank, worker in enumerate(self.workers):
             if rank not in self.codes and (code := worker.exit_code()) is not None:
                 self.codes[rank] = code
-        if any(self.codes.values()):  # a rank died: end the others, like srun --kill-on-bad-exit
+        if any(self.codes.values()):  # a rank failed: end the others, like srun --kill-on-bad-exit
             for rank, worker in enumerate(self.workers):
                 if rank not in self.codes:
                     worker.process.kill()
@@ -87,15 +90,18 @@ class _Task:
 def run_all(
     run: Run, config: RunConfig, plan: Plan, *, on_change: Callable[[State], None] = lambda _: None
 ) -> State:
-    """Run every shard that can run, then return how the run stands.
+    """Run every shard that can run.
 
-    Ctrl-C lets tasks stop at the next shard or checkpoint; typed again, sweep goes on.
+    Ctrl-C lets running tasks stop at the next shard or checkpoint; another sweep continues there.
 
     Args:
-        run: its folder.
-        config: of its last request.
-        plan: of that config.
-        on_change: called with how the run stands, whenever something has started or ended.
+        run: the run folder.
+        config: config of its last request.
+        plan: plan of that config.
+        on_change: called with the state of the run after every change, and every two seconds.
+
+    Returns:
+        The state of the run at the end.
     """
     ledger = Ledger(run.path)
     jobs = ledger.jobs()
@@ -118,7 +124,7 @@ def run_all(
 
 
 class _Pool:
-    """Tasks under way, and spare workers; as many at once as the config says."""
+    """Running tasks and spare workers, at most `local_workers` tasks at once."""
 
     def __init__(self, run: Run, config: RunConfig, ledger: Ledger) -> None:
         self.run, self.config, self.ledger = run, config, ledger
@@ -130,7 +136,7 @@ class _Pool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *more: object) -> None:
-        """Let tasks that are under way stop at the next shard or checkpoint, and all workers go."""
+        """Stop running tasks at their next shard or checkpoint, and end all workers."""
         for task in self.tasks:
             for worker in task.workers:
                 worker.stop()
@@ -143,10 +149,11 @@ class _Pool:
 
     @property
     def num_free(self) -> int:
+        """How many more tasks may run now."""
         return self.size - len(self.tasks)
 
     def collect(self) -> None:
-        """Settle the tasks that have ended, and keep their workers for the next ones."""
+        """Settle the tasks that have ended, and keep their workers for the next tasks."""
         for task in [task for task in self.tasks if task.ended()]:
             self.tasks.remove(task)
             _finish(task, self.run, self.ledger)
@@ -157,7 +164,7 @@ class _Pool:
                     worker.close()
 
     def start(self, state: State, batch: Batch) -> None:
-        """Claim a submission of one task, and give it to a worker for each rank."""
+        """Claim a submission of one task, and send it to a worker for each rank."""
         number = max((s.number for s in self.ledger.submissions()), default=0) + 1
         submission = Submission(
             number=number,
@@ -185,9 +192,9 @@ class _Pool:
         self.tasks.append(_Task(submission=submission, workers=workers, codes={}))
 
     def warm_up(self, state: State) -> None:
-        """Have a spare worker, which loads what the next stage needs, if a core is free."""
+        """Start a spare worker if a core is free; it imports modules before it gets a task."""
         if not self.spare and self.num_free > 0:
-            number = -len(self.ledger.submissions())
+            number = -len(self.ledger.submissions())  # gives a port that no task uses
             self.spare.append(self._worker(state.request.code, 0, 1, number))
 
     def _worker(self, code: str, rank: int, num_ranks: int, number: int) -> _Worker:
@@ -195,23 +202,23 @@ class _Pool:
         return _Worker(self.run, code, environment)
 
     def wait(self, limit_s: float = 2.0) -> None:
-        """Wait until a worker answers or is gone, or until the display should say something new."""
-        waiting = [
+        """Wait until a worker answers or ends, at most until the display should be updated."""
+        pending_answers = [
             worker.answers
             for task in self.tasks
             for rank, worker in enumerate(task.workers)
             if rank not in task.codes
         ]
-        select.select(waiting, [], [], limit_s)
+        select.select(pending_answers, [], [], limit_s)
 
 
 def _port(number: int) -> int:
-    """Where the ranks of a task meet; workers of one launcher have different ones."""
+    """Return the port at which the ranks of a task meet; tasks of one launcher differ in it."""
     return 10000 + (os.getpid() * 7 + number) % 20000
 
 
 def _outside_slurm() -> dict[str, str]:
-    """This environment without a surrounding job, whose ranks are not ours."""
+    """Return the environment without the variables of a surrounding job, whose ranks differ."""
     return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
 
 
@@ -220,7 +227,7 @@ def _python_path(home: Path) -> str:
 
 
 def _environment(threads: int, rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What slurm/environment.sh and srun set on a cluster."""
+    """Return the variables that slurm/environment.sh and srun set on a cluster."""
     return dict.fromkeys(
         ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)
     ) | {
@@ -236,18 +243,18 @@ def _environment(threads: int, rank: int, world_size: int, port: int) -> dict[st
 
 
 def _finish(task: _Task, run: Run, ledger: Ledger) -> None:
-    """Settle a submission; say what became of shards that left no output and no word."""
+    """Settle a submission, and record a failure for its shards without output or failure."""
     number = task.submission.number
-    worst = next((code for code in task.codes.values() if code), 0)
+    exit_code = next((code for code in task.codes.values() if code), 0)
     known = {(failure.submission, failure.key) for failure in ledger.failures()}
     for key in task.submission.keys:
         if run.record_path(key).exists() or (number, key) in known:
             continue
-        kind, message = "LOST", f"its process ended with exit code {worst}"
-        if worst == failures.STOPPED_EXIT_CODE or worst == -signal.SIGTERM:
+        kind, message = "LOST", f"its process ended with exit code {exit_code}"
+        if exit_code == failures.STOPPED_EXIT_CODE or exit_code == -signal.SIGTERM:
             kind, message = "STOPPED", "was told to stop and did"
-        elif worst < 0:
-            message = f"killed by {signal.Signals(-worst).name} (out of memory, or by somebody)"
+        elif exit_code < 0:
+            message = f"killed by {signal.Signals(-exit_code).name} (out of memory, or by somebody)"
         ledger.add_failure(
             Failure(
                 key=key,
@@ -259,5 +266,5 @@ def _finish(task: _Task, run: Run, ledger: Ledger) -> None:
                 time=time.time(),
             )
         )
-    job = Job(job_id=None, note=f"exit code {worst}", launcher_cpu_s=time.process_time())
+    job = Job(job_id=None, note=f"exit code {exit_code}", launcher_cpu_s=time.process_time())
     ledger.settle(number, job)

@@ -1,6 +1,7 @@
-"""How a run stands at one moment: what was submitted, the queue, the records, read in that order.
+"""Observe a run at one moment: its submissions, the queue and its records, read in that order.
 
-Published records win over squeue, squeue over sacct, sacct over nothing. Nothing is written here.
+If they disagree, a published record counts more than squeue, and squeue more than sacct. Nothing is
+written here.
 """
 
 import os
@@ -20,7 +21,7 @@ from kdhpc.types import Json
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Everything about a run at one moment."""
+    """What was observed of a run at one moment, and what was decided from it."""
 
     request: Request
     config: RunConfig
@@ -29,19 +30,19 @@ class State:
     situation: Situation
     submissions: tuple[Submission, ...]
     jobs: Mapping[int, Job]
-    """By submission number, what became of it."""
+    """Outcomes of submissions, by submission number."""
     queued: tuple[slurm.Queued, ...]
-    """Array tasks and gates of this run in the queue."""
+    """Array tasks and gates of this run that are in the queue."""
     running: frozenset[str]
-    """Shards whose task runs; the others of a task wait inside it."""
+    """Shards whose task is running, also those that wait for their turn inside it."""
     decision: Decision
     policy: Policy
     queue_error: str = ""
-    """Why the queue is not known, if Slurm did not answer: then all this comes from the disk."""
+    """Why the queue is unknown, if Slurm did not answer; then all of this comes from the disk."""
 
     @property
     def missing(self) -> list[str]:
-        """Planned shards without a result."""
+        """Keys of planned shards without a result."""
         return [key for key in self.plan.shards if key not in self.situation.done]
 
 
@@ -55,35 +56,39 @@ def observe(
     with_queue: bool = True,
     room: int | None = None,
 ) -> State:
-    """Read a run: ledger, one squeue, one scan of the records.
+    """Observe a run with one read of the ledger, one squeue and one scan of the records.
 
-    In this order, so that a shard that ends meanwhile is seen as done, never as lost.
+    They are read in this order, so that a shard that ends meanwhile is seen as done, never as lost.
 
     Args:
-        run: its folder.
-        config: of its last request.
-        plan: of that config.
+        run: the run folder.
+        config: config of its last request.
+        plan: plan of that config.
         local_active: shards that the local executor is working on.
-        policy: limits and packing; from the config and the queue if not given.
-        with_queue: False to go by the disk alone.
-        room: tasks that may be submitted at most, after Slurm refused more.
+        policy: limits and packing; by default from the config and the queue.
+        with_queue: False to use only what is on disk.
+        room: maximum number of jobs to submit, after Slurm refused more.
+
+    Raises:
+        ClusterError: if Slurm is asked for the queue and does not answer.
+        DamagedError: if a file of the ledger is damaged.
     """
     ledger = Ledger(run.path)
     requests = ledger.requests()
     submissions, jobs = ledger.submissions(), ledger.jobs()
     uses_slurm = with_queue and any(job.job_id for job in jobs.values())
     uses_slurm |= with_queue and requests[-1].executor == "slurm"
-    ours = {name for submission in submissions for name in submission.job_names}
-    queued = tuple(task for task in slurm.queue() if task.name in ours) if uses_slurm else ()
-    scan = _of_this_plan(run.scan(), plan)
+    job_names = {name for submission in submissions for name in submission.job_names}
+    queued = tuple(task for task in slurm.queue() if task.name in job_names) if uses_slurm else ()
+    scan = _only_this_plan(run.scan(), plan)
     done = _done(run, plan, scan)
-    failures_that_count = _counted(plan, requests, submissions, ledger.failures(), done)
+    counted_failures = _counted(plan, requests, submissions, ledger.failures(), done)
     active = local_active | _active(submissions, jobs, queued)
     situation = Situation(
         done=done,
         active=active,
-        failures=failures_that_count,
-        free_failures=_free(failures_that_count, submissions, done),
+        failures=counted_failures,
+        free_failures=_free(counted_failures, submissions, done),
         damaged={k: v for k, v in scan.damaged.items() if k in plan.shards and k not in active},
         seconds_per_work=_seconds_per_work(run, config, plan, scan),
         overrides=_overrides(plan, requests),
@@ -109,8 +114,8 @@ def observe(
     )
 
 
-def _of_this_plan(scan: Scan, plan: Plan) -> Scan:
-    """Records with other settings than the plan's are not taken for good."""
+def _only_this_plan(scan: Scan, plan: Plan) -> Scan:
+    """Treat records that were made with other settings than the plan's as damaged."""
     others = {
         key: f"{record.data}: made with other settings (recipe {record.recipe[:12]})"
         for key, record in scan.records.items()
@@ -121,7 +126,7 @@ def _of_this_plan(scan: Scan, plan: Plan) -> Scan:
 
 
 def _done(run: Run, plan: Plan, scan: Scan) -> frozenset[str]:
-    """Shards with a record; of stages with a fixed name, those that it stands for."""
+    """Return the shards with a record, to which their stage's fixed name, if any, must refer."""
     done = scan.records.keys() & plan.shards.keys()
     for stage in plan.stages:
         if alias := run.alias_path(stage):
@@ -136,7 +141,7 @@ def _done(run: Run, plan: Plan, scan: Scan) -> frozenset[str]:
 def _active(
     submissions: Sequence[Submission], jobs: Mapping[int, Job], queued: Sequence[slurm.Queued]
 ) -> frozenset[str]:
-    # By name: a controller that lost its newest state gives ids out again.
+    # Tasks are found by name, because a controller that lost its newest state reuses job ids.
     present = {(task.name, task.index) for task in queued}
     being_submitted = {
         key
@@ -157,7 +162,7 @@ def _running(
 def _keys_in(
     tasks: set[tuple[str, int | None]], submissions: Sequence[Submission], jobs: Mapping[int, Job]
 ) -> set[str]:
-    """Shards of tasks, which are given as job name and array index."""
+    """Return the shards of tasks, which are given by job name and array index."""
     return {
         key
         for submission in submissions
@@ -172,16 +177,16 @@ def _counted(
     plan: Plan,
     requests: Sequence[Request],
     submissions: Sequence[Submission],
-    found: Iterable[Failure],
+    all_failures: Iterable[Failure],
     done: frozenset[str],
 ) -> dict[str, list[Failure]]:
-    """By shard, its failures since somebody last asked for it."""
+    """Return the failures of each shard since somebody last asked for it, oldest first."""
     request_of = {submission.number: submission.request for submission in submissions}
     counted: dict[str, list[Failure]] = {}
-    for failure in found:
+    for failure in all_failures:
         if failure.key in plan.shards and failure.key not in done:
-            asked = max((r.number for r in requests if r.covers(failure.key)), default=0)
-            if request_of.get(failure.submission, 0) >= asked:
+            last_asked = max((r.number for r in requests if r.covers(failure.key)), default=0)
+            if request_of.get(failure.submission, 0) >= last_asked:
                 counted.setdefault(failure.key, []).append(failure)
     return counted
 
@@ -191,9 +196,9 @@ def _free(
     submissions: Sequence[Submission],
     done: frozenset[str],
 ) -> dict[str, int]:
-    """By shard, how many of its failures had made progress and cost no attempt.
+    """Count the failures of each shard that made progress and therefore cost no attempt.
 
-    That is: a newer checkpoint of its training, or another shard that its task published.
+    Progress is a newer checkpoint of its training, or another published shard of the same task.
     """
     tasks = {
         (submission.number, key): task
@@ -207,12 +212,12 @@ def _free(
         progressed = failure.got_further or any(key in done for key in task)
         return progressed and failures.REMEDIES[failure.kind].free_with_progress
 
-    free = {key: sum(map(is_free, found)) for key, found in counted.items()}
+    free = {key: sum(map(is_free, of_shard)) for key, of_shard in counted.items()}
     return {key: count for key, count in free.items() if count}
 
 
 def _seconds_per_work(run: Run, config: RunConfig, plan: Plan, scan: Scan) -> dict[str, float]:
-    """By stage, measured where a shard is done, else estimated."""
+    """Return seconds per unit of work by stage, measured if a shard is done, else estimated."""
     rates: dict[str, float] = {}
     for stage in run.pipeline.stages:
         records = [scan.records[s.key] for s in plan.stage(stage.name) if s.key in scan.records]
@@ -223,7 +228,7 @@ def _seconds_per_work(run: Run, config: RunConfig, plan: Plan, scan: Scan) -> di
 
 
 def _overrides(plan: Plan, requests: Iterable[Request]) -> dict[str, Mapping[str, Json]]:
-    """By shard, the resources that the last rerun with some asked for."""
+    """Return by shard the resources of the last rerun that asked for any."""
     overrides: dict[str, Mapping[str, Json]] = {}
     for request in requests:
         if request.resources:
@@ -232,19 +237,19 @@ def _overrides(plan: Plan, requests: Iterable[Request]) -> dict[str, Mapping[str
 
 
 def _asked_for_since_cancel(plan: Plan, requests: Sequence[Request]) -> frozenset[str] | None:
-    """Shards that rerun asked for after a cancel; None if the whole run is wanted."""
-    wanted: set[str] = set()
+    """Return the shards that rerun asked for after a cancel; None if the whole run may start."""
+    asked: set[str] = set()
     for request in reversed(requests):
         if request.kind == "cancel":
-            return frozenset(wanted)
+            return frozenset(asked)
         if request.kind == "sweep" or (request.stage is None and request.keys is None):
             return None
-        wanted.update(key for key in plan.shards if request.covers(key))
+        asked.update(key for key in plan.shards if request.covers(key))
     return None
 
 
 def _policy(config: RunConfig, queued: Iterable[slurm.Queued]) -> Policy:
-    # The gate that asks is about to end.
+    # A gate that runs this is about to end, so its own job is not counted.
     num_queued = sum(task.job_id != os.environ.get("SLURM_JOB_ID") for task in queued)
     max_array = config.slurm.max_array or slurm.max_array_size()
     return Policy.slurm(config.slurm, max_array=max_array, num_queued=num_queued)

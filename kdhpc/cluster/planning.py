@@ -1,4 +1,4 @@
-"""What a launch would do, without doing it: tasks, resources, and Slurm's own opinion of them."""
+"""Preview and check a launch: tasks, resources, and what Slurm says about the scripts."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -18,16 +18,16 @@ from kdhpc.types import Json
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """By stage, what would be submitted."""
+    """What a launch would submit, by stage."""
 
     num_tasks: dict[str, int]
     resources: dict[str, str]
     refused: tuple[str, ...]
-    """What `sbatch --test-only` says against the scripts."""
+    """Objections of `sbatch --test-only` to the scripts."""
 
 
 def preview(pipeline: AnyPipeline, plan: Plan, config: RunConfig, executor: str) -> Preview:
-    """Pack every stage as if all before it were done."""
+    """Pack every stage as if all stages before it were done; submit nothing."""
     rates = {stage.name: 1.0 / stage.rate(config) for stage in pipeline.stages}
     on_slurm = executor == "slurm"
     policy = Policy.unlimited(LOCAL_TASK_S)
@@ -39,36 +39,37 @@ def preview(pipeline: AnyPipeline, plan: Plan, config: RunConfig, executor: str)
     refused: dict[str, None] = {}
     done: set[str] = set()
     for stage in pipeline.stages:
-        wanted = {shard.key for shard in plan.stage(stage.name)}
-        others = frozenset(plan.shards) - wanted
+        keys = {shard.key for shard in plan.stage(stage.name)}
+        others = frozenset(plan.shards) - keys
         situation = Situation(done=frozenset(done), active=others - done, seconds_per_work=rates)
         batches = decide(plan, situation, policy).batches
-        done |= wanted
+        done |= keys
         num_tasks[stage.name] = sum(len(batch.tasks) for batch in batches)
         resources[stage.name] = (
-            _words(batches[0], config, stage.uses_device)
+            _describe(batches[0], config, stage.uses_device)
             if on_slurm
             else (f"{config.threads} thread{'s' * (config.threads > 1)}")
         )
         if on_slurm:
             for batch in batches[:1]:
-                said = slurm.check_script(_script(batch, config, stage.uses_device))
-                if said:
-                    refused[said] = None
+                objection = slurm.check_script(_script(batch, config, stage.uses_device))
+                if objection:
+                    refused[objection] = None
     return Preview(num_tasks=num_tasks, resources=resources, refused=tuple(refused))
 
 
-def _words(batch: Batch, config: RunConfig, uses_device: bool) -> str:
-    wanted = array_resources(config, batch, uses_device)
+def _describe(batch: Batch, config: RunConfig, uses_device: bool) -> str:
+    """Describe the resources of an array to people."""
+    resources = array_resources(config, batch, uses_device)
     words = [
         f"{batch.nodes} x {batch.ranks_per_node} ranks"
         if batch.nodes * batch.ranks_per_node > 1
         else "",
-        f"{wanted.cpus_per_task} cores",
-        f"{wanted.gpus_per_node} GPUs a node" if wanted.gpus_per_node else "",
-        f"{wanted.mem_gb:g} GB",
-        f"{wanted.time_min:g} min",
-        f"on {wanted.partition}" if wanted.partition else "",
+        f"{resources.cpus_per_task} cores",
+        f"{resources.gpus_per_node} GPUs a node" if resources.gpus_per_node else "",
+        f"{resources.mem_gb:g} GB",
+        f"{resources.time_min:g} min",
+        f"on {resources.partition}" if resources.partition else "",
     ]
     return ", ".join(word for word in words if word)
 
@@ -87,39 +88,39 @@ def check_partitions(config: RunConfig) -> None:
     """Check that every partition in the config exists.
 
     Raises:
-        InputError: naming key, value and the partitions that there are.
+        InputError: for one that does not; the message lists those that do.
     """
-    there = slurm.partitions()
-    wanted = {
+    existing = slurm.partitions()
+    configured = {
         "slurm.partition": config.slurm.partition,
         "slurm.gate.partition": config.slurm.gate.partition,
     }
     for stage, resources in config.slurm.stages.items():
-        wanted[f"slurm.stages.{stage}.partition"] = resources.partition
-    for key, given in wanted.items():
+        configured[f"slurm.stages.{stage}.partition"] = resources.partition
+    for key, given in configured.items():
         for name in (given or "").split(","):
-            if name and name not in there:
-                names = ", ".join(sorted(filter(None, there)))
+            if name and name not in existing:
+                names = ", ".join(sorted(filter(None, existing)))
                 raise InputError(f"{key}={name}: no such partition; expected one of {names}")
 
 
 def check_active(run: Run, plan: Plan) -> None:
-    """Refuse settings that would change what tasks in the queue are making.
+    """Refuse settings that would change shards that are queued or running.
 
     Raises:
-        InputError: naming the first such shard.
+        InputError: for the first such shard.
     """
     if not Ledger(run.path).requests():
         return
-    _, config, old = runs.current(run)
+    _, config, old_plan = runs.current(run)
     changed = {
         key
-        for key, shard in old.shards.items()
+        for key, shard in old_plan.shards.items()
         if key in plan.shards and plan.shards[key].recipe != shard.recipe
     }
     if not changed:
         return
-    for key in observe(run, config, old).situation.active:
+    for key in observe(run, config, old_plan).situation.active:
         if key in changed:
             raise InputError(
                 f"{key}: is in the queue with other settings; cancel.py {run.path.name} first, or "
@@ -128,10 +129,10 @@ def check_active(run: Run, plan: Plan) -> None:
 
 
 def resource_overrides(words: list[str], config: RunConfig) -> dict[str, Json]:
-    """Fields of `slurm` from `slurm.key=value` words.
+    """Read fields of `slurm` from words of the form `slurm.key=value`.
 
     Raises:
-        InputError: for any other key, or a value that does not fit.
+        InputError: for any other key, or a value that is not allowed.
     """
     for word in words:
         if not word.startswith("slurm.") or "=" not in word:

@@ -1,4 +1,4 @@
-"""What one array or gate asks of Slurm, every value final."""
+"""Resources that one array or gate asks Slurm for."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,11 +11,11 @@ from kdhpc.types import Json
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """Options of one batch script."""
+    """Options of one batch script, all defaults and remedies applied."""
 
     time_min: float
     mem_gb: float
-    """Of each node."""
+    """Memory of each node."""
     cpus_per_task: int
     gpus_per_node: int = 0
     nodes: int = 1
@@ -25,24 +25,24 @@ class Resources:
     qos: str | None = None
     constraint: str | None = None
     exclude: str | None = None
-    """Nodes to avoid, with commas."""
+    """Nodes to avoid, separated by commas."""
     dependency: str | None = None
     max_parallel: int = 1
-    """Tasks of the array that run at once."""
+    """Maximum number of tasks of the array that run at once."""
     signal_s: int
     """Seconds before the time limit at which a task is told to stop."""
     setup: tuple[str, ...] = ()
-    """Shell lines before the work."""
+    """Shell lines that run before the command."""
     prefix: tuple[str, ...] = ()
-    """Words before the command."""
+    """Words in front of the command, such as a container runtime."""
     scratch: str | None = None
-    """Node-local folder."""
+    """Folder on the node's own disk."""
 
 
 def array_resources(config: RunConfig, batch: Batch, uses_device: bool) -> Resources:
-    """Resources of one array: config, stage, what rerun asked for, then remedies."""
+    """Return the resources of an array: config, then its stage, rerun and remedies change them."""
     limits, changes = config.slurm, batch.changes
-    wanted = Resources(
+    resources = Resources(
         time_min=limits.time_min,
         mem_gb=limits.mem_gb,
         cpus_per_task=limits.cpus_per_task,
@@ -61,29 +61,29 @@ def array_resources(config: RunConfig, batch: Batch, uses_device: bool) -> Resou
         scratch=limits.scratch,
     )
     if batch.stage in limits.stages:
-        wanted = _with(wanted, vars(limits.stages[batch.stage]))
+        resources = _with(resources, vars(limits.stages[batch.stage]))
     asked = dict(changes.asked)
-    exclude = (wanted.exclude, asked.pop("exclude", None), *changes.avoid)
-    wanted = _with(wanted, asked)
-    time_min, mem_gb = wanted.time_min, wanted.mem_gb
+    exclude = (resources.exclude, asked.pop("exclude", None), *changes.avoid)
+    resources = _with(resources, asked)
+    time_min, mem_gb = resources.time_min, resources.mem_gb
     if changes.time_factor > 1:
-        limit_min = slurm.time_limit_min(wanted.partition)
+        limit_min = slurm.time_limit_min(resources.partition)
         time_min = min(time_min * changes.time_factor, limit_min)
     if changes.mem_factor > 1:
         limit_gb = limits.max_mem_gb or float("inf")
         mem_gb = max(mem_gb, min(mem_gb * changes.mem_factor, limit_gb))
     return replace(
-        wanted,
+        resources,
         time_min=time_min,
         mem_gb=mem_gb,
-        cpus_per_task=max(wanted.cpus_per_task, config.threads),
+        cpus_per_task=max(resources.cpus_per_task, config.threads),
         exclude=",".join(filter(None, exclude)) or None,
     )
 
 
 def gate_resources(limits: Slurm, array_id: str) -> Resources:
-    """Resources of the gate after an array."""
-    plain = Resources(
+    """Return the resources of the gate after an array."""
+    resources = Resources(
         time_min=10,
         mem_gb=1.0,
         cpus_per_task=1,
@@ -95,9 +95,9 @@ def gate_resources(limits: Slurm, array_id: str) -> Resources:
         setup=limits.setup,
         scratch=limits.scratch,
     )
-    return _with(plain, vars(limits.gate))
+    return _with(resources, vars(limits.gate))
 
 
 def _with(resources: Resources, changes: Mapping[str, Json]) -> Resources:
-    """The same with other values, where they are given."""
+    """Replace the values that are given, those that are not None."""
     return replace(resources, **{k: value for k, value in changes.items() if value is not None})

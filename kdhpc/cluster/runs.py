@@ -1,6 +1,6 @@
-"""Open a run: from a config to a folder with a request in it and code that will not change.
+"""Open a run: turn a config into a run folder with a request and a snapshot of the code.
 
-Relaunching with another config is refused only if a published record's recipe would change.
+A run is opened again with another config unless a published record's recipe would change.
 """
 
 import contextlib
@@ -29,13 +29,15 @@ from kdhpc.types import Json
 
 PROJECT_DIR = Path(presets.__file__).resolve().parents[2]
 SNAPSHOT = ("kdhpc", "configs", "slurm")
+"""Folders of the project that are copied into a run."""
 FORMAT = 1
-"""Of run folders. Every commit reads, extends, verifies and merges the runs of this format that any
-earlier commit made; a change that cannot keep this raises the number and says what to do."""
+"""Format number of run folders. Every commit reads, extends, verifies and merges the runs of this
+format that earlier commits made; a change that cannot keep this raises the number and says what to
+do with older runs."""
 
 
 class Run(RunFolder):
-    """A run folder and the pipeline that it is a run of."""
+    """A run folder and its pipeline."""
 
     def __init__(self, path: Path, pipeline: AnyPipeline) -> None:
         super().__init__(path, pipeline.folders, pipeline.aliases)
@@ -43,10 +45,10 @@ class Run(RunFolder):
 
 
 def from_words(words: list[str]) -> tuple[AnyPipeline, RunConfig]:
-    """Pipeline and checked config from what was typed.
+    """Turn the words of a command line into a pipeline and its checked config.
 
     Raises:
-        InputError: for anything that cannot be.
+        InputError: for an unknown preset or key, or a value that is not allowed.
     """
     if all("=" in word and not word.startswith("pipeline=") for word in words):
         words = ["demo", *words]
@@ -58,65 +60,70 @@ def from_words(words: list[str]) -> tuple[AnyPipeline, RunConfig]:
 
 
 def open_run(path: Path) -> Run:
-    """An existing run.
+    """Open an existing run.
 
     Raises:
-        InputError: if it is none, or of another format.
+        InputError: if the folder is not a run, or its format is another one.
     """
     return Run(path, find_pipeline(_manifest(path)["pipeline"]))
 
 
 def _manifest(path: Path) -> dict[str, Json]:
-    """What run.json says of a run that this version can read."""
+    """Read run.json, and check that this version can read the run."""
     check_run_folder(path)
     try:
         manifest = read_once(path / "run.json")
     except DamagedError as error:
-        raise InputError(f"{path}: not a run that can be read ({error})") from error
+        raise InputError(f"{path}: this run cannot be read ({error})") from error
     number = manifest.get("format", 0)
     if number != FORMAT:
         raise InputError(
-            f"{path}: is a run of format {number}, made by another version of kdhpc; expected "
+            f"{path}: this run has format {number}, from another version of kdhpc; expected "
             f"format {FORMAT}; use the version that made it, or choose another name"
         )
     return manifest
 
 
 def find(name: str, runs_dir: str = "runs") -> Run:
-    """A run by its name in the runs folder, or by its path.
+    """Open a run by its name in the runs folder, or by its path.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is no such run.
     """
     path = Path(name)
     if not path.is_dir():
         path = Path(runs_dir) / name
     if not path.is_dir():
-        there = sorted(p.parent.name for p in Path(runs_dir).glob("*/run.json"))
-        expected = f"one of {', '.join(there)}" if there else "the path of a run"
+        names = sorted(p.parent.name for p in Path(runs_dir).glob("*/run.json"))
+        expected = f"one of {', '.join(names)}" if names else "the path of a run"
         raise InputError(f"{name}: no run of this name in {runs_dir}/; expected {expected}")
     return open_run(path.resolve())
 
 
 def current(run: Run) -> tuple[int, RunConfig, Plan]:
-    """Number of the last request, its config and plan.
+    """Return the number of the last request, its config and its plan.
 
     Raises:
-        InputError: if nothing was ever asked for.
+        InputError: if the run has no request.
     """
     ledger = ledgers.Ledger(run.path)
     requests = ledger.requests() if (run.path / "requests").is_dir() else []
     if not requests:
-        raise InputError(f"{run.path}: a run without a request; run sweep.py again")
+        raise InputError(f"{run.path}: this run has no request; run sweep.py again")
     config: Any = presets.build(run.pipeline.config, dict(requests[-1].config))
     return requests[-1].number, config, run.pipeline.plan(config)
 
 
 def pick_executor(config: RunConfig, slurm_here: bool) -> str:
-    """`local` or `slurm`.
+    """Choose the executor, `local` or `slurm`.
+
+    Args:
+        config: config of the run.
+        slurm_here: whether Slurm works on this machine.
 
     Raises:
-        InputError: if Slurm is asked for and not there, or the run is too large to start here.
+        InputError: if Slurm is asked for and does not work here, or the run is too large to start
+            here by default.
     """
     if config.executor == "slurm" and not slurm_here:
         raise InputError(
@@ -130,37 +137,38 @@ def pick_executor(config: RunConfig, slurm_here: bool) -> str:
     if not config.small:
         raise InputError(
             f"{config.name}: no working sbatch here, and this run is too large to start on this "
-            "machine by itself; load Slurm's module, or say cluster=local"
+            "machine by default; load Slurm's module, or use cluster=local"
         )
     return "local"
 
 
 def changed_recipes(plan: Plan, scan: Scan) -> list[str]:
-    """Field by field, what a new plan would change under published records."""
+    """List, field by field, what a new plan would change in the recipes of published records."""
     lines: dict[str, None] = {}
     for key, record in scan.records.items():
         shard = plan.shards.get(key)
         if shard is None or shard.recipe == record.recipe:
             continue
-        found = presets.difference(dict(record.fields), json.loads(json.dumps(shard.arm.fields)))
+        changes = presets.difference(dict(record.fields), json.loads(json.dumps(shard.arm.fields)))
         if shard.rows != record.row_range:
-            found.append(f"rows of {key}: {record.row_range} -> {shard.rows}")
-        if not found:  # what it was made from changed, and is not there to say so itself
-            found = [
+            changes.append(f"rows of {key}: {record.row_range} -> {shard.rows}")
+        if not changes:  # an input changed whose own record is missing, so it is not listed itself
+            changes = [
                 f"made from another {role}"
                 for role, recipe in shard.arm.inputs.items()
                 if record.inputs.get(role) != recipe
             ] or ["recipe"]
-        for line in found:
+        for line in changes:
             lines.setdefault(f"{shard.stage}: {line}")
     return list(lines)
 
 
 def open_for(config: RunConfig, plan: Plan) -> Run:
-    """Make the run's folder, or open it and check that nothing published would change.
+    """Create the run's folder, or open it and check that no published recipe would change.
 
     Raises:
-        InputError: for a changed recipe, field by field.
+        InputError: if a recipe would change, field by field; if the path is not a folder, or is a
+            run of another pipeline.
         DamagedError: if the folder cannot be written.
     """
     path = (Path(config.runs_dir) / config.name).expanduser().resolve()
@@ -182,10 +190,10 @@ def open_for(config: RunConfig, plan: Plan) -> Run:
                 "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             }
             write_once(path / "run.json", manifest)
-    if (there := _manifest(path)["pipeline"]) != config.pipeline:
+    if (pipeline := _manifest(path)["pipeline"]) != config.pipeline:
         raise InputError(
-            f"{path}: is a run of the pipeline {there}, not of {config.pipeline}; choose another "
-            f"name, such as name={config.name}-2"
+            f"{path}: is a run of the pipeline {pipeline}, not of {config.pipeline}; choose "
+            f"another name, such as name={config.name}-2"
         )
     run = open_run(path)
     check_unchanged(run, config, plan)
@@ -193,16 +201,16 @@ def open_for(config: RunConfig, plan: Plan) -> Run:
 
 
 def check_unchanged(run: Run, config: RunConfig, plan: Plan) -> None:
-    """Refuse a plan that would change a published record.
+    """Refuse a plan that would change the recipe of a published record.
 
     Raises:
-        InputError: with every field that differs.
+        InputError: if it would; the message lists the first six differences.
     """
     changed = changed_recipes(plan, run.scan())
     if changed:
         raise InputError(
             f"{run.path}: published results were made with other settings: "
-            f"{'; '.join(changed[:6])}; go back to those, or choose another name, "
+            f"{'; '.join(changed[:6])}; use those settings, or choose another name, "
             f"such as name={config.name}-2"
         )
 
@@ -217,7 +225,7 @@ def add_request(
     keys: tuple[str, ...] | None = None,
     resources: Mapping[str, Json] | None = None,
 ) -> Request:
-    """Write down what was asked for, with a snapshot of the code that will do it."""
+    """Write a request, after a snapshot of the code that will do it."""
     ledger = ledgers.make(run.path)
     with disk_errors(run.path):
         code = snapshot(run)
@@ -238,12 +246,16 @@ def add_request(
 
 
 def snapshot(run: Run) -> str:
-    """Copy kdhpc, configs and slurm/ once into the run, under the digest of their content."""
+    """Copy kdhpc, configs and slurm/ into the run, once for each digest of their content.
+
+    Returns:
+        The digest, the first 12 hexadecimal digits of a sha256: the name of the copy.
+    """
     sources = _sources(run)
-    found = hashlib.sha256()
+    content = hashlib.sha256()
     for name, path in sources.items():
-        found.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
-    digest = found.hexdigest()[:12]
+        content.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
+    digest = content.hexdigest()[:12]
     target = run.path / "code" / digest
     if not target.is_dir():
         temporary = run.path / "code" / f".{digest}.{secrets.token_hex(4)}"
@@ -258,13 +270,13 @@ def snapshot(run: Run) -> str:
 
 
 def _sources(run: Run) -> dict[str, Path]:
-    """Files of a snapshot by relative name; for a pipeline from elsewhere, its package too."""
-    wanted = {".py", ".cpp", ".yaml", ".sh"}
+    """Find the files of a snapshot by relative name, with the package of a foreign pipeline."""
+    suffixes = {".py", ".cpp", ".yaml", ".sh"}
     files = [
         path
         for name in SNAPSHOT
         for path in sorted((PROJECT_DIR / name).rglob("*"))
-        if path.suffix in wanted and path.is_file()
+        if path.suffix in suffixes and path.is_file()
     ]
     sources = {str(path.relative_to(PROJECT_DIR)): path for path in files}
     module_name = _manifest(run.path)["pipeline"].rpartition(":")[0]
@@ -274,7 +286,7 @@ def _sources(run: Run) -> dict[str, Path]:
 
 
 def _module_sources(name: str) -> dict[str, Path]:
-    """Files of an imported top-level module or package."""
+    """Find the files of an imported top-level module or package, by relative name."""
     module = sys.modules[name]
     folder = Path(str(module.__file__)).parent
     files = (
@@ -290,10 +302,10 @@ def _module_sources(name: str) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def launcher_lock(run: Run) -> Iterator[None]:
-    """One local launcher a run; the lock goes with the process.
+    """Allow only one local launcher for a run; the lock ends with its process.
 
     Raises:
-        BusyError: if another process holds it.
+        BusyError: if another process holds the lock.
     """
     with disk_errors(run.path), (run.path / "launcher.lock").open("a+") as file:
         try:
@@ -311,7 +323,7 @@ def launcher_lock(run: Run) -> Iterator[None]:
 
 
 def is_locked(run: Run) -> bool:
-    """Whether a local launcher is working on the run now."""
+    """Return whether a local launcher is working on the run now."""
     try:
         with (run.path / "launcher.lock").open("r") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""Talk to Slurm: submit held arrays through submitit, ask for the queue once, look up lost answers.
+"""Talk to Slurm: submit held arrays, read queue and accounting, find jobs whose answer was lost.
 
-Nothing here decides. Every call to a Slurm program goes through `_run`, with a time limit and
-without the `SLURM_*` variables of a surrounding job, which sbatch would inherit.
+Nothing here decides. Every call of a Slurm program goes through `_run`, which sets a time limit and
+removes the `SLURM_*` variables of a surrounding job, because sbatch would inherit them.
 """
 
 import functools
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kdhpc.cluster.resources import Resources
 
 ANSWER_LIMIT_S = 60.0
-"""How long a lost submission is looked for before it counts as never made."""
+"""How long a submission whose answer was lost is looked for before it counts as never made."""
 LOST_ANSWERS = ("socket timed out", "unable to contact", "connection refused", "communication")
 OVER_LIMIT = (
     "qosmaxsubmit",
@@ -31,41 +31,43 @@ OVER_LIMIT = (
     "job violates accounting/qos policy",
 )
 ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
-"""States without a process; COMPLETING still has one, or is about to be requeued."""
+"""States without a process; a COMPLETING job still has one, or is about to be requeued."""
 HELD_REASONS = {"JobHeldUser", "launch failed requeued held", "launch_failed_requeued_held"}
-"""Of jobs that wait for a release: their launcher died before it could, or Slurm could not start
-them, as after a restart of the controller, and gave up."""
+"""Reasons of jobs that wait for a release, because their launcher died before it released them, or
+because Slurm could not start them, for example after a restart of the controller."""
 GONE = re.compile(r"already finished|invalid job id", re.IGNORECASE)
-"""What Slurm says of a job that has ended, and of one that it has forgotten."""
+"""Messages of Slurm about a job that has ended, and about one that it has forgotten."""
 NOT_YET_KNOWN = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "RESIZING")
+"""First words of states that do not tell how a task ended: it has not, or it is tried again."""
 
 
 class RefusedError(ClusterError):
-    """Slurm will not take this script, now or later."""
+    """Slurm refuses this script, now and later."""
 
 
 class OverLimitError(ClusterError):
-    """The array is larger than what this user may have in the queue."""
+    """The array would exceed the number of jobs that this user may have in the queue."""
 
 
 class LostAnswerError(ClusterError):
-    """sbatch failed, and whether it made a job is not known."""
+    """sbatch failed, and it is unknown whether it made a job."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Queued:
-    """One task in the queue."""
+    """One task or single job in the queue."""
 
     job_id: str
-    """Of the whole array."""
+    """Job id of the whole array."""
     index: int | None
+    """Array index; None for a single job, or for elements that Slurm lists together."""
     state: str
     reason: str
     name: str
 
 
 def available() -> bool:
-    """Whether `sbatch` is here and a controller answers."""
+    """Return whether `sbatch` is installed and a controller answers."""
     if shutil.which("sbatch") is None:
         return False
     try:
@@ -75,16 +77,16 @@ def available() -> bool:
 
 
 def queue() -> list[Queued]:
-    """This user's tasks, array elements one by one, with a single squeue.
+    """List this user's jobs, one entry for each array element, with a single squeue.
 
     Raises:
         ClusterError: if the controller does not answer.
     """
-    found = _run(["squeue", "--me", "--noheader", "--array", "--format=%A|%F|%K|%T|%r|%j"])
-    if found.returncode:
-        raise ClusterError(f"squeue failed: {_last_line(found.stderr)}; try again later")
+    answer = _run(["squeue", "--me", "--noheader", "--array", "--format=%A|%F|%K|%T|%r|%j"])
+    if answer.returncode:
+        raise ClusterError(f"squeue failed: {_last_line(answer.stderr)}; try again later")
     tasks = []
-    for line in found.stdout.splitlines():
+    for line in answer.stdout.splitlines():
         job_id, array_id, index, state, reason, name = line.strip().split("|", 5)
         if state in ENDED:
             continue
@@ -103,7 +105,7 @@ def queue() -> list[Queued]:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """What accounting says of a task, its last try."""
+    """What accounting knows about the last try of a task."""
 
     state: str
     exit_code: str
@@ -111,11 +113,18 @@ class Ended:
 
 
 def accounting(job_ids: Sequence[str]) -> dict[tuple[str, int], Ended]:
-    """What accounting says of the tasks of arrays; empty where there is no accounting."""
+    """Ask accounting how the tasks of arrays ended.
+
+    Args:
+        job_ids: job ids of arrays.
+
+    Returns:
+        The end of each task that has ended, by job id and array index; empty without accounting.
+    """
     if not job_ids:
         return {}
     try:
-        found = _run(
+        answer = _run(
             [
                 "sacct",
                 "--allocations",
@@ -129,44 +138,44 @@ def accounting(job_ids: Sequence[str]) -> dict[tuple[str, int], Ended]:
     except ClusterError:
         return {}
     ended = {}
-    for line in found.stdout.splitlines():
+    for line in answer.stdout.splitlines():
         fields = line.split("|")
         match = re.fullmatch(r"(\d+)_\[?([\d,-]+)(?:%\d+)?\]?", fields[0])
         if match is None or len(fields) != 4 or fields[1].startswith(NOT_YET_KNOWN):
             continue
-        for part in match[2].split(","):  # elements that never started stand in one line
+        for part in match[2].split(","):  # one line lists all elements that never started
             first, _, last = part.partition("-")
             for index in range(int(first), int(last or first) + 1):
-                # Later lines of one task are later tries.
+                # If a task has several lines, the last one is its last try.
                 ended[match[1], index] = Ended(state=fields[1], exit_code=fields[2], node=fields[3])
     return ended
 
 
 @functools.cache
 def max_array_size() -> int:
-    """The cluster's MaxArraySize: one more than the largest index."""
+    """Return the cluster's MaxArraySize, which is the largest array index plus one."""
     match = re.search(r"MaxArraySize\s*=\s*(\d+)", _run(["scontrol", "show", "config"]).stdout)
     return int(match[1]) if match else 1001
 
 
 @functools.cache
 def partitions() -> dict[str, float]:
-    """Names of the partitions and their time limits in minutes; the default one also as ''."""
-    found = {}
+    """Return the time limit in minutes of every partition, of the default one also under ''."""
+    limits = {}
     for line in _run(["scontrol", "--oneliner", "show", "partition"]).stdout.splitlines():
         name = re.search(r"PartitionName=(\S+)", line)
         limit = re.search(r"MaxTime=(\S+)", line)
         if name:
-            found[name[1]] = _minutes(limit[1]) if limit else float("inf")
+            limits[name[1]] = _minutes(limit[1]) if limit else float("inf")
             if " Default=YES" in line:
-                found[""] = found[name[1]]
-    return found
+                limits[""] = limits[name[1]]
+    return limits
 
 
 def time_limit_min(partition: str | None) -> float:
-    """Time limit in minutes of a partition, of several (`a,b`), or of the default one."""
-    there = partitions()
-    return max(there.get(name, float("inf")) for name in (partition or "").split(","))
+    """Return the time limit in minutes of a partition, of several (`a,b`), or of the default."""
+    limits = partitions()
+    return max(limits.get(name, float("inf")) for name in (partition or "").split(","))
 
 
 def _minutes(text: str) -> float:
@@ -178,21 +187,21 @@ def _minutes(text: str) -> float:
 
 
 def script(*, name: str, command: str, num_tasks: int | None, resources: "Resources") -> str:
-    """Batch script of an array or a gate, the same text for the same arguments.
+    """Return the batch script of an array or a gate; the same arguments give the same text.
 
     Args:
-        name: of the job.
-        command: shell words of what each task runs.
-        num_tasks: elements 0..n-1; None for a single job.
-        resources: its options.
+        name: name of the job.
+        command: shell text that each task runs.
+        num_tasks: number of array elements, numbered from 0; None for a single job.
+        resources: options of the script.
     """
-    from kdhpc.cluster.executor import ArrayExecutor  # submitit is not for who only looks
+    from kdhpc.cluster.executor import ArrayExecutor  # status does not need submitit
 
     executor = ArrayExecutor(folder="logs")
     scratch = (
         [f"export KDHPC_SCRATCH={shlex.quote(resources.scratch)}"] if resources.scratch else []
     )
-    wanted = {
+    parameters = {
         "job_name": name,
         "partition": resources.partition,
         "account": resources.account,
@@ -215,13 +224,13 @@ def script(*, name: str, command: str, num_tasks: int | None, resources: "Resour
             f"--cpus-per-task={resources.cpus_per_task}",
             "--kill-on-bad-exit=1",
         ],
-        # sbatch's command line names the log: in a script, quotes in a path do not survive.
+        # The log is set on sbatch's command line, because a script cannot quote a path safely.
         "additional_parameters": {"output": "/dev/null", "requeue": True},
     }
-    executor._internal_update_parameters(**{k: v for k, v in wanted.items() if v is not None})
+    executor._internal_update_parameters(**{k: v for k, v in parameters.items() if v is not None})
     executor.parameters["wckey"] = None
     text = executor.script(command, num_tasks)
-    # submitit names the step's log after ids; ours is the batch log itself, one file a task.
+    # submitit gives the step a log of its own; without it, all output of a task goes to one log.
     return re.sub(r"^(srun --unbuffered) --output \S+", r"\1", text, flags=re.MULTILINE)
 
 
@@ -229,23 +238,23 @@ def submit_held(path: Path, name: str, log: Path) -> str:
     """Submit a script held. Returns the job id.
 
     Args:
-        path: of the script.
-        name: of the job.
-        log: of each task; `%a` in its file name stands for the array index.
+        path: path of the script.
+        name: name of the job, by which it is found if the answer is lost.
+        log: path of each task's log; `%a` in its file name is replaced by the array index.
 
     Raises:
         OverLimitError: if the user's limits do not allow so many tasks.
-        RefusedError: with Slurm's own words.
-        LostAnswerError: if it is not known whether there is a job.
+        RefusedError: if Slurm refuses the script; the message quotes it.
+        LostAnswerError: if it is unknown whether a job was made.
     """
     output = f"{str(log.parent).replace('%', '%%')}/{log.name}"
-    found = _run(["sbatch", "--parsable", "--hold", f"--output={output}", str(path)], limit_s=120)
-    if found.returncode == 0:
-        return found.stdout.strip().split(";")[0]
-    message = _last_line(found.stderr)
-    if any(text in found.stderr.lower() for text in OVER_LIMIT):
+    answer = _run(["sbatch", "--parsable", "--hold", f"--output={output}", str(path)], limit_s=120)
+    if answer.returncode == 0:
+        return answer.stdout.strip().split(";")[0]
+    message = _last_line(answer.stderr)
+    if any(text in answer.stderr.lower() for text in OVER_LIMIT):
         raise OverLimitError(f"sbatch refused {path.name}: {message}")
-    if any(text in found.stderr.lower() for text in LOST_ANSWERS):
+    if any(text in answer.stderr.lower() for text in LOST_ANSWERS):
         job_id = find(name)
         if job_id:
             return job_id
@@ -254,7 +263,7 @@ def submit_held(path: Path, name: str, log: Path) -> str:
 
 
 def find(name: str, limit_s: float = ANSWER_LIMIT_S) -> str | None:
-    """Id of a job by its unique name, looked for in queue and accounting; None if there is none."""
+    """Find the id of a job by its unique name in queue and accounting; None if there is none."""
     deadline = time.monotonic() + limit_s
     while True:
         for command in (
@@ -262,46 +271,46 @@ def find(name: str, limit_s: float = ANSWER_LIMIT_S) -> str | None:
             ["sacct", "-X", "--noheader", "--parsable2", f"--name={name}", "--format=JobID"],
         ):
             try:
-                found = _run(command)
+                answer = _run(command)
             except ClusterError:
                 continue
-            if found.returncode == 0 and found.stdout.strip():
-                return found.stdout.split()[0].split("_")[0]
+            if answer.returncode == 0 and answer.stdout.strip():
+                return answer.stdout.split()[0].split("_")[0]
         if time.monotonic() > deadline:
             return None
         time.sleep(2)
 
 
 def release(job_ids: Sequence[str]) -> None:
-    """Let held jobs run; what another launcher released may have ended since, and is no error."""
-    found = _run(["scontrol", "release", ",".join(job_ids)])
-    said = found.stderr.splitlines() or ["it did not say why"]
-    refused = [line for line in said if not GONE.search(line)]
-    if found.returncode and refused:
-        raise ClusterError(f"scontrol release failed: {refused[-1].strip()}")
+    """Let held jobs run. Jobs that another launcher released and that have ended are no error."""
+    answer = _run(["scontrol", "release", ",".join(job_ids)])
+    complaints = answer.stderr.splitlines() or ["it did not say why"]
+    refused = [line for line in complaints if not GONE.search(line)]
+    if answer.returncode and refused:
+        raise ClusterError(f"scontrol release failed: {refused[-1].strip()}; run sweep.py again")
 
 
 def cancel(job_ids: Sequence[str]) -> None:
-    """Cancel jobs; those that are gone already are no error."""
+    """Cancel jobs. Jobs that have ended are no error."""
     if job_ids:
         _run(["scancel", "--quiet", *job_ids])
 
 
 def check_script(text: str) -> str | None:
-    """What Slurm says against a script, without creating anything; None if nothing."""
-    found = _run(["sbatch", "--test-only"], text=text)
-    return None if found.returncode == 0 else _last_line(found.stderr)
+    """Return Slurm's objection to a script, or None; no job is made."""
+    answer = _run(["sbatch", "--test-only"], text=text)
+    return None if answer.returncode == 0 else _last_line(answer.stderr)
 
 
 def first_node_address(node_list: str) -> str:
-    """NodeAddr of the first node of a list, which every node of the job can reach."""
+    """Return the NodeAddr of the first node in a list, which every node of the job can reach."""
     first = _run(["scontrol", "show", "hostnames", node_list]).stdout.split()[0]
     match = re.search(r"NodeAddr=(\S+)", _run(["scontrol", "show", "node", first]).stdout)
     return match[1] if match else first
 
 
 def command_line(words: Sequence[str]) -> str:
-    """Shell text of words, quoted."""
+    """Quote words and join them to shell text."""
     return " ".join(shlex.quote(word) for word in words)
 
 
@@ -313,7 +322,7 @@ def _run(
         for name, value in os.environ.items()
         if not name.startswith(("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_")) or name == "SLURM_CONF"
     }
-    environment["SLURM_BITSTR_LEN"] = "0"  # or sacct cuts long lists of elements
+    environment["SLURM_BITSTR_LEN"] = "0"  # otherwise sacct cuts long lists of array elements
     try:
         return subprocess.run(
             command,
@@ -330,7 +339,9 @@ def _run(
             f"{command[0]}: not found; load Slurm's module, or use cluster=local"
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise ClusterError(f"{command[0]} did not answer in {limit_s:.0f} s") from error
+        raise ClusterError(
+            f"{command[0]} did not answer in {limit_s:.0f} s; try again later"
+        ) from error
 
 
 def _last_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""How a run stands, from files and one squeue: counts, causes, and when it may be done."""
+"""Summarise the state of a run for people: counts, causes of failures, and the time left."""
 
 import json
 import os
@@ -20,13 +20,14 @@ from kdhpc.errors import ClusterError
 from kdhpc.plan.shards import Plan
 
 LOG_LINES = 6
+"""Lines of a log that are shown for each cause."""
 DISK_FULL_BYTES = 2**20
-"""A disk with less left counts as full."""
+"""A disk with fewer free bytes counts as full."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageStatus:
-    """Shards of one stage; the counts add up to `planned`."""
+    """Counts of the shards of one stage; done to missing add up to `planned`."""
 
     folder: str
     planned: int
@@ -36,12 +37,12 @@ class StageStatus:
     failed: int
     missing: int
     seconds_left: float
-    """Work left, in seconds of one task."""
+    """Remaining work, in seconds if one task did it all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:
-    """Failures with the same cause, counted once."""
+    """Failures with the same cause, shown as one."""
 
     stage: str
     kind: str
@@ -54,36 +55,39 @@ class Cause:
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """What status.py shows."""
+    """Report of a run for people; status.py shows it."""
 
     run: str
     executor: str
     stages: tuple[StageStatus, ...]
     causes: tuple[Cause, ...]
     damaged: Mapping[str, str]
+    """What is wrong with a shard's record or data, by its key."""
     waiting: Mapping[str, int]
-    """Why queued tasks wait, in Slurm's words, with counts."""
+    """Number of waiting tasks, by Slurm's reason."""
     notes: tuple[str, ...]
+    """Lines about anything else that a person should know."""
     eta_s: float | None
-    """Seconds until the end at the present pace; None if unknown or nothing is running."""
+    """Seconds until the end at the present pace; None if nothing is running or nothing is left."""
     live: tuple[str, ...]
-    """What running tasks say of their progress."""
+    """Lines about the progress of running tasks."""
     queue_unknown: bool = False
-    """Slurm did not answer: what is shown comes from the disk alone."""
+    """Whether Slurm did not answer, so that everything comes from the disk."""
 
     @property
     def complete(self) -> bool:
+        """Whether every planned shard is done."""
         return all(stage.done == stage.planned for stage in self.stages)
 
     def as_json(self) -> str:
-        """The same as JSON."""
+        """Format the report as JSON."""
         return json.dumps(asdict(self) | {"complete": self.complete}, indent=1)
 
 
 def look(run: Run) -> State:
-    """How a run stands that this process does not work on; one squeue, one scan of the records.
+    """Observe a run without working on it, with one squeue and one scan of the records.
 
-    Where Slurm does not answer, what the disk says counts.
+    If Slurm does not answer, only the disk is used.
     """
     _, config, plan = runs.current(run)
     local = _local_active(run) if runs.is_locked(run) else frozenset[str]()
@@ -102,12 +106,12 @@ def _local_active(run: Run) -> frozenset[str]:
 
 
 def status_of(run: Run, state: State) -> Status:
-    """Summarise what was observed."""
+    """Summarise the observed state of a run."""
     situation = state.situation
     failures = {
-        key: found[-1]
-        for key, found in situation.failures.items()
-        if found and key not in situation.active
+        key: of_shard[-1]
+        for key, of_shard in situation.failures.items()
+        if of_shard and key not in situation.active
     }
     stages = tuple(_stage_status(run, state, stage.name, failures) for stage in run.pipeline.stages)
     return Status(
@@ -147,10 +151,10 @@ def _stage_status(
 
 
 def _notes(run: Run, state: State, failures: Mapping[str, Failure]) -> Iterator[str]:
-    """What else a person should know, a line each."""
+    """Yield lines about anything else that a person should know."""
     situation = state.situation
     if state.queue_error:
-        yield f"the queue is not known: {state.queue_error}"
+        yield f"the queue is unknown: {state.queue_error}"
     codes = sorted(
         {record.code for key, record in state.scan.records.items() if key in state.plan.shards}
     )
@@ -166,13 +170,13 @@ def _notes(run: Run, state: State, failures: Mapping[str, Failure]) -> Iterator[
     num_held = sum(task.reason in slurm.HELD_REASONS for task in state.queued)
     if num_held and not situation.stopped:
         yield f"{num_held} jobs are held by Slurm; sweep.py or rerun.py release them"
-    yield from _forgotten(run, state)
+    yield from _stalled(run, state)
     if situation.stopped:
         yield "cancelled; run sweep.py or rerun.py to go on"
 
 
-def _forgotten(run: Run, state: State) -> Iterator[str]:
-    """What to say when shards could start and nobody is there to start them."""
+def _stalled(run: Run, state: State) -> Iterator[str]:
+    """Yield a line if shards could start and nothing is queued that would start them."""
     situation = state.situation
     if situation.active or situation.stopped or state.queued:
         return
@@ -185,9 +189,9 @@ def _forgotten(run: Run, state: State) -> Iterator[str]:
     ]
     if not ready:
         return
-    parts = [f"{len(ready)} shards could start, the first {ready[0]}, and nothing is queued"]
+    parts = [f"{len(ready)} shards could start (first: {ready[0]}), but nothing is queued"]
     if shutil.disk_usage(run.path).free < DISK_FULL_BYTES:
-        parts.append("DISK_FULL: there is no space left to write down why; free some")
+        parts.append("DISK_FULL: there is no space left to record why; free some")
     yield "; ".join([*parts, "run sweep.py again"])
 
 
@@ -241,14 +245,14 @@ def _live(run: Run, state: State) -> tuple[str, ...]:
     lines = []
     for path in sorted((run.path / "progress").glob("*.json")):
         try:
-            found: dict[str, Any] = json.loads(path.read_text())
+            progress: dict[str, Any] = json.loads(path.read_text())
             age_s = time.time() - path.stat().st_mtime
         except (OSError, ValueError):
             continue
-        shard = state.plan.shards.get(str(found.get("key")))
+        shard = state.plan.shards.get(str(progress.get("key")))
         if shard and shard.key in state.situation.active and age_s < 120:
             stage = run.pipeline.stage(shard.stage)
-            done = f"{float(found.get('fraction', 0)):.0%}"
-            words = (shard.key, done, stage.progress(run.scratch_path(shard.key)))
+            percent = f"{float(progress.get('fraction', 0)):.0%}"
+            words = (shard.key, percent, stage.progress(run.scratch_path(shard.key)))
             lines.append(" ".join(filter(None, words)))
     return tuple(lines)

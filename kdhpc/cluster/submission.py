@@ -1,6 +1,7 @@
-"""One array and its gate: claimed, submitted held, recorded, released.
+"""Submit one array and its gate: claim, submit held, record, release.
 
-In that order, so that whoever dies in between leaves something that the next caller can put right.
+The steps have this order so that a launcher that dies between any two of them leaves a state that
+the next caller can repair.
 """
 
 import os
@@ -22,13 +23,22 @@ from kdhpc.errors import ClusterError
 
 
 def submit(run: Run, ledger: Ledger, state: State, batch: Batch) -> bool:
-    """Claim, submit held, record, release. Returns whether the number was ours."""
+    """Submit one batch: claim, submit held, record, release.
+
+    Returns:
+        Whether it was submitted; False if another launcher or a newer request came first.
+
+    Raises:
+        OverLimitError: if the user may not have so many jobs in the queue.
+        RefusedError: if Slurm refuses a script; failures of the shards are recorded.
+        ClusterError: if Slurm does not answer.
+    """
     limits = state.config.slurm
     uses_device = run.pipeline.stage(batch.stage).uses_device
     resources = array_resources(state.config, batch, uses_device)
     number = max((s.number for s in ledger.submissions()), default=0) + 1
-    known = {key for s in ledger.submissions() if s.number > _newest(state) for key in s.keys}
-    if known & {key for task in batch.tasks for key in task}:
+    newer = {key for s in ledger.submissions() if s.number > _newest(state) for key in s.keys}
+    if newer & {key for task in batch.tasks for key in task}:
         return False
     submission = Submission(
         number=number,
@@ -74,6 +84,7 @@ def submit(run: Run, ledger: Ledger, state: State, batch: Batch) -> bool:
 
 
 def _newest(state: State) -> int:
+    """Return the number of the newest submission that was observed; 0 if there was none."""
     return max((s.number for s in state.submissions), default=0)
 
 
@@ -112,13 +123,16 @@ def _sbatch(
 
 
 def _command(run: Run, code: str, words: list[str], prefix: Sequence[str]) -> str:
-    """Shell text that runs a module of the code snapshot with this Python."""
+    """Return shell text that runs a module of the code snapshot with this Python."""
     home = run.path / "code" / code
     start = [str(home / "slurm" / "environment.sh"), str(home), sys.executable, "-m", *words]
     return slurm.command_line([*prefix, "bash", *start])
 
 
 def job_name(run: Run, stage: str, number: int) -> str:
-    """`score.paper.3f9a-0007`: stage first (squeue shows few letters), unique in the cluster."""
+    """Return a name such as `score.paper.3f9a-0007`, which is unique in the cluster.
+
+    The stage comes first, because squeue shows only the first letters.
+    """
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", run.path.name)
     return f"{stage}.{name}.{run.identity}-{number:04d}"

@@ -1,10 +1,10 @@
-"""What runs inside a job: `python -m kdhpc.cluster.task RUN SUBMISSION`.
+"""Run a task inside a job: `python -m kdhpc.cluster.task RUN SUBMISSION`.
 
-Does the shards of one task, one after the other, and publishes each. Every start is an attempt; a
-shard that is published already is passed over. USR2 and SIGTERM only set a flag.
+A task runs its shards one after the other and publishes each. Every start of a shard is an attempt;
+a published shard is skipped. SIGUSR2 and SIGTERM only set a flag, which stages look at.
 
-The local executor keeps the process for more tasks (`task RUN --serve`), so that torch is imported
-once a core and not once a task.
+The local executor keeps the process for further tasks (`task RUN --serve`), so that torch is
+imported once per worker and not once per task.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ PROGRESS_EVERY_S = 2.0
 
 
 class _StopFlag:
-    """Set by the signals that Slurm sends before it kills."""
+    """A flag that is set by the signals that Slurm sends before it kills a task."""
 
     def __init__(self) -> None:
         self.is_set = False
@@ -47,7 +47,10 @@ class _StopFlag:
 
 
 def find_rank() -> tuple[int, int]:
-    """Rank and world size: from srun, or from the local executor."""
+    """Return rank and world size, as srun or the local executor set them.
+
+    Under srun, also set the variables by which torch.distributed finds the other ranks.
+    """
     rank = int(os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0")))
     world_size = int(os.environ.get("SLURM_NTASKS", os.environ.get("WORLD_SIZE", "1")))
     if world_size > 1 and "SLURM_PROCID" in os.environ:
@@ -55,35 +58,45 @@ def find_rank() -> tuple[int, int]:
 
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
         os.environ["MASTER_ADDR"] = slurm.first_node_address(os.environ["SLURM_JOB_NODELIST"])
-        # Below the ephemeral range, and another one for a requeued attempt.
+        # The port is below the ephemeral range, and differs for a requeued attempt.
         seed = int(os.environ["SLURM_JOB_ID"]) * 7 + int(os.environ.get("SLURM_RESTART_COUNT", 0))
         os.environ["MASTER_PORT"] = str(10000 + seed % 20000)
     return rank, world_size
 
 
 def _progress_writer(path: Path) -> Callable[[str], Callable[[float], None]]:
-    last = [0.0]
+    """Return a function that makes, for a shard's key, the function that writes its progress."""
+    last_written = [0.0]
 
-    def of(key: str) -> Callable[[float], None]:
+    def for_shard(key: str) -> Callable[[float], None]:
         def write(fraction: float) -> None:
-            if time.monotonic() - last[0] < PROGRESS_EVERY_S:
+            if time.monotonic() - last_written[0] < PROGRESS_EVERY_S:
                 return
-            last[0] = time.monotonic()
+            last_written[0] = time.monotonic()
             temporary = path.with_suffix(".tmp")
-            with contextlib.suppress(OSError):  # progress is for people; it must not stop work
+            with contextlib.suppress(OSError):  # a failure to show progress must not stop work
                 temporary.write_text(json.dumps({"key": key, "fraction": round(fraction, 4)}))
                 os.replace(temporary, path)
 
         return write
 
-    return of
+    return for_shard
 
 
 def run_task(path: Path, number: int, index: int) -> int:
-    """Do one task. Returns the exit code: 0, 1 if a shard failed, 75 if told to stop."""
+    """Run one task.
+
+    Args:
+        path: the run folder.
+        number: number of the submission.
+        index: index of the task in its array.
+
+    Returns:
+        The exit code: 0, 1 if a shard failed, 75 if the task stopped when told to.
+    """
     ledger = Ledger(path)
     submission = ledger.submission(number)
-    run, config, plan = _asked_for(path, submission.request)
+    run, config, plan = _load_request(path, submission.request)
     rank, world_size = find_rank()
     stop = _StopFlag()
     progress = _progress_writer(path / "progress" / f"{number:04d}-{index}.json")
@@ -102,7 +115,7 @@ def run_task(path: Path, number: int, index: int) -> int:
             return failures.STOPPED_EXIT_CODE
         if run.record_path(key).exists():
             work.point_alias(plan.shards[key])
-            print(f"{key}: is there already", flush=True)
+            print(f"{key}: already published", flush=True)
             continue
         if rank == 0:
             work.progress = progress(key)
@@ -114,8 +127,8 @@ def run_task(path: Path, number: int, index: int) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def _asked_for(path: Path, number: int) -> tuple[Run, RunConfig, Plan]:
-    """Run, config and plan of a request, which never changes."""
+def _load_request(path: Path, number: int) -> tuple[Run, RunConfig, Plan]:
+    """Return run, config and plan of a request; they are cached because a request never changes."""
     run = runs.open_run(path)
     request = next(r for r in Ledger(path).requests() if r.number == number)
     config = presets.build(run.pipeline.config, dict(request.config))
@@ -130,7 +143,7 @@ def _attempt(
     submission: Submission,
     index: int,
 ) -> int:
-    """Do one shard. Returns an exit code."""
+    """Run one shard and publish it, or record why it failed. Returns an exit code."""
     started = time.time()
 
     def note(event: AttemptEvent) -> None:
@@ -145,7 +158,7 @@ def _attempt(
             if written is None:
                 if work.rank > 0:
                     return 0
-                print(f"{shard.key}: stopped; the next attempt goes on from here", flush=True)
+                print(f"{shard.key}: stopped; the next attempt continues from here", flush=True)
                 note("stopped")
                 return failures.STOPPED_EXIT_CODE
             won = work.publish(shard, written, started)
@@ -164,28 +177,29 @@ def _attempt(
             time=time.time(),
             got_further=kind == "LOST" and run.checkpoint_since(shard.key, started),
         )
-        with contextlib.suppress(OSError):  # on a full disk the log line has to do
+        with contextlib.suppress(OSError):  # on a full disk, the log line must suffice
             ledger.add_failure(failure)
         print(f"{shard.key}: failed: {message}", flush=True)
         note("ended")
         return 1
-    outcome = "published" if won else "another attempt was first"
+    outcome = "published" if won else "another attempt published first"
     print(f"{shard.key}: {outcome} after {time.time() - started:.1f} s", flush=True)
     note("ended")
     return 0
 
 
 def serve(path: Path) -> None:
-    """Do tasks as they come: each a line of JSON [submission, task, log] on standard input.
+    """Run tasks as they come on standard input, each a line of JSON: [submission, task, log].
 
-    Answers with a line: the exit code. Everything else that is printed goes to the task's log. What
-    tasks import is loaded first: a worker is started before there is a task for it.
+    The answer to each is a line with the exit code. Everything else that is printed goes to the
+    task's log. The modules that tasks need are imported at once, because a worker is started before
+    there is a task for it.
     """
     with os.fdopen(os.dup(1), "w") as answers:
         _print_to(path / "logs" / "workers.log")
         pipeline = runs.open_run(path).pipeline
         for name in dict.fromkeys(name for stage in pipeline.stages for name in stage.modules):
-            with contextlib.suppress(Exception):  # the task that needs it says what is wrong
+            with contextlib.suppress(Exception):  # a task that needs the module will report it
                 importlib.import_module(name)
         for line in sys.stdin:
             number, index, log_path = json.loads(line)
@@ -196,13 +210,14 @@ def serve(path: Path) -> None:
 
 
 def _print_to(path: str | Path) -> None:
+    """Append standard output and standard error of this process to a file from now on."""
     with open(path, "ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
 
 
 def main() -> None:
-    """Command line of a job step."""
+    """Run the command line of a job step."""
     path = Path(sys.argv[1])
     if sys.argv[2] == "--serve":
         serve(path)

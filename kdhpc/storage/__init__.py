@@ -1,1 +1,1 @@
-"""The run folder and its files: published once, sealed, verified. Knows no stage."""
+"""The run folder and its files: written once, sealed and verified. No module here knows a stage."""

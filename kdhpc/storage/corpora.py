@@ -1,4 +1,4 @@
-"""Text corpora: documents and their fingerprint."""
+"""Read text corpora and compute their fingerprints."""
 
 import hashlib
 import json
@@ -11,12 +11,17 @@ CORPUS_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "
 
 
 def read_corpus(source: str, text_column: str) -> list[str]:
-    """Documents of a corpus: `python-docs`, a local text, JSONL or Parquet file, or a hub id.
+    """Read the documents of a corpus.
 
-    A text file is cut at blank lines, so that short documents have an end to learn.
+    A text file is split at blank lines: the documents become short, so that a model sees many ends
+    of documents.
+
+    Args:
+        source: `python-docs`, a local text, JSONL or Parquet file, or a hub id.
+        text_column: name of the column that holds the text.
 
     Raises:
-        InputError: if it cannot be read or has no such column.
+        InputError: if the corpus cannot be read or has no such column.
     """
     import datasets
 
@@ -25,27 +30,26 @@ def read_corpus(source: str, text_column: str) -> list[str]:
 
         texts = [topics.topics[name] for name in sorted(topics.topics)]
         return [part for text in texts for part in _paragraphs(text)]
-    kinds = CORPUS_KINDS
     path = Path(source)
     datasets.disable_progress_bars()
     try:
-        if path.suffix in kinds:
-            found = datasets.load_dataset(
-                kinds[path.suffix],
+        if path.suffix in CORPUS_KINDS:
+            dataset = datasets.load_dataset(
+                CORPUS_KINDS[path.suffix],
                 data_files=str(path),
                 split="train",
                 **({"sample_by": "paragraph"} if path.suffix == ".txt" else {}),
             )
         else:
-            found = datasets.load_dataset(source, split="train")
-    except Exception as error:  # datasets raises its own, pyarrow's and the hub's errors
+            dataset = datasets.load_dataset(source, split="train")
+    except Exception as error:  # datasets raises its own errors, and those of pyarrow and the hub
         raise InputError(f"truth.corpus={source}: cannot be read ({error})") from error
-    if text_column not in found.column_names:
+    if text_column not in dataset.column_names:
         raise InputError(
             f"truth.text_column={text_column}: {source} has the columns "
-            f"{', '.join(found.column_names)}"
+            f"{', '.join(dataset.column_names)}"
         )
-    return [str(text) for text in found[text_column] if text]
+    return [str(text) for text in dataset[text_column] if text]
 
 
 def _paragraphs(text: str) -> list[str]:
@@ -53,7 +57,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _columns(path: Path) -> list[str] | None:
-    """Columns of a corpus by its first document; None where that does not tell."""
+    """Read the column names from the schema or the first document; None if they cannot be told."""
     if path.suffix == ".txt":
         return ["text"]
     if path.suffix == ".parquet":
@@ -72,11 +76,10 @@ def _columns(path: Path) -> list[str] | None:
 
 
 def corpus_fingerprint(source: str, text_column: str = "text") -> str:
-    """sha256 of a local corpus, without reading it as a data set; hub ids stand for themselves.
+    """Compute the sha256 of a local corpus without parsing it; a hub id is its own fingerprint.
 
     Raises:
-        InputError: for a local file that is not there, is empty, of no known kind, or without the
-            column.
+        InputError: if a local file is missing, empty, of an unknown type, or lacks the column.
     """
     if source == "python-docs":
         from pydoc_data import topics
@@ -87,10 +90,10 @@ def corpus_fingerprint(source: str, text_column: str = "text") -> str:
     if path.is_file():
         if path.suffix not in CORPUS_KINDS:
             raise InputError(
-                f"truth.corpus={source}: expected a file named {', '.join(CORPUS_KINDS)}"
+                f"truth.corpus={source}: expected a file that ends in {', '.join(CORPUS_KINDS)}"
             )
         if not path.stat().st_size:
-            raise InputError(f"truth.corpus={source}: is empty; expected documents")
+            raise InputError(f"truth.corpus={source}: the file is empty; expected documents")
         columns = _columns(path)
         if columns is not None and text_column not in columns:
             raise InputError(
@@ -98,9 +101,7 @@ def corpus_fingerprint(source: str, text_column: str = "text") -> str:
             )
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    looks_local = path.suffix in {".txt", ".jsonl", ".json", ".parquet"} or source.startswith(
-        (".", "~", os.sep)
-    )
+    looks_local = path.suffix in CORPUS_KINDS or source.startswith((".", "~", os.sep))
     if looks_local:
         raise InputError(f"truth.corpus={source}: no such file")
     return f"hub:{source}"

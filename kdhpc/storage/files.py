@@ -1,4 +1,4 @@
-"""Files that are written once: sealed JSON, digests, names that only one writer can win."""
+"""Files that are written once: sealed JSON, digests, and names that only one writer can claim."""
 
 import contextlib
 import errno
@@ -16,28 +16,29 @@ from kdhpc.errors import DamagedError
 from kdhpc.types import Json
 
 SEAL = "seal"
-"""Last field of every JSON file that is written once: the sha256 of the file without it."""
+"""Last field of every JSON file that is written once: the sha256 of the file with an empty seal."""
 SEAL_PLACE = slice(-67, -3)
-"""Of its 64 hexadecimal digits."""
+"""Position of the seal's 64 hexadecimal digits in the file, counted from its end."""
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 PIECE_BYTES = 2**20
-"""Of a file that is read once from end to end; so much stays in a core's cache."""
+"""Read size in bytes; a piece of this size stays in a core's cache."""
 Digest = xxhash.xxh3_128
-"""Of data files: it finds damage as surely as sha256, at the speed of memory (decision 12)."""
+"""Digest of data files: it finds damage as reliably as sha256, at memory speed (decision 12)."""
 
 
-def entries(path: Path) -> list[os.DirEntry[str]]:
+def list_entries(path: Path) -> list[os.DirEntry[str]]:
+    """List the entries of a folder by name; a missing folder has none."""
     try:
-        with os.scandir(path) as found:
-            return sorted(found, key=lambda entry: entry.name)
+        with os.scandir(path) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
     except FileNotFoundError:
         return []
 
 
 def size_of(path: Path | os.DirEntry[str]) -> int | None:
-    """Bytes of a file, or of all files below a folder; None if it is not there."""
+    """Return the bytes of a file, or of all files below a folder; None if it does not exist."""
     if path.is_dir():
-        return sum(size_of(inner) or 0 for inner in entries(Path(path)))
+        return sum(size_of(inner) or 0 for inner in list_entries(Path(path)))
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -45,28 +46,28 @@ def size_of(path: Path | os.DirEntry[str]) -> int | None:
 
 
 def digest_of(path: Path) -> str:
-    """Digest of a file, or of the names and digests of all files below a folder."""
-    found = Digest()
+    """Compute the digest of a file, or of the names and digests of all files below a folder."""
+    digest = Digest()
     if path.is_dir():
         for inner in sorted(inner for inner in path.rglob("*") if inner.is_file()):
-            found.update(f"{inner.relative_to(path)} {digest_of(inner)}\n".encode())
-        return found.hexdigest()
+            digest.update(f"{inner.relative_to(path)} {digest_of(inner)}\n".encode())
+        return digest.hexdigest()
     piece = memoryview(bytearray(PIECE_BYTES))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(piece):
-            found.update(piece[:size])
-    return found.hexdigest()
+            digest.update(piece[:size])
+    return digest.hexdigest()
 
 
 def write_once(path: Path, value: Mapping[str, object]) -> bool:
-    """Create a JSON file that must not exist; whoever is first wins.
+    """Create a JSON file that must not exist yet; the first writer wins.
 
-    Written and synced under another name, then linked: nobody ever sees half of it. The test of
-    EEXIST against the content serves file servers that answer a repeated request with a failure.
-    Its last field is a digest of the rest, for `read_once`.
+    The file is written and synced under another name, then linked, so that nobody ever sees half of
+    it. Its last field is a digest of the rest, which `read_once` checks.
 
     Returns:
-        Whether the file is now this one.
+        Whether the file now has this content. An existing file is compared, because a file server
+        that repeats a request answers EEXIST although the first request succeeded.
     """
     text = json.dumps({**value, SEAL: ""}, indent=1)
     text = f"{text[:-3]}{hashlib.sha256(text.encode()).hexdigest()}{text[-3:]}"
@@ -95,7 +96,7 @@ def read_once(path: str | Path) -> dict[str, Json]:
     """Read what `write_once` wrote, without its seal.
 
     Raises:
-        DamagedError: if a byte of it is not as written.
+        DamagedError: if the file cannot be read or any byte differs from what was written.
     """
     try:
         raw = _read(path)
@@ -104,13 +105,13 @@ def read_once(path: str | Path) -> dict[str, Json]:
     unsealed = raw[: SEAL_PLACE.start] + raw[SEAL_PLACE.stop :]
     if hashlib.sha256(unsealed).hexdigest().encode() != raw[SEAL_PLACE]:
         raise DamagedError(f"{path}: differs from what was written; restore it from a copy")
-    found: dict[str, Json] = json.loads(raw.decode())
-    del found[SEAL]
-    return found
+    value: dict[str, Json] = json.loads(raw.decode())
+    del value[SEAL]
+    return value
 
 
 def _read(path: str | Path) -> bytes:
-    """A small file's bytes, in half of the time that `open` takes: a run has thousands."""
+    """Read a small file in half the time that `open` takes; a run has thousands of them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         parts = []
@@ -137,6 +138,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
+    """Flush a file, or a folder and everything below it, and the folder that holds it to disk."""
     for inner in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if inner.is_file():
             with inner.open("rb") as file:
@@ -147,7 +149,7 @@ def sync_tree(path: Path) -> None:
 
 
 def point_alias(alias: Path, target: Path) -> None:
-    """Let a fixed name stand for `target`, replaced whole: who has the old file open keeps it."""
+    """Make a fixed name refer to `target`; a process that has the old file open keeps it."""
     temporary = alias.with_name(f".{alias.name}.{secrets.token_hex(4)}")
     try:
         os.link(target, temporary)
@@ -159,7 +161,7 @@ def point_alias(alias: Path, target: Path) -> None:
 
 
 def stands_for(alias: Path, target: Path) -> bool:
-    """Whether a fixed name is another name of `target`, or a copy where there are no links."""
+    """Return whether a fixed name is a link to `target`, or a copy on a disk without links."""
     try:
         if os.path.samefile(alias, target):
             return True
@@ -178,7 +180,7 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turn a full or unwritable disk into one clear line."""
+    """Turn the errors of a full or unwritable disk into a `DamagedError` of one line."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The merged results of a run, one HDF5 file."""
+"""Write and read the merged results of a run, one HDF5 file."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,13 +13,13 @@ from kdhpc.errors import DamagedError
 from kdhpc.storage.hdf5 import (
     Arrays,
     Piece,
-    combine,
-    create,
-    digests,
+    combine_digests,
+    create_file,
+    damaged_if_unreadable,
+    digest_arrays,
     map_arrays,
     open_file,
-    put,
-    reading,
+    write_pieces,
 )
 from kdhpc.storage.score_shards import Scores
 from kdhpc.types import Json
@@ -33,28 +33,28 @@ class Results:
     """
 
     scores: Mapping[tuple[str, str], Scores]
-    """By (sampler, scorer); the scorer `self` is the sampler's own opinion while it drew."""
+    """By (sampler, scorer); the scorer `self` is what the sampler computed while it drew."""
     tables: Mapping[str, Arrays]
-    """By arm, arrays with a row a seed; of pipelines whose scores are not of sequences."""
+    """By arm, arrays with a row for each seed; for pipelines that do not score sequences."""
     models: Mapping[str, Mapping[str, Json]]
-    """Facts of every model or arm: tau, size, seed, parameters, final loss."""
+    """Facts about every model or arm: tau, size, seed, parameters, final loss."""
     recipe: str
-    """Of the merge."""
+    """Recipe of the merge."""
     complete: bool
-    """Whether nothing that was planned is missing."""
+    """Whether everything that was planned is included."""
     provenance: Mapping[str, str]
     """Config, hosts, versions; outside the logical digest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScorePieces:
-    """Scores of a sampler's sequences under one model, on their way into the merged file."""
+    """Scores of a sampler's sequences under one model, to be written into the merged file."""
 
     sampler: str
     scorer: str
     num_rows: int
     pieces: Iterable[Piece]
-    """Of the arrays of `Scores`."""
+    """Pieces of the arrays of `Scores`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +62,9 @@ class Merged:
     """Digests of a merged file."""
 
     logical_digest: str
-    """Of what it says, all but its provenance: not of shards, order or place."""
+    """Digest of everything but the provenance; shards, their order and hosts do not change it."""
     digest: str
-    """Of its bytes, as `artifacts.digest_of` finds it."""
+    """Digest of its bytes, as `files.digest_of` computes it."""
 
 
 def write_results(
@@ -77,59 +77,61 @@ def write_results(
     models: Mapping[str, Mapping[str, Json]] = MappingProxyType({}),
     complete: bool = True,
 ) -> Merged:
-    """Write a merged file, one piece of an array (or one table) in memory at a time.
+    """Write a merged file and read it back once, both in pieces.
 
-    It is read back once, in pieces too.
+    At most one piece of an array, or one table, is in memory at a time.
 
     Args:
-        path: of the file, which is replaced.
-        recipe: of the merge.
+        path: the file to write; an old one is replaced.
+        recipe: recipe of the merge.
         provenance: texts by name, outside the logical digest.
         scores: groups of `/scores`.
-        tables: groups of `/tables`.
-        models: facts of every model, as attributes of groups of `/models`.
-        complete: whether nothing that was planned is missing.
+        tables: groups of `/tables`, by name.
+        models: facts about every model, as attributes of groups of `/models`.
+        complete: whether everything that was planned is included.
 
     Raises:
-        DamagedError: if the digest of what is read differs from that of what was written.
+        DamagedError: if the file reads back differently.
     """
     lines = []
-    with create(path) as file:
+    with create_file(path) as file:
         file.attrs["recipe"], file.attrs["complete"] = recipe, complete
         for part in scores:
             group = file.create_group(f"scores/{part.sampler}/{part.scorer}")
-            lines += put(group, part.num_rows, part.pieces)
+            lines += write_pieces(group, part.num_rows, part.pieces)
         for name, arrays in tables:
             num_rows = len(next(iter(arrays.values())))
-            lines += put(file.create_group(f"tables/{name}"), num_rows, arrays.items())
+            group = file.create_group(f"tables/{name}")
+            lines += write_pieces(group, num_rows, arrays.items())
         for name, facts in models.items():
             file.create_group(f"models/{name}").attrs.update(facts)
         file.create_group("provenance").attrs.update(provenance)
         expected = _logical_digest(lines, models, recipe, complete)
         file.attrs["logical_digest"] = expected
-    with reading(path, "a merged results file"):
-        found, digest = digests(path)
+    with damaged_if_unreadable(path, "a merged results file"):
+        lines_read, digest = digest_arrays(path)
         with open_file(path) as file:
             facts_read = _facts(file)
-    if _logical_digest(found, *facts_read) != expected:
+    if _logical_digest(lines_read, *facts_read) != expected:
         raise DamagedError(f"{path}: reads back differently from what was written")
     return Merged(logical_digest=expected, digest=digest)
 
 
 def read_results(path: Path) -> Results:
-    """Read a merged file: all but its provenance checked in pieces, then arrays mapped into memory.
+    """Check all of a merged file but its provenance, in pieces, then map its arrays into memory.
 
     Raises:
-        DamagedError: naming a file that is not one, or that says something else than was written.
+        DamagedError: if the file is no merged file, or differs from what was written.
     """
-    with reading(path, "a merged results file"), path.open("rb") as held:
-        found = _read_results(path)
+    with damaged_if_unreadable(path, "a merged results file"), path.open("rb") as held:
+        results = _read_results(path)
         replaced = not os.path.samestat(os.fstat(held.fileno()), path.stat())
-    return read_results(path) if replaced else found
+    # A merge may have replaced the file between the check and the mapping.
+    return read_results(path) if replaced else results
 
 
 def _read_results(path: Path) -> Results:
-    with reading(path, "a merged results file"):
+    with damaged_if_unreadable(path, "a merged results file"):
         logical_digest(path)
         with open_file(path) as file:
             models, recipe, complete = _facts(file)
@@ -154,23 +156,22 @@ def _read_results(path: Path) -> Results:
 
 
 def logical_digest(path: Path) -> str:
-    """The digest of what a merged file says: of all but its provenance.
+    """Read all of a merged file but its provenance, and return the digest of that.
 
     Raises:
-        DamagedError: naming a file that is not a merged one, or says something else than was
-            written.
+        DamagedError: if the file is no merged file, or differs from what was written.
     """
-    with reading(path, "a merged results file"):
-        lines, _ = digests(path)
+    with damaged_if_unreadable(path, "a merged results file"):
+        lines, _ = digest_arrays(path)
         with open_file(path) as file:
             facts, expected = _facts(file), str(file.attrs["logical_digest"])
     if _logical_digest(lines, *facts) != expected:
-        raise DamagedError(f"{path}: says something else than was written; merge again")
+        raise DamagedError(f"{path}: its content differs from what was written; merge again")
     return expected
 
 
 def _facts(file: Any) -> tuple[dict[str, dict[str, Json]], str, bool]:
-    """Models, recipe and completeness of a merged file."""
+    """Read models, recipe and completeness of a merged file."""
     models = {name: _attributes(group) for name, group in file.get("models", {}).items()}
     return models, str(file.attrs["recipe"]), bool(file.attrs["complete"])
 
@@ -185,5 +186,5 @@ def _attributes(group: Any) -> dict[str, Json]:
 def _logical_digest(
     lines: Sequence[str], models: Mapping[str, Mapping[str, Json]], recipe: str, complete: bool
 ) -> str:
-    facts = [f"models/{name} {sorted(found.items())}" for name, found in models.items()]
-    return combine([*lines, *facts, f"recipe {recipe}", f"complete {complete}"])
+    model_lines = [f"models/{name} {sorted(facts.items())}" for name, facts in models.items()]
+    return combine_digests([*lines, *model_lines, f"recipe {recipe}", f"complete {complete}"])

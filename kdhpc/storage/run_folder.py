@@ -1,12 +1,13 @@
-"""The run folder: the only maker of paths, and the only place that publishes.
+"""The run folder: its paths, its records, and the check that data matches its record.
 
     runs/demo/
-      run.json                      who made the run, when, for which pipeline
-      requests/0001.json            what was asked: config, code, resources (see `kdhpc.cluster`)
+      run.json                      format, pipeline and identity of the run, and when it was made
+      requests/0001.json            what was asked for: config, code, resources (`kdhpc.cluster`)
       submissions/0001.json ...     what was submitted
       code/3f9a.../                 kdhpc and configs as they were when submitted
-      logs/0001/0_3.log             one log a task; failures/0001/... one file a failed shard
-      2-sample-truth/train/00017.json            the record: immutable, first writer wins
+      logs/0001/3.log               one log for each task
+      failures/0001/...             one file for each failed shard
+      2-sample-truth/train/00017.json            the record: immutable, the first writer wins
       2-sample-truth/train/00017.9c41d2aa.arrow  its data, written whole before the record
       8-merge/results.h5            the newest merge
 
@@ -24,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from kdhpc.errors import DamagedError, InputError
-from kdhpc.storage.files import digest_of, entries, read_once, size_of
+from kdhpc.storage.files import digest_of, list_entries, read_once, size_of
 from kdhpc.types import Json
 
 RESULTS = "results.h5"
@@ -65,7 +66,7 @@ class Scan:
 
     records: Mapping[str, Record]
     damaged: Mapping[str, str]
-    """By shard key, what is wrong with its record or data."""
+    """What is wrong with the record or the data of a shard, by its key."""
 
 
 class RunFolder:
@@ -74,12 +75,12 @@ class RunFolder:
     def __init__(
         self, path: Path, folders: Mapping[str, str], aliases: Mapping[str, str] | None = None
     ) -> None:
-        """Name the folders that it serves; nothing is read or made.
+        """Set the paths of a run folder; nothing is read or created.
 
         Args:
-            path: of the run.
-            folders: by stage name, the folder inside the run.
-            aliases: by stage name, the fixed file name of its newest output, where there is one.
+            path: the run folder.
+            folders: the folder inside the run of each stage, by stage name.
+            aliases: the fixed file name of the newest output, by the name of a stage that has one.
         """
         self.path = path
         self.folders = folders
@@ -87,36 +88,37 @@ class RunFolder:
 
     @functools.cached_property
     def identity(self) -> str:
-        """Four hexadecimal digits that tell runs of one name apart."""
+        """Four hexadecimal digits that tell apart runs with the same name."""
         return str(read_once(self.path / "run.json")["identity"])
 
     def stage_dir(self, stage: str) -> Path:
         return self.path / self.folders[stage]
 
     def record_path(self, key: str) -> Path:
+        """Return where the record of a shard is, or will be."""
         stage, arm, name = key.split("/")
         return self.stage_dir(stage) / arm / f"{name}.json"
 
     def scratch_path(self, key: str) -> Path:
-        """Where a shard keeps what its next attempt can use, such as checkpoints."""
+        """Return where a shard keeps what its next attempt can use, such as checkpoints."""
         stage, arm, name = key.split("/")
         return self.stage_dir(stage) / arm / f"{name}.checkpoints"
 
     def checkpoint_since(self, key: str, time_s: float) -> bool:
-        """Whether a shard has a checkpoint that is newer than that."""
-        found = self.scratch_path(key).glob("*/*.json")
-        return any(path.stat().st_mtime > time_s for path in found)
+        """Return whether a shard has a checkpoint newer than `time_s` (seconds since the epoch)."""
+        paths = self.scratch_path(key).glob("*/*.json")
+        return any(path.stat().st_mtime > time_s for path in paths)
 
     def alias_path(self, stage: str) -> Path | None:
-        """The fixed name of a stage's newest output, if it has one."""
+        """Return the fixed name of a stage's newest output, if the stage has one."""
         return self.stage_dir(stage) / self.aliases[stage] if stage in self.aliases else None
 
     def scan(self) -> Scan:
-        """Every record and whether its data is there, in one walk over the run's folder."""
+        """Read every record and check the size of its data, in one walk over the run folder."""
         records: dict[str, Record] = {}
         damaged: dict[str, str] = {}
         for stage in self.folders:
-            for arm in entries(self.stage_dir(stage)):
+            for arm in list_entries(self.stage_dir(stage)):
                 if not arm.is_dir():
                     continue
                 for key, record in _records_in(arm, f"{stage}/{arm.name}"):
@@ -127,7 +129,7 @@ class RunFolder:
         return Scan(records=records, damaged=damaged)
 
     def quarantine(self, key: str) -> None:
-        """Move a damaged record aside, so that the shard can be made again; nothing is deleted."""
+        """Rename a damaged record, so that the shard is made again; nothing is deleted."""
         path = self.record_path(key)
         with contextlib.suppress(FileNotFoundError):
             path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
@@ -137,37 +139,39 @@ def read_record(path: Path, key: str) -> Record:
     """Read one record.
 
     Raises:
-        DamagedError: if it is not whole or speaks of another shard.
+        DamagedError: if it is missing or damaged, or belongs to another shard.
     """
     return _record(read_once(path), key, path.parent)
 
 
 def _records_in(arm: os.DirEntry[str], prefix: str) -> Iterator[tuple[str, Record | DamagedError]]:
-    """Keys of the shards of one arm that have a record, and the record or what is wrong with it."""
+    """Yield the key of every shard of an arm that has a record, and the record or its damage."""
     folder = Path(arm.path)
-    present = {entry.name: entry for entry in entries(folder)}
+    present = {entry.name: entry for entry in list_entries(folder)}
     for name, entry in present.items():
         if not name.endswith(".json") or name.startswith("."):
             continue
         key = f"{prefix}/{name.removesuffix('.json')}"
         try:
             record = _record(read_once(entry.path), key, folder)
-            # Data that is not listed was written, and recorded, while the folder was being listed.
+            # Data missing from the listing may have been written and recorded during the listing.
             size = size_of(present.get(record.data_name) or record.data)
             if size != record.num_bytes:
-                what = "is missing" if size is None else f"has {size} bytes"
-                raise DamagedError(f"{record.data}: {what}, its record says {record.num_bytes}")
+                state = "is missing" if size is None else f"has {size} bytes"
+                raise DamagedError(f"{record.data}: {state}, its record says {record.num_bytes}")
             yield key, record
         except DamagedError as error:
             yield key, error
 
 
 def _record(raw: Mapping[str, Json], key: str, folder: Path) -> Record:
-    # The seal says that the values are those that were written.
+    # The seal has shown that the values are those written, so their types are not checked.
     try:
         data = raw["data"]
         if raw["key"] != key or "/" in data or data in {"", ".", ".."}:
-            raise DamagedError(f"{folder}: a record of {raw['key']} with data {data!r}")
+            raise DamagedError(
+                f"{folder}: a record of {raw['key']} with data {data!r} is in the place of {key}"
+            )
         return Record(
             key=key,
             folder=folder,
@@ -185,36 +189,37 @@ def _record(raw: Mapping[str, Json], key: str, folder: Path) -> Record:
             nonce=raw["nonce"],
         )
     except (TypeError, KeyError) as error:
-        raise DamagedError(f"{folder}: a record of {key} without {error}") from error
+        raise DamagedError(f"{folder}: the record of {key} has no field {error}") from error
 
 
 def verify(record: Record) -> None:
-    """Read the data of a record again, every byte.
+    """Read every byte of a record's data and compare its digest.
 
     Raises:
-        DamagedError: naming the file, if it is missing or its digest differs.
+        DamagedError: if the data is missing or its digest differs.
     """
     try:
-        found = digest_of(record.data)
+        digest = digest_of(record.data)
     except OSError as error:
         raise DamagedError(f"{record.data}: cannot be read ({error.strerror})") from error
-    if found != record.digest:
+    if digest != record.digest:
         raise DamagedError(
             f"{record.data}: its bytes differ from what was published "
-            f"(digest {found[:12]}, expected {record.digest[:12]})"
+            f"(digest {digest[:12]}, expected {record.digest[:12]})"
         )
 
 
 def check_run_folder(path: Path) -> None:
-    """Check that a run is there and that nobody else may write to it: its code is run.
+    """Check that a folder is a run to which nobody else may write, because its code is executed.
 
     Raises:
-        InputError: if it is not so.
+        InputError: if it is no run, belongs to somebody else, or is writable for others.
     """
     if not (path / "run.json").is_file():
         raise InputError(f"{path}: no run here; expected a folder that sweep.py made")
     mode = path.stat()
     if mode.st_uid != os.getuid() or mode.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise InputError(
-            f"{path}: belongs to or may be written by others; its code would run as you"
+            f"{path}: belongs to or may be written by others, and its code would run as you; "
+            "expected a folder to which only you can write"
         )

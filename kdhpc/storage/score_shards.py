@@ -1,4 +1,4 @@
-"""Score shards (HDF5): log-probabilities of sequences under one model."""
+"""Write and read score shards (HDF5): log-probabilities of sequences under one model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kdhpc.storage.hdf5 import Arrays, join_arrays, read_arrays, reading, write_arrays
+from kdhpc.storage.hdf5 import (
+    Arrays,
+    damaged_if_unreadable,
+    join_arrays,
+    read_arrays,
+    write_arrays,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,29 +21,29 @@ class Scores:
     """Log-probabilities of sequences under one model."""
 
     log_prob_sum: NDArray[np.float64]
-    """[N] nats, over the counted tokens: no prompt, no padding, and by `eos` no end token."""
+    """[N] nats, over the counted tokens: no prompt, no padding, no end token if `eos: mask`."""
     num_tokens: NDArray[np.int32]
-    """[N] counted tokens."""
+    """[N] number of counted tokens."""
     token_log_prob: NDArray[np.float32] | None = None
-    """[N, L] nats, NaN where a token is not counted; only where asked for."""
+    """[N, L] nats, NaN where a token is not counted; None unless `scoring.per_token` is set."""
 
 
 def write_scores(path: Path, scores: Scores) -> None:
     """Write a score shard and read it back.
 
     Raises:
-        DamagedError: if what is read differs.
+        DamagedError: if it reads back differently.
     """
     write_arrays(path, _score_arrays(scores))
 
 
 def read_scores(path: Path) -> Scores:
-    """Read a score shard: checked, then mapped into memory.
+    """Check a score shard, then map it into memory.
 
     Raises:
-        DamagedError: naming a file that is not one, or whose arrays are not as written.
+        DamagedError: if the file is no score shard, or its arrays differ from what was written.
     """
-    with reading(path, "a score shard"):
+    with damaged_if_unreadable(path, "a score shard"):
         return Scores(**read_arrays(path))
 
 
@@ -46,5 +52,5 @@ def _score_arrays(scores: Scores) -> Arrays:
 
 
 def join_scores(parts: Sequence[Scores]) -> Scores:
-    """Score shards, one after the other."""
+    """Concatenate score shards."""
     return Scores(**join_arrays([_score_arrays(part) for part in parts]))

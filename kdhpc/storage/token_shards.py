@@ -1,4 +1,4 @@
-"""Token shards (Arrow): sequences and what their sampler thought of them.
+"""Write and read token shards (Arrow): sequences and their log-probabilities under their sampler.
 
 A token shard opens without this project:
 `datasets.load_dataset("arrow", data_files="runs/demo/2-sample-truth/train/*.arrow", split="train")`
@@ -21,22 +21,22 @@ ROW_COLUMNS = {"length": np.int32, "log_prob_sum": np.float64, "log_prob_tau_sum
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Sequences and what their sampler thought of them."""
+    """Sequences and their log-probabilities under their sampler."""
 
     ids: NDArray[np.uint16]
-    """[N, L] token ids, the prompt first; what lies beyond a row's length means nothing."""
+    """[N, L] token ids, the prompt first; values beyond a row's length are undefined."""
     length: NDArray[np.int32]
-    """[N] tokens in the row: prompt, drawn tokens, and the end-of-sequence token if drawn."""
+    """[N] number of tokens: the prompt, the drawn tokens, and the end token if it was drawn."""
     log_prob_sum: NDArray[np.float64]
-    """[N] nats: the sampler's own log-probability at temperature 1 of the counted tokens."""
+    """[N] nats: log-probability of the counted tokens under the sampler at temperature 1."""
     log_prob_tau_sum: NDArray[np.float64]
-    """[N] nats: the same under the distribution that was drawn from (tau, truncation)."""
+    """[N] nats: the same under the distribution that they were drawn from (tau, truncation)."""
 
     def __len__(self) -> int:
         return len(self.length)
 
     def __getitem__(self, rows: slice) -> "Samples":
-        """Some of the sequences, not copied."""
+        """Return some of the sequences as views, without copying."""
         return Samples(**{name: array[rows] for name, array in vars(self).items()})
 
 
@@ -44,7 +44,7 @@ def write_samples(path: Path, samples: Samples, metadata: Mapping[str, str]) -> 
     """Write a token shard as one Arrow record batch and read it back.
 
     Raises:
-        DamagedError: if what is read differs.
+        DamagedError: if its ids or lengths read back differently.
     """
     import pyarrow as pa
 
@@ -63,10 +63,10 @@ def write_samples(path: Path, samples: Samples, metadata: Mapping[str, str]) -> 
 
 
 def read_samples(paths: Sequence[Path]) -> Samples:
-    """Token shards, one after the other; a single one is mapped into memory, not copied.
+    """Read and concatenate token shards; a single one is mapped into memory, not copied.
 
     Raises:
-        DamagedError: naming a file that is not a token shard.
+        DamagedError: if a file is no token shard.
     """
     parts = [_read_sample_shard(path) for path in paths]
     if len(parts) == 1:
@@ -84,29 +84,30 @@ class TokenRows:
     """Token ids of several shards as one array [N, L], mapped into memory, never copied whole."""
 
     parts: tuple[NDArray[np.uint16], ...]
-    """[n_i, L] each."""
+    """Token ids [n_i, L] of each shard."""
     length: NDArray[np.int32]
-    """[N] tokens in each row."""
+    """[N] number of tokens in each row."""
 
     def __len__(self) -> int:
         return len(self.length)
 
     def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.uint16]:
-        """The rows asked for, [n, L], read from wherever they are."""
+        """Copy the rows with the given indices [n] into an array [n, L]."""
         ends = np.cumsum([len(part) for part in self.parts])
-        which = np.searchsorted(ends, rows, side="right")
-        found = np.empty((len(rows), self.parts[0].shape[1]), np.uint16)
-        for index in np.unique(which):
+        part_index = np.searchsorted(ends, rows, side="right")
+        ids = np.empty((len(rows), self.parts[0].shape[1]), np.uint16)
+        for index in np.unique(part_index):
             part = self.parts[index]
-            found[which == index] = part[rows[which == index] - (ends[index] - len(part))]
-        return found
+            start = ends[index] - len(part)
+            ids[part_index == index] = part[rows[part_index == index] - start]
+        return ids
 
 
 def map_token_rows(paths: Sequence[Path]) -> TokenRows:
-    """The ids of token shards, for random access.
+    """Map the ids of token shards into memory, for random access to rows.
 
     Raises:
-        DamagedError: naming a file that is not a token shard.
+        DamagedError: if a file is no token shard.
     """
     parts = [_read_sample_shard(path) for path in paths]
     return TokenRows(
@@ -121,22 +122,22 @@ def _read_sample_shard(path: Path) -> Samples:
     try:
         with pa.memory_map(str(path)) as source:
             table = pa.ipc.open_stream(source).read_all()
-        ids = _numbers(_in_one_piece(table["ids"]).values, np.uint16)
+        ids = _numbers(_contiguous(table["ids"]).values, np.uint16)
         rows: dict[str, Any] = {
-            name: _numbers(_in_one_piece(table[name]), dtype) for name, dtype in ROW_COLUMNS.items()
+            name: _numbers(_contiguous(table[name]), dtype) for name, dtype in ROW_COLUMNS.items()
         }
         return Samples(ids=ids.reshape(len(table), -1), **rows)
     except (pa.ArrowException, AttributeError, KeyError, ValueError, OSError) as error:
         raise DamagedError(f"{path}: not a token shard ({error})") from error
 
 
-def _in_one_piece(column: Any) -> Any:
-    """A column of a table: where it is mapped, if it was written as one batch."""
+def _contiguous(column: Any) -> Any:
+    """Return a column as one array; it stays mapped if the table was written as one batch."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _numbers(array: Any, dtype: type) -> NDArray[Any]:
-    """An Arrow array of numbers, not copied; its own `to_numpy` imports pandas."""
+    """View an Arrow array of numbers without copying; Arrow's own `to_numpy` imports pandas."""
     import pyarrow as pa
 
     if array.type != pa.from_numpy_dtype(dtype) or array.null_count:

@@ -1,4 +1,4 @@
-"""What a stage sees while it runs one shard, and how its output is published."""
+"""What a stage sees while it runs one shard, and the publishing of its output."""
 
 import contextlib
 import dataclasses
@@ -27,20 +27,20 @@ C = TypeVar("C", bound=RunConfig)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Written:
-    """What a stage's `run` leaves behind: a file or folder, made by `Work.new_path`."""
+    """Output of a stage's `run`: a file or folder at a path from `Work.new_path`."""
 
     path: Path
     rows: int
     stats: Mapping[str, Json] = dataclasses.field(default_factory=dict)
     """Numbers worth keeping in the record, such as a final loss."""
     digest: str = ""
-    """What `digest_of` finds for the path, from a stage that has just read it back."""
+    """Result of `digest_of` for the path, if the stage has just read it back; else empty."""
 
 
 class Work(Generic[C]):
-    """What a stage sees while it runs one shard: its config, its inputs, where to write.
+    """Everything that a stage needs to run one shard: the config, the inputs, where to write.
 
-    Raises `DamagedError` when an input is not what its record says.
+    Its methods raise `DamagedError` if an input does not match its record.
     """
 
     def __init__(
@@ -55,6 +55,18 @@ class Work(Generic[C]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        """Prepare to run shards of a plan.
+
+        Args:
+            run: the run folder.
+            config: config of the run.
+            plan: plan of that config.
+            code: digest of the code snapshot that runs, for the records.
+            should_stop: returns whether the stage should stop at its next checkpoint.
+            progress: takes the done fraction of the shard, from 0 to 1.
+            rank: rank of this process among those that run the shard.
+            world_size: number of those processes.
+        """
         self.run = run
         self.config = config
         self.plan = plan
@@ -69,13 +81,13 @@ class Work(Generic[C]):
         self._unpublished: list[Path] = []
 
     def record(self, key: str) -> Record:
-        """The record of an input shard.
+        """Return the record of an input shard; check its data once in this process.
 
         Raises:
-            DamagedError: if it is not there or its data differs from it.
+            DamagedError: if the record is missing or its data does not match it.
         """
         record = self._unverified(key)
-        if key not in self._verified and self.rank == 0:  # the others wait for rank 0
+        if key not in self._verified and self.rank == 0:  # rank 0 checks for all ranks
             self._verify(record)
             self._keep(record)
         return record
@@ -91,7 +103,7 @@ class Work(Generic[C]):
         self._records[record.key] = record
 
     def _verify(self, record: Record) -> None:
-        """Check every byte; what differs is put aside, so that it is made again."""
+        """Check every byte; put a record aside if its data is damaged, so that it is made again."""
         try:
             verify(record)
         except DamagedError as error:
@@ -100,34 +112,38 @@ class Work(Generic[C]):
             raise
 
     def input(self, key: str) -> Path:
-        """Data of an input shard, its digest checked at the first read."""
+        """Return the path of an input shard's data; its digest is checked at the first call."""
         return self.record(key).data
 
     def read(self, key: str, reader: Callable[[Path, Digest], Iterator[T]]) -> Iterator[T]:
-        """What a reader finds in the data of an input shard, checked in the same read of the file.
+        """Yield what a reader yields for the data of an input shard, and check its digest.
 
-        Nothing of it may be published before it has come to its end.
+        The file is read once for both, so the check comes at the end: nothing that was made from
+        these values may be published before the iterator has ended.
 
         Args:
-            key: of the shard.
-            reader: reads a file once, and feeds it to a digest.
+            key: key of the shard.
+            reader: reads a file once and feeds its bytes to a digest.
 
         Raises:
-            DamagedError: at the end, if the data differs from its record.
+            DamagedError: at the end, if the data does not match its record.
         """
-        record, found = self._unverified(key), Digest()
+        record, digest = self._unverified(key), Digest()
         try:
-            yield from reader(record.data, found)
+            yield from reader(record.data, digest)
         except DamagedError:
-            self.record(key)  # reads it again; what is damaged is put aside
+            self.record(key)  # reads the data again, and puts a damaged record aside
             raise
-        if found.hexdigest() != record.digest:
+        if digest.hexdigest() != record.digest:
             self.record(key)
-            raise DamagedError(f"{record.data}: reads differently each time")
+            raise DamagedError(f"{record.data}: reads differently each time; check the disk")
         self._keep(record)
 
     def local_input(self, key: str) -> Path:
-        """The same, copied once a node to KDHPC_SCRATCH where that is set: for models."""
+        """Return the data of an input shard, copied once per node to KDHPC_SCRATCH if that is set.
+
+        This is for models, which every task of a node loads.
+        """
         scratch = os.environ.get("KDHPC_SCRATCH")
         record = self.record(key)
         if not scratch:
@@ -142,7 +158,7 @@ class Work(Generic[C]):
             shutil.rmtree(copy, ignore_errors=True)
             try:
                 temporary.rename(copy)
-            except OSError:  # another task of this node was first
+            except OSError:  # another task on this node was first
                 shutil.rmtree(temporary)
             if digest_of(copy) != record.digest:
                 raise DamagedError(f"{copy}: differs from {record.data}")
@@ -150,15 +166,15 @@ class Work(Generic[C]):
         return copy
 
     def ready(self) -> None:
-        """Say that all is imported, read and loaded: from here on a shard's time is useful work."""
+        """Note that everything is imported, read and loaded: from now on time is useful work."""
         self._ready_at = time.time()
 
     def provenance(self, keys: Sequence[str], packages: Sequence[str]) -> dict[str, str]:
-        """Where merged numbers come from; outside their logical digest.
+        """Describe where merged numbers come from; this is outside their logical digest.
 
         Args:
-            keys: of the shards that they were merged from.
-            packages: whose versions matter.
+            keys: keys of the shards that were merged.
+            packages: names of packages whose versions matter.
         """
         import platform
         from importlib.metadata import version
@@ -177,7 +193,7 @@ class Work(Generic[C]):
         }
 
     def new_path(self, shard: Shard, suffix: str = "") -> Path:
-        """A name of this attempt's own, beside the record to come."""
+        """Return a path that only this attempt uses, in the folder of the shard's record."""
         record_path = self.run.record_path(shard.key)
         record_path.parent.mkdir(parents=True, exist_ok=True)
         path = record_path.with_name(f"{shard.name}.{secrets.token_hex(4)}{suffix}")
@@ -185,16 +201,22 @@ class Work(Generic[C]):
         return path
 
     def discard(self) -> None:
-        """Delete what was begun and not published: on a full disk it would keep others out."""
+        """Delete unpublished output, which would take space from other attempts on a full disk."""
         for path in self._unpublished:
             with contextlib.suppress(OSError):
                 remove(path)
         self._unpublished.clear()
 
     def publish(self, shard: Shard, written: Written, started_at: float) -> bool:
-        """Make one attempt's output the shard's, unless another attempt was first.
+        """Publish this attempt's output as the shard's, unless another attempt was first.
 
-        The loser's data is deleted. Returns whether this attempt won.
+        Args:
+            shard: the shard.
+            written: output of this attempt; deleted if another attempt was first.
+            started_at: start of this attempt, in seconds since the epoch.
+
+        Returns:
+            Whether this attempt's output was published.
         """
         sync_tree(written.path)
         path = self.run.record_path(shard.key)
@@ -222,7 +244,7 @@ class Work(Generic[C]):
             won = write_once(path, record)
         except OSError:
             if path.exists():
-                self._unpublished.clear()  # it may be ours
+                self._unpublished.clear()  # that record may be ours: keep its data
             raise
         self._unpublished.clear()
         if not won:
@@ -231,18 +253,18 @@ class Work(Generic[C]):
         return won
 
     def point_alias(self, shard: Shard) -> None:
-        """Let the stage's fixed name, if it has one, stand for a published shard."""
+        """Make the stage's fixed name, if it has one, refer to the data of a published shard."""
         alias = self.run.alias_path(shard.stage)
         if alias is not None:
             point_alias(alias, read_record(self.run.record_path(shard.key), shard.key).data)
 
 
 def attempt_facts(started_at: float, ready_at: float) -> dict[str, object]:
-    """Where, when and under which job this process runs, for a record's provenance.
+    """Describe where, when and in which job this process runs, for a record's provenance.
 
     Args:
-        started_at: when the attempt began.
-        ready_at: when it had imported, read and loaded what it works on.
+        started_at: when the attempt began, in seconds since the epoch.
+        ready_at: when everything it works on was imported, read and loaded.
     """
     return {
         "host": socket.gethostname(),
@@ -260,7 +282,7 @@ def attempt_facts(started_at: float, ready_at: float) -> dict[str, object]:
 
 @functools.cache
 def process_started() -> float:
-    """When this process was started, by the kernel's account."""
+    """Return when the kernel started this process, in seconds since the epoch."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     up_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return time.time() - up_s

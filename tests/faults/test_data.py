@@ -193,7 +193,7 @@ def test_a_bug_in_every_shard_stops_after_the_canary(scenario: Scenario) -> None
     assert (cause["kind"], len(cause["shards"])) == ("EXCEPTION", len(scenario.starts()))
     assert len(cause["shards"]) <= 4
     assert f"{25 - len(cause['shards'])} shards are not started" in found["notes"][0]
-    assert "mend it, then rerun.py" in found["notes"][0]
+    assert "fix the cause, then rerun.py" in found["notes"][0]
     shown = launch("status", str(scenario.run), code=1).stdout
     assert shown.count("Traceback") <= 1
     assert queue() == []
