@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from kdhpc.cluster import runs
+from kdhpc.cluster.batch_script import batch_script
 from kdhpc.cluster.decide import Batch
 from kdhpc.cluster.resources import array_resources
-from kdhpc.cluster.slurm import script
 from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
 from kdhpc.pipeline import LANGUAGE, MIXTURE
@@ -71,7 +71,7 @@ def test_the_batch_script_is_the_golden_one() -> None:
         ["paper", "slurm.account=me", "slurm.setup=[module load cuda]", "slurm.scratch=/local/x y"]
     )
     batch = Batch(stage="score", tasks=(("a",), ("b",)), nodes=2, ranks_per_node=4)
-    text = script(
+    text = batch_script(
         name="score.paper.3f9a-0007",
         command="bash environment.sh code python -m kdhpc.cluster.task run 7",
         num_tasks=2,

@@ -75,8 +75,10 @@ def _describe(batch: Batch, config: RunConfig, uses_device: bool) -> str:
 
 
 def _script(batch: Batch, config: RunConfig, uses_device: bool) -> str:
+    from kdhpc.cluster.batch_script import batch_script  # submitit loads only where it is needed
+
     first = replace(batch, tasks=batch.tasks[: config.slurm.max_parallel])
-    return slurm.script(
+    return batch_script(
         name=f"{batch.stage}.{config.name}.dry-run",
         command="true",
         num_tasks=len(first.tasks),

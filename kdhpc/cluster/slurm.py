@@ -14,12 +14,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kdhpc.errors import ClusterError
-
-if TYPE_CHECKING:
-    from kdhpc.cluster.resources import Resources
 
 ANSWER_LIMIT_S = 60.0
 """How long a submission whose answer was lost is looked for before it counts as never made."""
@@ -184,54 +180,6 @@ def _minutes(text: str) -> float:
         return float("inf")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return days * 1440 + hours * 60 + minutes + seconds / 60
-
-
-def script(*, name: str, command: str, num_tasks: int | None, resources: "Resources") -> str:
-    """Return the batch script of an array or a gate; the same arguments give the same text.
-
-    Args:
-        name: name of the job.
-        command: shell text that each task runs.
-        num_tasks: number of array elements, numbered from 0; None for a single job.
-        resources: options of the script.
-    """
-    from kdhpc.cluster.executor import ArrayExecutor  # status does not need submitit
-
-    executor = ArrayExecutor(folder="logs")
-    scratch = (
-        [f"export KDHPC_SCRATCH={shlex.quote(resources.scratch)}"] if resources.scratch else []
-    )
-    parameters = {
-        "job_name": name,
-        "partition": resources.partition,
-        "account": resources.account,
-        "qos": resources.qos,
-        "constraint": resources.constraint,
-        "exclude": resources.exclude,
-        "time": max(1, round(resources.time_min)),
-        "mem": f"{max(1, round(resources.mem_gb * 1024))}M",
-        "nodes": resources.nodes,
-        "ntasks_per_node": resources.ranks_per_node,
-        "cpus_per_task": resources.cpus_per_task,
-        "gpus_per_node": resources.gpus_per_node or None,
-        "dependency": resources.dependency,
-        "array_parallelism": resources.max_parallel,
-        "signal_delay_s": resources.signal_s,
-        "setup": [*resources.setup, *scratch] or None,
-        "stderr_to_stdout": True,
-        "wckey": None,
-        "srun_args": [
-            f"--cpus-per-task={resources.cpus_per_task}",
-            "--kill-on-bad-exit=1",
-        ],
-        # The log is set on sbatch's command line, because a script cannot quote a path safely.
-        "additional_parameters": {"output": "/dev/null", "requeue": True},
-    }
-    executor._internal_update_parameters(**{k: v for k, v in parameters.items() if v is not None})
-    executor.parameters["wckey"] = None
-    text = executor.script(command, num_tasks)
-    # submitit gives the step a log of its own; without it, all output of a task goes to one log.
-    return re.sub(r"^(srun --unbuffered) --output \S+", r"\1", text, flags=re.MULTILINE)
 
 
 def submit_held(path: Path, name: str, log: Path) -> str:

@@ -92,10 +92,12 @@ def _sbatch(
     run: Run, ledger: Ledger, submission: Submission, resources: Resources, limits: Slurm
 ) -> list[str]:
     """Submit the array and its gate, both held. Returns their ids."""
+    from kdhpc.cluster.batch_script import batch_script  # submitit loads only where it is needed
+
     folder = ledger.log_path(submission.number, 0).parent
     folder.mkdir(parents=True, exist_ok=True)
     task = ["kdhpc.cluster.task", str(run.path), str(submission.number)]
-    text = slurm.script(
+    text = batch_script(
         name=submission.name,
         command=_command(run, submission.code, task, resources.prefix),
         num_tasks=len(submission.tasks),
@@ -106,7 +108,7 @@ def _sbatch(
     ids = [slurm.submit_held(path, submission.name, folder / "%a.log")]
     if limits.advance_from == "gate":
         gate = ["kdhpc.cluster.gate", str(run.path)]
-        text = slurm.script(
+        text = batch_script(
             name=submission.gate_name,
             command=_command(run, submission.code, gate, limits.prefix),
             num_tasks=None,

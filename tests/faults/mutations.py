@@ -49,7 +49,7 @@ MUTATIONS: dict[str, tuple[list[Edit], str]] = {
     "--open-mode=append goes": (
         [
             (
-                "kdhpc/cluster/slurm.py",
+                "kdhpc/cluster/batch_script.py",
                 "    text = executor.script(command, num_tasks)\n",
                 "    text = executor.script(command, num_tasks)\n"
                 '    text = text.replace("--open-mode=append", "--open-mode=truncate")\n',

@@ -132,7 +132,7 @@ def test_killed_writer_leaves_no_shard(tmp_path: Path) -> None:
 import sys, time
 sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
 from pathlib import Path
-from test_artifacts import PIPELINE, SHARD, write
+from test_run_folder import PIPELINE, SHARD, write
 from kdhpc.storage.run_folder import RunFolder
 from kdhpc.storage.work import Work
 from kdhpc.config.run import RunConfig
