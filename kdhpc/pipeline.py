@@ -1,7 +1,7 @@
-"""The experiment, in order. Read this first.
+"""The stages of both experiments, in order. Read this file first.
 
-Each stage reads what the ones before it wrote; `python launch/sweep.py --dry-run` prints the same
-order with its shards, and a run's folders are numbered by it.
+Each stage reads what the stages before it wrote. `python launch/sweep.py --dry-run` prints the same
+order with its shards, and the folders of a run are numbered in this order.
 """
 
 from kdhpc.config.language import LanguageConfig
@@ -19,14 +19,14 @@ LANGUAGE = Pipeline(
     name="language",
     config=LanguageConfig,
     stages=(
-        TRUTH,  # p*: trained on a corpus, converted, or brought in
-        SAMPLE_TRUTH,  # D and truth's evaluation set
-        TRAIN_ON_TRUTH,  # the teacher p' from scratch, and the direct students
-        SAMPLE_TEACHER,  # D'_tau for every tau
-        TRAIN_STUDENTS,  # a student p'' on each D'_tau
-        SAMPLE_STUDENTS,  # evaluation sets of students and teachers
-        SCORE,  # log p* over model samples, log p'' over truth's
-        MERGE,  # results.h5
+        TRUTH,  # trains, converts or copies the truth p*
+        SAMPLE_TRUTH,  # samples D and truth's evaluation set from p*
+        TRAIN_ON_TRUTH,  # trains the teacher p' and the direct students on D
+        SAMPLE_TEACHER,  # samples D'_tau from the teacher, for every tau
+        TRAIN_STUDENTS,  # trains a student p'' on each D'_tau
+        SAMPLE_STUDENTS,  # samples evaluation sets from students and teachers
+        SCORE,  # scores samples of models under p*, and samples of truth under every model
+        MERGE,  # merges all scores into results.h5
     ),
     check=problems,
     prepare=prepare,
@@ -38,9 +38,9 @@ MIXTURE = Pipeline(
     name="mixture",
     config=MixtureConfig,
     stages=(
-        FIT_TEACHERS,  # p*, D, the teacher p' on it, and the direct student
-        FIT_STUDENTS,  # a student p'' on points of each sharpened teacher, scored
-        MERGE_MIXTURE,  # results.h5
+        FIT_TEACHERS,  # draws D from p*, fits the teacher p' and the direct student to it
+        FIT_STUDENTS,  # fits a student p'' to points of each sharpened teacher, and scores it
+        MERGE_MIXTURE,  # merges everything into results.h5
     ),
     check=mixture_problems,
 )

@@ -1,4 +1,4 @@
-"""How a model is sampled: at a temperature, or truncated."""
+"""How tokens are selected when a model is sampled: by temperature and truncation."""
 
 from dataclasses import dataclass
 
@@ -7,24 +7,25 @@ from kdhpc.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What tokens are drawn from: the model's distribution, sharpened or truncated.
+    """Temperature and truncation of the distribution that tokens are drawn from.
 
-    The same object from the command line to the draw; the defaults are the model itself.
+    The same object is used from the command line to the draw. The defaults leave the model's
+    distribution as it is.
     """
 
     tau: float = 1.0
-    """Temperature: divides the logits."""
+    """Temperature, which divides the logits."""
     top_k: int = 0
-    """Keeps this many most likely tokens; 0 keeps all."""
+    """Number of most likely tokens to keep; 0 keeps all."""
     top_p: float = 1.0
-    """Keeps the fewest most likely tokens that hold this much probability; 1 keeps all."""
+    """Probability of the smallest set of most likely tokens to keep; 1 keeps all."""
 
     @classmethod
     def parse(cls, text: str) -> "Selection":
-        """A truncation from `top_k=50` or `top_p=0.9`.
+        """Parse a truncation such as `top_k=50` or `top_p=0.9`.
 
         Raises:
-            InputError: for anything else.
+            InputError: if the text is anything else.
         """
         name, _, value = text.partition("=")
         try:
@@ -38,12 +39,12 @@ class Selection:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether what is drawn from is the model's own distribution."""
+        """Whether tokens are drawn from the model's own distribution."""
         return self == Selection()
 
     @property
     def name(self) -> str:
-        """Part of the names of arms: `tau0.8`, `topk50`, `topp0.9`."""
+        """Name of the selection as part of arm names: `tau0.8`, `topk50`, `topp0.9`."""
         if self.top_k:
             return f"topk{self.top_k}"
         if self.top_p < 1.0:

@@ -3,4 +3,4 @@
 from typing import Any, TypeAlias
 
 Json: TypeAlias = Any
-"""A number, string, bool, None, or a list or dict of these, as it comes from a JSON file."""
+"""A number, string, bool or None, or a list or dict of these, as read from a JSON file."""

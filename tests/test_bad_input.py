@@ -223,7 +223,7 @@ TYPED: dict[str, Case] = {
     "prompt of too many tokens": (
         f"{MODEL}=IN/model prompt=TheTheTheTheTheTheTheThe",
         "prompt=",
-        "24 tokens of length=24",
+        "has 24 tokens; expected fewer than length=24",
         "fewer",
     ),
     "truth without shape": ("truth.shape=null", "truth.model=train", "truth.shape"),

@@ -1,1 +1,1 @@
-"""Everything that can be chosen: frozen dataclasses, presets, and what makes a config possible."""
+"""Everything a user can choose: frozen dataclasses, presets, and the checks of their values."""

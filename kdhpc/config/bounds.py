@@ -1,4 +1,4 @@
-"""What a value may be, as part of its type, and the one function that checks it."""
+"""Bounds of config values, written into their types, and the one function that checks them."""
 
 import math
 import operator
@@ -16,47 +16,48 @@ from kdhpc.errors import InputError
 
 @dataclass(frozen=True)
 class Pattern(BaseMetadata):
-    """Marks a text that has to match as a whole."""
+    """Marks a string that must match a regular expression as a whole."""
 
     expression: str
-    """A regular expression."""
+    """The regular expression."""
     meaning: str
-    """What it lets through, to follow "expected"."""
+    """Describes the strings that match; it follows the word "expected" in the error."""
 
 
 Count = Annotated[int, Ge(1)]
-"""At least one."""
+"""An integer of at least 1."""
 AtLeastTwo = Annotated[int, Ge(2)]
-"""At least two: one alone would leave nothing to run, predict or fit."""
+"""An integer of at least 2, for fields where 1 would leave nothing to run, predict or fit."""
 Whole = Annotated[int, Ge(0)]
-"""A number of things of which there may be none."""
+"""An integer of at least 0."""
 Positive = Annotated[float, Gt(0)]
-"""More than 0."""
+"""A number greater than 0."""
 NotNegative = Annotated[float, Ge(0)]
-"""0 or more."""
+"""A number of at least 0."""
 Fraction = Annotated[float, Interval(ge=0, le=1)]
-"""Part of a whole: none of it, all of it, or between."""
+"""A number from 0 to 1, both included."""
 DecayRate = Annotated[float, Interval(ge=0, lt=1)]
-"""What a moving average keeps of itself; with all of it, nothing new would ever count."""
+"""Decay rate of a moving average, from 0 to below 1; at 1 new values would never count."""
 ZeroStage = Annotated[int, Interval(ge=0, le=3)]
 """One of DeepSpeed's ZeRO stages."""
 Word = Annotated[str, Pattern(r"[^\s\"'\\]+", "a word without spaces, quotes or backslashes")]
-"""Text that stands as it is in a line of the batch script."""
+"""A string that is copied unquoted into a line of the batch script."""
 
 
 def out_of_bounds(value: object, hint: object, key: str = "") -> Iterator[str]:
-    """A line for every value that its type forbids: its key, the value, what is expected.
+    """Yield one line for every value that its type forbids: key, value and what was expected.
 
     Args:
         value: a config, or a part of one.
-        hint: its type. Of a config, only the fields that this class knows are looked at.
-        key: where the value stands in the config; nothing for a whole config.
+        hint: the type of `value`. If it is a dataclass, only the fields of that class are checked,
+            even where `value` belongs to a subclass with more fields.
+        key: dotted path of the value in the config; empty for a whole config.
     """
     if isinstance(hint, type) and is_dataclass(hint):
         hints = get_type_hints(hint, include_extras=True)
         for name in (known.name for known in fields(hint)):
-            there = f"{key}.{name}" if key else name
-            yield from out_of_bounds(getattr(value, name), hints[name], there)
+            field_key = f"{key}.{name}" if key else name
+            yield from out_of_bounds(getattr(value, name), hints[name], field_key)
     elif get_origin(hint) in {Union, types.UnionType}:
         for kind in get_args(hint) if value is not None else ():
             yield from out_of_bounds(value, kind, key)
@@ -73,7 +74,7 @@ def out_of_bounds(value: object, hint: object, key: str = "") -> Iterator[str]:
 def _items_out_of_bounds(
     items: tuple[object, ...], hints: tuple[object, ...], key: str
 ) -> Iterator[str]:
-    """The same for a tuple, whose items have no keys of their own."""
+    """Yield the same lines for the items of a tuple, which have no keys of their own."""
     if Ellipsis in hints:
         hints = hints[:1] * len(items)
     for item, hint in zip(items, hints, strict=True):
@@ -82,18 +83,18 @@ def _items_out_of_bounds(
 
 
 def _unmet(value: object, hint: object) -> str:
-    """What the marks of a type demand, if the value does not meet all of it; else nothing."""
+    """Describe what a type demands if the value violates any part of it; else return ''."""
     if get_origin(hint) is not Annotated:
         return ""
-    judged = [_judged(value, mark) for mark in _single(get_args(hint)[1:])]
+    checks = [_check_mark(value, mark) for mark in _single(get_args(hint)[1:])]
     finite = not isinstance(value, float) or math.isfinite(value)
-    if finite and all(met for met, _ in judged):
+    if finite and all(met for met, _ in checks):
         return ""
-    return " and ".join([*(words for _, words in judged), *([] if finite else ["finite"])])
+    return " and ".join([*(demand for _, demand in checks), *([] if finite else ["finite"])])
 
 
 def _single(marks: Iterable[object]) -> Iterator[object]:
-    """Every mark by itself: an interval is two."""
+    """Yield every mark by itself; an interval is split into its two bounds."""
     for mark in marks:
         if isinstance(mark, GroupedMetadata):
             yield from mark
@@ -101,8 +102,8 @@ def _single(marks: Iterable[object]) -> Iterator[object]:
             yield mark
 
 
-def _judged(value: object, mark: object) -> tuple[bool, str]:
-    """Whether a value meets a mark, and what the mark demands, in words."""
+def _check_mark(value: object, mark: object) -> tuple[bool, str]:
+    """Return whether a value meets a mark, and what the mark demands, in words."""
     if isinstance(mark, Pattern) and isinstance(value, str):
         return re.fullmatch(mark.expression, value) is not None, mark.meaning
     if isinstance(value, int | float):
@@ -115,11 +116,11 @@ def _judged(value: object, mark: object) -> tuple[bool, str]:
                 return operator.le(value, high), f"at most {high}"
             case Lt(high):
                 return operator.lt(value, high), f"less than {high}"
-    raise TypeError(f"{mark!r}: no check knows what this demands of {value!r}")
+    raise TypeError(f"{mark!r}: no check knows what this mark demands of {value!r}")
 
 
 def list_problems(name: str, values: tuple[float, ...], example: str) -> Iterator[str]:
-    """What is wrong with a list of temperatures or sharpenings as a whole."""
+    """Yield what is wrong with a list of temperatures (tau) or sharpenings (beta) as a whole."""
     if not values:
         yield f"{name}s=[]: expected at least one {name}, such as {name}s={example}"
     for value in repeated(f"{value:g}" for value in values):
@@ -127,22 +128,22 @@ def list_problems(name: str, values: tuple[float, ...], example: str) -> Iterato
 
 
 def name_problems(key: str, names: Iterable[str]) -> Iterator[str]:
-    """What is wrong with names that become parts of file names."""
+    """Yield what is wrong with names that become parts of file names."""
     for name in names:
         if not name.replace("_", "").replace("-", "").isalnum():
             yield f"{key}.{name}: expected a name of letters, digits, - and _"
 
 
 def repeated(names: Iterable[str]) -> list[str]:
-    """Names that come more than once."""
+    """Return the names that occur more than once."""
     return [name for name, count in Counter(names).items() if count > 1]
 
 
 def refuse(problems: Iterable[str]) -> None:
-    """Refuse a config for the first of its problems, if it has any.
+    """Raise the first problem of a config, if it has any.
 
     Raises:
-        InputError: which is that line.
+        InputError: its message is the first line of `problems`.
     """
     for problem in problems:
         raise InputError(problem)

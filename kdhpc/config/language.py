@@ -1,4 +1,4 @@
-"""The language-model experiment."""
+"""Config of the language-model experiment."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,119 +16,128 @@ class Truth:
     """The ground-truth model p*."""
 
     model: str = "train"
-    """`train` (a small model trained in the run), a Hugging Face folder or hub id, a `.gguf` file
-    or `package:NAME/FILE` for a file that an installed Python package ships."""
+    """Source of p*: `train` (a small model trained in the run), a Hugging Face folder or hub id, a
+    `.gguf` file, or `package:NAME/FILE` for a file that an installed Python package ships."""
     revision: str = "main"
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit to fetch if `model` is a hub id."""
     corpus: str = "python-docs"
-    """Text for `model: train`: `python-docs` (the documentation inside the installed Python), a
-    `.txt`, `.jsonl` or `.parquet` file, or a hub id of a data set."""
+    """Text that `model: train` trains on: `python-docs` (the documentation inside the installed
+    Python), a `.txt`, `.jsonl` or `.parquet` file, or a hub id of a data set."""
     text_column: str = "text"
-    """Column of the corpus that holds the text."""
+    """Name of the column of the corpus that holds the text."""
     tokenizer: str = "model"
-    """`bytes` (for `model: train`), `model` (the one that comes with it), or a folder with a
-    tokenizer.json, which must then equal the model's."""
+    """`bytes` (required by `model: train`), `model` (the tokenizer that comes with the model), or a
+    folder whose tokenizer.json must be identical to the model's."""
     shape: Shape | None = None
-    """Architecture for `model: train`."""
+    """Architecture of p*; required by `model: train`."""
     training: Training | None = None
-    """Recipe for `model: train`."""
+    """Training settings of p*; required by `model: train`."""
     dtype: Dtype = "float32"
-    """In which p* is stored and sampled."""
+    """Dtype in which p* is stored and sampled."""
     fingerprint: str = ""
-    """Identity of the model or corpus (sha256 or commit); filled in when a run is submitted."""
+    """Identity of the model or corpus (sha256 or commit). It is filled in when a run is submitted;
+    if it is given, a model or corpus with another identity is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How sequences are drawn."""
+    """How sequences are drawn from models."""
 
     train_sequences: Count
-    """Sequences in D and in every D'_tau."""
+    """Number of sequences in D and in every D'_tau."""
     eval_sequences: Count
-    """Sequences in every evaluation set."""
+    """Number of sequences in every evaluation set."""
     shard_sequences: Count
-    """Sequences a shard, a multiple of `batch_rows`: the unit of loss (aim at 2-10 minutes)."""
+    """Number of sequences per shard; a multiple of `batch_rows`. A killed task loses at most the
+    shard it is working on, so choose shards of 2 to 10 minutes."""
     batch_rows: Count = 64
-    """Rows decoded together. Part of the result: another batch shape rounds differently."""
+    """Number of rows that are decoded together. It determines memory, and it is part of the recipe
+    because another batch shape rounds differently."""
     draw: Literal["inverse_cdf", "gumbel"] = "inverse_cdf"
-    """Exact draws both: `inverse_cdf` uses one uniform a token and is fastest; `gumbel` uses one a
-    vocabulary entry and keeps ids comparable across kernels."""
+    """How tokens are drawn; both methods are exact. `inverse_cdf` uses one uniform number per token
+    and is the fastest. `gumbel` uses one per vocabulary entry, which keeps ids comparable across
+    kernels."""
     engine: Literal["torch", "native"] = "torch"
-    """`native` uses the extension for CPUs that `make native` builds; where it cannot be used,
-    plain torch does the work and says so. Part of the result: it rounds differently."""
+    """`native` uses the CPU extension that `make native` builds. If it cannot be used, the log says
+    why and plain torch takes over. It is part of the recipe because it rounds differently."""
     truncations: tuple[str, ...] = ()
-    """Further selective teachers beside the taus, at temperature 1: `top_k=50`, `top_p=0.9`."""
+    """More ways to sample the teacher, besides the taus: `top_k=50` or `top_p=0.9`, each at
+    temperature 1. Each of them gets students of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """How samples are scored."""
+    """How sequences are scored under models."""
 
     shard_sequences: Count
-    """Sequences a shard."""
+    """Number of sequences per shard."""
     batch_rows: Count = 64
-    """Rows scored together; sets memory."""
+    """Number of rows that are scored together; it determines memory."""
     head_tokens: Count = 4096
-    """Positions whose logits over the whole vocabulary are in memory at once."""
+    """Number of positions whose logits over the whole vocabulary are in memory at once."""
     dtype: Dtype = "float32"
-    """Of the model's body; logits and log-softmax are always float32."""
+    """Dtype of the model's body; logits and log-softmax are always float32."""
     engine: Literal["torch", "native"] = "torch"
-    """`native` takes bfloat16 logits on CPUs by the extension that `make native` builds."""
+    """`native` computes the logits of bfloat16 models on CPUs with the extension that `make native`
+    builds. If it cannot be used, the log says why and plain torch takes over."""
     per_token: bool = False
-    """Keep the log-probability of every token too (4 bytes each)."""
+    """Whether to keep the log-probability of every token besides the sums (4 bytes per token)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig(RunConfig):
-    """The language-model experiment."""
+    """Config of the language-model experiment."""
 
     seeds: Count = 1
-    """Teachers, each with its own students; a student of seed s uses the teacher of seed s."""
+    """Number of teachers, each with its own students; seed s of a student is that of its
+    teacher."""
     taus: tuple[Positive, ...]
-    """Temperatures at which the teacher is sampled."""
+    """Temperatures at which the teacher is sampled; each of them gets students of its own."""
     prompt: str = "The"
-    """Start of every sequence; never scored."""
+    """Text that every sequence starts with; its tokens are never trained on or scored."""
     length: AtLeastTwo
-    """Tokens of a sequence, the prompt included: at least one of the prompt and one drawn."""
+    """Number of tokens of a sequence, the prompt included; the prompt must be shorter."""
     eos: Literal["learn", "mask"] = "learn"
-    """Whether the end-of-sequence token is trained and scored, or neither."""
+    """`learn` trains on the end-of-sequence token and scores it; `mask` does neither."""
     truth: Truth
-    """p*."""
+    """The ground-truth model p*."""
     sampling: Sampling
-    """Corpora and evaluation sets."""
+    """Sizes of the corpora and evaluation sets, and how they are drawn."""
     teacher: Model
-    """p'."""
+    """The teacher p'."""
     students: dict[str, Model]
-    """p'' by size name."""
+    """The students p'', by the name of their size."""
     scoring: Scoring
-    """Likelihoods."""
+    """How samples are scored."""
     tensorboard: bool = False
-    """Write TensorBoard events beside each training's log; needs kdhpc[tensorboard]."""
+    """Whether to write TensorBoard events next to each training's log; this needs
+    kdhpc[tensorboard]."""
     throughput: dict[str, Positive] = field(default_factory=dict)
-    """By stage name, tokens a second a rank, for estimates; measured speeds replace them."""
+    """Expected speed by stage name, in tokens per second per rank, for estimates of time. Measured
+    speeds replace it as soon as there are any."""
 
 
 TOKENS_PER_S = 20000.0
-"""Estimate where `throughput` names no stage: a toy model on one core."""
+"""Assumed speed of a stage that `throughput` does not name: that of a toy model on one core."""
 
 
 def tokens_per_s(config: LanguageConfig, stage: str) -> float:
-    """Estimated speed of one rank in a stage."""
+    """Return the expected speed of one rank in a stage, in tokens per second."""
     return config.throughput.get(stage, TOKENS_PER_S)
 
 
 def models(config: LanguageConfig) -> dict[str, Model]:
-    """Every model that the run trains, by its key in the config."""
-    found = {"teacher": config.teacher}
-    found |= {f"students.{size}": model for size, model in config.students.items()}
+    """Return every model that the run trains, by its key in the config."""
+    trained = {"teacher": config.teacher}
+    trained |= {f"students.{size}": model for size, model in config.students.items()}
     truth = config.truth
     if truth.model == "train" and truth.shape is not None and truth.training is not None:
-        found = {"truth": Model(shape=truth.shape, training=truth.training)} | found
-    return found
+        trained = {"truth": Model(shape=truth.shape, training=truth.training)} | trained
+    return trained
 
 
 def language_problems(config: LanguageConfig) -> Iterator[str]:
-    """What is wrong with a language experiment whose values are within their bounds."""
+    """Yield what is wrong with a language experiment whose values are within their bounds."""
     yield from list_problems("tau", config.taus, "[1.0,0.8]")
     yield from _sampling_problems(config.sampling)
     yield from _truth_problems(config.truth)
@@ -155,20 +164,20 @@ def _sampling_problems(sampling: Sampling) -> Iterator[str]:
             f"sampling.shard_sequences={sampling.shard_sequences}: expected a multiple of "
             f"sampling.batch_rows={sampling.batch_rows}, so that shards do not change the batches"
         )
-    given = f"sampling.truncations={list(sampling.truncations)}"
+    setting = f"sampling.truncations={list(sampling.truncations)}"
     for text in sampling.truncations:
         try:
             Selection.parse(text)
         except InputError as error:
-            yield f"{given}: {error}"
+            yield f"{setting}: {error}"
     for text in repeated(sampling.truncations):
-        yield f"{given}: duplicate {text}"
+        yield f"{setting}: duplicate {text}"
 
 
 def _truth_problems(truth: Truth) -> Iterator[str]:
     if truth.model == "train":
         if truth.shape is None or truth.training is None:
-            yield "truth.model=train: expected truth.shape and truth.training too"
+            yield "truth.model=train: expected truth.shape and truth.training to be given too"
         if truth.tokenizer != "bytes":
             yield (
                 f"truth.tokenizer={truth.tokenizer}: truth.model=train trains on bytes; "
@@ -176,6 +185,6 @@ def _truth_problems(truth: Truth) -> Iterator[str]:
             )
     elif truth.tokenizer == "bytes":
         yield (
-            f"truth.tokenizer=bytes: differs from the tokenizer of {truth.model}, which the "
+            f"truth.tokenizer=bytes: differs from the tokenizer of {truth.model}, which all "
             "students share; expected truth.tokenizer=model"
         )

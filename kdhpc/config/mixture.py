@@ -1,4 +1,4 @@
-"""The mixture-of-Gaussians simulation."""
+"""Config of the mixture-of-Gaussians simulation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,51 +10,54 @@ from kdhpc.config.run import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One setting of the mixture simulation; the defaults are the paper's."""
+    """One choice of sizes for the mixture simulation; the defaults are the paper's."""
 
     truth: Literal["grid", "fitted_grid", "random"] = "grid"
-    """p*: `grid` (eight modes in the plane, exactly), `fitted_grid` (an EM fit to points of that
-    grid, as in the released code), or `random` (`modes` of them in `dimension` dimensions)."""
+    """p*: `grid` (exactly eight modes in the plane), `fitted_grid` (an EM fit to points drawn from
+    that grid, as in the released code), or `random` (`modes` modes in `dimension` dimensions)."""
     modes: Count = 8
-    """Modes of p*; the grid has 8."""
+    """Number of modes of p*; must be 8 unless `truth` is `random`."""
     dimension: Count = 2
-    """Of the points; the grid has 2."""
+    """Number of dimensions of the points; must be 2 unless `truth` is `random`."""
     fit_points: Count = 50000
-    """Points that `truth: fitted_grid` is fitted to."""
+    """Number of points that `truth: fitted_grid` is fitted to; a multiple of `modes`."""
     train_points: AtLeastTwo = 100
-    """Points in D."""
+    """Number of points in D."""
     distill_points: AtLeastTwo = 1000
-    """Points in every D'."""
+    """Number of points in every D'."""
     teacher_components: Count = 4
-    """K', components of the teacher."""
+    """K', the number of components of the teacher."""
     student_components: Count = 1
-    """K'', components of the students, the direct one too."""
+    """K'', the number of components of every student, including the direct one."""
     teacher_covariance: Literal["diagonal", "full"] = "diagonal"
-    """Shape of the teacher's components."""
+    """Form of the covariance of the teacher's components."""
     student_covariance: Literal["diagonal", "full"] = "diagonal"
-    """Shape of the students' components."""
+    """Form of the covariance of the students' components."""
     em_starts: Count = 10
-    """Runs of EM a fit, of which the likeliest is taken; one is quicker and finds worse fits."""
+    """Number of EM runs per fit, of which the likeliest is taken. Fewer runs are quicker and find
+    worse fits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig(RunConfig):
-    """The mixture-of-Gaussians simulation."""
+    """Config of the mixture-of-Gaussians simulation."""
 
     settings: dict[str, Setting]
-    """What is simulated, by name."""
+    """The settings to simulate, by name."""
     seeds: Count
-    """Repetitions of every setting, each with its own D, teacher and students."""
+    """Number of repetitions of every setting, each with its own D, teacher and students."""
     shard_seeds: Count = 20
-    """Repetitions a shard. Seeds added in multiples of it repeat none."""
+    """Number of repetitions per shard. If `seeds` grows from one multiple of it to another, no
+    finished repetition is computed again."""
     betas: tuple[Positive, ...]
-    """Sharpenings of the teacher's weights; the direct student is always there too."""
+    """Exponents that sharpen the teacher's weights, each of which gets a student of its own. A
+    direct student is always fitted too."""
     eval_points: AtLeastTwo = 20000
-    """Fresh points for every expectation that has no closed form."""
+    """Number of fresh points for every expectation that has no closed form."""
 
 
 def mixture_problems(config: MixtureConfig) -> Iterator[str]:
-    """What is wrong with a mixture simulation whose values are within their bounds."""
+    """Yield what is wrong with a mixture simulation whose values are within their bounds."""
     yield from list_problems("beta", config.betas, "[1,100]")
     if not config.settings:
         yield "settings={}: expected at least one, such as settings.paper.train_points=100"
@@ -65,25 +68,25 @@ def mixture_problems(config: MixtureConfig) -> Iterator[str]:
 
 def _setting_problems(key: str, setting: Setting) -> Iterator[str]:
     if setting.truth != "random":
-        for name, value, there in (
+        for name, value, fixed in (
             ("modes", setting.modes, 8),
             ("dimension", setting.dimension, 2),
         ):
-            if value != there:
+            if value != fixed:
                 yield (
-                    f"{key}.{name}={value}: truth={setting.truth} has {there}; expected that, or "
+                    f"{key}.{name}={value}: expected {fixed}, as truth={setting.truth} has, or "
                     "truth=random"
                 )
     student = setting.student_components
-    most = max(setting.teacher_components, student)
+    largest = max(setting.teacher_components, student)
     for name, points, components in (
-        ("train_points", setting.train_points, most),
+        ("train_points", setting.train_points, largest),
         ("distill_points", setting.distill_points, student),
     ):
         if points < components:
             yield f"{key}.{name}={points}: expected at least {components}, one for each component"
     if setting.fit_points % setting.modes:
         yield (
-            f"{key}.fit_points={setting.fit_points}: expected a multiple of the "
-            f"{setting.modes} modes, so that each has as many"
+            f"{key}.fit_points={setting.fit_points}: expected a multiple of "
+            f"modes={setting.modes}, so that every mode gets the same number of points"
         )

@@ -1,4 +1,4 @@
-"""Models that are trained in a run: architecture and recipe."""
+"""Config of the models that a run trains: architecture and training settings."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,16 +12,19 @@ Device = Literal["auto", "cpu", "cuda"]
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A Llama model, without its vocabulary (always the truth's) and context (`length`)."""
+    """Architecture of a Llama model.
+
+    The vocabulary is always that of the truth, and the context is the config's `length`.
+    """
 
     layers: Count
     """Number of transformer layers."""
     hidden: Count
     """Width of the residual stream."""
     heads: Count
-    """Query heads; the head size is hidden / heads."""
+    """Number of query heads. The head size is hidden / heads, which must be whole and even."""
     kv_heads: Count
-    """Key and value heads; divides `heads`."""
+    """Number of key and value heads; must divide `heads`."""
     ffn: Count
     """Width of the gated feed-forward layer."""
     rope_theta: Positive = 10000.0
@@ -32,78 +35,84 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a model is trained: AdamW with warm-up, constant rate and linear decay, on DeepSpeed."""
+    """How a model is trained with DeepSpeed.
+
+    The optimizer is AdamW; its rate warms up linearly, stays constant and decays linearly to zero.
+    """
 
     learning_rate: Positive = 5e-4
-    """Peak rate of AdamW."""
+    """Peak learning rate of AdamW."""
     betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
     eps: Positive = 1e-6
-    """Added to AdamW's denominator."""
+    """Constant added to AdamW's denominator."""
     weight_decay: NotNegative = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay of AdamW."""
     gradient_clip: NotNegative = 1.0
-    """Largest global gradient norm; 0 leaves gradients alone."""
+    """Global gradient norm above which gradients are scaled down to it; 0 disables clipping."""
     batch_sequences: Count = 64
-    """Global batch in sequences, whatever the number of ranks."""
+    """Number of sequences in the global batch, whatever the number of ranks, which must divide
+    it."""
     micro_batch_sequences: Count = 64
-    """Sequences that a rank holds at once, at most; sets memory. A rank's share of the batch is cut
-    into the largest equal parts that fit, and their gradients are accumulated."""
+    """Largest number of sequences that a rank holds at once; it determines memory. Each rank cuts
+    its share of the batch into the largest equal parts that fit and accumulates their gradients."""
     epochs: Positive = 5.0
-    """Length of the learning-rate schedule in passes over the data."""
+    """Length of the learning-rate schedule, in passes over the data."""
     stop_after_epochs: Positive | None = None
-    """Where in that schedule training stops and the model is taken; at its end if not given."""
+    """Passes over the data after which training stops and the model is taken, without shortening
+    the schedule; `epochs` if not given."""
     warmup_fraction: Fraction = 0.01
-    """Part of the schedule with a linearly rising rate."""
+    """First part of the schedule, in which the learning rate rises linearly."""
     decay_fraction: Fraction = 0.2
-    """Last part of the schedule, in which the rate falls linearly to zero."""
+    """Last part of the schedule, in which the learning rate falls linearly to zero."""
     dtype: Dtype = "float32"
-    """Of weights and activations; float16 needs a GPU and uses a static loss scale."""
+    """Dtype of weights and activations. float16 needs a GPU and uses a static loss scale."""
     loss_scale: Positive = 1024.0
-    """Static loss scale, used with float16 only."""
+    """Static loss scale; used with float16 only."""
     zero_stage: ZeroStage = 1
-    """DeepSpeed ZeRO stage: 0 shards nothing (float32 only), 1 optimizer states, 2 also gradients,
-    3 also weights."""
+    """DeepSpeed ZeRO stage: 0 spreads nothing over ranks (float32 only), 1 spreads the optimizer's
+    states, 2 also gradients, 3 also weights."""
     nodes: Count = 1
-    """Nodes that train together."""
+    """Number of nodes that train one model together."""
     ranks_per_node: Count = 1
-    """Processes a node, one a GPU (or CPU rank)."""
+    """Number of processes per node, one for each GPU or CPU rank."""
     head_tokens: Count = 4096
-    """Positions whose logits over the whole vocabulary are in memory at once."""
+    """Number of positions whose logits over the whole vocabulary are in memory at once."""
     activation_checkpointing: bool = False
-    """Keep only each layer's input and compute the rest again backwards: less memory, a third more
-    arithmetic."""
+    """Whether to keep only the input of each layer and to recompute the rest in the backward pass:
+    this takes less memory and a third more arithmetic."""
     compile: bool = False
-    """Run norms and feed-forward layers through torch.compile: a tenth faster on CPUs, where it
-    needs a C++ compiler."""
+    """Whether to run norms and feed-forward layers through torch.compile. On CPUs this is a tenth
+    faster and needs a C++ compiler."""
     checkpoint_every_steps: Whole = 0
-    """Steps between checkpoints, from which a killed training goes on; 0 means none."""
+    """Steps between checkpoints, from which a killed training resumes; 0 makes none."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints that are kept; the older ones serve if the newest is damaged."""
+    """Number of newest checkpoints that are kept; the older ones are used if the newest is
+    damaged."""
     keep_epochs: tuple[Positive, ...] = ()
-    """Passes over the data after which a checkpoint is made and kept for good."""
+    """Passes over the data after which a checkpoint is made and never pruned."""
     validate_every_steps: Whole = 0
-    """Steps between losses on truth's evaluation set; 0 means none."""
+    """Steps between measurements of the loss on truth's evaluation set; 0 makes none."""
     validation_sequences: Count = 512
-    """Sequences of that set that are used, from its start."""
+    """Number of sequences of that set that are used, from its start."""
     max_gradient_norm: Positive = 1000.0
-    """A larger norm before clipping means that the training has exploded, and stops it."""
+    """Gradient norm before clipping above which the training counts as diverged and stops."""
 
     @property
     def world_size(self) -> int:
-        """Ranks that train together."""
+        """Number of ranks that train together."""
         return self.nodes * self.ranks_per_node
 
     @property
     def micro_batch(self) -> int:
-        """Sequences that a rank holds at once, so that all parts are equal."""
+        """Number of sequences that a rank holds at once; it divides the rank's share evenly."""
         share = self.batch_sequences // self.world_size
-        most = min(share, self.micro_batch_sequences)
-        return next(size for size in range(most, 0, -1) if share % size == 0)
+        largest = min(share, self.micro_batch_sequences)
+        return next(size for size in range(largest, 0, -1) if share % size == 0)
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of each rank in one optimizer step."""
+        """Number of micro-batches of each rank in one optimizer step."""
         return self.batch_sequences // (self.world_size * self.micro_batch)
 
 
@@ -111,35 +120,35 @@ LAYOUT = (
     "nodes", "ranks_per_node", "micro_batch_sequences", "zero_stage", "head_tokens",
     "activation_checkpointing", "compile",
 )  # fmt: skip
-"""Fields of `Training` that change how a sum is rounded and nothing else: a training that was
-stopped goes on with others."""
+"""Fields of `Training` that change how sums are rounded and nothing else. A stopped training may
+resume with other values of them."""
 WATCHING = (
     "checkpoint_every_steps", "keep_checkpoints", "keep_epochs", "validate_every_steps",
     "validation_sequences", "max_gradient_norm",
 )  # fmt: skip
-"""Fields of `Training` that change no weight at all."""
+"""Fields of `Training` that do not change the weights at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model trained in the run: its architecture and recipe."""
+    """A model that the run trains."""
 
     shape: Shape
-    """Its architecture."""
+    """Architecture of the model."""
     training: Training
-    """Its recipe."""
+    """How the model is trained."""
 
 
 def model_problems(
     key: str, model: Model, *, device: Device, num_sequences: int | None
 ) -> Iterator[str]:
-    """What is wrong with a model whose values are within their bounds.
+    """Yield what is wrong with a model whose values are within their bounds.
 
     Args:
-        key: where it stands in the config.
+        key: dotted path of the model in the config.
         model: the model.
-        device: what it is trained on.
-        num_sequences: how many sequences it is trained on, if that is known.
+        device: device that the model is trained on.
+        num_sequences: number of sequences that the model is trained on; None if it is not known.
     """
     training = model.training
     yield from _shape_problems(f"{key}.shape", model.shape)
@@ -163,7 +172,7 @@ def _shape_problems(key: str, shape: Shape) -> Iterator[str]:
 
 
 def _schedule_problems(key: str, training: Training) -> Iterator[str]:
-    """What is wrong with the points of the schedule at which something happens."""
+    """Yield what is wrong with the epochs after which training stops or a checkpoint is kept."""
     epochs, stop, keep = training.epochs, training.stop_after_epochs, training.keep_epochs
     if stop is not None and stop > epochs:
         yield f"{key}.stop_after_epochs={stop}: expected at most epochs={epochs}"
@@ -172,11 +181,11 @@ def _schedule_problems(key: str, training: Training) -> Iterator[str]:
 
 
 def _layout_problems(key: str, training: Training, device: Device) -> Iterator[str]:
-    """What is wrong with how a training is spread over ranks and held in memory."""
+    """Yield what is wrong with how a training is spread over ranks and held in memory."""
     if training.zero_stage == 0 and training.dtype != "float32":
         yield (
             f"{key}.zero_stage=0: expected 1, 2 or 3 with dtype={training.dtype} "
-            "(DeepSpeed's stage 0 silently takes another optimizer there)"
+            "(with 16-bit dtypes DeepSpeed's stage 0 silently takes another optimizer)"
         )
     if training.zero_stage == 3 and training.compile:
         yield f"{key}.compile=true: expected zero_stage 0, 1 or 2, got 3"
@@ -186,5 +195,5 @@ def _layout_problems(key: str, training: Training, device: Device) -> Iterator[s
         yield (
             f"{key}.batch_sequences={training.batch_sequences}: expected a multiple of "
             f"its {training.world_size} ranks (nodes={training.nodes} times "
-            f"ranks_per_node={training.ranks_per_node})"
+            f"ranks_per_node={training.ranks_per_node}), so that all get the same share"
         )

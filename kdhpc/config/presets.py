@@ -1,7 +1,7 @@
-"""From what is typed to a config: presets, `extends:`, overrides, and back to plain data.
+"""Turn the words of a command line into a config, and a config into plain data.
 
-A bare word is a preset of `configs/`, `a.b=value` an override; later ones win. The only module that
-knows omegaconf.
+A bare word names a preset in `configs/`, which may extend another with `extends:`; `a.b=value` is
+an override. Later words win. This is the only module that imports omegaconf.
 """
 
 import dataclasses
@@ -31,10 +31,11 @@ def cluster_names() -> list[str]:
 
 
 def compose(words: list[str]) -> dict[str, Json]:
-    """Merge presets and overrides, left to right, presets first.
+    """Merge presets from left to right, then the cluster's YAML, then overrides.
 
     Raises:
-        InputError: for an unknown preset or cluster, unreadable YAML, or a malformed override.
+        InputError: if a preset or cluster is unknown, YAML is unreadable, or an override is
+            malformed.
     """
     presets = [word for word in words if "=" not in word]
     overrides = _dotlist([word for word in words if "=" in word])
@@ -58,10 +59,10 @@ def compose(words: list[str]) -> dict[str, Json]:
 
 
 def build(config_class: type[T], values: dict[str, Json]) -> T:
-    """A frozen config from plain values.
+    """Build a frozen config from plain values.
 
     Raises:
-        InputError: for an unknown key (with a suggestion), a wrong type or a missing value.
+        InputError: if a key is unknown, or a value is missing or has the wrong type.
     """
     try:
         merged = OmegaConf.merge(OmegaConf.structured(config_class), OmegaConf.create(values))
@@ -73,7 +74,7 @@ def build(config_class: type[T], values: dict[str, Json]) -> T:
 
 
 def _list_that_does_not_fit(config_class: type, values: dict[str, Json]) -> str:
-    """Key of a list with an item of a wrong type, which omegaconf 2.4 does not name."""
+    """Return the key of a list with an item of the wrong type, which omegaconf 2.4 omits."""
     for key, part in _lists(values):
         try:
             OmegaConf.merge(OmegaConf.structured(config_class), OmegaConf.create(part))
@@ -83,7 +84,7 @@ def _list_that_does_not_fit(config_class: type, values: dict[str, Json]) -> str:
 
 
 def _lists(values: dict[str, Json]) -> Iterator[tuple[str, dict[str, Json]]]:
-    """Every list, as `a.b=[...]` and alone in the nesting of `values`."""
+    """Yield every list, as the text `a.b=[...]` and as `values` reduced to that list."""
     for name, value in values.items():
         if isinstance(value, dict):
             for key, part in _lists(value):
@@ -93,24 +94,24 @@ def _lists(values: dict[str, Json]) -> Iterator[tuple[str, dict[str, Json]]]:
 
 
 def plain(config: RunConfig) -> dict[str, Json]:
-    """A config as JSON-ready values; `build` is its inverse."""
+    """Return a config as JSON-ready values; `build` is the inverse."""
     values: dict[str, Json] = dataclasses.asdict(config)
     return values
 
 
 def merged(values: dict[str, Json], more: dict[str, Json]) -> dict[str, Json]:
-    """Plain values with others on top, key by key."""
-    found = OmegaConf.to_container(_merge(OmegaConf.create(values), OmegaConf.create(more)))
-    return cast(dict[str, Json], found)
+    """Merge `more` over plain values, key by key."""
+    combined = OmegaConf.to_container(_merge(OmegaConf.create(values), OmegaConf.create(more)))
+    return cast(dict[str, Json], combined)
 
 
 def to_yaml(config: RunConfig) -> str:
-    """A config as YAML, every field written out."""
+    """Return a config as YAML with every field written out."""
     return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
 
 
 def difference(old: Json, new: Json, path: str = "") -> list[str]:
-    """Fields in which two plain configs differ, as `a.b: old -> new`."""
+    """Return the fields in which two plain configs differ, as lines `a.b: old -> new`."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
         return [
@@ -162,7 +163,9 @@ def _dotlist(overrides: list[str]) -> DictConfig:
     for text in overrides:
         key = text.partition("=")[0].strip()
         if not key or "[" in key:
-            raise InputError(f"{text!r}: expected key=value, a list whole, such as taus=[1.0,0.8]")
+            raise InputError(
+                f"{text!r}: expected key=value; a list is given as a whole, such as taus=[1.0,0.8]"
+            )
         try:
             merged = _merge(merged, OmegaConf.from_dotlist([text]))
         except (OmegaConfBaseException, YAMLError, ValueError) as error:
@@ -171,18 +174,18 @@ def _dotlist(overrides: list[str]) -> DictConfig:
 
 
 def _one_line(error: Exception, key: str = "") -> str:
-    """First line of omegaconf's message, without its jargon."""
+    """Return the first line of omegaconf's message, without its jargon."""
     key = key or getattr(error, "full_key", None) or ""
     message = str(error).split("\n")[0]
     if "$VALUE" in message:  # omegaconf 2.4 leaves its placeholder for items of a tuple
         message = f"expected every item to be a {message.rpartition(' ')[2]}"
     elif "Incompatible value 'None'" in message:
-        wanted = message.partition("of type ")[2].strip("'")
-        message = f"nothing is given; expected a value of type {wanted}"
+        value_type = message.partition("of type ")[2].strip("'")
+        message = f"no value is given; expected a value of type {value_type}"
     elif "is not Optional" in message:
-        message = "nothing is given; expected a value"
+        message = "no value is given; expected one"
     elif "incompatible container types" in message:
-        message = "a list is given for keys, or keys for a list; expected the same as in configs/"
+        message = "a list is given instead of keys, or the reverse; expected the form in configs/"
     elif "is not a TupleConfig" in message:
         message = "expected a list, such as [1.0,0.8]"
     elif "type hint length" in message:

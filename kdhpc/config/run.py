@@ -1,4 +1,4 @@
-"""What every run has, whatever its pipeline, and the cluster."""
+"""Config that every run has, whatever its pipeline, and the cluster's settings."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,114 +10,123 @@ from kdhpc.config.model import Device
 
 @dataclass(frozen=True, kw_only=True)
 class StageResources:
-    """What one task of a stage asks of Slurm; what is not given comes from `slurm` itself."""
+    """Resources that a task requests from Slurm; fields not given take the values of `slurm`."""
 
     partition: Word | None = None
-    """Partition."""
+    """Slurm partition."""
     time_min: Count | None = None
-    """Time limit in minutes."""
+    """Time limit of a task, in minutes."""
     mem_gb: Positive | None = None
-    """Memory a node."""
+    """Memory per node, in GB."""
     cpus_per_task: Count | None = None
-    """Cores a process."""
+    """Number of cores per process."""
     gpus_per_node: Whole | None = None
-    """GPUs a node."""
+    """Number of GPUs per node."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slurm:
-    """Your cluster. Nothing here changes results, so all of it may change between two launches."""
+    """Settings of your cluster.
+
+    Nothing here changes results, so all of it may change between two launches.
+    """
 
     account: Word | None = None
-    """Account to charge."""
+    """Account to charge; Slurm's default if not given."""
     partition: Word | None = None
-    """Partition; Slurm's default if not given."""
+    """Partition to submit to; Slurm's default if not given."""
     qos: Word | None = None
-    """Quality of service."""
+    """Quality of service to request; Slurm's default if not given."""
     constraint: Word | None = None
-    """Node features."""
+    """Node features to request, as for `sbatch --constraint`."""
     exclude: Word | None = None
-    """Nodes to avoid."""
+    """Nodes to avoid, as for `sbatch --exclude`."""
     time_min: Count = 60
-    """Time limit of a task in minutes."""
+    """Time limit of a task, in minutes."""
     mem_gb: Positive = 4.0
-    """Memory a node."""
+    """Memory per node, in GB."""
     cpus_per_task: Count = 1
-    """Cores a process; at least `threads`."""
+    """Number of cores per process; at least `threads`."""
     gpus_per_node: Whole = 0
-    """GPUs a node for stages that use a device."""
+    """Number of GPUs per node, for stages that use a device."""
     gpu_mem_gb: Positive | None = None
-    """Memory of one GPU; --dry-run then says which `sampling.batch_rows` fits."""
+    """Memory of one GPU, in GB; with it, --dry-run prints the `sampling.batch_rows` that fit."""
     stages: dict[str, StageResources] = field(default_factory=dict)
-    """By stage name, what differs from the above."""
+    """Resources by stage name; they override the fields above."""
     gate: StageResources = field(default_factory=lambda: StageResources(time_min=10, mem_gb=1.0))
-    """The small job after each array that submits what has become ready."""
+    """Resources of the gate, the small job after each array that submits what has become ready."""
     max_parallel: Count = 64
-    """Tasks of one array that run at once."""
+    """Largest number of tasks of one array that run at once."""
     max_array: Count | None = None
-    """Tasks of one array; the cluster's MaxArraySize if not given."""
+    """Largest number of tasks in one array; the cluster's MaxArraySize if not given."""
     max_mem_gb: Positive | None = None
-    """Memory that a shard that ran out of it may be given at most; no limit if not given."""
+    """Largest memory in GB that a shard is given after it ran out of memory; no limit if not
+    given."""
     max_submit: AtLeastTwo | None = None
-    """Jobs of this run in the queue, array tasks counted singly: at least a task and its gate; no
-    limit if not given."""
+    """Largest number of jobs of this run in the queue, each array task counted as one. It is at
+    least 2, a task and its gate; no limit if not given."""
     task_min: Positive = 10.0
-    """Work packed into one task, in minutes, by measured or estimated speed."""
+    """Minutes of work that are packed into one task, by measured or estimated speed."""
     canary: Whole = 2
-    """Tasks of a large stage that are tried first; if they fail alike, the rest is not started."""
+    """Number of tasks of a large stage that are tried first. If they all fail the same way, the
+    rest is not started."""
     max_attempts: Count = 3
-    """Failed attempts of a shard before it waits for `rerun.py`."""
+    """Number of failed attempts after which a shard waits for `rerun.py`."""
     signal_s: Whole = 60
     """Seconds before the time limit at which a task is told to stop."""
     setup: tuple[str, ...] = ()
-    """Shell lines before the work: modules, conda."""
+    """Shell lines to run before the work, such as those that load modules or activate conda."""
     prefix: tuple[str, ...] = ()
-    """Words before the command, such as [apptainer, exec, --nv, image.sif]."""
+    """Words to put before the command, such as [apptainer, exec, --nv, image.sif]."""
     scratch: str | None = None
-    """Node-local folder for copies of models and just-in-time caches; if not given, models are read
-    where they are and caches go to the system's temporary folder."""
+    """Node-local folder for copies of models and for just-in-time caches. If it is not given,
+    models are read where they are and caches go to the system's temporary folder."""
     advance_from: Literal["gate", "login"] = "gate"
-    """`login` where compute nodes may not submit: keep `sweep.py --watch` running there instead."""
+    """What submits arrays that have become ready. Choose `login` if compute nodes may not submit,
+    and keep `sweep.py --watch` running on the login node."""
     mail_user: str | None = None
-    """Address for a mail when the run ends or stops."""
+    """Address that gets a mail when the run ends or stops; nobody does if it is not given."""
     on_end: str | None = None
-    """Program called with (run folder, `complete` or `stopped`) when the run ends or stops."""
+    """Program to call when the run ends or stops; its arguments are the run folder and `complete`
+    or `stopped`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every run has, whatever its pipeline."""
+    """Config that every run has, whatever its pipeline."""
 
     pipeline: str = "language"
-    """`language`, `mixture`, or `module:NAME` of a `Pipeline` elsewhere."""
+    """Pipeline to run: `language`, `mixture`, or `module:NAME` for a `Pipeline` elsewhere."""
     name: str = "run"
-    """Folder of the run inside `runs_dir`."""
+    """Name of the run's folder inside `runs_dir`."""
     seed: int = 0
-    """Of all random numbers of the run."""
+    """Seed of all random numbers of the run."""
     runs_dir: str = "runs"
-    """Where runs are kept; on a cluster, a file system that all nodes share."""
+    """Folder that holds the runs; on a cluster it must be on a file system that all nodes share."""
     cluster: str = "auto"
-    """`local`, `slurm`, a name in configs/cluster/, or `auto`: Slurm where `sbatch` works."""
+    """Name of a YAML file in configs/cluster/, such as `local` or `slurm`, or `auto`, which chooses
+    Slurm if `sbatch` works."""
     executor: Literal["auto", "local", "slurm"] = "auto"
-    """What runs the tasks; set by the cluster's YAML."""
+    """What runs the tasks; the cluster's YAML sets it."""
     small: bool = False
-    """Whether the run may start on this machine by itself where there is no Slurm."""
+    """Whether the run may start on this machine without being asked to if there is no Slurm."""
     local_workers: Whole = 0
-    """Tasks at once on this machine; 0 means one a core."""
+    """Number of tasks that run at once on this machine; 0 means one per core."""
     threads: Count = 1
-    """Threads a process, under every executor. Part of the result: sums round differently."""
+    """Number of threads per process, under every executor. It is part of the recipe because sums
+    round differently."""
     device: Device = "auto"
-    """Where models run; `auto` takes a GPU if the task sees one."""
+    """Device that models run on; `auto` takes a GPU if the task sees one."""
     slurm: Slurm = field(default_factory=Slurm)
-    """Your cluster."""
+    """Settings of your cluster."""
 
 
 MAX_NAME_BYTES = 200
-"""Of a run's folder: 255 for a file name, less what is added in the queue."""
+"""Longest name of a run's folder in bytes: 255 for a file name, less what the queue adds."""
 
 
 def run_problems(config: RunConfig) -> Iterator[str]:
-    """What is wrong with what every run has."""
+    """Yield what is wrong with the config that every run has."""
     yield from out_of_bounds(config, RunConfig)
     name = config.name
     if not name or name in {".", ".."} or "/" in name or "\0" in name or name.startswith("-"):
@@ -129,9 +138,9 @@ def run_problems(config: RunConfig) -> Iterator[str]:
 
 
 def check_run(config: RunConfig) -> None:
-    """Check what every run has.
+    """Check the config that every run has.
 
     Raises:
-        InputError: naming the key, its value, what is expected.
+        InputError: if a value is not possible; names the key, its value and what was expected.
     """
     refuse(run_problems(config))

@@ -1,1 +1,1 @@
-"""The stages of the two experiments, and what they agree on."""
+"""The stages of the two experiments, and the names and inputs that they share."""

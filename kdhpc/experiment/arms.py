@@ -1,7 +1,7 @@
-"""Names of the models and sample sets of the experiment: what the stages agree on.
+"""The models and sample sets of the language experiment and their names, shared by all stages.
 
-A model is called `truth`, `teacher-s0`, `student-s0-small-direct` or `student-s0-small-tau0.8`; a
-teacher sampled through a selection is `teacher-s0-tau0.8`.
+A model is called `truth`, `teacher-s0`, `student-s0-small-direct` or `student-s0-small-tau0.8`. The
+evaluation set of a teacher at a temperature is called `teacher-s0-tau0.8`.
 """
 
 from collections.abc import Iterator
@@ -23,18 +23,18 @@ STAGES = (
     TRUTH, SAMPLE_TRUTH, TRAIN_ON_TRUTH, SAMPLE_TEACHER, TRAIN_STUDENTS, SAMPLE_STUDENTS, SCORE,
     MERGE,
 )  # fmt: skip
-"""In pipeline order."""
+"""Names of the stages in pipeline order."""
 ArmName = tuple[str, str]
-"""Stage and arm."""
+"""Names of a stage and of one of its arms."""
 TRUTH_MODEL: ArmName = (TRUTH, "truth")
 TRUTH_TRAIN: ArmName = (SAMPLE_TRUTH, "train")
-"""D."""
+"""The training set D."""
 TRUTH_EVAL: ArmName = (SAMPLE_TRUTH, "eval")
 """Truth's evaluation set."""
 
 
 def selections(config: LanguageConfig) -> Iterator[Selection]:
-    """Every way in which teachers are sampled, one for each student."""
+    """Yield every selection with which teachers are sampled; each gets students of its own."""
     for tau in config.taus:
         yield Selection(tau=tau)
     for text in config.sampling.truncations:
@@ -48,19 +48,19 @@ class Trainee:
     kind: Literal["teacher", "student"]
     seed: int
     size: str
-    """Name of its size: `teacher`, or a key of `students`."""
+    """Name of the model's size: `teacher`, or a key of `students`."""
     selection: Selection | None = None
-    """How the teacher was sampled that it learns from; None for those that learn from D."""
+    """Selection with which its teacher was sampled; None if the model learns from D."""
     model: Model
 
     @property
     def arm(self) -> str:
-        """What it learns from: `direct` or the name of a selection."""
+        """Source of its training data: `direct`, or the name of a selection."""
         return self.selection.name if self.selection else "direct"
 
     @property
     def tau(self) -> float:
-        """Temperature of the teacher that it learns from; 1 for those that learn from D."""
+        """Temperature at which its training data was sampled; 1 if the model learns from D."""
         return self.selection.tau if self.selection else 1.0
 
     @property
@@ -71,12 +71,12 @@ class Trainee:
 
     @property
     def stage(self) -> str:
-        """Where it is trained."""
+        """Stage that trains the model."""
         return TRAIN_STUDENTS if self.selection else TRAIN_ON_TRUTH
 
     @property
     def data(self) -> ArmName:
-        """The samples that it is trained on."""
+        """Samples that the model is trained on."""
         if self.selection is None:
             return TRUTH_TRAIN
         return SAMPLE_TEACHER, f"s{self.seed}-{self.selection.name}"
@@ -87,7 +87,7 @@ def teacher_name(seed: int) -> str:
 
 
 def trainees(config: LanguageConfig) -> Iterator[Trainee]:
-    """Teachers, direct students and distilled students, in pipeline order."""
+    """Yield teachers, direct students and distilled students, in pipeline order."""
     for seed in range(config.seeds):
         yield Trainee(kind="teacher", seed=seed, size="teacher", model=config.teacher)
         for size, model in config.students.items():
@@ -102,12 +102,12 @@ def trainees(config: LanguageConfig) -> Iterator[Trainee]:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSet:
-    """Sequences of one model under one selection."""
+    """Sequences of one model, drawn with one selection."""
 
     stage: str
     arm: str
     stream: str
-    """Name of the random stream that they are drawn from."""
+    """Name of the random stream that the sequences are drawn from."""
     model: ArmName
     dtype: str
     selection: Selection
@@ -115,7 +115,7 @@ class SampleSet:
 
 
 def sample_sets(config: LanguageConfig) -> Iterator[SampleSet]:
-    """All sample sets, in pipeline order."""
+    """Yield all sample sets, in pipeline order."""
     for stage, use in (TRUTH_TRAIN, TRUTH_EVAL):
         yield SampleSet(
             stage=stage,
@@ -129,7 +129,7 @@ def sample_sets(config: LanguageConfig) -> Iterator[SampleSet]:
     for seed in range(config.seeds):
         for selection in selections(config):
             for evaluation in (False, True):
-                yield _of_teacher(config, seed, selection, evaluation)
+                yield _teacher_samples(config, seed, selection, evaluation)
     for trainee in trainees(config):
         if trainee.kind == "student":
             yield SampleSet(
@@ -143,7 +143,7 @@ def sample_sets(config: LanguageConfig) -> Iterator[SampleSet]:
             )
 
 
-def _of_teacher(
+def _teacher_samples(
     config: LanguageConfig, seed: int, selection: Selection, evaluation: bool
 ) -> SampleSet:
     name, use = teacher_name(seed), "eval" if evaluation else "train"
@@ -160,7 +160,7 @@ def _of_teacher(
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Whose sequences are scored under which model."""
+    """A sample set and the model that it is scored under."""
 
     sampler: str
     samples: ArmName
@@ -173,11 +173,14 @@ class Pair:
 
 
 def pairs(config: LanguageConfig) -> Iterator[Pair]:
-    """Every pair: models' samples under truth (precision), truth's under models (recall)."""
-    for found in sample_sets(config):
-        if found.evaluation and found.stage == SAMPLE_STUDENTS:
-            samples = (found.stage, found.arm)
-            yield Pair(sampler=found.arm, samples=samples, scorer="truth", model=TRUTH_MODEL)
+    """Yield all pairs: samples of models under truth (precision), then of truth under models.
+
+    The latter give recall.
+    """
+    for sample_set in sample_sets(config):
+        if sample_set.evaluation and sample_set.stage == SAMPLE_STUDENTS:
+            samples = (sample_set.stage, sample_set.arm)
+            yield Pair(sampler=sample_set.arm, samples=samples, scorer="truth", model=TRUTH_MODEL)
     for trainee in trainees(config):
         model = (trainee.stage, trainee.name)
         yield Pair(sampler="truth", samples=TRUTH_EVAL, scorer=trainee.name, model=model)

@@ -1,4 +1,4 @@
-"""What --dry-run says of the language experiment: which batches fit into the stated memory."""
+"""Estimates that --dry-run prints for the language experiment: which batches fit into memory."""
 
 from collections.abc import Iterator
 
@@ -6,19 +6,19 @@ from kdhpc.config.language import LanguageConfig
 from kdhpc.models.sizes import SamplingMemory
 
 OF_MEMORY = 0.9
-"""What of the stated memory is counted on: the rest is the process, and freed pieces."""
+"""Fraction of the memory that a batch may take; the process and fragmentation take the rest."""
 
 
 def batches_that_fit(config: LanguageConfig) -> Iterator[str]:
-    """What `sampling.batch_rows` takes and the largest that fits, a line for each sampled model."""
+    """Yield for each sampled model what `sampling.batch_rows` takes and how many rows would fit."""
     on_gpu = bool(config.slurm.gpus_per_node) and config.device != "cpu"
-    stated, key = (
+    memory_gb, key = (
         (config.slurm.gpu_mem_gb, "slurm.gpu_mem_gb")
         if on_gpu
         else (config.slurm.mem_gb, "slurm.mem_gb")
     )
-    if stated is None:
-        yield f"{key} is not stated: no check that sampling.batch_rows fits"
+    if memory_gb is None:
+        yield f"{key} is not given: cannot check that sampling.batch_rows fits"
         return
     rows = config.sampling.batch_rows
     sampled = {"teacher": config.teacher, **config.students}
@@ -33,8 +33,8 @@ def batches_that_fit(config: LanguageConfig) -> Iterator[str]:
             dtype=dtype,
             on_gpu=on_gpu,
         )
-        needs, most = memory.of(rows) / 1e9, memory.most_rows(OF_MEMORY * 1e9 * stated)
+        needed_gb, most = memory.of(rows) / 1e9, memory.most_rows(OF_MEMORY * 1e9 * memory_gb)
         yield (
-            f"sampling {name}: {rows} rows take about {needs:.3g} GB; with {key}={stated:g} "
+            f"sampling {name}: {rows} rows take about {needed_gb:.3g} GB; with {key}={memory_gb:g} "
             f"at most {most} fit{'' if most >= rows else ': LOWER sampling.batch_rows'}"
         )

@@ -1,6 +1,6 @@
-"""What a run of the language experiment starts from, checked before it is submitted.
+"""Find and check the inputs of the language experiment before a run is submitted.
 
-Files are found and fetched on the login node: compute nodes need no network.
+Files are found and fetched on the login node, so that compute nodes need no network.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from kdhpc.experiment import arms
 
 
 def problems(config: LanguageConfig) -> Iterator[str]:
-    """What is wrong with the values of a config, a line each."""
+    """Yield one line for everything that is wrong with the values of a config."""
     yield from language_problems(config)
     for stage in config.throughput:
         if stage not in arms.STAGES:
@@ -23,37 +23,41 @@ def problems(config: LanguageConfig) -> Iterator[str]:
 
 
 def prepare(config: LanguageConfig) -> LanguageConfig:
-    """Find the model and corpus that the run starts from, and write their identity into the config.
+    """Find the model or corpus that the run starts from, and put its identity into the config.
 
-    Hub files are fetched here, on the login node: compute nodes need no network.
+    Files of the hub are fetched.
 
     Raises:
-        InputError: for what is missing or does not fit the config.
+        InputError: if something is missing or does not fit the config.
     """
     from kdhpc.storage.corpora import corpus_fingerprint, read_corpus
 
     _check_prompt(config)
     truth = config.truth
     if truth.model == "train":
-        found = corpus_fingerprint(truth.corpus, truth.text_column)
-        if found.startswith("hub:"):
+        fingerprint = corpus_fingerprint(truth.corpus, truth.text_column)
+        if fingerprint.startswith("hub:"):
             read_corpus(truth.corpus, truth.text_column)
         truth = dataclasses.replace(truth, corpus=_whole_path(truth.corpus))
     else:
         source = Path(resolve_model(truth.model))
         truth = dataclasses.replace(truth, model=_whole_path(truth.model))
         if source.suffix == ".gguf" or source.is_dir():
-            found = _fingerprint(source, truth.model)
+            fingerprint = _fingerprint(source, truth.model)
         elif str(source).startswith((".", "/", "~")) or truth.model.count("/") != 1:
-            raise InputError(f"truth.model={truth.model}: no such file or folder, and no hub id")
+            raise InputError(
+                f"truth.model={truth.model}: no such file or folder, and not a hub id; expected "
+                "one of these, or truth.model=train"
+            )
         else:
-            found = _fetch(truth.model, truth.revision)
-    if truth.fingerprint and truth.fingerprint != found:
+            fingerprint = _fetch(truth.model, truth.revision)
+    if truth.fingerprint and truth.fingerprint != fingerprint:
         raise InputError(
-            f"truth.fingerprint={truth.fingerprint[:12]}: what is here now has {found[:12]}; "
-            "it changed since, or is another one"
+            f"truth.fingerprint={truth.fingerprint[:12]}: the fingerprint is now "
+            f"{fingerprint[:12]}; the model or corpus has changed, or is another one; restore it, "
+            "or start a run with another name"
         )
-    return dataclasses.replace(config, truth=dataclasses.replace(truth, fingerprint=found))
+    return dataclasses.replace(config, truth=dataclasses.replace(truth, fingerprint=fingerprint))
 
 
 def _whole_path(name: str) -> str:
@@ -62,12 +66,13 @@ def _whole_path(name: str) -> str:
 
 
 def _fingerprint(source: Path, name: str) -> str:
+    """Check the files of a local model, and return the sha256 of their contents."""
     if not source.exists():
-        raise InputError(f"truth.model={name}: no such file")
+        raise InputError(f"truth.model={name}: no such file; expected an existing GGUF file")
     if source.is_file():
         with source.open("rb") as head:
             if head.read(4) != b"GGUF":
-                raise InputError(f"truth.model={name}: is no GGUF file; expected one")
+                raise InputError(f"truth.model={name}: not a GGUF file; expected one")
     files = [source] if source.is_file() else sorted(source.glob("*.*"))
     if source.is_dir() and not (
         (source / "config.json").is_file()
@@ -80,12 +85,12 @@ def _fingerprint(source: Path, name: str) -> str:
         )
     if source.is_dir():
         _check_vocabulary(source / "config.json", name)
-    found = hashlib.sha256()
+    total = hashlib.sha256()
     for file in files:
         if file.suffix in {".json", ".safetensors", ".gguf"}:
             with file.open("rb") as opened:
-                found.update(hashlib.file_digest(opened, "sha256").digest())
-    return found.hexdigest()
+                total.update(hashlib.file_digest(opened, "sha256").digest())
+    return total.hexdigest()
 
 
 def _check_vocabulary(path: Path, name: str) -> None:
@@ -105,7 +110,7 @@ def _check_vocabulary(path: Path, name: str) -> None:
 
 
 def _fetch(model: str, revision: str) -> str:
-    """Download a hub model with progress. Returns its commit."""
+    """Download a model from the hub, show progress, and return its commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -115,17 +120,17 @@ def _fetch(model: str, revision: str) -> str:
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise InputError(
             f"truth.model={model}: not in the cache and cannot be fetched "
-            f"({' '.join(str(error).split())[:200]})"
+            f"({' '.join(str(error).split())[:200]}); expected a hub id that this node can reach"
         ) from error
     _check_vocabulary(Path(path) / "config.json", model)
     return f"commit:{Path(path).name}"
 
 
 def resolve_model(model: str) -> str:
-    """Path or hub id that `truth.model` stands for.
+    """Return the path or hub id that `truth.model` refers to.
 
     Raises:
-        InputError: for `package:NAME/FILE` where the package is not installed or has no such file.
+        InputError: if the package of `package:NAME/FILE` is not installed or has no such file.
     """
     from importlib.util import find_spec
 
@@ -150,7 +155,8 @@ def _check_prompt(config: LanguageConfig) -> None:
     """Check the prompt against the tokenizer of a local model, without loading the model.
 
     Raises:
-        InputError: if it makes no token or leaves no room, or if `truth.tokenizer` differs.
+        InputError: if the prompt has no tokens or leaves no room for one more, or if
+            `truth.tokenizer` differs from the model's.
     """
     if config.truth.model == "train":
         return
@@ -166,23 +172,26 @@ def _check_prompt(config: LanguageConfig) -> None:
             raise InputError(f"truth.model={config.truth.model}: {error}") from error
         if len(ids) >= config.length:
             raise InputError(
-                f"prompt={config.prompt!r}: is {len(ids)} tokens of length={config.length}; "
-                "expected fewer than that"
+                f"prompt={config.prompt!r}: has {len(ids)} tokens; expected fewer than "
+                f"length={config.length}"
             )
 
 
 def _compare_tokenizers(truth: Truth, own: Path) -> None:
-    """Check that a tokenizer that is given is the model's own."""
+    """Check that the tokenizer of the config is identical to the model's own."""
     given = Path(truth.tokenizer) / "tokenizer.json"
     if not given.is_file():
-        raise InputError(f"truth.tokenizer={truth.tokenizer}: no tokenizer.json there")
+        raise InputError(
+            f"truth.tokenizer={truth.tokenizer}: no tokenizer.json there; expected a folder with "
+            "one, or truth.tokenizer=model"
+        )
     if not own.is_file():
         raise InputError(
-            f"truth.tokenizer={truth.tokenizer}: can be compared with a local model folder only, "
+            f"truth.tokenizer={truth.tokenizer}: can only be compared with a local model folder, "
             f"not with {truth.model}; expected truth.tokenizer=model"
         )
     if given.read_bytes() != own.read_bytes():
         raise InputError(
-            f"truth.tokenizer={truth.tokenizer}: differs from the tokenizer of {truth.model}; "
-            "students share the truth's, expected truth.tokenizer=model"
+            f"truth.tokenizer={truth.tokenizer}: differs from the tokenizer of {truth.model}, "
+            "which all students share; expected truth.tokenizer=model"
         )

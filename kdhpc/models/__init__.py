@@ -1,1 +1,1 @@
-"""Language models: loading, Llama in plain torch, tokenizers, devices, sizes."""
+"""Language models: loading, a Llama in plain torch, tokenizers, devices and sizes."""

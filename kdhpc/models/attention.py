@@ -1,8 +1,8 @@
-"""Causal attention of whole rows: torch's kernels on GPUs, blocks of queries on CPUs.
+"""Causal attention over whole rows: torch's kernels on GPUs, blocks of queries on CPUs.
 
-torch's CPU kernel takes a quarter of a training step at a fraction of the matrix rate; the same
-sums as batched matrix products of 64 queries against the keys before them take less than half of
-that (`benchmarks/training.py`).
+torch's CPU kernel takes a quarter of a training step and runs at a fraction of the matrix rate.
+Computing the same sums as batched matrix products, 64 queries at a time against the keys before
+them, takes less than half as long (`benchmarks/training.py`).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 
 NAME = "kdhpc_blocks"
 BLOCK = 64
-"""Queries in a block: small enough that its scores stay in the cache."""
+"""Number of queries in a block, small enough that the scores of a block stay in the cache."""
 
 
 class _Attend(torch.autograd.Function):
-    """Softmax(Q K' scale) V under the causal mask; probabilities are made again backwards.
+    """Compute softmax(Q K' scale) V under the causal mask.
 
-    n = batch x key heads, G = query heads for each key head, L positions, D head size. The G heads
-    that share keys stand below each other as rows of one matrix.
+    Probabilities are not saved; the backward pass computes them again. Shapes: n = batch x key
+    heads, G query heads per key head, L positions, D head size. The G heads that share keys are
+    stacked as rows of one matrix.
     """
 
     @staticmethod
@@ -43,7 +44,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out = ctx.saved_tensors
         grad_out = grads[0].reshape(q.shape)
-        # The softmax's own part: what a row's gradient and its output have in common.
+        # The gradient of softmax subtracts sum(grad_out * out) of each row.
         common = (grad_out.float() * out.float()).sum(-1, keepdim=True)
         grad_q = torch.empty_like(q)
         grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
@@ -56,8 +57,8 @@ class _Attend(torch.autograd.Function):
             part = grad_q[:, :, start:stop]
             part.copy_((scores @ k[:, :stop]).view_as(part))
             grad_k[:, :stop] += scores.transpose(1, 2) @ _rows(q, start, stop)
-        found = (grad_q.mul_(ctx.scale), grad_k.to(k.dtype), grad_v.to(v.dtype))
-        grad_q, grad_k, grad_v = (x.view(s) for x, s in zip(found, ctx.shapes, strict=True))
+        gradients = (grad_q.mul_(ctx.scale), grad_k.to(k.dtype), grad_v.to(v.dtype))
+        grad_q, grad_k, grad_v = (x.view(s) for x, s in zip(gradients, ctx.shapes, strict=True))
         return grad_q, grad_k, grad_v, None
 
 
@@ -67,14 +68,18 @@ def _blocks(q: Tensor) -> list[tuple[int, int]]:
 
 
 def _rows(x: Tensor, start: int, stop: int) -> Tensor:
-    """Positions of [n, G, L, D] as matrices [n, G x positions, D]."""
+    """Return the positions from `start` to `stop` of [n, G, L, D] as [n, G x positions, D]."""
     return x[:, :, start:stop].reshape(x.shape[0], -1, x.shape[3])
 
 
 def _probabilities(q: Tensor, k: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """[n, G x positions, stop] of scaled queries; later keys of the block have none.
+    """Return the attention probabilities of the queries from `start` to `stop`.
 
-    Sums are float32; what comes out is rounded to `dtype` once.
+    `q` is already scaled. A query gives probability 0 to the keys after it. The softmax is computed
+    in float32 and rounded to `dtype` once.
+
+    Returns:
+        [n, G x positions, stop].
     """
     scores = _rows(q, start, stop) @ k[:, :stop].transpose(1, 2)
     size = stop - start
@@ -84,21 +89,22 @@ def _probabilities(q: Tensor, k: Tensor, start: int, stop: int, dtype: torch.dty
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention to the positions before and the own one.
+    """Attend from every position to itself and the positions before it.
 
     Args:
         query: [B, H, L, D].
         key: [B, H_kv, L, D]; H is a multiple of H_kv.
-        value: the same.
+        value: [B, H_kv, L, D].
 
     Returns:
         [B, H, L, D].
     """
     if query.device.type == "cpu":
-        found: Tensor = _Attend.apply(query, key, value, query.shape[-1] ** -0.5)  # type: ignore[no-untyped-call]
-        return found
+        attended: Tensor = _Attend.apply(query, key, value, query.shape[-1] ** -0.5)  # type: ignore[no-untyped-call]
+        return attended
     groups = query.shape[1] // key.shape[1]
-    if query.dtype == torch.float32:  # no kernel that needs little memory takes grouped heads
+    # In float32, torch's memory-efficient kernel does not accept grouped heads.
+    if query.dtype == torch.float32:
         key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
     return functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, enable_gqa=groups > 1
@@ -114,32 +120,37 @@ def attend(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention as transformers calls it; rows are padded on the right or not at all.
+    """Compute causal attention in blocks, with the signature that transformers calls.
+
+    Rows must be padded on the right or not at all.
 
     Args:
         module: unused.
         query: [B, H, L, D].
         key: [B, H_kv, L, D]; H is a multiple of H_kv.
-        value: the same.
-        attention_mask: None.
+        value: [B, H_kv, L, D].
+        attention_mask: must be None.
         scaling: factor of the scores; 1 / sqrt(D) if None.
         more: unused.
 
     Returns:
-        [B, L, H, D], and None for the weights.
+        [B, L, H, D], and None instead of the attention weights.
 
     Raises:
-        ValueError: for a mask, or keys of another length than the queries.
+        ValueError: if there is a mask, or the numbers of keys and queries differ.
     """
     if attention_mask is not None or query.shape[2] != key.shape[2]:
-        raise ValueError("block attention is causal over whole rows: no mask, no cache")
+        raise ValueError(
+            "block attention is causal over whole rows; expected no attention mask and no cache, "
+            f"got {'a mask' if attention_mask is not None else 'a cache'}"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out: Tensor = _Attend.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2), None
 
 
 def use_blocks(model: "PreTrainedModel") -> None:
-    """Let a Llama of transformers on a CPU attend in blocks; every other model stays as it is."""
+    """Make a transformers Llama on a CPU attend in blocks; leave every other model unchanged."""
     from transformers import AttentionInterface
 
     if model.device.type == "cpu" and model.config.model_type == "llama":

@@ -1,4 +1,4 @@
-"""Devices, dtypes, threads, and products with weights that never change."""
+"""Devices, dtypes, threads, and matrix products with weights that never change."""
 
 import contextlib
 import ctypes
@@ -17,10 +17,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(device: str) -> torch.device:
-    """Where to run: `cpu`, `cuda`, or `auto` for a GPU if this process sees one.
+    """Return the device to run on: `cpu`, `cuda`, or for `auto` a GPU if this process sees one.
 
     Raises:
-        InputError: for `cuda` where there is none.
+        InputError: if `cuda` is asked for and this process sees no GPU, or too few for its rank.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,7 +28,7 @@ def pick_device(device: str) -> torch.device:
         raise InputError("device=cuda: no GPU is visible to this process; expected auto or cpu")
     if device == "cpu":
         return torch.device("cpu")
-    # Where Slurm binds one GPU to each task, every process sees its own as number 0.
+    # If Slurm binds one GPU to each task, every process sees its own GPU as number 0.
     index = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0
     if index >= torch.cuda.device_count():
         raise InputError(
@@ -39,21 +39,22 @@ def pick_device(device: str) -> torch.device:
 
 
 def set_threads(threads: int) -> None:
-    """Threads of this process: a part of the result, so always the config's number.
+    """Set the number of threads of this process.
 
-    Intra-op threads may be set at any time, inter-op threads only once a process.
+    It must be the config's number, because it changes how sums are rounded.
     """
     torch.set_num_threads(threads)
+    # Unlike intra-op threads, inter-op threads can be set only once per process.
     with contextlib.suppress(RuntimeError):
         torch.set_num_interop_threads(1)
 
 
 def set_allocator(*, keep_freed: bool) -> None:
-    """Tell glibc's allocator whether to keep what is freed, for processes that reuse large buffers.
+    """Tell glibc's allocator whether to keep freed memory or to return it to the kernel at once.
 
-    By default most large tensors are given back to the kernel and come again page by page: a fifth
-    of the time of a training step on CPUs. Kept memory falls into pieces, though, so where memory
-    is short everything large is given back at once. Without glibc nothing changes.
+    By default glibc returns most large tensors to the kernel and gets them back page by page, which
+    takes a fifth of a training step on CPUs. Kept memory becomes fragmented, though, so if memory
+    is short, large blocks are returned at once. Without glibc this function does nothing.
     """
     m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4  # malloc.h
     libc = ctypes.CDLL(None)
@@ -67,13 +68,13 @@ def set_allocator(*, keep_freed: bool) -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished all work that was submitted to it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """Best measured rate of a matrix product on this device: what MFU is a share of."""
+    """Measure the best rate of a large matrix product on this device; MFU is relative to it."""
     size, seconds = (8192 if device.type == "cuda" else 1024), []
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     for _ in range(5):
@@ -89,10 +90,11 @@ Linear = Callable[[Tensor], Tensor]
 
 
 def frozen_linear(weight: Tensor) -> Linear:
-    """A product with a weight [O, I] that never changes.
+    """Return the matrix product with a weight [O, I] that never changes.
 
-    On CPUs oneDNN lays the weight out once, which is 1.1 to 2 times as fast as doing so each time;
-    the weight itself is not kept. These operators are what torch's own compiler calls.
+    On CPUs oneDNN reorders the weight once, which makes products 1.1 to 2 times as fast as
+    reordering it each time; the original weight is not kept. torch's own compiler calls the same
+    operators.
     """
     supported = torch.backends.mkldnn.is_available() and (  # type: ignore[no-untyped-call]
         weight.dtype == torch.float32
@@ -106,13 +108,20 @@ def frozen_linear(weight: Tensor) -> Linear:
 
 
 def frozen_head(weight: Tensor) -> Linear:
-    """Float32 logits from hidden states of the weight's dtype; nothing is rounded to 16 bits."""
+    """Return a function from hidden states to logits that are never rounded to 16 bits.
+
+    Args:
+        weight: [V, H].
+
+    Returns:
+        A function from [N, H] in the dtype of `weight` to [N, V] float32.
+    """
     if weight.device.type == "cuda" and weight.dtype != torch.float32:
         return lambda x: torch.mm(x, weight.T, out_dtype=torch.float32)
     if weight.dtype != torch.bfloat16:
         wide = frozen_linear(weight.float())
         return lambda x: wide(x.float())
-    # Products of bfloat16 numbers are exact in float32: matrix units may be used where there are.
+    # Products of bfloat16 numbers are exact in float32, so bfloat16 matrix units may be used.
     with bfloat16_products():
         wide = frozen_linear(weight.float())
 
@@ -125,7 +134,7 @@ def frozen_head(weight: Tensor) -> Linear:
 
 @contextlib.contextmanager
 def bfloat16_products() -> Iterator[None]:
-    """Float32 products on CPUs whose factors are rounded to bfloat16; sums stay float32."""
+    """Round the factors of float32 products on CPUs to bfloat16; sums stay float32."""
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
@@ -137,7 +146,7 @@ def bfloat16_products() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exact_matmuls() -> Iterator[None]:
-    """Float32 products in float32 on every device, whatever the process was set to."""
+    """Compute float32 products in full float32 on every device, whatever the process was set to."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

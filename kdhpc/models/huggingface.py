@@ -1,4 +1,4 @@
-"""Make, convert and save models by transformers, and infer with those that are no Llama."""
+"""Make, convert and save models with transformers, and infer with models other than Llama."""
 
 import functools
 from pathlib import Path
@@ -30,7 +30,7 @@ END_OF_TEXT = "<|endoftext|>"
 def new_model(
     shape: Shape, *, vocab_size: int, length: int, eos: int, seed: int
 ) -> PreTrainedModel:
-    """A Llama model with fresh float32 weights on the CPU, the same for every number of ranks."""
+    """Make a Llama model with fresh float32 weights on the CPU; they depend on the seed alone."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=shape.hidden,
@@ -55,11 +55,11 @@ def new_model(
 
 
 MORE_THAN_A_PRODUCT = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Fields of transformers' configs for what some architectures do to their logits."""
+"""Fields of transformers' configs by which some architectures cap or scale their logits."""
 
 
 class TransformersModel:
-    """Any causal language model of transformers, as `kdhpc.models.loading` wants it."""
+    """Adapts any causal language model of transformers to `kdhpc.models.loading.LanguageModel`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -68,10 +68,10 @@ class TransformersModel:
 
     @classmethod
     def load(cls, path: Path, *, dtype: str, device: torch.device) -> "TransformersModel":
-        """A checkpoint folder.
+        """Load a checkpoint folder.
 
         Raises:
-            DamagedError: if it is not one.
+            DamagedError: if the folder is not a checkpoint.
         """
         try:
             model = AutoModelForCausalLM.from_pretrained(
@@ -83,40 +83,40 @@ class TransformersModel:
 
     @functools.cached_property
     def head(self) -> Linear:
-        """Float32 logits [N, V] of hidden states [N, H].
+        """Function from hidden states [N, H] to float32 logits [N, V].
 
         Raises:
-            InputError: for a model that does more to its logits than this: a bias, a cap, a scale.
+            InputError: if the model adds a bias to its logits, or caps or scales them.
         """
         weight = self.model.get_output_embeddings().weight
         config = self.model.config
-        more = [
+        extras = [
             name for name in MORE_THAN_A_PRODUCT if getattr(config, name, None) not in (None, 1.0)
         ]
         ids = torch.arange(8, device=self.device)[None] % config.vocab_size
-        logits = self.hidden(ids).double() @ weight.double().T
-        found = self.model(ids, use_cache=False).logits.double()
-        if more or (found - logits).abs().max() > 0.02 * logits.abs().max():
+        products = self.hidden(ids).double() @ weight.double().T
+        logits = self.model(ids, use_cache=False).logits.double()
+        if extras or (logits - products).abs().max() > 0.02 * products.abs().max():
             raise InputError(
-                f"a model of type {self.kind}: its logits are not hidden states times its head; "
-                "expected an architecture without logit bias, cap or scale"
+                f"model type {self.kind}: its logits are not the product of its hidden states and "
+                "its head; expected an architecture without logit bias, cap or scale"
             )
         return frozen_head(weight)
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """Last hidden states [B, L, H] under causal attention over ids [B, L]."""
+        """Return the last hidden states [B, L, H] under causal attention over ids [B, L]."""
         states: Tensor = self.model.base_model(ids, use_cache=False).last_hidden_state
         return states
 
 
 def save_model(model: PreTrainedModel, tokenizer_path: Path, path: Path) -> None:
-    """Write a checkpoint folder with its tokenizer, as `from_pretrained` of transformers reads."""
+    """Write a checkpoint folder with its tokenizer, which `from_pretrained` can read."""
     model.save_pretrained(path)
     AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True).save_pretrained(path)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """A tokenizer of 257 ids: end of text, then the 256 bytes."""
+    """Make a tokenizer of 257 ids: end of text, then the 256 bytes."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers import models as tokenizer_models
 
@@ -131,7 +131,7 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def convert_gguf(path: Path, out: Path, *, dtype: str) -> None:
-    """Dequantise a GGUF file into an ordinary checkpoint folder with its tokenizer."""
+    """Dequantise a GGUF file and save it as an ordinary checkpoint folder with its tokenizer."""
     from transformers import GgufConfig
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -145,7 +145,11 @@ def convert_gguf(path: Path, out: Path, *, dtype: str) -> None:
 
 
 def copy_model(source: str, revision: str, out: Path, *, dtype: str) -> None:
-    """Save a Hugging Face folder or (already fetched) hub id as a checkpoint folder of ours."""
+    """Save a model from a Hugging Face folder or an already fetched hub id as a checkpoint folder.
+
+    Raises:
+        InputError: if the source is not a model with a tokenizer.
+    """
     options: dict[str, Any] = {"revision": revision, "local_files_only": True}
     try:
         model = AutoModelForCausalLM.from_pretrained(

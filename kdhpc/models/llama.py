@@ -1,8 +1,9 @@
-"""Llama for inference in plain torch: sampling and scoring start without transformers' modules.
+"""Llama for inference in plain torch, so that sampling and scoring need not import transformers.
 
-Weights come from an ordinary checkpoint folder. `kdhpc.sampling.decoding` feeds it a token a row,
-`Llama.hidden` whole rows. Architecture: Touvron et al., arXiv 2302.13971; grouped-query attention
-as in Llama 2; rotary frequencies as in Llama 3.1 where the config asks for them.
+Weights come from an ordinary checkpoint folder. `kdhpc.sampling.decoding` feeds the model one token
+per row at a time, `Llama.hidden` takes whole rows. The architecture is that of Touvron et al.
+(arXiv 2302.13971), with grouped-query attention as in Llama 2 and, if the config has them, the
+rotary frequencies of Llama 3.1.
 """
 
 import functools
@@ -19,15 +20,18 @@ from kdhpc.models.devices import Linear, frozen_head, frozen_linear
 from kdhpc.types import Json
 
 CPU_BODY_TOKENS = 1024
-"""Tokens that go through the layers together on CPUs, so that what lies between stays in caches."""
+"""Number of tokens that go through the layers together on CPUs, so that activations stay in the
+cache."""
 PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+"""Fields of config.json, each with the only value that this module supports."""
 ROPE_TYPES = ("default", "llama3")
 
 
 def fits(config: Mapping[str, Json]) -> bool:
-    """Whether a checkpoint's config.json is that of a Llama as this module knows it.
+    """Return whether this module supports the model that a checkpoint's config.json describes.
 
-    Not with another activation, biases, another rotary type, or quantised weights.
+    It does not support other model types, activations or rotary types, biases, or quantised
+    weights.
     """
     rope = config.get("rope_parameters") or {}
     return (
@@ -40,20 +44,20 @@ def fits(config: Mapping[str, Json]) -> bool:
 
 
 class Layer(NamedTuple):
-    """Norms [H] and products of one layer."""
+    """Weights of the norms [H] and matrix products of one layer."""
 
     norm: Tensor
     qkv: Linear
-    """H to (heads + 2 kv_heads) D: queries, keys, values."""
+    """Maps H to (heads + 2 kv_heads) D: queries, keys and values."""
     out: Linear
     mlp_norm: Tensor
     gate_up: Linear
-    """H to 2 F: gate, up."""
+    """Maps H to 2 F: gate and up."""
     down: Linear
 
 
 class Llama:
-    """A Llama that only infers; weights of products are kept in the layout of their product."""
+    """A Llama for inference only; its weights are stored in the layout that products need."""
 
     kind = "llama"
 
@@ -65,18 +69,18 @@ class Llama:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Take the weights of a checkpoint.
+        """Build the model from the weights of a checkpoint.
 
         Args:
-            config: its config.json; `fits` says whether it will do.
-            weights: gives a tensor by the name that transformers writes.
-            dtype: of weights and hidden states.
-            device: to compute on.
+            config: the checkpoint's config.json, for which `fits` returns True.
+            weights: returns a tensor by the name that transformers gives it.
+            dtype: dtype of weights and hidden states.
+            device: device to compute on.
 
         Raises:
-            KeyError: for a field or tensor that is not there.
-            TypeError: for a field that is no number.
-            ValueError: for weights of other sizes than the config's.
+            KeyError: if a field or tensor is missing.
+            TypeError: if a field is not a number.
+            ValueError: if a weight has another shape than the config says.
         """
         self.dtype, self.device = dtype, device
         self.heads = int(config["num_attention_heads"])
@@ -91,7 +95,7 @@ class Llama:
         q, kv = self.heads * self.head_size, self.kv_heads * self.head_size
 
         def get(name: str, *shape: int) -> Tensor:
-            # A copy: what is read may be a view of the file.
+            # Copy, because the tensor that was read may be a view of the file.
             tensor = weights(f"{name}.weight").to(device=device, dtype=dtype, copy=True)
             if tensor.shape != shape:
                 raise ValueError(f"{name} is {list(tensor.shape)}; the config says {list(shape)}")
@@ -118,28 +122,31 @@ class Llama:
 
     @functools.cached_property
     def head(self) -> Linear:
-        """Float32 logits [N, V] of hidden states [N, H]."""
+        """Function from hidden states [N, H] to float32 logits [N, V]."""
         return frozen_head(self.head_weight)
 
     def rotary(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [length, D] of positions; the first half of the sines is negated."""
+        """Return cosines and sines [length, D] of the rotary angles of all positions.
+
+        The first half of the sines is negated, as `turn` needs it.
+        """
         angle = torch.outer(torch.arange(length, device=self.device).float(), self.frequency)
         cos, sin = angle.cos(), angle.sin()
         return torch.cat([cos, cos], 1).to(self.dtype), torch.cat([-sin, sin], 1).to(self.dtype)
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Root-mean-square norm over the last dimension, in float32."""
+        """Apply a root-mean-square norm over the last dimension; the mean is float32."""
         wide = x.float()
         scale = torch.rsqrt((wide * wide).mean(dim=-1, keepdim=True) + self.eps)
         return weight * (wide * scale).to(x.dtype)
 
     def feed_forward(self, x: Tensor, layer: Layer) -> Tensor:
-        """SwiGLU of normed hidden states [N, H]."""
+        """Normalise hidden states [N, H] and apply the layer's SwiGLU."""
         gate, up = layer.gate_up(self.norm(x, layer.mlp_norm)).chunk(2, -1)
         return layer.down(functional.silu(gate).mul_(up))
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """Last hidden states, normed, under causal attention over whole rows.
+        """Return the last hidden states, normalised, under causal attention over whole rows.
 
         Args:
             ids: [B, L] int64, padded on the right or not at all.
@@ -167,15 +174,16 @@ class Llama:
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: heads [..., D] turned by `Llama.rotary`."""
+    """Rotate heads [..., D] by the angles whose cosines and sines `Llama.rotary` returns."""
     return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def _frequency(head_size: int, rope: Mapping[str, Json]) -> Tensor:
-    """Rotary frequencies; for long contexts (Llama 3.1) slow ones are divided by `factor`.
+    """Return the rotary frequencies [D / 2], float32.
 
-    Fast ones are kept, and between the two it goes by how often a frequency turns within the length
-    of the first training.
+    Llama 3.1 stretches them for long contexts: slow frequencies are divided by `factor` and fast
+    ones are kept. In between, the two are interpolated by how many turns a frequency makes within
+    the context length of the original training.
     """
     powers = torch.arange(0, head_size, 2).float() / head_size
     frequency: Tensor = 1.0 / float(rope["rope_theta"]) ** powers

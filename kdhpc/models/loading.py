@@ -1,4 +1,4 @@
-"""Models as sampling and scoring use them: kdhpc's own Llama, or whatever transformers reads."""
+"""Load models for sampling and scoring: kdhpc's own Llama, or any model that transformers reads."""
 
 import contextlib
 import json
@@ -17,28 +17,28 @@ from kdhpc.models.tokenizer import Tokenizer
 
 
 class LanguageModel(Protocol):
-    """A causal language model that only infers."""
+    """A causal language model for inference only."""
 
     kind: str
-    """`llama`, or the model type of transformers."""
+    """The model type, as transformers names it; `llama` for kdhpc's own Llama."""
     device: torch.device
     dtype: torch.dtype
 
     @property
     def head(self) -> Linear:
-        """Float32 logits [N, V] of hidden states [N, H]."""
+        """Function from hidden states [N, H] to float32 logits [N, V]."""
         ...
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """Last hidden states [B, L, H] under causal attention over ids [B, L]."""
+        """Return the last hidden states [B, L, H] under causal attention over ids [B, L]."""
         ...
 
 
 def load_model(path: Path, *, dtype: str, device: torch.device) -> LanguageModel:
-    """A checkpoint folder (safetensors) as a model that only infers.
+    """Load a checkpoint folder (safetensors) as a model for inference.
 
     Raises:
-        DamagedError: if it is not one.
+        DamagedError: if the folder is not a checkpoint.
     """
     import safetensors
 
@@ -56,7 +56,11 @@ def load_model(path: Path, *, dtype: str, device: torch.device) -> LanguageModel
 
 @contextlib.contextmanager
 def _weights(path: Path) -> Iterator[Callable[[str], Tensor]]:
-    """Gives tensors of a checkpoint folder by name, each read when it is asked for."""
+    """Provide a function that reads a tensor of a checkpoint folder by name.
+
+    Raises:
+        ValueError: on exit, if the folder has tensors that were not read.
+    """
     from safetensors import safe_open
 
     index = path / "model.safetensors.index.json"
@@ -67,44 +71,47 @@ def _weights(path: Path) -> Iterator[Callable[[str], Tensor]]:
         files = [
             stack.enter_context(safe_open(path / name, framework="pt")) for name in sorted(names)
         ]
-        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118
-        asked = {"lm_head.weight"}  # a tied one may be there
+        file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        used = {"lm_head.weight"}  # a checkpoint with tied weights may contain it as well
 
         def read(name: str) -> Tensor:
-            asked.add(name)
-            tensor: Tensor = where[name].get_tensor(name)
+            used.add(name)
+            tensor: Tensor = file_of[name].get_tensor(name)
             return tensor
 
         yield read
-        if unknown := sorted(where.keys() - asked):
+        if unknown := sorted(file_of.keys() - used):
             raise ValueError(f"a Llama has no {unknown[0]}")
 
 
 @dataclass
 class Loaded:
-    """A model, its tokenizer, and what a stage keeps of its work with them."""
+    """A model, its tokenizer, and the sampler that was last made for it."""
 
     model: LanguageModel
     tokenizer: Tokenizer
     sampler: Any = None
-    """Options and sampler that `kdhpc.sampling.sampler` made last; they go with the model."""
+    """Options and sampler that `kdhpc.sampling.sampler` made last; dropped with the model."""
 
 
 _last: tuple[tuple[Path, str, str], Loaded] | None = None
 
 
 def load(path: Path, dtype: str, device: str) -> Loaded:
-    """A checkpoint folder; the last stays in memory, so that a task loads it once."""
+    """Load a checkpoint folder, unless it is the last one that was loaded.
+
+    The last model stays in memory, so that a task with several shards loads it once.
+    """
     global _last
-    wanted = (path, dtype, device)
-    if _last is None or _last[0] != wanted:
-        forget()  # two large models may not fit
+    key = (path, dtype, device)
+    if _last is None or _last[0] != key:
+        forget()  # two large models may not fit into memory
         model = load_model(path, dtype=dtype, device=pick_device(device))
-        _last = wanted, Loaded(model, Tokenizer(path))
+        _last = key, Loaded(model, Tokenizer(path))
     return _last[1]
 
 
 def forget() -> None:
-    """Drop what `load` keeps, and all that hangs on it."""
+    """Drop the model that `load` keeps, with its tokenizer and sampler."""
     global _last
     _last = None

@@ -1,4 +1,4 @@
-"""Parameters, arithmetic and memory of a model, from its shape alone: for plans and estimates."""
+"""Parameters, arithmetic and memory of a model, computed from its shape for plans and estimates."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def num_parameters(shape: Shape, vocab_size: int) -> int:
-    """Parameters of a Llama model with tied embeddings."""
+    """Return the number of parameters of a Llama model with tied embeddings."""
     return vocab_size * shape.hidden + shape.layers * _layer_parameters(shape) + shape.hidden
 
 
@@ -19,59 +19,63 @@ def _layer_parameters(shape: Shape) -> int:
 
 
 def key_value_bytes(shape: Shape, dtype: str) -> float:
-    """Bytes of the keys and values of one position, in all layers."""
+    """Return the bytes of the keys and values of one position in all layers."""
     head_size = shape.hidden // shape.heads
     return 2.0 * NUM_BYTES[dtype] * shape.layers * head_size * shape.kv_heads
 
 
 def forward_flops(shape: Shape, vocab_size: int, length: int) -> float:
-    """Multiplications and additions of a forward pass for one token of a row of `length`.
+    """Return the multiplications and additions of a forward pass per token of a row of `length`.
 
-    Two a weight, the head counted once, and causal attention.
+    There are two for each weight, the tied embeddings counted once as the head, and those of causal
+    attention.
     """
     attention = shape.layers * shape.hidden * length
     return 2.0 * (num_parameters(shape, vocab_size) + attention)
 
 
 def training_flops(shape: Shape, vocab_size: int, length: int) -> float:
-    """Operations of forward and backward for one token: backward takes twice as many as forward.
+    """Return the operations of a forward and a backward pass per token of a row of `length`.
 
-    What activation checkpointing computes twice counts once.
+    The backward pass takes twice as many as the forward pass. What activation checkpointing
+    recomputes is counted once.
     """
     return 3.0 * forward_flops(shape, vocab_size, length)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
-    """Bytes on each rank; fullest at the loss of the second micro-batch, or at the update."""
+    """Memory of each rank in bytes, by what it is used for."""
 
     weights: float
     gradients: float
     optimizer: float
     """Float32 weights and AdamW's two moments."""
     activations: float
-    """What the layers keep for the backward pass."""
+    """Tensors that the layers keep for the backward pass."""
     head: float
-    """Logits of `head_tokens` positions, and the gradients that are made from them."""
+    """Logits of `head_tokens` positions, and the gradients that are computed from them."""
     buckets: float
-    """In which gradients are reduced over ranks."""
+    """Buffers in which gradients are reduced over ranks."""
     update: float
-    """This rank's gradients in one piece, and in float32, while activations are gone."""
+    """Copies of this rank's gradients during the update: flattened, and in float32. Activations are
+    freed by then."""
 
     @property
     def total(self) -> float:
+        """The maximum, which is reached in the loss of the second micro-batch or in the update."""
         states = self.weights + self.gradients + self.optimizer + self.buckets
         return states + max(self.activations + self.head, self.update)
 
 
 BUCKET = 5 * 10**7
-"""Elements that DeepSpeed reduces or gathers at once."""
+"""Number of elements that DeepSpeed reduces or gathers at once."""
 
 
 def training_memory(
     shape: Shape, recipe: Training, *, vocab_size: int, length: int
 ) -> TrainingMemory:
-    """What one rank holds in training; ZeRO spreads it over the recipe's ranks.
+    """Return the memory of one rank in training; ZeRO spreads parts of it over the recipe's ranks.
 
     Activations are counted tensor by tensor for transformers' Llama (`docs/training.md`).
     """
@@ -79,19 +83,20 @@ def training_memory(
     parameters, ranks = num_parameters(shape, vocab_size), recipe.world_size
     tokens = recipe.micro_batch * length
     kv = shape.hidden // shape.heads * shape.kv_heads
-    norms = 2 * shape.hidden * (2 * size + 4)  # input in float32, what is scaled, output
+    norms = 2 * shape.hidden * (2 * size + 4)  # the input in float32, the scaled input, the output
     attention = size * (3 * shape.hidden + 2 * kv)
     layer = norms + attention + size * 4 * shape.ffn
     chunk = min(recipe.head_tokens, tokens)
     head_sums = 0 if chunk == tokens else 4 * vocab_size * shape.hidden
 
-    def over(stage: int) -> int:
+    def shared_from(stage: int) -> int:
+        """Return how many ranks share what ZeRO spreads from this stage on."""
         return ranks if recipe.zero_stage >= stage else 1
 
     return TrainingMemory(
-        weights=size * parameters / over(3),
-        gradients=size * parameters / over(2),
-        optimizer=(8.0 if recipe.zero_stage == 0 else 12.0) * parameters / over(1),
+        weights=size * parameters / shared_from(3),
+        gradients=size * parameters / shared_from(2),
+        optimizer=(8.0 if recipe.zero_stage == 0 else 12.0) * parameters / shared_from(1),
         activations=tokens
         * (
             layer + shape.layers * size * shape.hidden
@@ -101,37 +106,38 @@ def training_memory(
         head=8.0 * chunk * vocab_size + head_sums + size * (vocab_size + tokens) * shape.hidden,
         update=0.0
         if recipe.zero_stage == 0
-        else (4.0 + (size if size < 4 else 0)) * parameters / over(1),
+        else (4.0 + (size if size < 4 else 0)) * parameters / shared_from(1),
         buckets=0.0 if recipe.zero_stage == 0 else 2.0 * size * min(BUCKET, parameters),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingMemory:
-    """What sampling holds: weights, keys and values, and what a step makes of its logits."""
+    """Memory of sampling: weights, keys and values, logits and what a step computes from them."""
 
     shape: Shape
     vocab_size: int
     length: int
-    """Tokens of a sequence."""
+    """Number of tokens of a sequence."""
     dtype: str
     on_gpu: bool
 
     def of(self, rows: int) -> float:
-        """Bytes with so many rows in a batch.
+        """Return the bytes that a batch of `rows` rows takes.
 
-        On CPUs the head is there in float32 too. A GPU has the room for logits twice: of eager
-        steps, and of graphs.
+        On CPUs the head is also stored in float32. On GPUs the buffers for logits exist twice, for
+        eager steps and for CUDA graphs.
         """
         weights = NUM_BYTES[self.dtype] * num_parameters(self.shape, self.vocab_size)
         head = 0 if self.on_gpu else 4 * self.vocab_size * self.shape.hidden
         return weights + head + rows * self._of_row()
 
     def most_rows(self, num_bytes: float) -> int:
-        """Rows that fit, 0 if the weights alone do not."""
+        """Return the number of rows that fit into `num_bytes`; 0 if not even the weights fit."""
         return max(0, int((num_bytes - self.of(0)) // self._of_row()))
 
     def _of_row(self) -> float:
         keys = key_value_bytes(self.shape, self.dtype) * self.length
-        logits = (32.0 if self.on_gpu else 16.0) * self.vocab_size  # probabilities, both for tau
+        # Logits and probabilities in float32, both once more for tau.
+        logits = (32.0 if self.on_gpu else 16.0) * self.vocab_size
         return keys + logits + 64.0 * self.shape.ffn

@@ -1,6 +1,7 @@
-"""What a run needs of a tokenizer: ids of the prompt, and the id that ends a sequence.
+"""The part of a tokenizer that a run needs: ids of the prompt and the end-of-sequence id.
 
-By the library below transformers, which starts in a hundredth of the time.
+It uses the tokenizers library directly, which is imported in a hundredth of the time of
+transformers.
 """
 
 import json
@@ -14,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def read(path: Path) -> "tokenizers.Tokenizer":
-    """The tokenizer.json of a checkpoint folder, for texts as they are.
+    """Read the tokenizer.json of a checkpoint folder, without truncation or padding.
 
     Raises:
-        DamagedError: if it is not readable.
-        InputError: if there is none.
+        DamagedError: if the file is not readable.
+        InputError: if the folder has no such file.
     """
     import tokenizers
 
@@ -29,7 +30,7 @@ def read(path: Path) -> "tokenizers.Tokenizer":
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except MemoryError:
         raise
-    except Exception as error:  # tokenizers raises nothing more special
+    except Exception as error:  # tokenizers raises no narrower class
         raise DamagedError(f"{file}: not a readable tokenizer.json ({error})") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -37,15 +38,16 @@ def read(path: Path) -> "tokenizers.Tokenizer":
 
 
 def prompt_ids(tokenizer: "tokenizers.Tokenizer", prompt: str) -> list[int]:
-    """Ids of the prompt, with nothing added.
+    """Return the ids of the prompt, without special tokens.
 
     Raises:
-        InputError: if the tokenizer makes no token of it.
+        InputError: if the prompt has no tokens.
     """
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
     if not ids:
         raise InputError(
-            f"prompt={prompt!r}: the tokenizer makes no token of it; expected at least one"
+            f"prompt={prompt!r}: the tokenizer makes no token of it; expected a text with at "
+            "least one token"
         )
     return ids
 
@@ -54,11 +56,11 @@ class Tokenizer:
     """The tokenizer inside a checkpoint folder, as transformers writes it."""
 
     def __init__(self, path: Path) -> None:
-        """Read it.
+        """Read the tokenizer of a checkpoint folder.
 
         Raises:
-            DamagedError: if it is not readable.
-            InputError: if there is none, or if its sequences have no end.
+            DamagedError: if its files are not readable.
+            InputError: if there is no tokenizer.json, or no end-of-sequence token.
         """
         self._tokenizer = read(path)
         try:
@@ -73,14 +75,14 @@ class Tokenizer:
                 "sequences end"
             )
         self.eos: int = eos
-        """Id that ends a sequence."""
+        """Id of the end-of-sequence token."""
         self.size: int = self._tokenizer.get_vocab_size()
         """Number of ids."""
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Ids of the prompt, with nothing added.
+        """Return the ids of the prompt, without special tokens.
 
         Raises:
-            InputError: if the tokenizer makes no token of it.
+            InputError: if the prompt has no tokens.
         """
         return prompt_ids(self._tokenizer, prompt)

@@ -1,1 +1,1 @@
-"""What a run consists of: arms, shards, stages and pipelines. Pure: nothing here touches a disk."""
+"""Arms, shards, stages and pipelines: what a run consists of. Nothing here touches a disk."""

@@ -1,6 +1,6 @@
-"""The unit of work: what a stage plans, what a task runs, what a record publishes.
+"""Shards, the units of work: a stage plans them, a task runs them, a record publishes them.
 
-An `Arm` is a series of `Shard`s with one meaning; a `Plan` holds every shard of a run, in order,
+An `Arm` is a series of `Shard`s with one meaning. A `Plan` holds every shard of a run in order,
 each with its recipe. Nothing here touches a disk.
 """
 
@@ -15,30 +15,31 @@ from typing import TypeVar
 from kdhpc.types import Json
 
 ADDED = {"added": True}
-"""`metadata` of a field of settings that was added after the first version of a run format. While
-it has its default it is left out of recipes, so that older records keep theirs."""
+"""`metadata` of a settings field that was added after the first version of a run format. A field
+with this mark is left out of recipes while it has its default, so that older records keep their
+recipes."""
 S = TypeVar("S")
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def digest(value: object) -> str:
-    """Sha256 of the canonical JSON of `value`, as 64 hexadecimal digits."""
+    """Return the sha256 of the canonical JSON of `value` as 64 hexadecimal digits."""
     return hashlib.sha256(_CANONICAL.encode(value).encode()).hexdigest()
 
 
 def fields_of(settings: object) -> dict[str, Json]:
-    """Settings, a dataclass, as the fields of an arm; nested ones too."""
-    found: dict[str, Json] = {}
+    """Convert settings, a dataclass that may hold others, to the fields of an arm."""
+    arm_fields: dict[str, Json] = {}
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]  # a dataclass
         value = getattr(settings, field.name)
         if "added" in field.metadata and value == field.default:
             continue
-        found[field.name] = fields_of(value) if dataclasses.is_dataclass(value) else value
-    return found
+        arm_fields[field.name] = fields_of(value) if dataclasses.is_dataclass(value) else value
+    return arm_fields
 
 
 def settings_of(fields: Mapping[str, Json], settings_class: type[S]) -> S:
-    """The settings that `fields_of` made fields from; what the fields lack has its default."""
+    """Convert the fields of an arm back to settings; missing fields take their defaults."""
     types = typing.get_type_hints(settings_class)
     values = {
         name: settings_of(value, types[name]) if dataclasses.is_dataclass(types[name]) else value
@@ -49,10 +50,10 @@ def settings_of(fields: Mapping[str, Json], settings_class: type[S]) -> S:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One series of shards with one meaning: the samples of one model, the training of another.
+    """A series of shards with one meaning, such as the samples or the training of one model.
 
-    Its recipe is the digest of all that determines its content. How many shards it is cut into does
-    not belong to it.
+    Its recipe is the digest of everything that determines its content. The number of shards that it
+    is cut into is not part of the recipe.
     """
 
     stage: str
@@ -60,7 +61,7 @@ class Arm:
     fields: Mapping[str, Json]
     """The scientific settings that determine the content."""
     inputs: Mapping[str, str]
-    """Recipes of what is read, by role."""
+    """Recipes of the inputs, by role."""
     nodes: int = 1
     ranks_per_node: int = 1
 
@@ -71,19 +72,19 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One unit of work and its output; the unit of loss."""
+    """A unit of work and its output; a failure loses at most one shard."""
 
     arm: Arm
     name: str
-    """File name of its record, without `.json`."""
+    """File name of the shard's record, without `.json`."""
     rows: tuple[int, int] | None = None
-    """First and one past the last sequence, for arms that are cut by sequence."""
+    """Index of the first row and one past the last; None for arms that are not cut by rows."""
     reads: tuple[str, ...] = ()
-    """Keys of the shards whose records must exist before this one may start."""
+    """Keys of the shards whose records must exist before this shard may start."""
     work: float = 1.0
-    """Amount of work of each rank in the unit of its stage, for estimates and packing."""
+    """Work of each rank in the unit of the stage, for estimates and for packing tasks."""
     num_bytes: float = 0.0
-    """Expected size of the output."""
+    """Expected size of the output in bytes."""
 
     @property
     def stage(self) -> str:
@@ -91,7 +92,7 @@ class Shard:
 
     @cached_property
     def key(self) -> str:
-        """`stage/arm/name`, unique in a plan and stable for ever."""
+        """The text `stage/arm/name`, which is unique in a plan and never changes."""
         return f"{self.arm.stage}/{self.arm.name}/{self.name}"
 
     @cached_property
@@ -104,10 +105,10 @@ class Shard:
 
 
 def cut(num_rows: int, rows_per_shard: int) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Names and row ranges of the shards of an arm of `num_rows` rows.
+    """Yield names and row ranges of the shards of an arm of `num_rows` rows.
 
-    A last shard that is not full carries its size in its name, so that an arm that grows later gets
-    a new shard beside it and no published record changes.
+    If the last shard is not full, its name contains its size. When the arm grows later, the full
+    shard gets another name and the published record does not change.
     """
     for index, start in enumerate(range(0, num_rows, rows_per_shard)):
         stop = min(start + rows_per_shard, num_rows)
@@ -123,10 +124,10 @@ def merge_of(
     rows: int,
     bytes_per_row: float,
 ) -> Shard:
-    """The shard that merges others, named after its recipe.
+    """Make the shard that merges other shards; its name is the start of its recipe.
 
-    The recipe covers the arms and how many rows they have, not how they are cut into shards. A run
-    that has grown is merged again beside the old merge.
+    The recipe covers the arms and their numbers of rows, not how they are cut into shards. When a
+    run has grown, it is merged again and the old merge is kept.
     """
     arms = {f"{shard.stage}/{shard.arm.name}": shard.arm for shard in shards}
     num_rows = dict.fromkeys(arms, 0)
@@ -164,14 +165,15 @@ class Plan:
             self._stages.setdefault(shard.stage, []).append(shard)
 
     def arm(self, stage: str, name: str) -> list[Shard]:
-        """Shards of one arm, in order; never empty.
+        """Return the shards of one arm in order; there is at least one.
 
         Raises:
-            KeyError: when no such arm is planned.
+            KeyError: if no such arm is planned.
         """
         return self._arms[stage, name]
 
     def arms(self, stage: str) -> dict[str, list[Shard]]:
+        """Return the shards of every arm of one stage, by the arm's name."""
         return {name: shards for (s, name), shards in self._arms.items() if s == stage}
 
     @property
@@ -180,5 +182,5 @@ class Plan:
         return tuple(self._stages)
 
     def stage(self, stage: str) -> list[Shard]:
-        """Shards of one stage, in order."""
+        """Return the shards of one stage in order; empty if it has none."""
         return self._stages.get(stage, [])

@@ -1,7 +1,7 @@
-"""Stages and pipelines: what the batch system runs, and all that it needs to know of it.
+"""Stages and pipelines: everything that the batch system knows about what it runs.
 
-A `Pipeline` is a tuple of stages; planning it gives every shard of every stage. Whatever only some
-pipelines have (checks, inputs to fetch, estimates, a line of progress, a partial merge) is an
+A `Pipeline` is a tuple of stages; planning it gives every shard of every stage. What only some
+pipelines need (checks, inputs to fetch, estimates, a line of progress, a partial merge) is an
 optional function of `Pipeline` or `Stage`.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kdhpc.storage.work import Work, Written
 
 HOME = "kdhpc.pipeline"
-"""Module whose `PIPELINES` are found by a bare name."""
+"""Module whose `PIPELINES` can be named without their module."""
 C = TypeVar("C", bound=RunConfig)
 
 
@@ -29,63 +29,69 @@ class Stage(Generic[C]):
     """One step of a pipeline."""
 
     name: str
-    """Part of folder names, job names and keys: letters, digits and hyphens."""
+    """Name of the stage, which is part of folder names, job names and keys. It consists of
+    letters, digits and hyphens."""
     reads: str
-    """What it reads, for people."""
+    """Description of the inputs, for people."""
     writes: str
-    """What it writes, for people: shapes, dtypes, units."""
+    """Description of the outputs with shapes, dtypes and units, for people."""
     unit: str
     """Unit of `Shard.work`, such as tokens."""
     plan: Callable[[C, Plan], Iterable[Shard]]
-    """Makes its shards from the config and the plan of the earlier stages. Pure, no disk access."""
+    """Makes the shards of the stage from the config and the plan of the earlier stages. It must be
+    pure and must not access the disk."""
     run: "Callable[[Shard, Work[C]], Written | None]"
-    """Does one shard; heavy imports belong inside. Returns None when told to stop, and on ranks
-    above 0."""
+    """Computes one shard. Heavy imports belong inside the function. It returns None if it was told
+    to stop, and on every rank above 0."""
     rate: Callable[[C], float] = lambda config: 1.0
-    """Estimates the work that one rank does in a second; measured seconds replace it."""
+    """Estimates the work that one rank does per second; measured speeds replace it."""
     progress: Callable[[Path], str] = lambda scratch: ""
     """Describes a running shard in a few words for status.py, from the shard's scratch folder."""
     uses_device: bool = True
-    """Whether its tasks ask for the GPUs of the cluster config."""
+    """Whether tasks of the stage request the GPUs of the cluster config."""
     modules: tuple[str, ...] = ()
-    """Modules that `run` imports and that take seconds: an idle local worker loads them ahead."""
+    """Modules imported by `run` that take seconds to load; an idle local worker loads them early.
+    """
     alias: str | None = None
-    """A fixed file name in the stage's folder for the newest output, replaced whole."""
+    """Fixed file name in the stage's folder for the newest output; the file is replaced as a
+    whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline(Generic[C]):
-    """A named tuple of stages and the config class that they plan from."""
+    """A named tuple of stages and the class of config that they are planned from."""
 
     name: str
-    """For people."""
+    """Name of the pipeline, for people."""
     config: type[C]
-    """A frozen dataclass that extends `RunConfig`; YAML and typed words are merged into it."""
+    """Frozen dataclass that extends `RunConfig`; presets and overrides are merged into it."""
     stages: tuple[Stage[C], ...]
-    """In order: a stage plans from those before it."""
+    """Stages in order; each is planned from those before it."""
     check: Callable[[C], Iterable[str]] = lambda config: ()
-    """Yields what is wrong with the values of a config, one line each: key, value, what was
-    expected. Pure."""
+    """Yields one line for everything that is wrong with the values of a config: key, value and
+    what was expected. It must be pure."""
     prepare: Callable[[C], C] = lambda config: config
-    """Finds, fetches and checks on the login node what the run starts from, and returns the config
-    with its identity filled in. Raises `InputError`."""
+    """Finds, fetches and checks the inputs of the run on the login node, and returns the config
+    with their identity filled in. It raises `InputError` if something is missing or does not
+    fit."""
     estimate: Callable[[C], Iterable[str]] = lambda config: ()
-    """Yields lines for --dry-run, such as what fits into memory. Pure."""
+    """Yields lines for --dry-run, such as which batch fits into memory. It must be pure."""
     merge_partial: "Callable[[Work[C], frozenset[str], Path], None] | None" = None
-    """Merges into a file what the shards of these keys have so far, for `rerun.py --partial`."""
+    """Merges the outputs of the shards with the given keys into a file, for `rerun.py --partial`.
+    """
 
     def plan(self, config: C) -> Plan:
-        """Plan every stage, each from the config and the shards planned before it."""
+        """Plan every stage, each from the config and the shards of the stages before it."""
         plan = Plan()
         for stage in self.stages:
             plan.add(stage.plan(config, plan))
         return plan
 
     def checked(self, config: C) -> C:
-        """The same config if every value is possible.
+        """Return the same config after checking every value.
 
         Raises:
-            InputError: naming the key, its value, what is expected.
+            InputError: if a value is not possible; names the key, its value and what was expected.
         """
         check_run(config)
         for stage in config.slurm.stages:
@@ -101,36 +107,36 @@ class Pipeline(Generic[C]):
 
     @property
     def folders(self) -> dict[str, str]:
-        """By stage name, its numbered folder inside a run, such as `4-sample-teacher`."""
+        """Numbered folder of each stage inside a run, such as `4-sample-teacher`, by stage name."""
         return {stage.name: f"{i}-{stage.name}" for i, stage in enumerate(self.stages, 1)}
 
     @property
     def aliases(self) -> dict[str, str]:
-        """By stage name, the fixed file name of its newest output, of stages that have one."""
+        """Fixed file name of the newest output of each stage that has one, by stage name."""
         return {stage.name: stage.alias for stage in self.stages if stage.alias}
 
 
 AnyPipeline: TypeAlias = Pipeline[Any]
-"""A pipeline whose class of config is known to itself alone."""
+"""A pipeline whose class of config its user does not need to know."""
 
 
 def find_pipeline(name: str) -> AnyPipeline:
-    """A pipeline of kdhpc by its name, or `module:NAME` for one that lives elsewhere.
+    """Find a pipeline of kdhpc by its name, or one in another module by `module:NAME`.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is no such pipeline.
     """
     module, _, attribute = name.rpartition(":")
     try:
         if module:
-            found = getattr(importlib.import_module(module), attribute)
+            pipeline = getattr(importlib.import_module(module), attribute)
         else:
-            found = importlib.import_module(HOME).PIPELINES[name]
+            pipeline = importlib.import_module(HOME).PIPELINES[name]
     except (ImportError, AttributeError, KeyError, ValueError, TypeError) as error:
         raise InputError(
             f"pipeline={name}: no such pipeline ({' '.join(str(error).split())}); expected one of "
             f"{HOME}, or module:NAME of a Pipeline that Python can import"
         ) from error
-    if not isinstance(found, Pipeline):
-        raise InputError(f"pipeline={name}: is a {type(found).__name__}; expected a Pipeline")
-    return found
+    if not isinstance(pipeline, Pipeline):
+        raise InputError(f"pipeline={name}: is a {type(pipeline).__name__}; expected a Pipeline")
+    return pipeline

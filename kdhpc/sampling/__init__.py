@@ -1,1 +1,1 @@
-"""Sequences drawn exactly from a language model."""
+"""Draw sequences exactly from a language model."""

@@ -1,7 +1,8 @@
-"""Decode one token a row at a time with a static cache of keys and values; logits are float32.
+"""Decode one token per row at a time with a static cache of keys and values; logits are float32.
 
-All rows stand at the same position, which is a tensor: a step is the same operations for every
-position of a bucket, so that a GPU may replay it and nothing waits for the host.
+All rows are at the same position, which is stored in a tensor. A step therefore consists of the
+same operations for every position of a bucket, so that a GPU can replay it and never waits for the
+host.
 """
 
 from typing import TYPE_CHECKING, Protocol, cast
@@ -18,33 +19,34 @@ if TYPE_CHECKING:
     from kdhpc.models.huggingface import TransformersModel
 
 BUCKET = {"cpu": 16, "cuda": 64}
-"""Keys are read up to the position rounded up to this: few shapes on GPUs, few keys on CPUs."""
+"""The number of keys that a step reads is a multiple of this. It is large on GPUs, where every
+number of keys needs a CUDA graph, and small on CPUs, where every key costs time."""
 
 
 def bucket_of(position: int, device: torch.device, length: int) -> int:
-    """Number of keys that a step reads which feeds the token at `position`."""
+    """Return the number of keys that a step reads when it feeds the tokens at `position`."""
     size = BUCKET.get(device.type, BUCKET["cuda"])
     return min((position // size + 1) * size, length)
 
 
 class Decoder(Protocol):
-    """A model that is fed one token a row and answers with the next logits."""
+    """A model that takes one token per row and returns the logits of the next."""
 
     name: str
     capturable: bool
     """Whether a step may be captured as a CUDA graph."""
 
     def restart(self) -> None:
-        """Forget every key: the next token stands at position 0."""
+        """Forget all keys and values, so that the next token is at position 0."""
         ...
 
     def step(self, ids: Tensor, position: Tensor, num_keys: int) -> Tensor:
-        """Feed one token a row.
+        """Feed one token per row.
 
         Args:
             ids: [B] int64.
-            position: [1] int64, where all of them stand.
-            num_keys: keys to read, more than `position`; the same for a bucket of positions.
+            position: [1] int64, the position of all these tokens.
+            num_keys: number of keys to read, more than `position`; see `bucket_of`.
 
         Returns:
             [B, V] float32 logits of the next token.
@@ -53,7 +55,7 @@ class Decoder(Protocol):
 
 
 class LlamaDecoder:
-    """Llama with one preallocated cache."""
+    """Llama with one preallocated cache of keys and values."""
 
     name = "llama"
     capturable = True
@@ -62,22 +64,22 @@ class LlamaDecoder:
         self.model, self.head_size = model, model.head_size
         self.head = self._head()
         device, dtype = model.device, model.dtype
-        # On CPUs keys lie as the columns that a batched product wants.
+        # On CPUs keys are stored as columns, which batched products read without copying.
         self.columns = device.type == "cpu"
         self.rows, self.key_size = rows, rows * model.kv_heads * self.head_size
         size = self.key_size * length
-        self.room = torch.zeros((2, model.num_layers, size), dtype=dtype, device=device)
-        self.keys, self.values = self._spread(length)
+        self.buffer = torch.zeros((2, model.num_layers, size), dtype=dtype, device=device)
+        self.keys, self.values = self._cache_views(length)
         self.cos, self.sin = model.rotary(length)
 
     def restart(self) -> None:
-        """Later keys weigh nothing, but nothing times a number that is none is none."""
-        self.room.zero_()
+        """Clear the cache: masked keys get weight 0, but 0 times a NaN left there would be NaN."""
+        self.buffer.zero_()
 
     def step(self, ids: Tensor, position: Tensor, num_keys: int) -> Tensor:
         model, heads = self.model, self.model.heads
         if self.columns and num_keys != self.values.shape[3]:
-            self._respread(num_keys)
+            self._resize_cache(num_keys)
         x = functional.embedding(ids, model.embedding)
         cos, sin = self.cos.index_select(0, position), self.sin.index_select(0, position)
         later = torch.arange(num_keys, device=x.device) > position
@@ -99,34 +101,40 @@ class LlamaDecoder:
         return self.head(model.norm(x, model.final_norm))
 
     def _head(self) -> Linear:
-        """Float32 logits of hidden states."""
+        """Return the function from hidden states to float32 logits."""
         return self.model.head
 
-    def _spread(self, num_keys: int) -> tuple[Tensor, Tensor]:
-        """The room as keys and values that lie densely for so many positions.
+    def _cache_views(self, num_keys: int) -> tuple[Tensor, Tensor]:
+        """View the start of the buffer as contiguous keys and values of `num_keys` positions.
 
-        Both are [layers, B, H_kv, L, D], keys on CPUs [layers, B, H_kv, D, L].
+        Returns:
+            Keys and values, both [layers, B, H_kv, L, D]; on CPUs keys are [layers, B, H_kv, D, L].
         """
-        places = (self.model.num_layers, self.rows, self.model.kv_heads)
+        outer = (self.model.num_layers, self.rows, self.model.kv_heads)
         rows, columns = (num_keys, self.head_size), (self.head_size, num_keys)
-        keys, values = self.room[:, :, : self.key_size * num_keys]
-        return keys.view(*places, *(columns if self.columns else rows)), values.view(*places, *rows)
+        keys, values = self.buffer[:, :, : self.key_size * num_keys]
+        return keys.view(*outer, *(columns if self.columns else rows)), values.view(*outer, *rows)
 
-    def _respread(self, num_keys: int) -> None:
-        """Lay keys and values out for another number of positions: products copy what is not dense.
+    def _resize_cache(self, num_keys: int) -> None:
+        """Rearrange the cache for another number of positions, as products copy strided tensors.
 
-        Nothing of other rows stays beside them: it would be hidden, but not if it were no number.
+        Positions that are not kept are zeroed: the mask hides what remains of other rows, except
+        NaN.
         """
         before = self.keys, self.values
-        self.keys, self.values = self._spread(num_keys)
+        self.keys, self.values = self._cache_views(num_keys)
         for old, new, dim in ((before[0], self.keys, -1), (before[1], self.values, -2)):
-            kept = min(old.shape[dim], num_keys)
+            num_kept = min(old.shape[dim], num_keys)
             for source, target in zip(old, new, strict=True):
-                found = source.narrow(dim, 0, kept).clone()
-                target.zero_().narrow(dim, 0, kept).copy_(found)
+                kept = source.narrow(dim, 0, num_kept).clone()
+                target.zero_().narrow(dim, 0, num_kept).copy_(kept)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """The heads that share keys, as queries of one head. [B, H_kv, G, D]."""
+        """Attend with query [B, H_kv, G, D]; the G heads that share keys are rows of one product.
+
+        Returns:
+            [B, H_kv, G, D], on CPUs [B x H_kv, G, D].
+        """
         if not self.columns:
             num_keys = len(mask)
             return functional.scaled_dot_product_attention(
@@ -135,14 +143,14 @@ class LlamaDecoder:
                 values[:, :, :num_keys],
                 attn_mask=mask.expand(*query.shape[:3], -1),
             )
-        # Few queries, many heads: batched products take half the time of torch's CPU kernel.
+        # With few queries and many heads, batched products take half as long as torch's CPU kernel.
         scores = (query * self.head_size**-0.5).flatten(0, 1) @ keys.flatten(0, 1)
         seen: Tensor = scores.add_(mask).softmax(-1) @ values.flatten(0, 1)
         return seen
 
 
 class TransformersDecoder:
-    """Any causal language model of transformers, through its own cache; slower."""
+    """Any causal language model of transformers with its own cache; slower than `LlamaDecoder`."""
 
     name = "transformers"
     capturable = False
@@ -162,7 +170,7 @@ class TransformersDecoder:
 
 
 def decoder_for(model: LanguageModel, rows: int, length: int) -> Decoder:
-    """What decodes this model."""
+    """Return the decoder for this model."""
     if isinstance(model, Llama):
         return LlamaDecoder(model, rows, length)
     return TransformersDecoder(cast("TransformersModel", model), rows, length)

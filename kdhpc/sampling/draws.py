@@ -1,7 +1,7 @@
-"""Exact draws of tokens from logits: the method and its random numbers.
+"""Exact draws of tokens from logits: the methods and their random numbers.
 
-Nothing here looks at a value from Python: a draw is the same sequence of tensor operations for
-every input, so that a GPU never waits for the host.
+No Python code here depends on the value of a tensor. A draw is the same sequence of tensor
+operations for every input, so that a GPU never waits for the host.
 """
 
 import hashlib
@@ -16,55 +16,59 @@ from kdhpc import seeding
 from kdhpc.selection import Selection
 
 BLOCK = 256
-"""Vocabulary entries summed together in the first level of an inverse CDF."""
+"""Number of vocabulary entries that the first level of an inverse CDF sums together."""
 
 
 def select(logits: Tensor, selection: Selection) -> Tensor:
-    """Logits of the distribution to draw from, -inf where nothing may be drawn. [B, V]."""
-    chosen = logits / selection.tau if selection.tau != 1.0 else logits
+    """Apply temperature and truncation to logits.
+
+    Returns:
+        [B, V] logits of the distribution to draw from; -inf for tokens that may not be drawn.
+    """
+    selected = logits / selection.tau if selection.tau != 1.0 else logits
     if selection.top_k:
-        least = chosen.topk(min(selection.top_k, chosen.shape[1]), dim=1).values[:, -1:]
-        chosen = chosen.masked_fill(chosen < least, -torch.inf)
+        least = selected.topk(min(selection.top_k, selected.shape[1]), dim=1).values[:, -1:]
+        selected = selected.masked_fill(selected < least, -torch.inf)
     if selection.top_p < 1.0:
-        ordered, order = chosen.sort(dim=1, descending=True)
+        ordered, order = selected.sort(dim=1, descending=True)
         probability = ordered.double().softmax(dim=1)
         late = probability.cumsum(dim=1) - probability >= selection.top_p
         dropped = torch.zeros_like(late).scatter(1, order, late)
-        chosen = chosen.masked_fill(dropped, -torch.inf)
-    return chosen
+        selected = selected.masked_fill(dropped, -torch.inf)
+    return selected
 
 
 class Draw(Protocol):
-    """A way to draw one token a row, with the random numbers of a batch of sequences."""
+    """A way to draw one token per row with the random numbers of a batch of sequences."""
 
     def load(self, seed: int, stream: str, rows: range) -> None:
-        """Take the random numbers of these sequences of a stream."""
+        """Load the random numbers of the sequences `rows` of a stream."""
         ...
 
     def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draw the tokens at `position`.
 
         Args:
-            logits: [B, V] float32 of the model, -inf where a token is impossible.
+            logits: [B, V] float32 logits of the model, -inf where a token is impossible.
             position: [1] int64.
 
         Returns:
-            ids [B] int64; their log-probabilities [B] float64 in nats under what is drawn from, and
-            under the model at temperature 1.
+            ids [B] int64, and their log-probabilities in nats, twice [B] float64: under the
+            distribution that was drawn from, and under the model at temperature 1.
         """
         ...
 
 
 class InverseCdf:
-    """One uniform number of 53 bits a token."""
+    """Draws by inverting the cumulative distribution with one 53-bit uniform number per token."""
 
     def __init__(self, selection: Selection, rows: int, length: int, device: torch.device) -> None:
         self.selection = selection
         self.uniform = torch.zeros((length, rows), dtype=torch.float64, device=device)
 
     def load(self, seed: int, stream: str, rows: range) -> None:
-        found = seeding.uniforms(seed, stream, rows, len(self.uniform))
-        self.uniform.copy_(torch.from_numpy(found.T.copy()))
+        uniforms = seeding.uniforms(seed, stream, rows, len(self.uniform))
+        self.uniform.copy_(torch.from_numpy(uniforms.T.copy()))
 
     def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         uniform = self.uniform.index_select(0, position)[0]
@@ -75,11 +79,11 @@ class InverseCdf:
 
 
 def invert_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw by inverting the cumulative distribution: first a block of the vocabulary, then in it.
+    """Invert the cumulative distribution: draw a block of the vocabulary, then a token inside it.
 
-    Probabilities are float32 and so are the sums of blocks; what is added up over blocks, and
-    inside the one that is drawn, is float64. Inside a block the uniform's rest is stretched to the
-    exact sum, so that rounding of a block's sum, a relative 1e-7, never cuts off its last tokens.
+    Probabilities and the sums of blocks are float32. Cumulative sums over blocks and inside the
+    drawn block are float64. The remainder of the uniform number is rescaled to the exact sum of the
+    block, so that rounding of the block's sum (relative error 1e-7) never cuts off its last tokens.
 
     Args:
         logits: [B, V] float32, -inf where a token is impossible.
@@ -107,16 +111,17 @@ def invert_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first_above(ends: Tensor, target: Tensor) -> Tensor:
-    """Index of the first of the rising `ends` above `target`; such a one always has weight."""
+    """Return the index of the first of the rising `ends` above `target`; its weight is not 0."""
     below_last = torch.nextafter(ends[:, -1:], torch.zeros_like(target))
     return torch.searchsorted(ends, torch.minimum(target, below_last), right=True)
 
 
 class Gumbel:
-    """One number of 53 bits a vocabulary entry: the largest of logits plus Gumbel noise.
+    """Draws the token whose logit plus Gumbel noise is the largest.
 
-    The noise is made where the logits are, and is the same on every device: Philox4x32-10 counts
-    pairs of vocabulary entries, positions and sequences under a key of seed and stream.
+    The noise uses one 53-bit number per vocabulary entry. It is generated on the device of the
+    logits and is the same on every device: the counter of Philox4x32-10 is the pair of vocabulary
+    entries, the position and the sequence, and its key comes from seed and stream.
     """
 
     def __init__(self, selection: Selection, rows: int, length: int, device: torch.device) -> None:
@@ -131,32 +136,36 @@ class Gumbel:
         self.sequence.copy_(torch.arange(rows.start, rows.stop)[:, None])
 
     def noise(self, position: Tensor, vocab: range) -> Tensor:
-        """Standard Gumbel numbers [B, V] float64 of the vocabulary entries, from an even one on."""
+        """Return standard Gumbel noise [B, len(vocab)] float64 for a range of vocabulary entries.
+
+        The range must start at an even entry, because entries share Philox words in pairs.
+        """
         pairs = torch.arange(vocab.start // 2, (vocab.stop + 1) // 2, device=self.key.device)[None]
         counter = (pairs, position, self.sequence & MASK, self.sequence >> 32)
         words = philox(counter, self.key.unbind())
         raw = torch.stack([(hi << 21) | (lo >> 11) for hi, lo in (words[:2], words[2:])], dim=2)
         uniform = (raw.flatten(1).double() + 0.5).mul_(2.0**-53)
-        # Small exponentials make large noise: they are the exact end of the uniforms.
+        # log1p keeps small exponentials exact; they make the large noise that decides a draw.
         exponential = uniform.neg_().log1p_().neg_()
         return exponential.log_().neg_()[:, : len(vocab)]
 
     def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        chosen, vocab_size = select(logits, self.selection), logits.shape[1]
-        # What is worked on at once: on CPUs it should stay in the cache, on GPUs it takes memory.
+        selected, vocab_size = select(logits, self.selection), logits.shape[1]
+        # Entries that are processed at once: on CPUs they should fit the cache, on GPUs they cost
+        # memory.
         width = 2 * ((2**21 if logits.is_cuda else 2**15) // len(logits) + 1)
         best = [
-            (chosen[:, at : at + width].double() + self.noise(position, vocab)).max(dim=1)
+            (selected[:, at : at + width].double() + self.noise(position, vocab)).max(dim=1)
             for at in range(0, vocab_size, width)
             for vocab in [range(at, min(at + width, vocab_size))]
         ]
-        part = torch.stack([found.values for found in best]).argmax(dim=0)
-        inside = torch.stack([found.indices for found in best]).gather(0, part[None])[0]
+        part = torch.stack([maximum.values for maximum in best]).argmax(dim=0)
+        inside = torch.stack([maximum.indices for maximum in best]).gather(0, part[None])[0]
         token = part * width + inside
         log_prob = log_prob_of(logits, token)
         if self.selection.keeps_all:
             return token, log_prob, log_prob
-        return token, log_prob_of(chosen, token), log_prob
+        return token, log_prob_of(selected, token), log_prob
 
 
 MASK = 2**32 - 1
@@ -164,20 +173,20 @@ ROUNDS = 10
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
-    """Philox4x32-10: four words of 32 random bits.
+    """Generate four words of 32 random bits with Philox4x32-10.
 
     Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 
     Args:
         counter: four int64 tensors of words below 2^32 that broadcast against each other.
-        key: two, likewise.
+        key: two int64 tensors of words below 2^32 that broadcast against the counter.
 
     Returns:
-        Four int64 tensors.
+        Four int64 tensors of words below 2^32.
     """
     words, (k0, k1) = list(counter), key
     for _ in range(ROUNDS):
-        # Products wrap to 64 bits; the mask takes the sign off what is shifted down.
+        # Products wrap around at 64 bits; after the shift, the mask removes the sign extension.
         first, second = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
         words = [
             ((second >> 32) & MASK) ^ words[1] ^ k0,
@@ -190,9 +199,9 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
 
 
 def log_prob_of(logits: Tensor, token: Tensor) -> Tensor:
-    """Log-probability [B] float64 in nats of tokens [B] under logits [B, V]."""
+    """Return the log-probabilities [B] float64 in nats of tokens [B] under logits [B, V]."""
     return logits.log_softmax(dim=1).gather(1, token[:, None]).squeeze(1).double()
 
 
 DRAWS: dict[str, type[InverseCdf] | type[Gumbel]] = {"inverse_cdf": InverseCdf, "gumbel": Gumbel}
-"""By the config's name."""
+"""Methods to draw tokens, by their names in the config."""

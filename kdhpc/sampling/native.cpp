@@ -1,7 +1,8 @@
-// What is slow between the matrix products of a decoding step on CPUs, for float32 and bfloat16:
-// normalisation, rotary positions with attention over the cache, SiLU, and the draw; and the one
-// product that torch does not offer on CPUs, bfloat16 with float32 results, by oneDNN's kernel.
-// Built by `make native`; kdhpc/native.py is the Python side and says what every function takes.
+// The operations that are slow between the matrix products of a decoding step on CPUs, for float32
+// and bfloat16: normalisation, rotary positions with attention over the cache, SiLU, and the draw.
+// It also has the one product that torch does not offer on CPUs, bfloat16 with float32 results,
+// which it computes with oneDNN's kernel. `make native` builds it; kdhpc/sampling/native.py calls
+// it.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
@@ -20,8 +21,8 @@ namespace {
 using at::BFloat16;
 using at::Tensor;
 constexpr int64_t WIDTH = 16;   // numbers in a vector
-constexpr int64_t BLOCK = 256;  // vocabulary entries summed together, as kdhpc.draws.BLOCK
-constexpr int64_t HEAD_COLUMNS = 64;
+constexpr int64_t BLOCK = 256;  // vocabulary entries summed together, as in kdhpc.sampling.draws
+constexpr int64_t HEAD_COLUMNS = 64;  // vocabulary entries in a block of the packed head
 typedef float Vec __attribute__((vector_size(WIDTH * 4)));
 typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
 typedef uint16_t Halves __attribute__((vector_size(WIDTH * 2)));
@@ -40,7 +41,7 @@ inline Vec load(const BFloat16* from) {
 
 inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
-inline void store(BFloat16* to, Vec v) {  // rounds to the nearest, ties to even
+inline void store(BFloat16* to, Vec v) {  // rounds to nearest, ties to even
     const Ints bits = (Ints)v, even = (bits >> 16) & 1;
     const Halves h = __builtin_convertvector((bits + 0x7FFF + even) >> 16, Halves);
     std::memcpy(to, &h, sizeof h);
@@ -65,7 +66,8 @@ inline float largest(Vec v) {
     return most;
 }
 
-// e^x to 2e-7, 0 below -87 and e^88 above 88: x = n log 2 + r, and a polynomial in r (Cephes' expf).
+// Computes e^x with a relative error of 2e-7; the result is 0 below -87 and e^88 above 88.
+// Method: x = n log 2 + r, and a polynomial in r (Cephes' expf).
 inline Vec exponential(Vec x) {
     const Vec zero = {}, one = zero + 1.0f, least = zero - 87.0f, most = zero + 88.0f;
     const auto gone = x < least;
@@ -82,8 +84,8 @@ inline Vec exponential(Vec x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + one;
     const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
-    const Vec found = p * (Vec)power;
-    return gone ? zero : found;
+    const Vec result = p * (Vec)power;
+    return gone ? zero : result;
 }
 
 template <typename T>
@@ -109,6 +111,8 @@ void each_row(int64_t rows, const F& work) {
         __VA_ARGS__                                                        \
     }
 
+// Adds `delta` [B, H] to `x` [B, H] in place, if it is given, and returns the root-mean-square norm
+// of the sum times `weight` [H]. The mean of squares is float32.
 Tensor add_norm(Tensor& x, const std::optional<Tensor>& delta, const Tensor& weight, double eps) {
     const int64_t size = x.size(1);
     Tensor out = at::empty_like(x);
@@ -137,6 +141,7 @@ Tensor add_norm(Tensor& x, const std::optional<Tensor>& delta, const Tensor& wei
     return out;
 }
 
+// Returns SiLU(gate) * up [B, F] for `gate_up` [B, 2 F], whose rows are gate, then up.
 Tensor silu_mul(const Tensor& gate_up) {
     const int64_t size = gate_up.size(1) / 2;
     Tensor out = at::empty({gate_up.size(0), size}, gate_up.options());
@@ -155,7 +160,8 @@ Tensor silu_mul(const Tensor& gate_up) {
     return out;
 }
 
-// One row and key head: `groups` queries over the first `seen` keys. Keys are columns [D, L].
+// Attends with GROUPS queries of one row and key head to the first `seen` keys. `query` is already
+// scaled [GROUPS, D], keys are columns [D, L], values are rows [L, D], `out` is [GROUPS, D].
 template <typename T, int GROUPS>
 void attend_head(const float* query, const T* keys, const T* values, int64_t length, int64_t seen,
                  int64_t size, float* scores, T* out) {
@@ -196,6 +202,7 @@ void attend_head(const float* query, const T* keys, const T* values, int64_t len
     }
 }
 
+// Rotates one head [D] by the angles of its position; the first half of the sines is negated.
 template <typename T>
 void turn(const T* from, const T* cos, const T* sin, int64_t size, T* to) {
     const int64_t half = size / 2;
@@ -205,6 +212,8 @@ void turn(const T* from, const T* cos, const T* sin, int64_t size, T* to) {
     }
 }
 
+// Rotates queries and keys, writes the new keys and values to the cache at `position`, and attends.
+// Queries share keys in groups; threads divide the pairs of row and key head.
 template <typename T>
 void attend_rows(const Tensor& qkv, Tensor& keys, Tensor& values, const Tensor& cos,
                  const Tensor& sin, int64_t position, int64_t groups, double scale, Tensor& out) {
@@ -247,9 +256,11 @@ void attend_rows(const Tensor& qkv, Tensor& keys, Tensor& values, const Tensor& 
     });
 }
 
+// Takes `qkv` [B, (heads + 2 kv_heads) D], keys [B, kv_heads, D, L] and values [B, kv_heads, L, D],
+// which are updated, and cosines and sines [L, D]. Returns [B, heads D].
 Tensor attend(const Tensor& qkv, Tensor& keys, Tensor& values, const Tensor& cos, const Tensor& sin,
               const Tensor& position, int64_t groups, double scale) {
-    TORCH_CHECK(keys.size(2) % WIDTH == 0 && keys.size(3) % WIDTH == 0, "sizes are not whole vectors");
+    TORCH_CHECK(keys.size(2) % WIDTH == 0 && keys.size(3) % WIDTH == 0, "expected a head size and a cache length that are multiples of 16");
     const int64_t at = in<int64_t>(position)[0];
     TORCH_CHECK(at >= 0 && at < keys.size(3), "position ", at, " is outside the cache");
     Tensor out = at::empty({qkv.size(0), keys.size(1) * groups * keys.size(2)}, qkv.options());
@@ -257,6 +268,8 @@ Tensor attend(const Tensor& qkv, Tensor& keys, Tensor& values, const Tensor& cos
     return out;
 }
 
+// Packs a weight [V, H] for oneDNN: blocks of 64 vocabulary entries, in which pairs of inputs are
+// adjacent; the last block is padded with zeros. Returns [blocks, H / 2, 64, 2].
 Tensor pack_head(const Tensor& weight) {
     const int64_t rows = weight.size(0), size = weight.size(1);
     TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && size % 2 == 0, "expected bfloat16 [V, even]");
@@ -272,6 +285,7 @@ Tensor pack_head(const Tensor& weight) {
     return packed;
 }
 
+// Returns float32 logits [B, V] of bfloat16 hidden states [B, H] and a packed weight.
 Tensor head(const Tensor& hidden, const Tensor& packed, int64_t vocab_size) {
     const int64_t rows = hidden.size(0), size = hidden.size(1), blocks = packed.size(0);
     Tensor out = at::empty({rows, vocab_size}, hidden.options().dtype(at::kFloat));
@@ -295,7 +309,8 @@ Tensor head(const Tensor& hidden, const Tensor& packed, int64_t vocab_size) {
     return out;
 }
 
-// Sums of e^(logit / tau - top) over one block; the block is copied to 16-number vectors first.
+// Returns the sum of e^(logit / tau - top) over one block, and stores the terms in `weights` if it
+// is given. An incomplete last vector is padded with -inf.
 inline float weigh(const float* logits, int64_t count, float inverse_tau, float top, float* weights) {
     Vec total = {};
     for (int64_t i = 0; i < count; i += WIDTH) {
@@ -313,6 +328,8 @@ inline float weigh(const float* logits, int64_t count, float inverse_tau, float 
     return sum(total);
 }
 
+// Draws one token per row of `logits` [B, V] at temperature tau with the numbers `uniform` [B], and
+// returns ids and their log-probabilities at tau and at temperature 1, each [B].
 std::tuple<Tensor, Tensor, Tensor> draw(const Tensor& logits, const Tensor& uniform, double tau) {
     const int64_t rows = logits.size(0), vocab_size = logits.size(1);
     const int64_t blocks = (vocab_size + BLOCK - 1) / BLOCK;
@@ -347,7 +364,8 @@ std::tuple<Tensor, Tensor, Tensor> draw(const Tensor& logits, const Tensor& unif
                 total += sums[b];
                 if (tau != 1.0) total_one += weigh(mine + first, count, 1.0f, top, nullptr);
             }
-            // The block, then the token in it: the first whose cumulated weight lies above the target.
+            // Find the block, then the token in it: the first whose cumulative weight exceeds the
+            // target.
             double rest = numbers[row] * total;
             int64_t block = 0, last = 0;
             for (; block < blocks; block++) {
@@ -355,22 +373,22 @@ std::tuple<Tensor, Tensor, Tensor> draw(const Tensor& logits, const Tensor& unif
                 if (rest < sums[block]) break;
                 rest -= sums[block];
             }
-            if (block == blocks) block = last, rest = sums[block];  // rounding at the very end
+            if (block == blocks) block = last, rest = sums[block];  // after rounding errors
             const int64_t first = block * BLOCK, count = std::min(BLOCK, vocab_size - first);
             weigh(mine + first, count, inverse_tau, top * inverse_tau, weights.data());
             double inside = 0;
             for (int64_t j = 0; j < count; j++) inside += weights[j];
             rest *= inside / sums[block];
-            int64_t found = 0;
+            int64_t index = 0;
             last = 0;
-            for (; found < count; found++) {
-                if (weights[found] > 0) last = found;
-                if (rest < weights[found]) break;
-                rest -= weights[found];
+            for (; index < count; index++) {
+                if (weights[index] > 0) last = index;
+                if (rest < weights[index]) break;
+                rest -= weights[index];
             }
-            if (found == count) found = last;
-            tokens[row] = first + found;
-            const double logit = mine[first + found];
+            if (index == count) index = last;
+            tokens[row] = first + index;
+            const double logit = mine[first + index];
             at_tau[row] = (logit - top) * inverse_tau - std::log(total);
             at_one[row] = tau == 1.0 ? at_tau[row] : logit - top - std::log(total_one);
         }

@@ -1,9 +1,9 @@
-"""The optional extension for CPUs, built by `make native`; `sampling.engine`, `scoring.engine`.
+"""The optional CPU extension that `sampling.engine=native` and `scoring.engine=native` use.
 
-It does what is slow between the matrix products of a decoding step (`native.cpp`). It is built for
-the processor of the node that builds it, into the virtual environment, under a name that tells its
-source and torch's version. Where it is missing, or a node lacks one of that processor's features,
-plain torch does the work and a warning says so.
+It implements what is slow between the matrix products of a decoding step (`native.cpp`).
+`make native` builds it for the processor of the node that it runs on, and puts it into the virtual
+environment under a name that depends on its source and on torch's version. If it is missing, or a
+node lacks a feature of that processor, plain torch does the work and a warning says why.
 """
 
 import functools
@@ -32,25 +32,25 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
 VECTOR = 16
-"""Head sizes and lengths of caches are multiples of it."""
+"""Numbers in a vector of the extension; cache lengths and the sizes of a model are multiples."""
 HELP = "make native builds it"
 
 
 def library() -> Path:
-    """Where the built extension lies."""
+    """Return the path of the extension, whether it is built or not."""
     words = SOURCE.read_bytes() + f"{torch.__version__} {FLAGS}".encode()
     name = hashlib.sha256(words).hexdigest()[:12]
     return Path(sysconfig.get_paths()["platlib"]) / "kdhpc_native" / name / "kdhpc_native.so"
 
 
 def build() -> Path:
-    """Compile the extension for this machine's processor; needs a C++ compiler."""
+    """Compile the extension for this machine's processor, which needs a C++ compiler."""
     from torch.utils import cpp_extension
 
     path = library()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".features").write_text(" ".join(sorted(_features())))
-    # ninja comes with kdhpc's dependencies, beside this python.
+    # ninja is installed with kdhpc's dependencies, in the folder of this Python.
     os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
     cpp_extension.load(
         name=path.stem,
@@ -64,7 +64,7 @@ def build() -> Path:
 
 
 def _features() -> frozenset[str]:
-    """What this processor can do, in Linux's words; nothing elsewhere."""
+    """Return the processor's feature flags as Linux names them; empty on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -74,7 +74,7 @@ def _features() -> frozenset[str]:
 
 @functools.cache
 def missing() -> str:
-    """Why the extension cannot be used here; empty where it can, and then it is loaded."""
+    """Load the extension; return why it cannot be used here, or an empty string."""
     path = library()
     features = path.with_suffix(".features")
     if not path.exists() or not features.exists():
@@ -87,7 +87,7 @@ def missing() -> str:
 
 
 def unfit(model: LanguageModel) -> str:
-    """Why the extension cannot decode this model; empty where it can."""
+    """Return why the extension cannot decode this model, or an empty string."""
     if model.device.type != "cpu":
         return f"it is for CPUs, and the model is on {model.device.type}"
     if not isinstance(model, Llama):
@@ -101,21 +101,21 @@ def unfit(model: LanguageModel) -> str:
     }
     for name, (size, unit) in sizes.items():
         if size % unit:
-            return f"the model's {name} is {size}, no multiple of {unit}"
+            return f"the model's {name} is {size}, which is not a multiple of {unit}"
     return ""
 
 
 def usable(model: LanguageModel, setting: str) -> TypeGuard[Llama]:
-    """Whether the extension can be used; where not, the log says why, naming the setting."""
-    why = missing() or unfit(model)
-    if why:
-        log.warning("%s=native: %s; plain torch does the work", setting, why)
-    return not why
+    """Return whether the extension can decode this model; if not, log why and name the setting."""
+    reason = missing() or unfit(model)
+    if reason:
+        log.warning("%s=native: %s; plain torch does the work", setting, reason)
+    return not reason
 
 
 @functools.cache
 def has_head() -> bool:
-    """Whether the extension is there, and oneDNN's small kernels multiply bfloat16 (AVX-512)."""
+    """Return whether the extension can compute logits, which takes oneDNN's AVX-512 kernels."""
     if missing():
         return False
     try:
@@ -127,17 +127,21 @@ def has_head() -> bool:
 
 
 def head_for(model: LanguageModel, setting: str) -> Linear | None:
-    """The extension's head of a model; None where it cannot be used, and the log says why."""
+    """Return the extension's head of a model; if it cannot be used, log why and return None."""
     if not usable(model, setting):
         return None
     head = head_of(model)
     if head is None:
-        log.warning("%s=native: gains nothing here without bfloat16 and AVX-512", setting)
+        log.warning(
+            "%s=native: the extension needs a bfloat16 model and AVX-512 here; plain torch does "
+            "the work",
+            setting,
+        )
     return head
 
 
 def head_of(model: Llama) -> Linear | None:
-    """Float32 logits of bfloat16 hidden states, where oneDNN's small kernels can make them."""
+    """Return the function from bfloat16 hidden states to float32 logits; None if it needs torch."""
     weight, vocab_size = model.head_weight, model.vocab_size
     if weight.dtype != torch.bfloat16 or not has_head():
         return None
@@ -146,7 +150,7 @@ def head_of(model: Llama) -> Linear | None:
 
 
 class NativeDecoder(LlamaDecoder):
-    """Llama on CPUs, with everything but the products of its layers in the extension."""
+    """Llama on CPUs; everything but the matrix products of its layers is in the extension."""
 
     name = "native"
 
@@ -170,7 +174,7 @@ class NativeDecoder(LlamaDecoder):
 
 
 class NativeDraw(InverseCdf):
-    """Inverse CDF in one pass over the logits, with the log-probability at temperature 1."""
+    """Inverts the CDF in one pass over the logits that also gives log-probabilities at tau = 1."""
 
     def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.selection != Selection(tau=self.selection.tau):
@@ -184,15 +188,15 @@ DRAWS = draws.DRAWS | {"inverse_cdf": NativeDraw}
 
 
 def main() -> int:
-    """Build, and say where."""
+    """Build the extension and print its path; return the exit code."""
     try:
         print(f"built {build()}")  # noqa: T201
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        said = " ".join(str(error).split())[:500]
-        print(f"error: the extension cannot be built: {said}", file=sys.stderr)  # noqa: T201
+        message = " ".join(str(error).split())[:500]
+        print(f"error: the extension cannot be built: {message}", file=sys.stderr)  # noqa: T201
         return 1
-    if why := missing():
-        print(f"but {why}", file=sys.stderr)  # noqa: T201
+    if reason := missing():
+        print(f"error: the extension cannot be used: {reason}", file=sys.stderr)  # noqa: T201
         return 1
     return 0
 

@@ -1,9 +1,9 @@
-"""Exact ancestral sampling with a static cache: prompt in, ids and their log-probabilities out.
+"""Exact ancestral sampling with a static cache: from a prompt to ids and their log-probabilities.
 
-All rows of a batch start together and stand at the same position; rows that ended are masked, and
-nothing is scheduled. A row's ids depend on its own random stream and on the batch shape, never on
-what shares the batch. A step reads and writes buffers only: on GPUs it is captured once a bucket of
-positions and replayed.
+All rows of a batch start together and are always at the same position. Rows that have ended are
+masked; no other row takes their place. A row's ids depend on its own random stream and on the shape
+of the batch, never on the other rows. A step only reads and writes buffers, so on GPUs it is
+captured once for each bucket of positions and then replayed.
 """
 
 import logging
@@ -24,11 +24,12 @@ from kdhpc.storage.token_shards import Samples
 log = logging.getLogger(__name__)
 
 LOOK_EVERY = 64
-"""Positions between two looks whether every row has ended: the only waits for the device."""
+"""Number of positions between two checks whether every row has ended. These checks are the only
+points where the host waits for the device."""
 
 
 class Sampler:
-    """Draws batches of sequences from one model; its buffers serve one batch after the other."""
+    """Draws batches of sequences from one model, reusing its buffers for every batch."""
 
     def __init__(
         self,
@@ -42,17 +43,17 @@ class Sampler:
         counting: Counting,
         engine: str = "torch",
     ) -> None:
-        """Make room for a batch.
+        """Allocate the buffers of a batch.
 
         Args:
             model: a causal language model on its device.
-            prompt_ids: what every sequence starts with.
-            length: tokens of a sequence, the prompt included.
-            batch_rows: rows decoded together.
+            prompt_ids: ids that every sequence starts with.
+            length: number of tokens of a sequence, the prompt included.
+            batch_rows: number of rows that are decoded together.
             selection: temperature and truncation.
             draw: `inverse_cdf` or `gumbel`.
             counting: which id ends a sequence, and which tokens the sums are over.
-            engine: `torch`, or `native` for the extension where it can be used.
+            engine: `torch`, or `native` for the extension if it can be used.
         """
         self.device = device = model.device
         self.prompt, self.batch_rows = torch.tensor(prompt_ids, device=device), batch_rows
@@ -65,12 +66,13 @@ class Sampler:
         self.log_prob_tau = torch.zeros(batch_rows, dtype=torch.float64, device=device)
         self.alive = torch.ones(batch_rows, dtype=torch.bool, device=device)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.pool: Any = None  # memory of all graphs: what a step leaves behind is in buffers
+        # All graphs share one memory pool, because the results of a step are in buffers outside it.
+        self.pool: Any = None
         self.capture = device.type == "cuda" and self.decoder.capturable
 
     @torch.inference_mode()
     def batch(self, seed: int, stream: str, rows: range) -> Samples:
-        """Draw these sequences of a stream; as many as rows of a batch."""
+        """Draw the sequences `rows` of a stream, exactly `batch_rows` of them."""
         length, num_prompt = len(self.ids), len(self.prompt)
         self.draw.load(seed, stream, rows)
         self.decoder.restart()
@@ -98,7 +100,7 @@ class Sampler:
         )
 
     def step(self, num_keys: int) -> None:
-        """Feed the tokens at `position`, draw the next ones and move on."""
+        """Feed the tokens at the current position, draw the next ones and advance the position."""
         logits = self.decoder.step(
             self.ids.index_select(0, self.position)[0], self.position, num_keys
         )
@@ -113,11 +115,11 @@ class Sampler:
         self.alive &= ~ended
 
     def _replay(self, num_keys: int) -> None:
-        """One step: on GPUs as a CUDA graph, from the second of a bucket on. Not run: no GPU."""
+        """Do one step; on GPUs, replay a CUDA graph from the second step of a bucket on."""
         if graph := self.graphs.get(num_keys):
             graph.replay()
             return
-        self.step(num_keys)  # also what capture wants: everything has run once
+        self.step(num_keys)  # also warms up: capture requires that every operation has run once
         if not self.capture:
             return
         graph = torch.cuda.CUDAGraph()
@@ -127,14 +129,14 @@ class Sampler:
                 self.step(num_keys)
             self.graphs[num_keys] = graph
         except RuntimeError as error:
-            log.warning("no CUDA graph of a decoding step, running it eagerly: %s", error)
+            log.warning("a decoding step cannot be captured as a CUDA graph; runs eager: %s", error)
             self.capture = False
 
 
 def _parts(
     model: LanguageModel, rows: int, length: int, selection: Selection, draw: str, engine: str
 ) -> tuple[Decoder, Draw]:
-    """What decodes and what draws."""
+    """Return the decoder and the draw of a sampler."""
     if engine == "native":
         from kdhpc.sampling import native
 
@@ -147,12 +149,12 @@ def _parts(
 
 
 def sampler_for(loaded: Loaded, **options: Any) -> Sampler:
-    """The sampler of a loaded model; the last stays with it, so that a task makes buffers once."""
+    """Return a sampler of a loaded model; the last one is kept, so that a task allocates once."""
     if loaded.sampler is None or loaded.sampler[0] != options:
-        loaded.sampler = None  # old buffers go before new ones come
+        loaded.sampler = None  # frees the old buffers before new ones are allocated
         loaded.sampler = (options, Sampler(loaded.model, **options))
-    found: Sampler = loaded.sampler[1]
-    return found
+    sampler: Sampler = loaded.sampler[1]
+    return sampler
 
 
 def sample(
@@ -165,19 +167,22 @@ def sample(
 ) -> Samples:
     """Draw the sequences `rows` of a stream.
 
-    Sequence i always stands in row i % batch_rows of batch i // batch_rows, whatever range is asked
-    for, and a batch always has `batch_rows` rows, so that shards change nothing.
+    Sequence i is always in row i % batch_rows of batch i // batch_rows, and a batch always has
+    `batch_rows` rows, so the result does not depend on how the sequences are cut into shards.
 
     Args:
-        sampler: of a model.
-        rows: sequence indices; starts at a multiple of the sampler's `batch_rows`.
-        seed: of the run.
+        sampler: the sampler of a model.
+        rows: sequence indices; the first must be a multiple of the sampler's `batch_rows`.
+        seed: seed of the run.
         stream: name of the random stream.
-        on_batch: called with the number of sequences that exist after each batch.
+        on_batch: called after each batch with the number of sequences drawn so far.
+
+    Raises:
+        ValueError: if the first row is not the start of a batch.
     """
     size = sampler.batch_rows
     if rows.start % size:
-        raise ValueError(f"rows start at {rows.start}, not a multiple of {size}")
+        raise ValueError(f"rows start at {rows.start}; expected a multiple of batch_rows={size}")
     batches = []
     for start in range(rows.start, rows.stop, size):
         batches.append(sampler.batch(seed, stream, range(start, start + size)))

@@ -1,1 +1,1 @@
-"""Values in, numbers out: metrics and the mixture simulation, without torch."""
+"""Metrics and the mixture simulation: functions from arrays to arrays, without torch."""

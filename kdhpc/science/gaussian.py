@@ -1,9 +1,9 @@
-"""Mixtures of Gaussians: fits, sharpening, precision and recall, and the terms of the theory.
+"""Mixtures of Gaussians: draws, fits, sharpening, log-densities and expectations.
 
-The simulation of section 3 of the paper in arrays: a truth p*, points D drawn from it, a teacher p'
-fitted to D by EM, its weights sharpened by beta, and a student p'' fitted to points D' of that
-teacher. Shapes: N points, K components, D dimensions. Log-probabilities and entropies are in nats
-a point, natural logarithm.
+They are the parts of the simulation in section 3 of the paper: a truth p*, points D drawn from it,
+a teacher p' fitted to D by EM, its weights sharpened by beta, and a student p'' fitted to points D'
+of that teacher. Shapes: N points, K components, D dimensions. Log-densities and entropies use the
+natural logarithm and are in nats per point.
 """
 
 import math
@@ -22,11 +22,12 @@ Facts = dict[str, float | Floats | Bools]
 """Numbers and arrays by name."""
 Covariance = Literal["diagonal", "full"]
 GRID_VARIANCE = 0.025
+"""Variance of the truth's modes in every dimension."""
 VARIANCE_FLOOR = 1e-6
-"""Added to the fitted variances, as scikit-learn does."""
+"""Number added to all fitted variances, as scikit-learn does."""
 EM_TOLERANCE = 1e-3
-"""EM ends when a step gains less than this many nats a point: scikit-learn's default, which the
-released code keeps. Smaller ones make the teacher's weights a little more uneven."""
+"""Gain in nats per point below which EM ends. It is scikit-learn's default, which the released code
+uses. Smaller tolerances make the teacher's weights a little more uneven."""
 MAX_EM_STEPS = 1000
 
 
@@ -35,7 +36,7 @@ class Mixture:
     """A mixture of K Gaussians in D dimensions."""
 
     weights: Floats
-    """[K], not negative, with sum 1."""
+    """[K], not negative; they sum to 1."""
     means: Floats
     """[K, D]."""
     covariances: Floats
@@ -55,13 +56,13 @@ class Estimate:
 
 
 def grid_truth() -> Mixture:
-    """The paper's p*: eight modes on the grid {-1, 0, 1}^2 without its centre."""
+    """Return the paper's p*: eight modes on the grid {-1, 0, 1}^2 without its centre."""
     steps = (-1.0, 0.0, 1.0)
     return _equal_modes(np.array([(x, y) for x in steps for y in steps if (x, y) != (0.0, 0.0)]))
 
 
 def random_truth(num_modes: int, dimension: int, *, seed: int, stream: str) -> Mixture:
-    """Modes of the grid's size and weight whose means are uniform in the cube [-1, 1]^D."""
+    """Draw modes with equal weights and the grid's variance; means are uniform in [-1, 1]^D."""
     return _equal_modes(2.0 * seeding.uniform_block(seed, stream, num_modes, dimension) - 1.0)
 
 
@@ -75,34 +76,40 @@ def _equal_modes(means: Floats) -> Mixture:
 
 
 def draw(mixture: Mixture, num_points: int, *, seed: int, stream: str) -> Floats:
-    """Points of a mixture; more points of a stream begin with the same ones.
+    """Draw points of a mixture; a longer draw from a stream starts with the same points.
 
     Returns:
         [N, D].
     """
     dimension = mixture.means.shape[1]
     uniforms = seeding.uniform_block(seed, stream, num_points, 1 + dimension)
-    chosen = np.searchsorted(np.cumsum(mixture.weights)[:-1], uniforms[:, 0], side="right")
-    return _place(mixture, chosen, ndtri(uniforms[:, 1:]))
+    component = np.searchsorted(np.cumsum(mixture.weights)[:-1], uniforms[:, 0], side="right")
+    return _place(mixture, component, ndtri(uniforms[:, 1:]))
 
 
 def draw_evenly(mixture: Mixture, num_points: int, *, seed: int, stream: str) -> Floats:
-    """The same number of points from every component, one component after the other.
+    """Draw the same number of points from every component, ordered by component.
+
+    Args:
+        mixture: mixture to draw from.
+        num_points: number of points N, a multiple of K.
+        seed: seed of the run.
+        stream: name of the random stream.
 
     Returns:
-        [N, D]; `num_points` is a multiple of K.
+        [N, D].
     """
     count, dimension = mixture.means.shape
     noise = ndtri(seeding.uniform_block(seed, stream, num_points, dimension))
     return _place(mixture, np.repeat(np.arange(count), num_points // count), noise)
 
 
-def _place(mixture: Mixture, chosen: NDArray[np.intp], noise: Floats) -> Floats:
-    """Standard normal noise [N, D] moved to each point's component."""
+def _place(mixture: Mixture, component: NDArray[np.intp], noise: Floats) -> Floats:
+    """Transform standard normal noise [N, D] to points of the components [N]."""
     points = np.empty_like(noise)
     factors = np.linalg.cholesky(mixture.covariances)
     for index, (mean, factor) in enumerate(zip(mixture.means, factors, strict=True)):
-        rows = chosen == index
+        rows = component == index
         points[rows] = mean + noise[rows] @ factor.T
     return points
 
@@ -116,15 +123,17 @@ def fit(
     seed: int,
     stream: str,
 ) -> Mixture:
-    """Maximum likelihood: in closed form for one component, else the best of several runs of EM.
+    """Fit a mixture by maximum likelihood.
+
+    One component has a closed form; for more, the best of several EM runs is taken.
 
     Args:
         points: [N, D].
         num_components: K.
-        covariance: `diagonal` or `full`.
-        num_starts: runs of EM, each from its own k-means clustering.
-        seed: of the run.
-        stream: of the k-means clusterings.
+        covariance: form of the covariances, `diagonal` or `full`.
+        num_starts: number of EM runs, each from its own k-means clustering.
+        seed: seed of the run.
+        stream: name of the random stream of the k-means clusterings.
     """
     if num_components == 1:
         spread = np.atleast_2d(np.cov(points, rowvar=False, bias=True))
@@ -137,7 +146,7 @@ def fit(
         )
     from sklearn.mixture import GaussianMixture
 
-    found = GaussianMixture(
+    model = GaussianMixture(
         num_components,
         covariance_type="diag" if covariance == "diagonal" else "full",
         reg_covar=VARIANCE_FLOOR,
@@ -146,14 +155,14 @@ def fit(
         n_init=num_starts,
         random_state=seeding.integer_seed(seed, stream) % 2**32,
     ).fit(points)
-    spreads = found.covariances_
+    spreads = model.covariances_
     if covariance == "diagonal":
         spreads = spreads[:, :, None] * np.eye(points.shape[1])
-    return Mixture(weights=found.weights_, means=found.means_, covariances=spreads)
+    return Mixture(weights=model.weights_, means=model.means_, covariances=spreads)
 
 
 def sharpen(mixture: Mixture, beta: float) -> Mixture:
-    """Weights to the power beta, normalised; means and covariances stay.
+    """Raise the weights to the power beta and normalise them; keep means and covariances.
 
     Source: alpha'_k(beta) of section 3 of the paper; beta = 1 is the identity.
     """
@@ -166,64 +175,65 @@ def sharpen(mixture: Mixture, beta: float) -> Mixture:
 
 
 def component_log_prob(mixture: Mixture, points: Floats) -> Floats:
-    """Log-density of every component at every point [N, D].
+    """Compute the log-density of every component at every point [N, D].
 
     Returns:
-        [N, K] nats.
+        [N, K] in nats.
     """
-    found = np.empty((len(points), mixture.num_components))
+    log_probs = np.empty((len(points), mixture.num_components))
     factors = np.linalg.cholesky(mixture.covariances)
     for index, (mean, factor) in enumerate(zip(mixture.means, factors, strict=True)):
         scaled = (points - mean) @ np.linalg.inv(factor).T
-        found[:, index] = _log_peak(factor) - 0.5 * np.einsum("nd,nd->n", scaled, scaled)
-    return found
+        log_probs[:, index] = _log_peak(factor) - 0.5 * np.einsum("nd,nd->n", scaled, scaled)
+    return log_probs
 
 
 def _log_peak(factor: Floats) -> float:
-    """Log-density at the mean of a Gaussian with this Cholesky factor."""
+    """Return the log-density at the mean of a Gaussian with this Cholesky factor."""
     return -0.5 * len(factor) * math.log(2.0 * math.pi) - float(np.log(np.diag(factor)).sum())
 
 
 def log_prob(mixture: Mixture, points: Floats) -> Floats:
-    """Log-density at every point [N, D].
+    """Compute the log-density of the mixture at every point [N, D].
 
     Returns:
-        [N] nats.
+        [N] in nats.
     """
     return mix(mixture, component_log_prob(mixture, points))
 
 
 def mix(mixture: Mixture, log_probs: Floats) -> Floats:
-    """[N] from the components' [N, K]."""
+    """Combine log-densities of the components [N, K] to log-densities of the mixture [N]."""
     with np.errstate(divide="ignore"):
         return np.asarray(np.logaddexp.reduce(np.log(mixture.weights) + log_probs, axis=1))
 
 
 def alignments(p: Mixture, q: Mixture) -> Floats:
-    """E over component k of p of the log-density of component j of q, in closed form.
+    """Compute E_{x ~ component k of p}[log-density of component j of q at x] in closed form.
 
     Between teacher and student this is the paper's *geometric alignment* b'.
 
     Returns:
-        [K of p, K of q] nats.
+        [K of p, K of q] in nats.
     """
-    found = np.empty((p.num_components, q.num_components))
+    expectations = np.empty((p.num_components, q.num_components))
     for j, (mean, factor) in enumerate(
         zip(q.means, np.linalg.cholesky(q.covariances), strict=True)
     ):
         inverse = np.linalg.inv(factor)
         shift = (p.means - mean) @ inverse.T
         trace = np.einsum("da,kab,db->k", inverse, p.covariances, inverse)
-        found[:, j] = _log_peak(factor) - 0.5 * (trace + np.einsum("kd,kd->k", shift, shift))
-    return found
+        squares = np.einsum("kd,kd->k", shift, shift)
+        expectations[:, j] = _log_peak(factor) - 0.5 * (trace + squares)
+    return expectations
 
 
 def expected_log_prob(p: Mixture, q: Mixture, points: Floats) -> Estimate:
-    """E_{x~p}[log q(x)]: in closed form where q has one component, else by Monte Carlo.
+    """Compute E_{x~p}[log q(x)], in closed form if q has one component, else by Monte Carlo.
 
     Args:
-        p: what is averaged over.
-        q: what is scored under.
+        p: mixture to average over.
+        q: mixture to score under.
         points: [N, D] drawn from p.
     """
     if q.num_components == 1:
@@ -232,19 +242,19 @@ def expected_log_prob(p: Mixture, q: Mixture, points: Floats) -> Estimate:
 
 
 def monte_carlo(values: Floats) -> Estimate:
-    """Mean of independent values [N] and its standard error."""
+    """Return the mean of independent values [N] and its standard error."""
     return Estimate(
         value=float(values.mean()), error=float(values.std(ddof=1) / math.sqrt(len(values)))
     )
 
 
 def entropy(mixture: Mixture, points: Floats) -> Estimate:
-    """-E[log p] over a mixture that the points [N, D] were drawn from."""
-    found = expected_log_prob(mixture, mixture, points)
-    return Estimate(value=-found.value, error=found.error)
+    """Compute -E[log p] of a mixture from points [N, D] that were drawn from it."""
+    mean_log_prob = expected_log_prob(mixture, mixture, points)
+    return Estimate(value=-mean_log_prob.value, error=mean_log_prob.error)
 
 
 def weight_entropy(mixture: Mixture) -> float:
-    """Entropy of the mixture's weights: log K where they are equal, 0 where one has all."""
+    """Return the entropy of the weights in nats: log K if they are equal, 0 if one of them is 1."""
     weights = mixture.weights[mixture.weights > 0.0]
     return -float(weights @ np.log(weights))

@@ -1,8 +1,9 @@
-"""Precision, recall and their uncertainty from per-sequence scores.
+"""Precision, recall and their uncertainty, computed from per-sequence scores.
 
-precision = E_{x ~ p''}[log p*(x)], recall = E_{x ~ p*}[log p''(x)], both in nats per token and
-weighted by tokens: sum of log-probabilities over sum of counted tokens. The prompt and padding
-never count; the end-of-sequence token counts with `eos: learn` only (decision 2).
+precision = E_{x ~ p''}[log p*(x)] and recall = E_{x ~ p*}[log p''(x)], both in nats per token. They
+are weighted by tokens: the sum of log-probabilities divided by the number of counted tokens. The
+prompt and padding never count; the end-of-sequence token counts with `eos: learn` only (decision
+2).
 """
 
 import math
@@ -17,7 +18,7 @@ Numbers = NDArray[np.floating | np.integer]
 
 
 def per_token(log_prob_sum: Numbers, num_tokens: Numbers, axis: int = -1) -> Numbers:
-    """Token-weighted mean log-probability, nats per token."""
+    """Return the token-weighted mean log-probability in nats per token."""
     mean: Numbers = log_prob_sum.sum(axis=axis) / num_tokens.sum(axis=axis)
     return mean
 
@@ -29,16 +30,16 @@ def bootstrap(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """95 % percentile interval of a statistic over sequences, which are drawn together (paired).
+    """Return the 95 % percentile interval of a statistic over resampled sequences.
 
     Args:
-        arrays: each [N]; row n of all of them is one sequence.
+        arrays: arrays [N]; row n of all of them belongs to sequence n, so rows are drawn together.
         statistic: function of the arrays with an `axis` argument.
         resamples: number of bootstrap samples.
-        seed: of the bootstrap. The same seed draws the same sequences, so that models scored on one
-            truth set are resampled together and a table is the same each time.
+        seed: seed of the bootstrap. The same seed draws the same sequences, so that models scored
+            on one truth set are resampled together and a table is the same each time.
     """
-    found = stats.bootstrap(
+    interval = stats.bootstrap(
         tuple(arrays),
         statistic,
         paired=True,
@@ -49,11 +50,11 @@ def bootstrap(
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(interval.low), float(interval.high)
 
 
 def over_seeds(values: Sequence[float]) -> Interval:
-    """95 % t interval of the mean over seeds; NaN for a single one."""
+    """Return the 95 % t interval of the mean over seeds; both ends are NaN for a single seed."""
     if len(values) < 2:
         return math.nan, math.nan
     half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)

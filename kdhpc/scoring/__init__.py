@@ -1,1 +1,1 @@
-"""Log-probabilities of sequences under a model, over the tokens that count."""
+"""Compute log-probabilities of sequences under a model, over the tokens that count."""

@@ -1,4 +1,4 @@
-"""Which tokens are trained on and scored: the one rule."""
+"""The one rule for which tokens are trained on and scored."""
 
 from dataclasses import dataclass
 
@@ -8,35 +8,39 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Counting:
-    """The prompt and padding never count; the end of a sequence counts by choice (decision 2)."""
+    """Decides which tokens count.
+
+    The prompt and padding never count. The end-of-sequence token counts if `count_eos` is set
+    (decision 2).
+    """
 
     num_prompt: int
-    """Tokens of the prompt at the start of each row."""
+    """Number of tokens of the prompt at the start of each row."""
     eos: int
     """Id of the end-of-sequence token."""
     count_eos: bool
-    """Whether that token counts where it ends a row."""
+    """Whether the end-of-sequence token counts at the end of a row."""
 
     def at(self, position: Tensor, length: Tensor, ended: Tensor) -> Tensor:
-        """Whether the tokens at a position count.
+        """Return whether the tokens at a position count.
 
         Args:
             position: int64 index in the row.
-            length: int tokens of the row, its end-of-sequence token included.
+            length: int number of tokens of the row, its end-of-sequence token included.
             ended: bool, whether the last token of the row is the end-of-sequence token.
 
         Returns:
-            Bool, in the shape that the arguments broadcast to.
+            Bool, in the shape to which the arguments broadcast.
         """
         stop = length if self.count_eos else length - ended.to(length.dtype)
         return (position >= self.num_prompt) & (position < stop)
 
     def of(self, ids: Tensor, length: Tensor) -> Tensor:
-        """Which tokens of whole rows count.
+        """Return which tokens of whole rows count.
 
         Args:
-            ids: [B, L] int64; what is beyond a row's length means nothing.
-            length: [B] tokens of each row; 0 for a row of which nothing counts.
+            ids: [B, L] int64; ids beyond the length of a row are ignored.
+            length: [B] number of tokens of each row; no token counts in a row of length 0.
 
         Returns:
             [B, L] bool.

@@ -1,4 +1,4 @@
-"""Score sequences under a model, a batch at a time."""
+"""Score sequences under a model, one batch at a time."""
 
 from collections.abc import Callable
 
@@ -24,17 +24,17 @@ def score(
     head: Linear | None = None,
     on_batch: Callable[[int], None] = lambda rows_done: None,
 ) -> Scores:
-    """Log-probabilities of sequences, summed over the tokens that count.
+    """Compute the log-probabilities of sequences, summed over the tokens that count.
 
     Args:
-        model: what they are scored under.
+        model: the model that scores.
         samples: N sequences.
         counting: which tokens count.
-        batch_rows: rows scored together, from the first on.
-        head_tokens: positions whose logits over the whole vocabulary are in memory at once.
+        batch_rows: number of consecutive rows that are scored together.
+        head_tokens: largest number of positions whose logits are in memory at once.
         per_token: whether to keep the log-probability of every token.
-        head: float32 logits of hidden states; the model's own if None.
-        on_batch: called after each batch with the number of sequences that are scored.
+        head: function from hidden states [N, H] to float32 logits [N, V]; the model's own if None.
+        on_batch: called after each batch with the number of sequences scored so far.
     """
     parts = []
     for start in range(0, len(samples), batch_rows):

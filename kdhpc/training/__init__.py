@@ -1,1 +1,1 @@
-"""Models trained with DeepSpeed, resumable, the same for any number of ranks."""
+"""Train models with DeepSpeed, resumably and independently of the number of ranks."""

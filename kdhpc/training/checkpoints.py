@@ -1,8 +1,8 @@
-"""Checkpoints of a training: written beside, verified, then published, like every other output.
+"""Checkpoints of a training, published like every other output: first the data, then its record.
 
 3-train-on-truth/teacher-s0/00000.checkpoints/3f9a0c.../
-  000001000.json                     the record: step, data, digest, recipe, kept
-  000001000.5b1c77d2.safetensors     float32 weights and moments, written before the record
+  000001000.json                     the record: step, data, digest, recipe, for_good
+  000001000.5b1c77d2.safetensors     float32 weights and moments, verified before the record exists
 """
 
 import contextlib
@@ -28,10 +28,18 @@ def save(
     num_kept: int,
     for_good: bool = False,
 ) -> None:
-    """Publish a checkpoint, then delete what is neither kept for good nor among the newest.
+    """Publish a checkpoint, then delete those that are neither kept for good nor among the newest.
+
+    Args:
+        folder: folder of the checkpoints.
+        step: number of steps done.
+        tensors: weights and moments, by name.
+        recipe: recipe that a training must have to resume from this checkpoint.
+        num_kept: number of newest checkpoints that are kept.
+        for_good: whether this checkpoint is never deleted.
 
     Raises:
-        DamagedError: if it reads back differently; then nothing is published.
+        DamagedError: if the data reads back differently; then nothing is published.
     """
     from safetensors.torch import save_file
 
@@ -48,15 +56,15 @@ def save(
         "for_good": for_good,
     }
     if not write_once(folder / f"{step:09d}.json", record):
-        data.unlink()  # another attempt was here first
+        data.unlink()  # another attempt has published this step already
     _prune(folder, num_kept)
 
 
 def newest(folder: Path, recipe: str) -> tuple[int, dict[str, "Tensor"]] | None:
-    """The last whole checkpoint of this recipe: steps done and tensors; None if there is none.
+    """Return the steps and tensors of the newest intact checkpoint of this recipe, or None.
 
-    The record of a damaged one is put aside, so that the step can be published again; the one
-    before it serves.
+    The record of a damaged checkpoint is renamed, so that its step can be published again, and the
+    checkpoint before it is used.
     """
     from safetensors.torch import load_file
 
@@ -70,7 +78,7 @@ def newest(folder: Path, recipe: str) -> tuple[int, dict[str, "Tensor"]] | None:
                 return int(record["step"]), load_file(data)
         try:
             path.rename(path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}"))
-        except FileNotFoundError:  # another live attempt has newer ones by now
+        except FileNotFoundError:  # another live attempt has published newer ones by now
             return newest(folder, recipe)
     return None
 
@@ -79,8 +87,8 @@ def _compare(data: Path, tensors: Mapping[str, "Tensor"]) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(data, framework="pt") as found:
-            same = all(found.get_tensor(name).equal(value) for name, value in tensors.items())
+        with safe_open(data, framework="pt") as written:
+            same = all(written.get_tensor(name).equal(value) for name, value in tensors.items())
     except SafetensorError as error:
         raise DamagedError(f"{data}: cannot be read back ({error})") from error
     if not same:
@@ -88,10 +96,11 @@ def _compare(data: Path, tensors: Mapping[str, "Tensor"]) -> None:
 
 
 def _prune(folder: Path, num_kept: int) -> None:
-    """Delete older records with their data, and data whose writer died before its record.
+    """Delete older records with their data, and data whose writer died before it wrote the record.
 
-    A requeued training may have the old one, on a node out of reach, beside it: data without a
-    record is taken for a dead writer's only if the checkpoint before the last came after it.
+    While a requeued training runs, the old one may still be alive on an unreachable node. Data
+    without a record therefore counts as a dead writer's only if it is older than the checkpoint
+    before the last.
     """
     records, times = {}, []
     for path in sorted(folder.glob("*.json")):
@@ -104,7 +113,7 @@ def _prune(folder: Path, num_kept: int) -> None:
         path.unlink(missing_ok=True)
         remove(folder / records[path]["data"])
     named = {record["data"] for record in records.values()}
-    unnamed = folder.glob(".tmp*")  # what safetensors writes before it has a name
+    unnamed = folder.glob(".tmp*")  # safetensors writes to such files before it renames them
     for data in (*folder.glob("*.safetensors"), *unnamed):
         with contextlib.suppress(OSError):
             if data.name not in named and data.stat().st_mtime < dead_before:
@@ -112,7 +121,7 @@ def _prune(folder: Path, num_kept: int) -> None:
 
 
 def _read(path: Path) -> dict[str, Json]:
-    found = read_once(path)
-    if "/" in found["data"]:
+    record = read_once(path)
+    if "/" in record["data"]:
         raise DamagedError(f"{path}: names a file outside its folder")
-    return found
+    return record

@@ -1,4 +1,4 @@
-"""What is trained on: sequences, and global batches in an order that no number of ranks changes."""
+"""Training data: sequences, and global batches in an order that does not depend on the ranks."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -25,12 +25,12 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """What is trained on."""
+    """Sequences to train on."""
 
     ids: Rows
-    """[N, L] token ids, mapped into memory or not."""
+    """[N, L] token ids, in memory or mapped from files."""
     length: NDArray[np.int32]
-    """[N] tokens in each row; what lies beyond means nothing."""
+    """[N] number of tokens in each row; ids beyond it are ignored."""
     counting: Counting
     """Which tokens count."""
 
@@ -38,10 +38,13 @@ class Corpus:
         return len(self.length)
 
     def read(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Rows by number; nothing counts in those of a negative number.
+        """Read rows by index; no token counts in rows with a negative index.
+
+        Args:
+            rows: [B] row indices.
 
         Returns:
-            Ids [n, L] and what is predicted at each position [n, L], -100 where it does not count.
+            Ids [B, L] and the target of each position [B, L], -100 if the target does not count.
         """
         ids = torch.from_numpy(self.ids[np.maximum(rows, 0)].astype(np.int64))
         length = torch.from_numpy(np.where(rows < 0, 0, self.length[np.maximum(rows, 0)]))
@@ -53,19 +56,19 @@ class Corpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One global batch, of which this rank holds its share."""
+    """This rank's share of a global batch."""
 
     parts: Sequence[tuple[Tensor, Tensor]]
     """Micro-batches of this rank: ids [B, L] and targets [B, L], in pinned memory for GPUs."""
     num_counted: int
-    """Tokens that count in the whole global batch."""
+    """Number of tokens that count in the whole global batch, at least 1."""
 
 
 def batch_of(corpus: Corpus, rows: NDArray[np.int64], recipe: Training, *, pin: bool) -> Batch:
-    """Read a global batch and take this rank's part of it.
+    """Read a global batch and take this rank's share of it.
 
-    Every rank reads all rows, a few hundred kilobytes, because all need the number of counted
-    tokens.
+    Every rank reads all rows, a few hundred kilobytes, because each of them needs the number of
+    counted tokens.
     """
     ids, targets = corpus.read(rows)
     mine = np.arange(len(rows)).reshape(recipe.accumulation, recipe.world_size, -1)
@@ -78,7 +81,7 @@ def batch_of(corpus: Corpus, rows: NDArray[np.int64], recipe: Training, *, pin: 
 
 @dataclass
 class Batches:
-    """The global batches in order, each read while the one before it is trained on."""
+    """The global batches in order; each is read while the one before it is trained on."""
 
     corpus: Corpus
     recipe: Training
@@ -87,13 +90,13 @@ class Batches:
     stream: str
     pin: bool
     waited_s: float = 0.0
-    """Seconds that the last batch was waited for."""
+    """Seconds that the last call of `get` waited for its batch."""
     _order: tuple[int, NDArray[np.int64]] | None = None
     _next: tuple[int, Future[Batch]] | None = None
     _reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def get(self, step: int) -> Batch:
-        """The batch of a step; starts to read the one after it."""
+        """Return the batch of a step and start to read the next one."""
         began = time.perf_counter()
         if self._next is None or self._next[0] != step:
             self._next = step, self._reader.submit(self._read, step)
@@ -116,7 +119,7 @@ class Batches:
 
 
 def validation_batches(corpus: Corpus, recipe: Training, *, pin: bool) -> Iterator[Batch]:
-    """Global batches over the first sequences; rows that fill the last one do not count."""
+    """Yield global batches of the first sequences; rows that only fill the last do not count."""
     num_rows = min(recipe.validation_sequences, len(corpus))
     for start in range(0, num_rows, recipe.batch_sequences):
         rows = np.arange(start, start + recipe.batch_sequences)

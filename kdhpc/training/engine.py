@@ -1,4 +1,4 @@
-"""DeepSpeed around one model: steps, checkpoints, weights."""
+"""A wrapper of DeepSpeed around one model: steps, checkpoints and weights."""
 
 import logging
 import os
@@ -25,16 +25,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """A checkpoint: all that a later process needs to go on."""
+    """A checkpoint: everything that a later process needs to resume."""
 
     step: int
-    """Steps done."""
+    """Number of steps done."""
     tensors: Mapping[str, Tensor]
     """Float32 weights by name, and moments as `exp_avg/<name>` and `exp_avg_sq/<name>`."""
 
 
 class _Head(nn.Module):
-    """The output layer and the loss in one module, so that ZeRO-3 gathers the weights for both."""
+    """The output layer and the loss in one module, so that ZeRO-3 gathers the weight for both."""
 
     def __init__(self, weight: nn.Parameter, head_tokens: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class _Head(nn.Module):
 
 
 class _WithLoss(nn.Module):
-    """The model with its loss inside, which is how DeepSpeed wants it."""
+    """The model and its loss in one module, which DeepSpeed requires."""
 
     def __init__(self, model: PreTrainedModel, head_tokens: int) -> None:
         super().__init__()
@@ -60,14 +60,14 @@ class _WithLoss(nn.Module):
         self.head = _Head(model.get_output_embeddings().weight, head_tokens)
 
     def forward(self, ids: Tensor, targets: Tensor, gain: float) -> Tensor:
-        """Sum of the cross-entropy over targets [B, L] that are not negative."""
+        """Sum the cross-entropy over the targets [B, L] that are not negative."""
         hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
         total: Tensor = self.head(hidden, targets, gain)
         return total
 
 
 def deepspeed_settings(recipe: Training) -> dict[str, object]:
-    """The DeepSpeed dictionary, made from the recipe alone."""
+    """Return DeepSpeed's configuration, which depends on the recipe alone."""
     settings: dict[str, object] = {
         "train_batch_size": recipe.batch_sequences,
         "train_micro_batch_size_per_gpu": recipe.micro_batch,
@@ -87,38 +87,48 @@ def deepspeed_settings(recipe: Training) -> dict[str, object]:
 
 
 def load_deepspeed() -> Any:
-    """DeepSpeed, quiet, and without its shared-memory op, which compiles C++ at first use."""
+    """Import DeepSpeed without log lines and without its shared-memory op, which compiles C++."""
     import deepspeed
 
     deepspeed.logger.setLevel(logging.ERROR)
-    # 0.19 asks this table before it builds `ShareMemCommBuilder`.
+    # DeepSpeed 0.19 builds `ShareMemCommBuilder` only if this table allows it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 class Engine:
-    """DeepSpeed around one model: steps, checkpoints, weights."""
+    """Trains one model with DeepSpeed; every rank calls the same methods in the same order."""
 
     def __init__(
         self, model: PreTrainedModel, recipe: Training, schedule: Schedule, device: torch.device
     ) -> None:
+        """Hand the model to DeepSpeed.
+
+        Args:
+            model: float32 weights on the CPU, which become the engine's.
+            recipe: optimizer, batch, ranks and dtype.
+            schedule: steps of the learning-rate schedule.
+            device: device of this rank.
+        """
         self.deepspeed = load_deepspeed()
         self.recipe, self.device = recipe, device
-        self.linear = functional.linear  # ZeRO-3 replaces it for the whole process
+        self.linear = functional.linear  # to be restored: ZeRO-3 replaces it in the whole process
         rank = distributed.get_rank()
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(distributed.get_world_size()))
         os.environ.setdefault("LOCAL_RANK", "0")
         self.deepspeed.init_distributed(dist_backend=distributed.get_backend())
         model = model.to(device).train()
-        # DeepSpeed casts buffers too. Rotary frequencies in bfloat16 would be off by 0.7 radian at
-        # the end of a row of 512 tokens, and no longer be those of the saved model.
+        # Keep the buffers, because DeepSpeed casts them too. Rotary frequencies in bfloat16 would
+        # be off by 0.7 radians at the end of a row of 512 tokens, and would differ from those of
+        # the saved model.
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         model.to(DTYPES[recipe.dtype])
         attention.use_blocks(model)
         if recipe.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         for layer in model.base_model.layers if recipe.compile else ():
-            # Only what is no matrix product: one graph of each kind serves all layers.
+            # Compile the parts other than attention; each kind of part needs one graph for all
+            # layers.
             for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
                 part.compile()
         optimizer = torch.optim.AdamW(
@@ -151,8 +161,9 @@ class Engine:
         }
 
     def step(self, batch: "Batch") -> float:
-        """One optimizer step; returns its loss in nats per counted token."""
-        # DeepSpeed divides by accumulation steps and by ranks; the mean is over tokens.
+        """Do one optimizer step and return the loss in nats per counted token."""
+        # DeepSpeed averages over accumulation steps and ranks. Multiplying by both undoes that, and
+        # dividing by the counted tokens makes the loss a mean over tokens.
         share = self.recipe.accumulation * self.recipe.world_size / batch.num_counted
         gain = share * (self.recipe.loss_scale if self.recipe.dtype == "float16" else 1.0)
         total = torch.zeros((), device=self.device)
@@ -168,7 +179,7 @@ class Engine:
 
     @torch.no_grad()
     def validate(self, batches: Iterator["Batch"]) -> float:
-        """Loss in nats per counted token."""
+        """Return the loss over `batches` in nats per counted token."""
         total, num_counted = torch.zeros((), device=self.device), 0
         self.engine.eval()
         for batch in batches:
@@ -179,26 +190,29 @@ class Engine:
         return float(summed(total)) / max(1, num_counted)
 
     def gradient_norm(self) -> float:
-        """Global norm of the last step's gradients, before clipping."""
-        if self.engine.skipped_steps:  # float16 overflowed: its static loss scale is too large
+        """Return the global norm of the last step's gradients before clipping."""
+        if self.engine.skipped_steps:  # float16 overflowed because its loss scale is too large
             return float("inf")
         return float(self.engine.get_global_grad_norm() or 0.0)
 
     def state(self, step: int) -> State:
-        """Whole weights and moments on the CPU; every rank must ask, rank 0 gets them."""
+        """Gather whole weights and moments on rank 0's CPU; every rank must call this.
+
+        On other ranks the tensors of the state are empty.
+        """
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            found = {name: self._weight(parameter)}
-            found |= {f"{moment}/{name}": self._moment(parameter, moment) for moment in MOMENTS}
+            gathered = {name: self._weight(parameter)}
+            gathered |= {f"{moment}/{name}": self._moment(parameter, moment) for moment in MOMENTS}
             if distributed.get_rank() == 0:
-                tensors |= {key: value.detach().cpu().clone() for key, value in found.items()}
+                tensors |= {key: value.detach().cpu().clone() for key, value in gathered.items()}
         return State(step=step, tensors=tensors)
 
     def _weight(self, parameter: nn.Parameter) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        found: Tensor | None = safe_get_full_fp32_param(parameter)
-        return parameter if found is None else found  # stage 0 keeps no second copy
+        weight: Tensor | None = safe_get_full_fp32_param(parameter)
+        return parameter if weight is None else weight  # stage 0 keeps no second copy
 
     def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -206,24 +220,29 @@ class Engine:
         if self.recipe.zero_stage == 0:
             state: Tensor = self._states()[parameter][moment]
             return state
-        found: Tensor = safe_get_full_optimizer_state(parameter, moment)
-        return found
+        whole: Tensor = safe_get_full_optimizer_state(parameter, moment)
+        return whole
 
     def _states(self) -> Mapping[nn.Parameter, dict[str, Tensor]]:
-        """AdamW's state; under ZeRO, DeepSpeed wraps the optimizer."""
+        """Return AdamW's state by parameter."""
+        # With ZeRO, DeepSpeed wraps the optimizer.
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         states: Mapping[nn.Parameter, dict[str, Tensor]] = inner.state
         return states
 
     def restore(self, step: int, state: State | None) -> None:
-        """Put rank 0's checkpoint back on all ranks.
+        """Load rank 0's checkpoint on all ranks.
 
-        The optimizer must have made a step before, so that its state exists.
+        The optimizer must have done a step before, so that its state exists.
+
+        Args:
+            step: number of steps done, the same on all ranks.
+            state: the checkpoint; needed on rank 0 only.
         """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         def whole(name: str, parameter: nn.Parameter) -> Tensor:
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 holds a part
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # with ZeRO-3 a rank has a part
             value = torch.empty(shape, device=self.device)
             return from_first(value if state is None else value.copy_(state.tensors[name]))
 
@@ -246,15 +265,15 @@ class Engine:
         self.schedule.step()
 
     def weights(self) -> dict[str, Tensor]:
-        """State dict of the model on the CPU in the training dtype; filled on rank 0."""
-        found = {}
+        """Return the state dict on the CPU in the training dtype; it is empty except on rank 0."""
+        state_dict = {}
         for name, parameter in self.parameters.items():
             with self.deepspeed.zero.GatheredParameters([parameter]):
                 if distributed.get_rank() == 0:
-                    found[name] = parameter.detach().cpu().clone()
-        return found
+                    state_dict[name] = parameter.detach().cpu().clone()
+        return state_dict
 
     def close(self) -> None:
-        """Let go of hooks and buffers, so that the next training in this process starts clean."""
+        """Release hooks and buffers, so that the next training in this process starts clean."""
         self.engine.destroy()
         functional.linear = self.linear

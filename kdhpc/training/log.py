@@ -1,4 +1,4 @@
-"""The log of a training: JSON lines in the run folder, TensorBoard events where asked for."""
+"""The log of a training: JSON lines in the run folder and, if asked for, TensorBoard events."""
 
 import contextlib
 import json
@@ -14,7 +14,9 @@ FILE = "train.jsonl"
 
 
 class TrainingLog(contextlib.AbstractContextManager["TrainingLog"]):
-    """One line a step. After a kill, steps since the last checkpoint stand there twice.
+    """Writes one line per step.
+
+    After a kill, the steps since the last checkpoint are done again and are logged twice.
 
     Raises:
         InputError: if events are asked for and TensorBoard is not installed.
@@ -26,7 +28,7 @@ class TrainingLog(contextlib.AbstractContextManager["TrainingLog"]):
         self._events: Any = None
 
     def write(self, facts: Mapping[str, Json]) -> None:
-        """Add the facts of a step."""
+        """Add the facts of a step, which must include `step`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / FILE).open("a") as log:
             log.write(json.dumps({"time": round(time.time(), 3), **facts}) + "\n")
@@ -53,7 +55,7 @@ def _event_writer() -> Callable[[str], Any]:
 
 
 def last_line(folder: Path) -> str:
-    """The last whole line of a log, without reading all of it; empty for none."""
+    """Return the last line of a log without reading all of it; empty if the log is empty."""
     with (folder / FILE).open("rb") as file:
         file.seek(max(0, file.seek(0, 2) - 8192))
         lines = file.read().decode(errors="replace").splitlines()
@@ -61,7 +63,7 @@ def last_line(folder: Path) -> str:
 
 
 def read_log(folder: Path) -> list[dict[str, Json]]:
-    """The facts of every step, in order, the last writing of each."""
+    """Return the facts of every step in order; of a step that was logged twice, the last ones."""
     lines = (folder / FILE).read_text().splitlines()
-    found = {facts["step"]: facts for facts in map(json.loads, lines)}
-    return [found[step] for step in sorted(found)]
+    facts_by_step = {facts["step"]: facts for facts in map(json.loads, lines)}
+    return [facts_by_step[step] for step in sorted(facts_by_step)]

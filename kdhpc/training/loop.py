@@ -1,9 +1,9 @@
-"""Train a causal language model with DeepSpeed ZeRO, the same for any number of ranks.
+"""Train a causal language model with DeepSpeed ZeRO, independently of the number of ranks.
 
-The global batch and the order of the data are functions of (seed, epoch), never of the ranks. The
-loss of a step is the mean cross-entropy over all counted tokens of the global batch, so variable
-lengths weigh as they should. Checkpoints hold whole float32 weights and moments: another number of
-ranks or another ZeRO stage can go on from them.
+The global batch and the order of the data are functions of seed and epoch, never of the ranks. The
+loss of a step is the mean cross-entropy over all counted tokens of the global batch, so every token
+has the same weight whatever the lengths of the sequences. Checkpoints hold whole float32 weights
+and moments, so that a training can resume with another number of ranks or another ZeRO stage.
 """
 
 import time
@@ -27,36 +27,41 @@ from kdhpc.types import Json
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The end of a training, or where it was told to stop."""
+    """The result of a training that finished or was told to stop."""
 
     finished: bool
+    """Whether the training reached its last step."""
     step: int
+    """Number of steps done, including those before a resume."""
     losses: list[float]
-    """Of the steps that this process did, nats per counted token."""
+    """Losses of the steps that this process did, in nats per counted token."""
     weights: Mapping[str, Tensor]
-    """State dict on the CPU in the training dtype; filled on rank 0 when finished."""
+    """State dict on the CPU in the training dtype; empty unless finished and on rank 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """What a training tells and asks while it runs; called on rank 0, `should_stop` on all."""
+    """Callbacks and inputs of a training that do not change its weights.
+
+    Callbacks are called on rank 0 only, except `should_stop`, which is called on every rank.
+    """
 
     save: Callable[[State], None] = lambda state: None
-    """Gets a checkpoint at the recipe's interval and when told to stop."""
+    """Receives a checkpoint at the recipe's interval and when the training is told to stop."""
     should_stop: Callable[[], bool] = lambda: False
-    """Looked at after every step."""
+    """Asked after every step; the training stops if it returns True on any rank."""
     on_step: Callable[[Mapping[str, Json]], None] = lambda facts: None
-    """Gets the facts of a step: step, steps, epoch, loss, learning_rate, gradient_norm,
-    tokens_per_s, mfu, step_s, data_s (waiting for data), and where they were made checkpoint_s,
-    validation_loss and validation_s."""
+    """Receives the facts of a step: step, steps, epoch, loss, learning_rate, gradient_norm,
+    tokens_per_s, mfu, step_s and data_s (waiting for data), also checkpoint_s if a checkpoint was
+    made, and validation_loss and validation_s if the loss was validated."""
     validation: Corpus | None = None
     """Sequences for the validation loss."""
     flops_per_token: float = 0.0
-    """Arithmetic of one position, for MFU."""
+    """Arithmetic operations per position, for MFU."""
 
 
 class DivergedError(FloatingPointError):
-    """A loss or gradient that is no number, or a norm that exploded: trying again cannot help."""
+    """Raised if a loss or gradient is NaN or infinite or a norm explodes; a retry cannot help."""
 
 
 def train(
@@ -72,22 +77,22 @@ def train(
 ) -> Trained:
     """Train to the recipe's last step, or until told to stop.
 
-    `ranks.join` must have been called. Every rank calls this with the same arguments, but for the
-    state, which only rank 0 needs.
+    `ranks.join` must have been called. Every rank calls this function with the same arguments,
+    except the state, which only rank 0 needs.
 
     Args:
-        model: fresh weights on the CPU; its parameters are taken over.
-        corpus: what is trained on.
-        recipe: optimizer, batch, schedule, precision.
-        seed: of the run.
-        stream: name of the stream that orders the data.
-        device: of this rank.
-        state: a checkpoint to go on from.
-        watch: what is told and asked on the way.
+        model: fresh weights on the CPU; the training changes them in place.
+        corpus: sequences to train on.
+        recipe: optimizer, batch, schedule and dtype.
+        seed: seed of the run.
+        stream: name of the random stream that orders the data.
+        device: device of this rank.
+        state: checkpoint to resume from.
+        watch: callbacks and inputs that do not change the weights.
 
     Raises:
-        InputError: for float16 without a GPU.
-        DivergedError: naming the step and the last good checkpoint.
+        InputError: if the dtype is float16 and there is no GPU.
+        DivergedError: if the training diverges; names the step and the last good checkpoint.
     """
     if recipe.dtype == "float16" and device.type != "cuda":
         raise InputError("dtype=float16: needs a GPU; expected bfloat16 or float32 on a CPU")
@@ -96,10 +101,10 @@ def train(
     engine = Engine(model, recipe, schedule, device)
     batches = Batches(corpus, recipe, schedule, seed, stream, pin := device.type == "cuda")
     is_first = distributed.get_rank() == 0
-    found = torch.tensor(0 if state is None else state.step, device=device)
-    step = saved = int(from_first(found))
+    resumed_step = torch.tensor(0 if state is None else state.step, device=device)
+    step = saved = int(from_first(resumed_step))
     if step:
-        engine.step(batches.get(0))
+        engine.step(batches.get(0))  # creates the optimizer's state, which is then overwritten
         engine.restore(step, state)
     losses: list[float] = []
     stop = False
@@ -138,9 +143,9 @@ def train(
         stop = step < schedule.last and any_rank(watch.should_stop(), device)
         if stop or schedule.saves_at(step, recipe.checkpoint_every_steps):
             began = time.perf_counter()
-            made = engine.state(step)
+            checkpoint = engine.state(step)
             if is_first:
-                watch.save(made)
+                watch.save(checkpoint)
             saved = step
             facts["checkpoint_s"] = time.perf_counter() - began
         if is_first:

@@ -1,4 +1,4 @@
-"""The loss of training: cross-entropy without the logits of a whole batch in memory."""
+"""The training loss: cross-entropy without the logits of a whole batch in memory."""
 
 from typing import Any
 
@@ -7,32 +7,32 @@ from torch import Tensor
 
 
 class _SummedNll(torch.autograd.Function):
-    """Cross-entropy whose gradients are made while the logits of a chunk are in memory."""
+    """Cross-entropy whose gradients are computed while the logits of a chunk are in memory."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head_tokens: int, gain: float
     ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
-        wanted = hidden.requires_grad or weight.requires_grad
+        needs_grad = hidden.requires_grad or weight.requires_grad
         parts: list[Tensor] = []
-        # Sums of many chunks are kept in float32.
+        # With several chunks, the gradient of the weight is summed in float32.
         sums = torch.zeros_like(weight, dtype=torch.float32) if len(hidden) > head_tokens else None
         for at in range(0, len(hidden), head_tokens):
             rows, counts = hidden[at : at + head_tokens], targets[at : at + head_tokens] >= 0
-            chosen = targets[at : at + head_tokens].clamp(min=0)[:, None]
+            target = targets[at : at + head_tokens].clamp(min=0)[:, None]
             log_p = torch.log_softmax((rows @ weight.T).float(), dim=1)
-            total -= (log_p.gather(1, chosen).squeeze(1) * counts).sum()
-            if not wanted:
+            total -= (log_p.gather(1, target).squeeze(1) * counts).sum()
+            if not needs_grad:
                 continue
-            log_p.exp_().scatter_add_(1, chosen, -torch.ones_like(chosen, dtype=log_p.dtype))
+            log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype))
             grad = log_p.mul_((counts * gain)[:, None]).to(weight.dtype)
-            del log_p  # before the next large buffers are made
+            del log_p  # frees memory before the next large buffers are allocated
             parts.append(grad @ weight)
             grad_weight = grad.T @ rows
             if sums is not None:
                 sums += grad_weight
-        if wanted:
+        if needs_grad:
             ctx.save_for_backward(
                 torch.cat(parts), grad_weight if sums is None else sums.to(weight.dtype)
             )
@@ -49,18 +49,18 @@ class _SummedNll(torch.autograd.Function):
 def summed_nll(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, head_tokens: int, gain: float = 1.0
 ) -> Tensor:
-    """Sum of -log p(target), for training: memory grows with `head_tokens` x V, not with B x L x V.
+    """Sum -log p(target) for training with memory for `head_tokens` x V logits, not for all.
 
-    Logits and softmax are float32 for one chunk at a time; gradients are made in the same pass, so
-    that nothing is computed twice.
+    Logits and softmax are float32 and exist for one chunk at a time. Gradients are computed in the
+    same pass, so that nothing is computed twice.
 
     Args:
-        hidden: [N, H] last hidden states.
-        weight: [V, H] of the head, in the dtype of `hidden`.
-        targets: [N] int64 token ids; negative where a position does not count.
-        head_tokens: positions in one chunk.
+        hidden: [N, H] last hidden states of N positions.
+        weight: [V, H] weight of the head, in the dtype of `hidden`.
+        targets: [N] int64 token ids; negative if a position does not count.
+        head_tokens: number of positions in one chunk.
         gain: gradient that the sum is expected to receive, within a few powers of two. Gradients
-            are made at that scale, so that float16 does not lose small ones.
+            are computed at that scale, so that small ones do not underflow in float16.
 
     Returns:
         Scalar float32 in nats.

@@ -1,7 +1,7 @@
-"""The ranks of one training: find each other, check that all are well, agree.
+"""The ranks of one training: how they find each other, check each other, and exchange values.
 
-No launcher, host file or ssh: Slurm or the local executor starts one process a rank, and they meet
-at an address and port that every one of them can work out (see `kdhpc.cluster.task`).
+There is no launcher, host file or ssh. Slurm or the local executor starts one process per rank, and
+the ranks meet at an address and port that each of them can work out (see `kdhpc.cluster.task`).
 """
 
 import datetime
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 JOIN_LIMIT_S = 300.0
-"""How long the first ranks wait for the last."""
+"""Seconds that the first ranks wait for the last."""
 STEP_LIMIT_S = 1800.0
-"""How long a rank waits for the others in a collective operation, rank 0's checkpoints included."""
+"""Seconds that a rank waits for the others in a collective operation, which includes the time that
+rank 0 takes to save a checkpoint."""
 
 
 def join(
@@ -34,18 +35,28 @@ def join(
     device: torch.device,
     limit_s: float = JOIN_LIMIT_S,
 ) -> None:
-    """Start torch.distributed once a process, before any model is built, and check every rank.
+    """Start torch.distributed and check every rank, before any model is built.
 
-    A single rank needs no network: its store is in memory.
+    If this process has started it before, only the number of ranks is checked. A single rank needs
+    no network, because its store is in memory.
+
+    Args:
+        rank: index of this process among the ranks.
+        world_size: number of ranks.
+        address: host name or address of rank 0.
+        port: port that rank 0 listens on.
+        device: device of this rank.
+        limit_s: seconds to wait for the other ranks.
 
     Raises:
-        ClusterError: naming the ranks that did not come in time, or that share a GPU.
+        ClusterError: if ranks do not start in time or share a GPU, which it names, or if the number
+            of ranks is not the expected one.
     """
     if distributed.is_initialized():
         if distributed.get_world_size() != world_size:
             raise ClusterError(
-                f"this process is rank {distributed.get_rank()} of {distributed.get_world_size()} "
-                f"already; expected {world_size} ranks"
+                f"this process is already rank {distributed.get_rank()} of "
+                f"{distributed.get_world_size()}; expected {world_size} ranks"
             )
         return
     from torch._C._distributed_c10d import HashStore, TCPStore
@@ -67,12 +78,15 @@ def join(
         world_size=world_size,
         timeout=datetime.timedelta(seconds=STEP_LIMIT_S),
     )
-    if (found := int(summed(torch.ones(1, device=device)))) != world_size:
-        raise ClusterError(f"an all-reduce over {world_size} ranks counted {found}")
+    if (num_ranks := int(summed(torch.ones(1, device=device)))) != world_size:
+        raise ClusterError(
+            f"an all-reduce counted {num_ranks} ranks; expected {world_size}; check the network "
+            "between the nodes"
+        )
 
 
 def _meet(store: "Store", rank: int, world_size: int, device: torch.device, limit_s: float) -> None:
-    """Wait until every rank has said where it runs."""
+    """Wait until every rank has announced its node and GPU, and check that no GPU is shared."""
     store.set(f"place/{rank}", json.dumps(_place(device)))
     deadline = time.monotonic() + limit_s
     missing = list(range(world_size))
@@ -80,7 +94,7 @@ def _meet(store: "Store", rank: int, world_size: int, device: torch.device, limi
         if time.monotonic() > deadline:
             raise ClusterError(
                 f"rank {rank} on {_place(device)[0]}: ranks {missing} of {world_size} did not "
-                f"start in {limit_s:.0f} s; look at their nodes"
+                f"start in {limit_s:.0f} s; check their nodes"
             )
         time.sleep(0.1)
     if device.type != "cuda":
@@ -97,25 +111,26 @@ def _meet(store: "Store", rank: int, world_size: int, device: torch.device, limi
 
 
 def _place(device: torch.device) -> list[str]:
+    """Return the node and the GPU of this process; the GPU is empty on a CPU."""
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
     return [node, gpu]
 
 
 def summed(value: Tensor) -> Tensor:
-    """The sum over all ranks, in place."""
+    """Sum a tensor over all ranks in place, and return it."""
     if distributed.get_world_size() > 1:
         distributed.all_reduce(value)
     return value
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank; also a point that no rank passes before the others."""
+    """Return whether the flag is set on any rank; no rank returns before all have called this."""
     return bool(summed(torch.tensor(float(flag), device=device)) > 0)
 
 
 def from_first(value: Tensor) -> Tensor:
-    """What rank 0 has, in place on all ranks."""
+    """Copy rank 0's tensor to all ranks in place, and return it."""
     if distributed.get_world_size() > 1:
         distributed.broadcast(value, 0)
     return value

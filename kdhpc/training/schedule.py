@@ -1,4 +1,4 @@
-"""Steps of a training: how many there are, where it stops, which checkpoints are kept."""
+"""The steps of a training: how many there are, when it stops, and which checkpoints are kept."""
 
 from dataclasses import dataclass
 
@@ -7,19 +7,19 @@ from kdhpc.config.model import Training
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Steps of a training."""
+    """The steps of a training."""
 
     steps_per_epoch: int
     total: int
-    """Steps of the whole learning-rate schedule."""
+    """Number of steps of the whole learning-rate schedule."""
     last: int
-    """Steps after which training stops and the model is taken."""
+    """Number of steps after which training stops and the model is taken."""
     kept: frozenset[int] = frozenset()
-    """Steps whose checkpoints are kept for good."""
+    """Steps whose checkpoints are never deleted."""
 
     @staticmethod
     def of(recipe: Training, num_sequences: int) -> "Schedule":
-        """The last, incomplete batch of an epoch is left out."""
+        """Make the schedule of a recipe; the last, incomplete batch of an epoch is left out."""
         per_epoch = num_sequences // recipe.batch_sequences
         total = int(recipe.epochs * per_epoch)
         stop = recipe.stop_after_epochs
@@ -28,5 +28,5 @@ class Schedule:
         return Schedule(steps_per_epoch=per_epoch, total=total, last=max(1, last), kept=kept)
 
     def saves_at(self, step: int, every: int) -> bool:
-        """Whether a checkpoint is made after `step` steps."""
+        """Return whether a checkpoint is made after `step` steps, given the interval `every`."""
         return step in self.kept or (every > 0 and step % every == 0 and step < self.last)

@@ -1,4 +1,4 @@
-"""Merge all scores of a run into one HDF5 file.
+"""The stage that merges all scores of a run into one HDF5 file.
 
 reads   score shards; evaluation token shards, for the samplers' own log-probabilities
 writes  results.h5: /scores/<sampler>/<scorer>, /models/<name>, root attributes recipe and complete,
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from kdhpc.storage.results import Merged, ScorePieces
 
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "h5py")
-"""Whose versions the results name."""
+"""Packages whose versions are written into the results."""
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
-    """One shard, over everything that was scored or says something about a model."""
-    wanted = [
+    """Plan one shard that reads all models, evaluation sets and scores."""
+    merged = [
         shard
         for stage in (arms.TRUTH, arms.TRAIN_ON_TRUTH, arms.TRAIN_STUDENTS, arms.SCORE)
         for shard in before.stage(stage)
     ]
-    wanted += before.arm(arms.SAMPLE_TRUTH, "eval") + before.stage(arms.SAMPLE_STUDENTS)
+    merged += before.arm(arms.SAMPLE_TRUTH, "eval") + before.stage(arms.SAMPLE_STUDENTS)
     rows = sum(shard.num_rows for shard in before.stage(arms.SCORE))
     return [
         merge_of(
-            wanted,
+            merged,
             stage=arms.MERGE,
             fields={"eos": config.eos},
             rows=rows,
@@ -47,22 +47,22 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
 
 
 def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
-    """Merge, walking the plan: every digest is checked, and a missing shard is an error."""
+    """Merge all shards of the plan; every digest is checked, and a missing shard is an error."""
     path = work.new_path(shard, ".h5")
     merged = _write(path, shard, work, frozenset(work.plan.shards))
     for key in shard.reads:
-        work.record(key)  # what was not read for its scores
+        work.record(key)  # checks the records of shards that were not read for their scores
     stats = {"logical_digest": merged.logical_digest}
     return Written(path=path, rows=1, stats=stats, digest=merged.digest)
 
 
 def run_partial(work: Work[LanguageConfig], present: frozenset[str], path: Path) -> None:
-    """Merge the whole arms among the shards that are there; the file says `complete = False`.
+    """Merge the arms of which all shards exist; the file says `complete = False` if any is missing.
 
     Args:
-        work: of any process; nothing is published.
-        present: keys of the shards with a record.
-        path: of the file, replaced whole.
+        work: config, plan and paths; nothing is published.
+        present: keys of the shards that have a record.
+        path: path of the file, which is replaced as a whole.
     """
     [shard] = work.plan.stage(arms.MERGE)
     temporary = work.new_path(shard, ".partial.h5")
@@ -90,9 +90,9 @@ def _write(
 
 
 def _scores(work: Work[LanguageConfig], present: frozenset[str]) -> Iterator["ScorePieces"]:
-    """Scores of every pair, then what the samplers themselves thought of what they drew.
+    """Yield the scores of every pair, then the samplers' own log-probabilities of their samples.
 
-    Only arms of which every shard is present; each shard is read when its pieces are asked for.
+    Arms with missing shards are left out. A shard is read when its pieces are consumed.
     """
     from kdhpc.storage.results import ScorePieces
 
@@ -120,7 +120,7 @@ def _scores(work: Work[LanguageConfig], present: frozenset[str]) -> Iterator["Sc
 
 
 def _pieces(work: Work[LanguageConfig], shards: Sequence[Shard]) -> Iterator["Piece"]:
-    """Score shards one after the other, each read once."""
+    """Yield the pieces of score shards in order; each shard is read once."""
     from kdhpc.storage.hdf5 import read_pieces
 
     for shard in shards:
@@ -130,7 +130,13 @@ def _pieces(work: Work[LanguageConfig], shards: Sequence[Shard]) -> Iterator["Pi
 def _own_pieces(
     work: Work[LanguageConfig], scored: Sequence[Shard], sampled: Sequence[Shard]
 ) -> Iterator["Piece"]:
-    """Counted tokens from scores of the same sequences, log-probabilities from the samples."""
+    """Yield a sampler's own scores: token counts from score shards, log-probabilities from samples.
+
+    Args:
+        work: config, plan and paths.
+        scored: score shards of the same sequences under any scorer.
+        sampled: token shards of these sequences.
+    """
     from kdhpc.storage.hdf5 import map_array
     from kdhpc.storage.token_shards import read_samples
 
@@ -141,7 +147,7 @@ def _own_pieces(
 
 
 def _models(work: Work[LanguageConfig], present: frozenset[str]) -> dict[str, dict[str, Json]]:
-    """Facts of every model, for the analysis."""
+    """Return the facts about every model that the analysis needs, by the model's name."""
     [truth] = work.plan.arm(*arms.TRUTH_MODEL)
     models: dict[str, dict[str, Json]] = {}
     if truth.key in present:

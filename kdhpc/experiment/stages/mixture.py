@@ -1,19 +1,19 @@
-"""The mixture simulation: fit teachers, distil and score students, merge.
+"""The stages of the mixture simulation: fit teachers, fit and score students, merge.
 
 fit-teachers
 reads   nothing: everything is drawn
-writes  arrays with a row a seed [S, ...]: p*, teacher and direct student as weights [S, K], means
-        [S, K, D], covariances [S, K, D, D]; train_points [S, N, D]
+writes  arrays [S, ...] with one row per seed: p*, teacher and direct student as weights [S, K],
+        means [S, K, D] and covariances [S, K, D, D]; train_points [S, N, D]
 
 fit-students
-reads   teachers
-writes  arrays with a row a seed: the student, and all that `score_student` and `score_distillation`
-        of `kdhpc.science.distillation` say of it; nats a point
+reads   the arrays of fit-teachers
+writes  arrays [S, ...] with one row per seed: the student, and what `score_student` and
+        `score_distillation` of `kdhpc.science.distillation` return for it, in nats per point
 
 merge
-reads   both
+reads   the arrays of both stages
 writes  results.h5: /tables/<setting>-<arm>/<array>, /models, /provenance; an arm is `teachers`,
-        `direct` or `beta100`
+        `direct` or, for example, `beta100`
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 TEACHERS, DIRECT = "teachers", "direct"
 PARTS = ("weights", "means", "covariances")
 PACKAGES = ("numpy", "scipy", "scikit-learn", "h5py")
-"""Whose versions the results name."""
+"""Packages whose versions are written into the results."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,14 +77,14 @@ class StudentSettings:
 
 
 def arms(config: MixtureConfig) -> Iterator[tuple[str, float | None]]:
-    """Name and sharpening of every student of a setting; the direct student has none."""
+    """Yield name and beta of every student of a setting; beta is None for the direct student."""
     yield DIRECT, None
     for beta in config.betas:
         yield f"beta{beta:g}", beta
 
 
 def plan_teachers(config: MixtureConfig, before: Plan) -> list[Shard]:
-    """Shards of seeds for every setting."""
+    """Plan the shards of fit-teachers: for every setting, ranges of seeds."""
     shards = []
     for name, setting in config.settings.items():
         settings = TeacherSettings(
@@ -121,7 +121,7 @@ def plan_teachers(config: MixtureConfig, before: Plan) -> list[Shard]:
 
 
 def plan_students(config: MixtureConfig, before: Plan) -> list[Shard]:
-    """Shards of seeds for every setting and sharpening, each from the teachers of its seeds."""
+    """Plan the shards of fit-students: for every student, one for each shard of its teachers."""
     shards = []
     for name, setting in config.settings.items():
         teachers = before.arm("fit-teachers", f"{name}-{TEACHERS}")
@@ -159,14 +159,14 @@ def plan_students(config: MixtureConfig, before: Plan) -> list[Shard]:
 
 
 def plan_merge(config: MixtureConfig, before: Plan) -> list[Shard]:
-    """One shard, over all seeds of all settings."""
-    wanted = [*before.stage("fit-teachers"), *before.stage("fit-students")]
-    rows = sum(shard.num_rows for shard in wanted)
-    return [merge_of(wanted, stage="merge", fields={}, rows=rows, bytes_per_row=2000.0)]
+    """Plan one shard that reads all shards of both stages."""
+    merged = [*before.stage("fit-teachers"), *before.stage("fit-students")]
+    rows = sum(shard.num_rows for shard in merged)
+    return [merge_of(merged, stage="merge", fields={}, rows=rows, bytes_per_row=2000.0)]
 
 
 def run_teachers(shard: Shard, work: Work[MixtureConfig]) -> Written:
-    """Draw D, fit a teacher and a direct student to it, for each seed of the shard."""
+    """Draw D and fit a teacher and a direct student to it, for each seed of the shard."""
     from kdhpc.science import gaussian
 
     settings = settings_of(shard.arm.fields, TeacherSettings)
@@ -196,7 +196,7 @@ def run_teachers(shard: Shard, work: Work[MixtureConfig]) -> Written:
 
 
 def run_students(shard: Shard, work: Work[MixtureConfig]) -> Written:
-    """Distil and score one student for each seed of the shard."""
+    """Fit and score one student for each seed of the shard."""
     from kdhpc.science import distillation, gaussian
     from kdhpc.storage.hdf5 import read_arrays
 
@@ -212,12 +212,12 @@ def run_students(shard: Shard, work: Work[MixtureConfig]) -> Written:
         @functools.cache
         def points_of(mixture: "Mixture", role: str) -> "Floats":
             # Every arm is scored on the same points of p*, so that arms can be compared.
-            where = stream if role == "truth" else f"{stream}/{arm}"
+            prefix = stream if role == "truth" else f"{stream}/{arm}"
             return gaussian.draw(
-                mixture, settings.eval_points, seed=seed, stream=f"{where}/{role}/eval"
+                mixture, settings.eval_points, seed=seed, stream=f"{prefix}/{role}/eval"
             )
 
-        student, found = direct, {}
+        student, scores = direct, {}
         if settings.beta is not None:
             teacher = gaussian.sharpen(_mixture(teachers, "teacher", row), settings.beta)
             distilled = gaussian.draw(
@@ -231,16 +231,16 @@ def run_students(shard: Shard, work: Work[MixtureConfig]) -> Written:
                 seed=seed,
                 stream=f"{stream}/{arm}/fit",
             )
-            found = distillation.score_distillation(truth, teacher, student, direct, points_of)
+            scores = distillation.score_distillation(truth, teacher, student, direct, points_of)
         points = teachers["train_points"][row]
-        found |= distillation.score_student(truth, student, points, points_of)
-        return found | _parts("student", student)
+        scores |= distillation.score_student(truth, student, points, points_of)
+        return scores | _parts("student", student)
 
     return _write(shard, work, fit_one)
 
 
 def run_merge(shard: Shard, work: Work[MixtureConfig]) -> Written:
-    """Join the shards of every arm, checking each digest."""
+    """Join the shards of every arm; every digest is checked."""
     from kdhpc.storage.results import write_results
 
     path = work.new_path(shard, ".h5")
@@ -264,7 +264,7 @@ def _tables(work: Work[MixtureConfig]) -> Iterator[tuple[str, "Arrays"]]:
 
 
 def _facts(config: MixtureConfig) -> dict[str, dict[str, Json]]:
-    """What the analysis groups arms by."""
+    """Return the facts about every arm that the analysis needs, by the arm's name."""
     return {
         f"{name}-{arm}": {
             "setting": name,
@@ -312,7 +312,7 @@ def _mixture(arrays: "Arrays", role: str, row: int) -> "Mixture":
 
 
 def _write(shard: Shard, work: Work[MixtureConfig], fit_one: Callable[[int], "Facts"]) -> Written:
-    """A row a seed of what `fit_one` finds for it."""
+    """Call `fit_one` for every seed of the shard, and write its results as rows of arrays."""
     import numpy as np
 
     from kdhpc.storage.hdf5 import write_arrays
@@ -329,7 +329,7 @@ def _write(shard: Shard, work: Work[MixtureConfig], fit_one: Callable[[int], "Fa
 FIT_TEACHERS = Stage(
     name="fit-teachers",
     reads="nothing: p* and D are drawn",
-    writes="p*, D, teachers and direct students; arrays [S, ...] with a row a seed",
+    writes="p*, D, teachers and direct students; arrays [S, ...] with one row per seed",
     unit="points",
     plan=plan_teachers,
     run=run_teachers,
@@ -339,7 +339,7 @@ FIT_TEACHERS = Stage(
 FIT_STUDENTS = Stage(
     name="fit-students",
     reads="p*, D, teachers and direct students",
-    writes="a student on each D'_beta and its scores; arrays [S, ...] with a row a seed, in nats",
+    writes="students of each D'_beta and their scores in nats; arrays [S, ...], one row per seed",
     unit="points",
     plan=plan_students,
     run=run_students,

@@ -1,8 +1,9 @@
-"""Sample sequences from a model.
+"""The stages that sample sequences from a model.
 
 reads   a model checkpoint
 writes  token shards: ids [N, L] uint16, length [N] int32, log_prob_sum [N] float64 (nats, at
-        temperature 1) and log_prob_tau_sum [N] float64 (nats, under what was drawn from)
+        temperature 1) and log_prob_tau_sum [N] float64 (nats, under the distribution that was
+        drawn from)
 """
 
 import functools
@@ -20,7 +21,7 @@ WRITES = "token shards: ids [N, L] uint16, length [N], log-probability sums [N] 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings:
-    """What determines the sequences of an arm, beside the model."""
+    """Settings that determine the sequences of an arm, together with the model."""
 
     seed: int
     stream: str
@@ -36,33 +37,33 @@ class SampleSettings:
 
 
 def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
-    """Shards of every sample set of one stage."""
+    """Plan the shards of every sample set of one stage."""
     shards: list[Shard] = []
-    for wanted in arms.sample_sets(config):
-        if wanted.stage != stage:
+    for sample_set in arms.sample_sets(config):
+        if sample_set.stage != stage:
             continue
-        [model] = before.arm(*wanted.model)
+        [model] = before.arm(*sample_set.model)
         settings = SampleSettings(
             seed=config.seed,
-            stream=wanted.stream,
+            stream=sample_set.stream,
             prompt=config.prompt,
             length=config.length,
             eos=config.eos,
-            dtype=wanted.dtype,
+            dtype=sample_set.dtype,
             batch_rows=config.sampling.batch_rows,
             draw=config.sampling.draw,
             engine=config.sampling.engine,
             threads=config.threads,
-            selection=wanted.selection,
+            selection=sample_set.selection,
         )
         arm = Arm(
             stage=stage,
-            name=wanted.arm,
+            name=sample_set.arm,
             fields=fields_of(settings),
             inputs={"model": model.recipe},
         )
         sizes = config.sampling
-        num_rows = sizes.eval_sequences if wanted.evaluation else sizes.train_sequences
+        num_rows = sizes.eval_sequences if sample_set.evaluation else sizes.train_sequences
         shards += [
             Shard(
                 arm=arm,
@@ -113,8 +114,8 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
         on_batch=lambda done: work.progress(done / shard.num_rows),
     )
     path = work.new_path(shard, ".arrow")
-    about = {"kdhpc.key": shard.key, "kdhpc.recipe": shard.recipe, "kdhpc.draw": settings.draw}
-    write_samples(path, samples, about)
+    metadata = {"kdhpc.key": shard.key, "kdhpc.recipe": shard.recipe, "kdhpc.draw": settings.draw}
+    write_samples(path, samples, metadata)
     return Written(
         path=path,
         rows=len(samples),
@@ -145,7 +146,7 @@ SAMPLE_TEACHER = Stage(
 SAMPLE_STUDENTS = Stage(
     name=arms.SAMPLE_STUDENTS,
     reads="students and teachers",
-    writes=f"evaluation sets, students at temperature 1, teachers at every tau; {WRITES}",
+    writes=f"evaluation sets of students at temperature 1, of teachers at every tau; {WRITES}",
     unit="tokens",
     plan=functools.partial(plan, arms.SAMPLE_STUDENTS),
     run=run,

@@ -1,8 +1,8 @@
-"""Score sample sets: log p* over models' samples (precision), log p'' over truth's (recall).
+"""The stage that scores sample sets: of models under p* (precision), of p* under models (recall).
 
 reads   token shards and a model checkpoint
-writes  score shards: log_prob_sum [N] float64 in nats, num_tokens [N] int32, and where asked
-        token_log_prob [N, L] float32
+writes  score shards: log_prob_sum [N] float64 in nats, num_tokens [N] int32, and with
+        `scoring.per_token` also token_log_prob [N, L] float32
 """
 
 import functools
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
-    """What determines the scores of an arm, beside the samples and the model."""
+    """Settings that determine the scores of an arm, together with the samples and the model."""
 
     eos: str
     prompt: str
@@ -34,7 +34,7 @@ class ScoreSettings:
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
-    """Shards of every pair of sampler and scorer."""
+    """Plan the shards of every pair of sampler and scorer."""
     shards = []
     scoring = config.scoring
     settings = ScoreSettings(
@@ -113,7 +113,7 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
 
 
 def _samples(shard: Shard, work: Work[LanguageConfig]) -> "Samples":
-    """The sequences of the shard, from the sample shards that hold them."""
+    """Read the sequences of the shard from the sample shards that hold them."""
     from kdhpc.storage.token_shards import read_samples
 
     sources = [work.plan.shards[key] for key in shard.reads[1:]]

@@ -1,4 +1,4 @@
-"""Make models: the truth, teachers and direct students, distilled students.
+"""The stages that make models: the truth, teachers and direct students, distilled students.
 
 reads   a corpus or a finished model (truth); token shards (all others)
 writes  Hugging Face checkpoint folders: config.json, model.safetensors, tokenizer
@@ -36,17 +36,18 @@ BYTE_VOCAB_SIZE = 257
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """What determines a training, beside its data."""
+    """Settings that determine a training, together with its data."""
 
     seed: int
     stream: str
-    """Of the initial weights and the order of the data."""
+    """Prefix of the random streams of the initial weights and of the order of the data."""
     shape: Shape
     training: Training
-    """Without the fields that only say how it is watched, which have their defaults here."""
+    """Training settings. The fields of `WATCHING` are no part of the recipe; settings read back
+    from an arm have their defaults."""
     length: int
     prompt: str
-    """Start of every row, which does not count; empty for text."""
+    """Text that every row starts with and that does not count; empty for a corpus of text."""
     eos: str
     threads: int
 
@@ -65,16 +66,16 @@ class TrainSettings:
 
     @property
     def fields(self) -> dict[str, Json]:
-        """As fields of an arm."""
-        found = fields_of(self)
+        """The settings as fields of an arm, without those of `WATCHING`."""
+        arm_fields = fields_of(self)
         for name in WATCHING:
-            found["training"].pop(name, None)
-        return found
+            arm_fields["training"].pop(name, None)
+        return arm_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TruthSettings:
-    """What determines p*: a given model, or a corpus (and the training settings beside it)."""
+    """Settings that determine p*; a trained p* has those of its training in addition."""
 
     kind: Literal["given", "trained"]
     fingerprint: str
@@ -85,14 +86,14 @@ class TruthSettings:
 
 
 def states_recipe(arm: Arm) -> str:
-    """Recipe of an arm's checkpoints: they serve whatever the layout of the ranks is."""
+    """Return the recipe of an arm's checkpoints, which does not depend on the layout of ranks."""
     training = arm.fields["training"]
     kept = {name: value for name, value in training.items() if name not in LAYOUT}
     return dataclasses.replace(arm, fields={**arm.fields, "training": kept}).recipe
 
 
 def _trained_truth(config: LanguageConfig) -> Model | None:
-    """Architecture and recipe of a truth that is trained in the run; None for one that is given."""
+    """Return the model of a truth that the run trains; None if the truth is a given model."""
     truth = config.truth
     if truth.model != "train" or truth.shape is None or truth.training is None:
         return None
@@ -100,7 +101,7 @@ def _trained_truth(config: LanguageConfig) -> Model | None:
 
 
 def plan_truth(config: LanguageConfig, before: Plan) -> list[Shard]:
-    """One shard: p* as a checkpoint folder."""
+    """Plan one shard: p* as a checkpoint folder."""
     truth, model = config.truth, _trained_truth(config)
     fields = fields_of(
         TruthSettings(
@@ -126,7 +127,7 @@ def plan_truth(config: LanguageConfig, before: Plan) -> list[Shard]:
 
 
 def run_truth(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
-    """Train p* on a corpus, or bring a finished model into the run."""
+    """Train p* on a corpus, or convert or copy a finished model into the run."""
     from kdhpc.models import devices, huggingface
     from kdhpc.models.tokenizer import Tokenizer
     from kdhpc.storage.token_shards import MAX_VOCAB_SIZE
@@ -156,7 +157,7 @@ def run_truth(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
 
 
 def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
-    """One shard a model of this stage."""
+    """Plan one shard for every model of this stage."""
     shards = []
     [truth] = before.arm(*arms.TRUTH_MODEL)
     for trainee in arms.trainees(config):
@@ -168,7 +169,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
         steps = (training.stop_after_epochs or training.epochs) * (
             sequences // training.batch_sequences
         )
-        watched = before.arm(*arms.TRUTH_EVAL) if training.validate_every_steps else []
+        validation = before.arm(*arms.TRUTH_EVAL) if training.validate_every_steps else []
         stream = f"{trainee.kind}/s{trainee.seed}/{trainee.size}"
         settings = TrainSettings.of(trainee.model, config, stream=stream, prompt=config.prompt)
         arm = Arm(
@@ -183,7 +184,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
             Shard(
                 arm=arm,
                 name="00000",
-                reads=(truth.key, *(shard.key for shard in (*data, *watched))),
+                reads=(truth.key, *(shard.key for shard in (*data, *validation))),
                 work=steps * training.batch_sequences * config.length / training.world_size,
                 num_bytes=4.0 * num_parameters(trainee.model.shape, 49152),
             )
@@ -221,15 +222,15 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
 
 
 def _join(model: Model, work: Work[LanguageConfig]) -> None:
-    """Meet the other ranks, before anything is read or built."""
+    """Join the other ranks, before anything is read or built."""
     import os
 
     from kdhpc.models import devices, loading
     from kdhpc.training import ranks
 
     devices.set_threads(work.config.threads)
-    # Who asks for activation checkpointing is short of memory.
     loading.forget()
+    # Activation checkpointing shows that memory is short, so freed memory must not be kept.
     devices.set_allocator(keep_freed=not model.training.activation_checkpointing)
     if work.world_size != model.training.world_size:
         raise ClusterError(
@@ -254,15 +255,19 @@ def _train(
     *,
     validation: "Corpus | None" = None,
 ) -> Written | None:
-    """Train, with checkpoints in the shard's own folder; None when told to stop, or not rank 0.
+    """Train a model, with checkpoints in the shard's own folder.
 
     Args:
-        shard: its fields say what is trained, and how.
+        shard: shard whose fields determine the training.
         work: config and paths.
-        watching: how it is watched, which is no part of the shard's recipe.
-        corpus: what is trained on.
-        tokenizer_path: folder with the tokenizer that goes with the model.
+        watching: settings of which the fields of `WATCHING` are used, which are no part of the
+            shard's recipe.
+        corpus: sequences to train on.
+        tokenizer_path: folder of the tokenizer that is saved with the model.
         validation: sequences for the validation loss.
+
+    Returns:
+        The checkpoint folder; None if told to stop, and on every rank above 0.
     """
     from kdhpc import seeding
     from kdhpc.models import devices, huggingface
@@ -295,10 +300,11 @@ def _train(
         )
 
     folder = work.run.scratch_path(shard.key)
-    # By recipe: other settings after a cancel must not meet the old settings' checkpoints.
+    # The folder is named after the recipe, so that a training with other settings after a cancel
+    # does not find the checkpoints of the old settings.
     resumable = states_recipe(shard.arm)
     states = folder / resumable[:12]
-    found = checkpoints.newest(states, resumable) if work.rank == 0 else None
+    newest = checkpoints.newest(states, resumable) if work.rank == 0 else None
     kept = Schedule.of(recipe, len(corpus)).kept
     started = time.time()
     work.ready()
@@ -326,7 +332,7 @@ def _train(
             seed=settings.seed,
             stream=f"{stream}/order",
             device=device,
-            state=State(step=found[0], tensors=found[1]) if found else None,
+            state=State(step=newest[0], tensors=newest[1]) if newest else None,
             watch=Watch(
                 save=save,
                 should_stop=work.should_stop,
@@ -341,7 +347,7 @@ def _train(
     result.load_state_dict(dict(trained.weights), strict=False)
     path = work.new_path(shard)
     huggingface.save_model(result, tokenizer_path, path)
-    # A process that found the last step's checkpoint did no step itself.
+    # A process that resumed from the checkpoint of the last step has done no step itself.
     final_loss = trained.losses[-1] if trained.losses else read_log(folder)[-1]["loss"]
     return Written(
         path=path,
@@ -349,7 +355,7 @@ def _train(
         stats={
             "parameters": sum(p.numel() for p in result.parameters()),
             "steps": trained.step,
-            "resumed_from_step": found[0] if found else 0,
+            "resumed_from_step": newest[0] if newest else 0,
             "final_loss_nats": final_loss,
             "train_s": round(time.time() - started, 3),
             "device": device.type,
@@ -358,7 +364,7 @@ def _train(
 
 
 def progress(scratch: Path) -> str:
-    """The last step in the log of a training, for status.py."""
+    """Describe the last step in the log of a training, for status.py; empty if there is none."""
     try:
         facts = json.loads(last_line(scratch))
         return (
@@ -371,7 +377,7 @@ def progress(scratch: Path) -> str:
 
 
 def _text_corpus(truth: Truth, length: int, tokenizer: "PreTrainedTokenizerBase") -> "Corpus":
-    """Cut documents into rows of `length` tokens; a row that ends its document ends with EOS.
+    """Cut documents into rows of `length` tokens; the last row of a document ends with EOS.
 
     Raises:
         InputError: if the corpus is not the one that the run was submitted with.
@@ -402,12 +408,13 @@ def _text_corpus(truth: Truth, length: int, tokenizer: "PreTrainedTokenizerBase"
 
 
 def _count(path: Path) -> int:
+    """Return the number of parameters in a checkpoint folder."""
     from safetensors import safe_open
 
     total = 0
     for file in path.glob("*.safetensors"):
         with safe_open(file, framework="np") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 size = 1
                 for length in tensors.get_slice(name).get_shape():
                     size *= length
