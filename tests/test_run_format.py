@@ -1,0 +1,82 @@
+"""A run of each format that an earlier commit finished is read, verified, extended and merged."""
+
+import json
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import launch, status
+
+from kdhpc.storage.files import digest_of, write_once
+from kdhpc.storage.results import logical_digest, read_results
+
+DATA = Path(__file__).parent / "data"
+RUNS = {
+    "format-1-language": ("8-merge", "taus=[1.0,0.6,0.8]", "student-s0-small-tau0.8"),
+    "format-1-mixture": ("3-merge", "betas=[1,10,100]", "paper-beta10"),
+}
+"""By archive: the folder of its merge, what extends it, and a model that is new then."""
+DIGESTS = {
+    "format-1-language": "e3d30bd1a3911b14de0c9ff66d82fedbd75817ba8b2de7bbd58763af74895f9c",
+    "format-1-mixture": "3e536ba561d92237e1a226bed993ecce96bc2fb214775a7ba45f0b3f62246b62",
+}
+"""Logical digests of the results, as the commit that made the runs printed them."""
+
+
+def flat(config: Mapping[str, Any], key: str = "") -> Iterator[str]:
+    """A config as words of a command line: presets may change, what was asked for does not."""
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{key}{name}.")
+        else:
+            yield f"{key}{name}={json.dumps(value)}"
+
+
+@pytest.fixture(params=RUNS)
+def unpacked(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
+    """Name of an archive, and the run in it."""
+    name: str = request.param
+    with tarfile.open(DATA / f"{name}.tar.xz") as file:
+        file.extractall(tmp_path, filter="data")
+    run = tmp_path / name.rpartition("-")[2]
+    run.chmod(0o700)
+    return name, run
+
+
+def test_a_run_of_an_earlier_commit_lives(unpacked: tuple[str, Path]) -> None:
+    name, run = unpacked
+    folder, wider, new = RUNS[name]
+    before = {path: digest_of(path) for path in run.glob("[0-9]-*/*/*") if path.suffix == ".json"}
+    old = read_results(run / folder / "results.h5")
+    assert logical_digest(run / folder / "results.h5") == DIGESTS[name]
+    assert status(run, code=0)["complete"]
+    launch("verify", str(run))
+
+    config = json.loads((run / "requests" / "0001.json").read_text())["config"]
+    config["runs_dir"] = str(run.parent)
+    if "truth" in config:
+        config["truth"]["corpus"] = str(run.parent / "corpus.txt")
+    launch("sweep", *flat(config), wider)
+    assert {path: digest_of(path) for path in before} == before
+    found = read_results(run / folder / "results.h5")
+    assert found.complete
+    assert set(found.models) - set(old.models) == {new}
+    for pair, scores in old.scores.items():
+        for array, values in vars(scores).items():
+            same = getattr(found.scores[pair], array)
+            assert same is values if values is None else same.tobytes() == values.tobytes()
+    for table, arrays in old.tables.items():
+        assert all(np.array_equal(arrays[key], found.tables[table][key]) for key in arrays)
+
+
+def test_a_run_of_another_format_is_refused_in_one_line(tmp_path: Path) -> None:
+    run = tmp_path / "old"
+    run.mkdir(mode=0o700)
+    assert write_once(run / "run.json", {"pipeline": "language", "identity": "0000"})
+    refused = launch("status", str(run), code=2)
+    assert refused.stderr.count("\n") == 1
+    assert "this run has format 0" in refused.stderr
+    assert "expected format 1" in refused.stderr
