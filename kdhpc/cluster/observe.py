@@ -200,9 +200,11 @@ def _free(
 
     Progress is a newer checkpoint of its training, or another published shard of the same task.
     """
+    numbers = {failure.submission for of_shard in counted.values() for failure in of_shard}
     tasks = {
         (submission.number, key): task
         for submission in submissions
+        if submission.number in numbers
         for task in submission.tasks
         for key in task
     }
