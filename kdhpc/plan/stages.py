@@ -135,16 +135,17 @@ def find_pipeline(name: str) -> AnyPipeline:
     except (ImportError, AttributeError, KeyError, ValueError, TypeError) as error:
         raise InputError(
             f"pipeline={name}: no such pipeline ({' '.join(str(error).split())}); expected "
-            f"{_names()}module:NAME of a Pipeline that Python can import"
+            f"{_expected()}"
         ) from error
     if not isinstance(pipeline, Pipeline):
         raise InputError(f"pipeline={name}: is a {type(pipeline).__name__}; expected a Pipeline")
     return pipeline
 
 
-def _names() -> str:
-    """Return the names that need no module, for an error; nothing where the experiment is absent."""
+def _expected() -> str:
+    """Return what a pipeline may be called, for an error; kdhpc's own may be absent."""
     try:
-        return "".join(f"{name}, " for name in importlib.import_module(HOME).PIPELINES)
+        names = list(importlib.import_module(HOME).PIPELINES)
     except ImportError:
-        return ""
+        names = []
+    return " or ".join([*names, "module:NAME of a Pipeline that Python can import"])
