@@ -54,7 +54,7 @@ def patiently(run: Run) -> State:
 
 
 def _use_newest_code(path: Path) -> None:
-    """Start again from the code snapshot of the last request if that is newer than this one."""
+    """Start again from the code snapshot of the last request, if this process runs another one."""
     newest = path / "code" / Ledger(path).requests()[-1].code
     if Path(__file__).is_relative_to(path / "code") and not Path(__file__).is_relative_to(newest):
         environment = os.environ | {"PYTHONPATH": str(newest)}

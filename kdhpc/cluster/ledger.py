@@ -204,13 +204,13 @@ class Ledger:
                 file.write(f"{line}\n")
 
     def last_events(self, number: int, task: int) -> dict[str, AttemptEvent]:
-        """Read the last event of every shard that a task has begun, in the order of their begin."""
+        """Read the last event of each shard that a task has begun, the last begun shard last."""
         events: dict[str, AttemptEvent] = {}
         with contextlib.suppress(FileNotFoundError):
             for line in self._attempts_path(number, task).read_text(errors="replace").splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short
                     event = json.loads(line)
-                    events.pop(event["key"], None)  # the shard that was begun last comes last
+                    events.pop(event["key"], None)  # the dict then keeps the order of the events
                     events[event["key"]] = event["event"]
         return events
 

@@ -56,7 +56,7 @@ class Queued:
     job_id: str
     """Job id of the whole array."""
     index: int | None
-    """Array index; None for a single job, or for elements that Slurm lists together."""
+    """Array index; None if the job is not an array element."""
     state: str
     reason: str
     name: str
@@ -211,7 +211,7 @@ def submit_held(path: Path, name: str, log: Path) -> str:
 
 
 def find(name: str, limit_s: float = ANSWER_LIMIT_S) -> str | None:
-    """Find the id of a job by its unique name in queue and accounting; None if there is none."""
+    """Find the id of a job by its unique name in queue and accounting; None after `limit_s`."""
     deadline = time.monotonic() + limit_s
     while True:
         for command in (

@@ -27,7 +27,7 @@ DISK_FULL_BYTES = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class StageStatus:
-    """Counts of the shards of one stage; done to missing add up to `planned`."""
+    """Counts of the shards of one stage; those after `planned` add up to it."""
 
     folder: str
     planned: int

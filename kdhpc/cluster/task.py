@@ -1,7 +1,7 @@
 """Run a task inside a job: `python -m kdhpc.cluster.task RUN SUBMISSION`.
 
 A task runs its shards one after the other and publishes each. Every start of a shard is an attempt;
-a published shard is skipped. SIGUSR2 and SIGTERM only set a flag, which stages look at.
+a published shard is skipped. SIGUSR2 and SIGTERM only set a flag, which stages check.
 
 The local executor keeps the process for further tasks (`task RUN --serve`), so that torch is
 imported once per worker and not once per task.

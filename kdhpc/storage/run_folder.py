@@ -157,8 +157,8 @@ def _records_in(arm: os.DirEntry[str], prefix: str) -> Iterator[tuple[str, Recor
             # Data missing from the listing may have been written and recorded during the listing.
             size = size_of(present.get(record.data_name) or record.data)
             if size != record.num_bytes:
-                state = "is missing" if size is None else f"has {size} bytes"
-                raise DamagedError(f"{record.data}: {state}, its record says {record.num_bytes}")
+                problem = "is missing" if size is None else f"has {size} bytes"
+                raise DamagedError(f"{record.data}: {problem}, its record says {record.num_bytes}")
             yield key, record
         except DamagedError as error:
             yield key, error

@@ -87,7 +87,7 @@ class Work(Generic[C]):
             DamagedError: if the record is missing or its data does not match it.
         """
         record = self._unverified(key)
-        if key not in self._verified and self.rank == 0:  # rank 0 checks for all ranks
+        if key not in self._verified and self.rank == 0:  # the other ranks wait for rank 0
             self._verify(record)
             self._keep(record)
         return record

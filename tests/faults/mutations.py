@@ -23,7 +23,7 @@ MUTATIONS: dict[str, tuple[list[Edit], str]] = {
         "test_of_two_live_writers_the_first_wins",
     ),
     "the gate waits with afterok": (
-        [("kdhpc/cluster/submission.py", "afterany:", "afterok:")],
+        [("kdhpc/cluster/resources.py", "afterany:", "afterok:")],
         "test_a_process_killed_before_it_publishes_is_tried_again",
     ),
     "the map is rewritten on relaunch": (
