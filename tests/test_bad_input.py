@@ -311,7 +311,7 @@ TYPED_FOR_MIXTURE: dict[str, Case] = {
     "uneven points": (
         f"{SETTING}.truth=fitted_grid {SETTING}.fit_points=100",
         f"{SETTING}.fit_points=100",
-        "multiple of the 8 modes",
+        "multiple of modes=8",
     ),
     "unknown stage": ("slurm.stages.score.mem_gb=3", "slurm.stages.score", "fit-students"),
 }
