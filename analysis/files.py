@@ -1,4 +1,4 @@
-"""What the analysis scripts share: reading a run's results, writing tables and figures."""
+"""Functions that the analysis scripts share: read a run's results, write tables and figures."""
 
 import argparse
 import csv
@@ -17,38 +17,49 @@ from kdhpc.plan.stages import Pipeline
 from kdhpc.storage.results import Results, read_results
 from kdhpc.storage.run_folder import RESULTS
 
-mpl.use("Agg")  # figures go to files; there need not be a screen
+mpl.use("Agg")  # figures are written to files, so no display is needed
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The arguments that every analysis takes."""
-    found = argparse.ArgumentParser(
+    """Make a parser of the arguments that every analysis takes."""
+    new_parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
-    found.add_argument("run", type=Path, help=f"folder of a run, or a {RESULTS}")
-    found.add_argument("--out", type=Path, help=f"where to write; beside {RESULTS} if not given")
-    return found
+    new_parser.add_argument("run", type=Path, help=f"folder of a run, or a {RESULTS} file")
+    new_parser.add_argument(
+        "--out", type=Path, help=f"folder to write to (default: the folder of {RESULTS})"
+    )
+    return new_parser
 
 
 def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> tuple[Results, Path, Path]:
-    """Results of a run, where they are, and the folder to write into.
+    """Read the results of a run.
 
     Args:
-        options: what `parser` found.
-        pipeline: that the run is of.
+        options: arguments that were parsed by `parser`.
+        pipeline: the pipeline that made the run.
+
+    Returns:
+        The results, the path of their file, and the folder to write to, which exists.
 
     Raises:
-        InputError: if there are no results, or those of another pipeline.
-        DamagedError: if they cannot be read.
+        InputError: if there are no results, or they are those of another pipeline.
+        DamagedError: if the results cannot be read.
     """
     path: Path = (
         options.run / pipeline.folders["merge"] / RESULTS if options.run.is_dir() else options.run
     )
     if not path.is_file():
-        raise InputError(f"{path}: no results here; run launch/sweep.py to its end")
+        raise InputError(
+            f"{path}: no results here; expected the file that a run writes at its end, so let "
+            "launch/sweep.py finish it"
+        )
     results = read_results(path)
     if bool(results.tables) != (pipeline is MIXTURE):
-        raise InputError(f"{path}: results of another pipeline; expected {pipeline.name}")
+        raise InputError(
+            f"{path}: results of another pipeline; expected those of {pipeline.name}, use the "
+            "other analysis script"
+        )
     if not results.complete:
         print("warning: some planned shards are missing from these results", file=sys.stderr)
     out: Path = options.out or path.parent
@@ -57,7 +68,7 @@ def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> tuple[Results,
 
 
 def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """A table with a column a key, every digit."""
+    """Write rows as CSV with all digits and a column for every key; return the path."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -66,7 +77,7 @@ def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
 
 
 def save_figure(figure: Figure, out: Path, name: str) -> list[Path]:
-    """A figure as PNG and PDF."""
+    """Write a figure as PNG and PDF and close it; return both paths."""
     paths = [out / f"{name}.png", out / f"{name}.pdf"]
     for path in paths:
         figure.savefig(path, dpi=150)

@@ -1,22 +1,22 @@
 #!/usr/bin/env python
-"""Tables and figures of a finished mixture run, *as defined* and *as published* side by side.
+"""Make tables and figures of a finished mixture run, as defined and as published.
 
     python analysis/mixture.py RUN [--setting NAME] [--out FOLDER]
 
-Writes beside results.h5, or into FOLDER, as CSV:
+Files are written next to results.h5, or to FOLDER. Tables (CSV):
     students   every quantity of every arm, mean and 95 % interval over seeds
-    terms      parts of J, of one setting (a student of one component)
-    effects    by setting, what the largest beta changes against the smallest, seed by seed
-and as PNG and PDF, of one setting (panels need a plane, terms a student of one component):
-    panels             what sharpening does to teacher and student, one seed
+    terms      the parts of J in one setting, if its students have one component
+    effects    for each setting, the change from the smallest to the largest beta, paired by seed
+Figures (PNG and PDF) of one setting:
+    panels             how sharpening changes teacher and student, for one seed in two dimensions
     against_beta       precision and recall against beta
     precision_recall   the curve that beta traces
-    modes              modes that the teacher emphasises and the student covers
-    terms              which terms of the bound J a student may ignore
-and of all settings, where there are several:
+    modes              modes that the teacher emphasises and modes that the student covers
+    terms              terms of the bound J that a student of one component may ignore
+Figures of all settings, if there are several:
     effect_size        the trade-off against |D| and K''
     effect_settings    the trade-off in every setting
-Intervals are 95 %, by Student's t over seeds.
+Intervals are 95 % by Student's t over seeds.
 """
 
 import json
@@ -50,7 +50,7 @@ from kdhpc.storage.results import Results
 
 
 def student_rows(results: Results) -> Iterator[dict[str, Any]]:
-    """Every quantity of every arm; of modes and components, how many."""
+    """Yield one row for every quantity of every arm; boolean arrays are counted."""
     for name, facts in results.models.items():
         if facts["arm"] == "teachers":
             continue
@@ -72,12 +72,12 @@ def student_rows(results: Results) -> Iterator[dict[str, Any]]:
 
 
 def _deviation(values: Any) -> float:
-    """Standard deviation over seeds; NaN for a single one."""
+    """Return the standard deviation over seeds; NaN for a single seed."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 def term_rows(arms: Arms) -> Iterator[dict[str, Any]]:
-    """The parts of J by beta and rank of the teacher's component, the largest weight first."""
+    """Yield the parts of J by beta and rank of the teacher's component; rank 1 weighs most."""
     for beta in arms.betas:
         for quantity, array in arms.terms(beta).items():
             for rank, values in enumerate(array.T, start=1):
@@ -85,15 +85,18 @@ def term_rows(arms: Arms) -> Iterator[dict[str, Any]]:
 
 
 def published_table(arms: Arms) -> Table:
-    """Defined, published and printed numbers of the direct and the most distilled student."""
+    """Compare metrics as defined, as published and as the paper prints them.
+
+    The rows are the direct student and the student of the largest beta.
+    """
     beta = arms.betas[-1]
-    shown = Table(
-        title=f"{arms.setting}: nats a point, mean [95 % interval over seeds]; beta = {beta:g}",
+    comparison = Table(
+        title=f"{arms.setting}: nats per point, mean [95 % interval over seeds]; beta = {beta:g}",
         title_justify="left",
         box=None,
     )
     for name in ("", "student", DEFINED, AS_PUBLISHED, "the paper's"):
-        shown.add_column(name)
+        comparison.add_column(name)
     direct, distilled = arms.table("direct"), arms.table(beta)
     columns = {
         ("precision", "direct"): (
@@ -110,13 +113,13 @@ def published_table(arms: Arms) -> Table:
     for (metric, student), arrays in columns.items():
         printed = PUBLISHED[student][metric == "recall"] if is_paper(arms) else math.nan
         texts = [str(mean_of(array)) for array in arrays]
-        shown.add_row(metric, student, *texts, "" if math.isnan(printed) else f"{printed:.2f}")
-    return shown
+        comparison.add_row(metric, student, *texts, "" if math.isnan(printed) else f"{printed:.2f}")
+    return comparison
 
 
 def curve_table(arms: Arms) -> Table:
-    """Precision, recall and what explains them, against beta."""
-    shown = Table(title="mean +- standard deviation over seeds", title_justify="left", box=None)
+    """Tabulate precision, recall and the quantities that explain them against beta."""
+    curve = Table(title="mean +- standard deviation over seeds", title_justify="left", box=None)
     columns = {
         "H(alpha')": "weight_entropy_nats",
         "precision": "precision_as_defined",
@@ -126,27 +129,27 @@ def curve_table(arms: Arms) -> Table:
         "H(p'')": "student_entropy_nats",
         "difficulty": "difficulty",
     }
-    shown.add_column("beta")
+    curve.add_column("beta")
     for name in (*columns, "modes covered"):
-        shown.add_column(name, justify="right")
+        curve.add_column(name, justify="right")
     for arm in ("direct", *arms.betas):
         table = arms.table(arm)
         arrays = [table.get(name) for name in columns.values()]
         arrays.append(table["covered_modes"].sum(axis=1))
         texts = ["" if a is None else f"{a.mean():.3f} +- {_deviation(a):.2f}" for a in arrays]
-        shown.add_row(arm if isinstance(arm, str) else f"{arm:g}", *texts)
-    return shown
+        curve.add_row(arm if isinstance(arm, str) else f"{arm:g}", *texts)
+    return curve
 
 
-def effect_table(found: list[Effect]) -> Table:
-    """What beta changes in every setting, and where it changes nothing."""
-    low, high = found[0].arms.betas[0], found[0].arms.betas[-1]
-    title = f"beta = {high:g} against {low:g}, nats a point, mean [95 % interval over seeds]"
-    shown = Table(title=title, title_justify="left", box=None)
+def effect_table(all_effects: list[Effect]) -> Table:
+    """Tabulate what beta changes in every setting, and whether the trade-off is absent."""
+    low, high = all_effects[0].arms.betas[0], all_effects[0].arms.betas[-1]
+    title = f"beta = {high:g} against {low:g}, nats per point, mean [95 % interval over seeds]"
+    changes = Table(title=title, title_justify="left", box=None)
     for name in ("setting", "seeds", "precision", "(median)", "recall", "trade-off"):
-        shown.add_column(name)
-    for effect in found:
-        shown.add_row(
+        changes.add_column(name)
+    for effect in all_effects:
+        changes.add_row(
             effect.arms.setting,
             str(len(effect.arms.table("direct")["precision_as_defined"])),
             str(effect.precision),
@@ -154,30 +157,30 @@ def effect_table(found: list[Effect]) -> Table:
             str(effect.recall),
             "absent" if effect.absent else "",
         )
-    return shown
+    return changes
 
 
 def main(arguments: list[str]) -> int:
-    """Read results.h5, print, save, draw."""
+    """Read results.h5, print and save tables, and draw figures."""
     parser = files.parser(__doc__)
-    parser.add_argument("--setting", help="of the figures; the paper's if not given")
+    parser.add_argument("--setting", help="setting of the figures (default: the paper's)")
     options = parser.parse_args(arguments)
     results, path, out = files.read(options, MIXTURE)
     names = settings(results)
     if options.setting not in {None, *names}:
         raise InputError(f"--setting {options.setting}: expected one of {', '.join(names)}")
-    arms, found = Arms(results, options.setting or names[0]), effects(results)
+    arms, all_effects = Arms(results, options.setting or names[0]), effects(results)
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(published_table(arms))
     console.print(curve_table(arms))
-    console.print(effect_table(found))
+    console.print(effect_table(all_effects))
     seconds = float(json.loads(results.provenance["seconds"]))
     print(f"measured cost: {seconds:.0f} core-seconds")
 
     print(path)
     print(files.save_csv(list(student_rows(results)), out / "students.csv"))
-    print(files.save_csv([effect.row for effect in found], out / "effects.csv"))
+    print(files.save_csv([effect.row for effect in all_effects], out / "effects.csv"))
     figures = {
         "against_beta": mixture_figures.against_beta(arms),
         "precision_recall": mixture_figures.precision_recall(arms),
@@ -188,9 +191,9 @@ def main(arguments: list[str]) -> int:
     if arms.facts["student_components"] == 1:
         figures["terms"] = mixture_figures.terms(arms)
         print(files.save_csv(list(term_rows(arms)), out / "terms.csv"))
-    if len(found) > 1:
-        figures["effect_size"] = mixture_figures.effect_size(found)
-        figures["effect_settings"] = mixture_figures.effect_settings(found)
+    if len(all_effects) > 1:
+        figures["effect_size"] = mixture_figures.effect_size(all_effects)
+        figures["effect_settings"] = mixture_figures.effect_settings(all_effects)
     for name, figure in figures.items():
         for written in files.save_figure(figure, out, name):
             print(written)

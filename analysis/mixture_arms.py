@@ -1,4 +1,4 @@
-"""A mixture run as the tables and figures see it: arms of a setting, means over seeds, effects."""
+"""Views of a mixture run for tables and figures: arms of a setting, means over seeds, effects."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from kdhpc.storage.results import Results
 Floats = NDArray[np.float64]
 PUBLISHED_BETA = 100.0
 PUBLISHED = {"direct": (-20.26, -2.64), "distilled": (-0.70, -42.45)}
-"""Precision and recall that the released notebook prints at beta = 100, nats a point."""
+"""Precision and recall that the released notebook prints at beta = 100, in nats per point."""
 DEFINED, AS_PUBLISHED = "as defined (p*-scored)", "as published (teacher-scored)"
 
 
@@ -30,12 +30,13 @@ class Mean:
 
 
 def mean_of(values: Any) -> Mean:
+    """Return the mean of values over seeds [S] with its interval."""
     low, high = metrics.over_seeds(np.asarray(values, dtype=float).tolist())
     return Mean(mean=float(np.mean(values)), low=low, high=high)
 
 
 class Arms:
-    """The arms of one setting."""
+    """The arms of one setting and their tables."""
 
     def __init__(self, results: Results, setting: str) -> None:
         self.setting = setting
@@ -53,19 +54,20 @@ class Arms:
         return gaussian.Mixture(**{part: table[f"{role}_{part}"][row] for part in parts})
 
     def series(self, quantity: str) -> list[Mean]:
-        """A quantity at every beta."""
+        """Return the mean of a quantity at every beta."""
         return [mean_of(self.table(beta)[quantity]) for beta in self.betas]
 
     def change(self, quantity: str) -> Floats:
-        """What the largest beta changes against the smallest, seed by seed."""
-        found: Floats = self.table(self.betas[-1])[quantity] - self.table(self.betas[0])[quantity]
-        return found
+        """Return the change of a quantity from the smallest to the largest beta, by seed [S]."""
+        change: Floats = self.table(self.betas[-1])[quantity] - self.table(self.betas[0])[quantity]
+        return change
 
     def terms(self, beta: float) -> dict[str, Floats]:
-        """Parts of J for a student of one component, by falling weight of the teacher's component.
+        """Return the parts of J for a student of one component.
 
         Returns:
-            `weight` a', `misfit` -b' (nats) and their product `term` (nats), each [S, K'].
+            `weight` a', `misfit` -b' (nats) and their product `term` (nats), each [S, K'], with the
+            teacher's components in order of falling weight.
         """
         table = self.table(beta)
         weight, misfit = table["joint_weights"][:, :, 0], -table["alignments"][:, :, 0]
@@ -75,14 +77,14 @@ class Arms:
 
 
 def settings(results: Results) -> list[str]:
-    """Names of the settings, the paper's own first."""
+    """Return the names of the settings, the paper's first."""
     names = {facts["setting"] for facts in results.models.values()}
     return sorted(names, key=lambda name: (name != "paper", name))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:
-    """What the largest beta changes in a setting, nats a point."""
+    """The change from the smallest to the largest beta in a setting, in nats per point."""
 
     arms: Arms
     precision: Mean
@@ -91,11 +93,12 @@ class Effect:
 
     @property
     def absent(self) -> bool:
-        """Whether the interval of the change of precision contains 0."""
+        """Whether the trade-off is absent: the interval of the change of precision contains 0."""
         return self.precision.low <= 0.0 <= self.precision.high
 
     @property
     def row(self) -> dict[str, Any]:
+        """The effect as a row of a table."""
         facts, betas = self.arms.facts, self.arms.betas
         sizes = ("train_points", "teacher_components", "student_components", "dimension", "truth")
         return {
@@ -111,11 +114,12 @@ class Effect:
 
 
 def effects(results: Results) -> list[Effect]:
-    found = []
+    """Return the effect of every setting, the paper's first."""
+    all_effects = []
     for name in settings(results):
         arms = Arms(results, name)
         change = arms.change("precision_as_defined")
-        found.append(
+        all_effects.append(
             Effect(
                 arms=arms,
                 precision=mean_of(change),
@@ -123,8 +127,9 @@ def effects(results: Results) -> list[Effect]:
                 median_precision=float(np.median(change)),
             )
         )
-    return found
+    return all_effects
 
 
 def is_paper(arms: Arms) -> bool:
+    """Return whether the paper's numbers can be compared with this setting."""
     return arms.setting == "paper" and arms.betas[-1] == PUBLISHED_BETA

@@ -1,4 +1,4 @@
-"""Figures of the mixture simulation; `mixture.py` says which question each answers."""
+"""Figures of the mixture simulation; `mixture.py` describes what each of them shows."""
 
 import math
 from typing import Any
@@ -29,7 +29,10 @@ PANEL_RADIUS = 2.6
 
 
 def panels(arms: Arms) -> Figure:
-    """Truth, teacher and students of the seed whose last student is nearest to the median."""
+    """Draw truth, teacher and students of one seed.
+
+    The precision of its student at the largest beta is nearest to the median over seeds.
+    """
     last = arms.table(arms.betas[-1])["precision_as_defined"]
     row = int(np.argmin(np.abs(last - np.median(last))))
     shown = sorted({arms.betas[0], arms.betas[len(arms.betas) // 2], arms.betas[-1]})
@@ -97,7 +100,7 @@ def _student_panel(panel: Axes, arms: Arms, arm: str | float, row: int) -> None:
 
 
 def _ellipse(panel: Axes, mixture: gaussian.Mixture, index: int, **style: Any) -> None:
-    """One component at the Mahalanobis distance within which it covers a mode."""
+    """Draw a component as the ellipse inside which it covers modes."""
     variances, axes = np.linalg.eigh(mixture.covariances[index])
     width, height = 2.0 * distillation.MODE_RADIUS * np.sqrt(variances)
     angle = math.degrees(math.atan2(axes[1, 0], axes[0, 0]))
@@ -106,7 +109,7 @@ def _ellipse(panel: Axes, mixture: gaussian.Mixture, index: int, **style: Any) -
 
 
 def _line(panel: Axes, x: Any, means: list[Mean], label: str, **style: Any) -> None:
-    """Means with their intervals."""
+    """Draw means with their intervals."""
     panel.errorbar(
         x,
         [m.mean for m in means],
@@ -120,12 +123,12 @@ def _line(panel: Axes, x: Any, means: list[Mean], label: str, **style: Any) -> N
 
 
 def _bars(means: list[Mean]) -> Floats:
-    """[2, N] lengths below and above; none where there is one seed."""
+    """Return the lengths [2, N] of the error bars below and above; 0 if there is one seed."""
     return np.array(np.nan_to_num([[m.mean - m.low, m.high - m.mean] for m in means])).T
 
 
 def _beta_axis(panel: Axes, arms: Arms) -> float:
-    """Logarithmic in beta, the direct student left of it. Returns where that one stands."""
+    """Make a logarithmic axis of beta with room for the direct student; return its position."""
     left = float(arms.betas[0]) / 2.0
     panel.set_xscale("log")
     panel.set_xticks([left, *arms.betas], ["direct", *(f"{beta:g}" for beta in arms.betas)])
@@ -141,7 +144,7 @@ def _log_of_negative(values: Any) -> Floats:
 
 
 def _recall_axis(axis: Any, values: list[float]) -> None:
-    """Logarithmic in -recall: from -2.6 to -42 every step of a factor is as long."""
+    """Make an axis that is logarithmic in -recall, because recall ranges from -2.6 to -42."""
     scale = mpl.scale.FuncScale(
         axis, (_log_of_negative, lambda y: np.negative(np.exp(np.negative(y))))
     )
@@ -154,7 +157,7 @@ def _recall_axis(axis: Any, values: list[float]) -> None:
 
 
 def against_beta(arms: Arms) -> Figure:
-    """Precision and recall against beta, as defined and as published."""
+    """Draw precision and recall against beta, as defined and as published."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     solid = {"color": "black", "linestyle": "-", "marker": "o"}
     dashed = {"color": "0.45", "linestyle": "--", "marker": "s"}
@@ -181,8 +184,8 @@ def against_beta(arms: Arms) -> Figure:
             _star(left, PUBLISHED_BETA, precision, student, f"{precision:.2f}")
             x = start if student == "direct" else PUBLISHED_BETA
             _star(right, x, recall, student, f"{recall:.2f}", right=student == "direct")
-    left.set_ylabel("log-density of the student's points (nats a point)")
-    right.set_ylabel("log-density under the student (nats a point)")
+    left.set_ylabel("log-density of the student's points (nats per point)")
+    right.set_ylabel("log-density under the student (nats per point)")
     recalls = [m for name in ("defined", "published") for m in arms.series(f"recall_as_{name}")]
     _recall_axis(right.yaxis, [*_ends(recalls), *(PUBLISHED[k][1] for k in PUBLISHED)])
     left.legend(frameon=False, fontsize=8, loc="lower left")
@@ -193,7 +196,7 @@ def against_beta(arms: Arms) -> Figure:
 def _star(
     panel: Axes, x: float, y: float, student: str, text: str = "", *, right: bool = False
 ) -> None:
-    """A number that the paper's notebook printed; hollow for the direct student."""
+    """Mark a number that the paper's notebook printed; hollow for the direct student."""
     panel.plot(
         x,
         y,
@@ -219,7 +222,7 @@ def _ends(means: list[Mean]) -> list[float]:
 
 
 def precision_recall(arms: Arms) -> Figure:
-    """The curve that beta traces, as defined and as published."""
+    """Draw the curve that beta traces, as defined and as published."""
     figure, panel = plt.subplots(figsize=(6.5, 5), layout="constrained")
     for name, label, color, fmt in (
         ("defined", DEFINED, "black", "o-"),
@@ -230,7 +233,7 @@ def precision_recall(arms: Arms) -> Figure:
         labelled = math.inf
         for beta, recall, precision in zip(arms.betas, x, y, strict=True):
             if 0.83 < recall.mean / labelled < 1.2:
-                continue  # on top of another
+                continue  # the label would overlap the last one
             labelled = recall.mean
             panel.annotate(
                 f"β={beta:g}",
@@ -264,15 +267,15 @@ def precision_recall(arms: Arms) -> Figure:
             _star(panel, numbers[1], numbers[0], student)
         ends += [recall for _, recall in PUBLISHED.values()]
     _recall_axis(panel.xaxis, ends)
-    panel.set_xlabel("recall: log-density of p*'s points under the student (nats a point)")
-    panel.set_ylabel("precision: log-density of the student's points (nats a point)")
+    panel.set_xlabel("recall: log-density of p*'s points under the student (nats per point)")
+    panel.set_ylabel("precision: log-density of the student's points (nats per point)")
     panel.grid(alpha=0.25)
     panel.legend(frameon=False, fontsize=8, loc="lower left")
     return figure
 
 
 def modes(arms: Arms) -> Figure:
-    """Modes that the teacher emphasises and that the student covers, against beta."""
+    """Draw how many modes the teacher emphasises and the student covers, against beta."""
     figure, panel = plt.subplots(figsize=(6, 4.2), layout="constrained")
     start = _beta_axis(panel, arms)
 
@@ -292,7 +295,7 @@ def modes(arms: Arms) -> Figure:
 
 
 def terms(arms: Arms) -> Figure:
-    """The terms of J by the rank of the teacher's component, for a student of one component."""
+    """Draw the terms of J by rank of the teacher's component, for a student of one component."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained")
     ranks = arms.facts["teacher_components"]
     shades = [str(value) for value in np.linspace(0.0, 0.65, ranks)]
@@ -324,10 +327,10 @@ def terms(arms: Arms) -> Figure:
     return figure
 
 
-def effect_size(found: list[Effect]) -> Figure:
-    """The trade-off against |D| and K'', all else as in the first setting."""
+def effect_size(effects: list[Effect]) -> Figure:
+    """Draw the trade-off against |D| and K''; all other sizes are those of the first setting."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), sharex="col", layout="constrained")
-    low, high = found[0].arms.betas[0], found[0].arms.betas[-1]
+    low, high = effects[0].arms.betas[0], effects[0].arms.betas[-1]
     for column, (size, label) in enumerate(
         {
             "train_points": "|D| (points)",
@@ -335,7 +338,7 @@ def effect_size(found: list[Effect]) -> Figure:
         }.items()
     ):
         series = sorted(
-            (e for e in found if _differs(e, found[0]) <= {size}),
+            (e for e in effects if _differs(e, effects[0]) <= {size}),
             key=lambda e: int(e.arms.facts[size]),
         )
         x = [e.arms.facts[size] for e in series]
@@ -350,25 +353,25 @@ def effect_size(found: list[Effect]) -> Figure:
         axes[1, column].set_xticks([], minor=True)
         axes[1, column].set_xlabel(label)
     for panel, metric in zip(axes[:, 0], ("precision", "recall"), strict=True):
-        panel.set_ylabel(f"change of {metric}\nβ = {high:g} against {low:g} (nats a point)")
+        panel.set_ylabel(f"change of {metric}\nβ = {high:g} against {low:g} (nats per point)")
     return figure
 
 
 def _differs(effect: Effect, other: Effect) -> set[str]:
-    """Facts in which the settings of two effects differ."""
+    """Return the names of the facts in which the settings of two effects differ."""
     mine, theirs = effect.arms.facts, other.arms.facts
     return {key for key in mine if mine[key] != theirs[key]} - {"setting", "arm"}
 
 
-def effect_settings(found: list[Effect]) -> Figure:
-    """The trade-off in every setting."""
+def effect_settings(effects: list[Effect]) -> Figure:
+    """Draw the trade-off in every setting."""
     figure, axes = plt.subplots(
-        1, 2, figsize=(10, 1.2 + 0.36 * len(found)), sharey=True, layout="constrained"
+        1, 2, figsize=(10, 1.2 + 0.36 * len(effects)), sharey=True, layout="constrained"
     )
-    low, high = found[0].arms.betas[0], found[0].arms.betas[-1]
-    y = np.arange(len(found))[::-1]
+    low, high = effects[0].arms.betas[0], effects[0].arms.betas[-1]
+    y = np.arange(len(effects))[::-1]
     for panel, metric in zip(axes, ("precision", "recall"), strict=True):
-        means = [getattr(effect, metric) for effect in found]
+        means = [getattr(effect, metric) for effect in effects]
         panel.errorbar(
             [m.mean for m in means], y, xerr=_bars(means), fmt="o", color="black", capsize=2.5
         )
@@ -381,14 +384,14 @@ def effect_settings(found: list[Effect]) -> Figure:
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.set_xticks([], minor=True)
         panel.set_xlim(low_end, high_end)
-        panel.set_xlabel(f"change of {metric}, β = {high:g} against {low:g}\n(nats a point)")
+        panel.set_xlabel(f"change of {metric}, β = {high:g} against {low:g}\n(nats per point)")
         panel.grid(alpha=0.25)
-    axes[0].set_yticks(y, [_described(effect, found[0]) for effect in found])
+    axes[0].set_yticks(y, [_described(effect, effects[0]) for effect in effects])
     return figure
 
 
 def _described(effect: Effect, paper: Effect) -> str:
-    """A setting by what it changes."""
+    """Describe a setting by its differences from the paper's."""
     names = {
         "truth": "p*",
         "train_points": "|D|",

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Draw precision against recall, print and save the table of a finished run.
+"""Print and save the table of a finished run, and draw precision against recall.
 
     python analysis/precision_recall.py RUN [--out FOLDER]
 
-Writes precision_recall.csv, .png and .pdf beside results.h5, or into FOLDER. Intervals are 95 %: by
-bootstrap over sequences for one seed, by Student's t over the means of several.
+Writes precision_recall.csv, .png and .pdf next to results.h5, or to FOLDER. Intervals are 95 %: for
+one seed by bootstrap over sequences, for several by Student's t over the seeds' means.
 """
 
 import math
@@ -27,7 +27,7 @@ from kdhpc.storage.results import Results
 
 @dataclass(frozen=True)
 class Row:
-    """One student; columns of the CSV. Nats per token."""
+    """A row of the CSV: one student, or the mean over seeds. Numbers are in nats per token."""
 
     tau: str
     student_size: str
@@ -41,25 +41,25 @@ class Row:
 
 
 def rows(results: Results) -> list[Row]:
-    """A row a student, then one over all seeds where there are several."""
-    found = [
+    """Return one row for every student, then one for the mean of each group of several seeds."""
+    all_rows = [
         _row(results, name, facts)
         for name, facts in results.models.items()
         if facts["kind"] == "student"
     ]
-    found.sort(key=_order)
+    all_rows.sort(key=_order)
     groups: dict[tuple[str, str], list[Row]] = {}
-    for row in found:
+    for row in all_rows:
         groups.setdefault((row.student_size, row.tau), []).append(row)
-    for (size, tau), alike in groups.items():
-        if len(alike) > 1:
+    for (size, tau), group in groups.items():
+        if len(group) > 1:
             values: dict[str, float] = {}
             for name in ("precision", "recall"):
-                over = [getattr(row, name) for row in alike]
-                low, high = metrics.over_seeds(over)
-                values |= {name: float(np.mean(over)), f"{name}_low": low, f"{name}_high": high}
-            found.append(Row(tau=tau, student_size=size, seed="all", **values))
-    return found
+                by_seed = [getattr(row, name) for row in group]
+                low, high = metrics.over_seeds(by_seed)
+                values |= {name: float(np.mean(by_seed)), f"{name}_low": low, f"{name}_high": high}
+            all_rows.append(Row(tau=tau, student_size=size, seed="all", **values))
+    return all_rows
 
 
 def _row(results: Results, name: str, facts: Any) -> Row:
@@ -80,18 +80,21 @@ def _order(row: Row) -> tuple[Any, ...]:
     return row.student_size, row.seed, row.tau != "direct", -number, row.tau
 
 
-def table(found: list[Row], python: str) -> Table:
-    """The rows for people, and the Python that made them (the demo reads its documentation)."""
+def table(all_rows: list[Row], python: str) -> Table:
+    """Make a table for people.
+
+    The title names the version of Python, because the demo trains on its documentation.
+    """
     title = f"nats per token, 95 % intervals (Python {python})"
-    shown = Table(title=title, title_justify="left", box=None)
+    printed = Table(title=title, title_justify="left", box=None)
     for name in ("student", "size", "seed"):
-        shown.add_column(name)
+        printed.add_column(name)
     for name in ("precision", "recall"):
-        shown.add_column(name, justify="right")
-        shown.add_column("interval", justify="right")
-    for row in found:
+        printed.add_column(name, justify="right")
+        printed.add_column("interval", justify="right")
+    for row in all_rows:
         label = f"tau {row.tau}" if row.tau[0].isdigit() else row.tau
-        shown.add_row(
+        printed.add_row(
             label,
             row.student_size,
             row.seed,
@@ -100,12 +103,12 @@ def table(found: list[Row], python: str) -> Table:
             f"{row.recall:.3f}",
             f"[{row.recall_low:.3f}, {row.recall_high:.3f}]",
         )
-    return shown
+    return printed
 
 
-def draw(found: list[Row]) -> Figure:
-    """Precision against recall: tau along the curve, the direct baseline beside it."""
-    pooled = [row for row in found if row.seed == "all"] or found
+def draw(all_rows: list[Row]) -> Figure:
+    """Draw precision against recall: a curve along tau, and the direct students as points."""
+    pooled = [row for row in all_rows if row.seed == "all"] or all_rows
     figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
     for index, size in enumerate(sorted({row.student_size for row in pooled})):
         color = f"C{index}"
@@ -131,7 +134,7 @@ def draw(found: list[Row]) -> Figure:
                 axes.annotate(
                     label,
                     (row.recall, row.precision),
-                    # Taus to the left of the curve, so that they do not meet the direct students.
+                    # Taus are labelled left of the curve, away from the direct students.
                     xytext=(-6, -11) if kind == "tau" else (6, 5),
                     textcoords="offset points",
                     ha="right" if kind == "tau" else "left",
@@ -154,15 +157,15 @@ def _bars(row: Row, name: str) -> tuple[float, float]:
 
 
 def main(arguments: list[str]) -> int:
-    """Read results.h5, print, save, draw."""
+    """Read results.h5, print and save the table, and draw the figure."""
     options = files.parser(__doc__).parse_args(arguments)
     results, path, out = files.read(options, LANGUAGE)
-    found = rows(results)
+    all_rows = rows(results)
     Console(width=None if sys.stdout.isatty() else 100).print(
-        table(found, results.provenance.get("python", "?"))
+        table(all_rows, results.provenance.get("python", "?"))
     )
-    saved = files.save_csv([asdict(row) for row in found], out / "precision_recall.csv")
-    for written in (path, saved, *files.save_figure(draw(found), out, "precision_recall")):
+    saved = files.save_csv([asdict(row) for row in all_rows], out / "precision_recall.csv")
+    for written in (path, saved, *files.save_figure(draw(all_rows), out, "precision_recall")):
         print(written)
     return 0
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Where the core-seconds of a finished local run went, by what its records hold.
+"""Account for the core-seconds of a finished local run, from its records.
 
 python benchmarks/core_seconds.py [RUN] [--cores 2]
 
-Without RUN the demo is run first, into build/. A record says when its process was started, when
-the attempt began, when everything was imported and loaded (ready), and when it ended; a ledger
-entry says what the launcher had computed. Core-seconds are cores (this process's, unless given)
-times the time from the first request to the last record. Useful is what lies between ready and the
-end of a shard: computing, writing, reading back and publishing. Exit code 1 if that is less than
-0.75.
+Without RUN, the demo is run first, in build/. A record says when its process was started, when the
+attempt began, when everything was imported and loaded (ready), and when it ended; an entry of the
+ledger says how much CPU time the launcher had used. Core-seconds are the number of cores (those of
+this process, unless given) times the time from the first request to the last record. Useful time is
+the time from ready to the end of a shard: computing, writing, reading back and publishing. The exit
+code is 1 if it is less than 0.75 of all core-seconds.
 """
 
 import itertools
@@ -35,7 +35,7 @@ def main() -> int:
     parser = report.options(__doc__)
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", action="store_true", help="one line of figures; nothing is saved")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON, save nothing")
     options = parser.parse_args()
     path = options.run or run_demo(report.BUILD / "runs" / "core-seconds")
     spent, span = account(path.resolve(), options.cores)
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def run_demo(path: Path) -> Path:
-    """The demo in a folder of its own, from nothing."""
+    """Run the demo from scratch in a folder of its own."""
     shutil.rmtree(path, ignore_errors=True)
     words = ["demo", "cluster=local", f"name={path.name}", f"runs_dir={path.parent}"]
     subprocess.run([sys.executable, str(LAUNCH / "sweep.py"), *words], check=True)
@@ -63,7 +63,7 @@ def run_demo(path: Path) -> Path:
 
 
 def account(path: Path, cores: int) -> tuple[dict[str, float], float]:
-    """Seconds by what they went to, and from the first request to the last record."""
+    """Return core-seconds by use, and the seconds from the first request to the last record."""
     run = runs.open_run(path)
     ledger = Ledger(path)
     records = sorted(run.scan().records.values(), key=lambda record: record.attempt["started"])
@@ -86,13 +86,14 @@ def account(path: Path, cores: int) -> tuple[dict[str, float], float]:
         launches[pids[number]] = max(launches[pids[number]], job.launcher_cpu_s)
     span = max(end(record) for record in records) - ledger.requests()[0].time
     rest = span * cores - sum(spent.values())
-    # The launcher works in the gaps, or beside a worker on its core.
+    # The launcher works in the gaps, or shares a core with a worker.
     spent["launcher"] = min(rest, sum(launches.values()))
     spent["idle"] = rest - spent["launcher"]
     return spent, span
 
 
 def end(record: Record) -> float:
+    """Return the time when the attempt of a record ended, in seconds since the epoch."""
     return float(record.attempt["started"]) + record.seconds
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Seconds of sampling and scoring as the work grows, each way alone, on a small model.
+"""Measure how the time of sampling and scoring a small model grows with the work.
 
     taskset -c 0 python benchmarks/growth.py
 
-`of linear` is time against 1x, over the factor: at most 1 is linear or better.
+Sequences, length and batch are grown one at a time. `of linear` is the time relative to 1x, divided
+by the factor; a value of at most 1 means linear or better.
 """
 
 import statistics
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def sampling_of(sequences: int, length: int, batch: int) -> Any:
-    """A function that samples."""
+    """Return a function that samples."""
     sampler = Sampler(
         model(length), prompt_ids=[1], length=length, batch_rows=batch, selection=Selection(),
         draw="inverse_cdf", counting=Counting(num_prompt=1, eos=-1, count_eos=True),
@@ -66,7 +67,7 @@ def sampling_of(sequences: int, length: int, batch: int) -> Any:
 
 
 def score(sequences: int, length: int, batch: int) -> Any:
-    """A function that scores."""
+    """Return a function that scores."""
     scorer = model(length)
     ids = torch.randint(VOCAB_SIZE, (sequences, length))
 
@@ -78,10 +79,12 @@ def score(sequences: int, length: int, batch: int) -> Any:
 
 
 def model(length: int) -> Llama:
-    """Fresh weights."""
-    made = huggingface.new_model(SHAPE, vocab_size=VOCAB_SIZE, length=length, eos=0, seed=0)
-    weights = made.state_dict()
-    return Llama(made.config.to_dict(), weights.__getitem__, dtype=made.dtype, device=made.device)
+    """Make a model with fresh weights."""
+    fresh = huggingface.new_model(SHAPE, vocab_size=VOCAB_SIZE, length=length, eos=0, seed=0)
+    weights = fresh.state_dict()
+    return Llama(
+        fresh.config.to_dict(), weights.__getitem__, dtype=fresh.dtype, device=fresh.device
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What this machine can do, measured, and what a job needs at least, counted."""
+"""Measured limits of this machine, and the least work that a job needs."""
 
 import json
 import statistics
@@ -11,14 +11,14 @@ from kdhpc.models.sizes import NUM_BYTES, key_value_bytes, num_parameters
 LARGE = Shape(
     layers=30, hidden=576, heads=9, kv_heads=3, ffn=1536, rope_theta=100000.0, init_std=0.04167
 )
-"""The 135M shape."""
+"""Shape of the 135M model."""
 VOCAB_SIZE = 49152
 
 
 def bandwidth() -> float:
-    """Bytes a second that a copy of a buffer beyond every cache reads and writes.
+    """Measure the bytes per second that are read and written when a buffer is copied.
 
-    On CPUs, like `matrix_rate`, on the threads that torch was given.
+    The buffer is larger than every cache. On CPUs this and `matrix_rate` use torch's threads.
     """
     import torch
 
@@ -38,14 +38,14 @@ def bandwidth() -> float:
 
 
 def matrix_rate(dtype: str) -> float:
-    """Floating-point operations a second of a large matrix product."""
+    """Measure the floating-point operations per second of a large matrix product."""
     from kdhpc.models import devices
 
     return devices.matmul_flops_per_s(devices.pick_device("auto"), devices.DTYPES[dtype])
 
 
 def shape_of(model: Path) -> tuple[Shape, int]:
-    """Sizes and vocabulary of a Llama's checkpoint folder."""
+    """Return the shape and the vocabulary size of a Llama in a checkpoint folder."""
     config = json.loads((model / "config.json").read_bytes())
     shape = Shape(
         layers=config["num_hidden_layers"],
@@ -60,10 +60,10 @@ def shape_of(model: Path) -> tuple[Shape, int]:
 def decoding(
     shape: Shape, vocab_size: int, *, rows: int, new_tokens: int, dtype: str
 ) -> tuple[float, float]:
-    """Bytes and operations of one decoding step, at the mean position.
+    """Return the bytes that a decoding step at the mean position reads, and its operations.
 
-    Weights and the keys and values before the position are read once; attention, each a product
-    and a sum, goes over queries and keys and over weights and values.
+    Weights, and the keys and values before the position, are read once. Attention multiplies and
+    adds twice for each key: queries with keys, and probabilities with values.
     """
     weights = num_parameters(shape, vocab_size)
     keys = rows * (new_tokens + 1) / 2

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What a person waits for on the login node: whole commands, from 625 to 10,000 shards.
+"""Time whole commands on the login node, with runs of 625 to 10,000 shards.
 
 python benchmarks/login_node.py [--shards 10000] [--turns 5] [--folder build]
 
-The run folders hold the paper's plan with more or fewer sequences, every shard with its record and
-data of a few bytes. Medians; Python's start is a part of them; CPU seconds beside them tell what of
-it was waiting for a core or the disk. Exit code 1 if `sweep.py paper --dry-run` or `status.py` on
-the largest folder takes more than a second.
+The run folders hold the paper's plan with more or fewer sequences; every shard has its record and a
+few bytes of data. Times are medians and include the start of Python; the difference to the CPU
+seconds was spent waiting for a core or the disk. The exit code is 1 if `sweep.py paper --dry-run`,
+or `status.py` on the largest folder, takes more than a second.
 """
 
 import os
@@ -29,13 +29,13 @@ LAUNCH = Path(__file__).parents[1] / "launch"
 LIMIT_S = 1.0
 FACTORS = (16, 8, 4, 2, 1)
 ROWS = 512
-"""Sequences of a shard."""
+"""Sequences per shard."""
 ARMS = 21
-"""Arms of token shards with so many as D in the paper's plan: D and five seeds at four taus."""
+"""Number of arms in the paper's plan that are as large as D: D itself, and 4 taus of 5 seeds."""
 
 
 def main() -> int:
-    """Make the folders, time each command, print two tables."""
+    """Make the folders, time each command, and print two tables."""
     parser = report.options(__doc__)
     parser.add_argument("--shards", type=int, default=10_000)
     parser.add_argument("--turns", type=int, default=5)
@@ -53,13 +53,13 @@ def main() -> int:
         num_shards = make_run(path, options.shards // factor)
         name = f"status.py, {num_shards} shards"
         commands[name], sizes[name] = ["status.py", str(path)], num_shards
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(options.turns):
         for name, (script, *words) in commands.items():
-            found[name].append(timed([sys.executable, str(LAUNCH / script), *words]))
+            times[name].append(timed([sys.executable, str(LAUNCH / script), *words]))
     medians = {
         name: [statistics.median(each) for each in zip(*turns, strict=True)]
-        for name, turns in found.items()
+        for name, turns in times.items()
     }
     about = {"turns": options.turns}
     rows = [
@@ -84,15 +84,15 @@ def main() -> int:
 
 
 def timed(command: list[str]) -> tuple[float, float]:
-    """Seconds and CPU seconds of a command, with byte code as anybody has it."""
-    kept = {name: v for name, v in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    """Return the seconds and CPU seconds of a command, which may cache byte code as usual."""
+    environment = {name: v for name, v in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     begun, cpu_s = time.perf_counter(), report.cpu_of_children()
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=kept)
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=environment)
     return time.perf_counter() - begun, report.cpu_of_children() - cpu_s
 
 
 def make_run(path: Path, num_shards: int) -> int:
-    """A run of about so many shards, all of them done. Returns how many there are."""
+    """Make a run of about `num_shards` finished shards, and return their exact number."""
     words = [
         "paper",
         "cluster=local",
@@ -108,11 +108,11 @@ def make_run(path: Path, num_shards: int) -> int:
     run = runs.open_for(config, plan)
     runs.add_request(run, config, kind="sweep", executor="local")
     work = Work(run, config, plan)
-    os.fsync = lambda fd: None  # what is made here need not survive
+    os.fsync = lambda fd: None  # the run is temporary, so it need not survive a crash
     for shard in plan.shards.values():
-        found = work.new_path(shard, ".h5" if shard.stage == arms.MERGE else "")
-        found.write_bytes(b"some bytes")
-        work.publish(shard, Written(path=found, rows=shard.num_rows), time.time() - 60.0)
+        data = work.new_path(shard, ".h5" if shard.stage == arms.MERGE else "")
+        data.write_bytes(b"some bytes")
+        work.publish(shard, Written(path=data, rows=shard.num_rows), time.time() - 60.0)
     return len(plan.shards)
 
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""The merge of per-token scores against copying the same files, in turns.
+"""Compare the merge of per-token scores with a copy of the same files.
 
 python benchmarks/merge.py [--sequences 100000] [--length 512] [--turns 5] [--folder build]
 
-Makes a run folder of the paper's sizes with one seed: 15 pairs of sampler and scorer with per-token
-scores, the evaluation sets and models as small files, every one with its record. Then the merge, as
-a task does it (every byte of what it reads is checked, the result is read back, synced and
-published), and `shutil.copyfile` of the score shards, synced file by file, take turns, each in a
-process of its own that has loaded its modules. Nothing else is waiting for the disk when a turn
-begins; files are in the page cache. Medians. Peak memory is the most that a process held. A second
-table is of growth: 1 to 16 times as many shards. Exit code 1 if the merge has less than 0.7 of the
-copy's throughput, or holds more than 1 GB.
+The run folder has the paper's sizes with one seed: 15 pairs of sampler and scorer with per-token
+scores, and the evaluation sets and models as small files, all with their records. Two systems take
+turns, each in a process of its own that has loaded its modules. One is the merge as a task does it:
+it checks every byte that it reads, and reads back, syncs and publishes the result. The other is
+`shutil.copyfile` of the score shards, synced file by file. When a turn begins, all writes are
+flushed and the files are in the page cache. Times are medians; peak memory is the most that a
+process held. A second table shows growth with 1 to 16 times as many shards. The exit code is 1 if
+the merge has less than 0.7 of the copy's throughput, or holds more than 1 GB.
 """
 
 import argparse
@@ -44,9 +44,9 @@ MOST_BYTES = 1e9
 
 
 def main() -> int:
-    """Make the runs, let merge and copy take turns, print two tables."""
+    """Make the runs, let merge and copy take turns, and print two tables."""
     parser = report.options(__doc__)
-    parser.add_argument("--sequences", type=int, default=100_000, help="of every evaluation set")
+    parser.add_argument("--sequences", type=int, default=100_000, help="per evaluation set")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=report.RESULTS.parent)
@@ -98,6 +98,7 @@ def main() -> int:
 
 
 def config_of(folder: Path, sequences: int, per_shard: int, length: int) -> Any:
+    """Return the config of a run with one seed and per-token scores."""
     words = [
         "paper",
         "cluster=local",
@@ -116,7 +117,7 @@ def config_of(folder: Path, sequences: int, per_shard: int, length: int) -> Any:
 
 
 def make_run(folder: Path, sequences: int, per_shard: int, length: int) -> tuple[Any, Run]:
-    """A run in which all is done but the merge; what was scored is noise."""
+    """Make a run in which everything but the merge is done; its scores are noise."""
     config = config_of(folder, sequences, per_shard, length)
     plan = LANGUAGE.plan(config)
     run = runs.open_for(config, plan)
@@ -151,16 +152,16 @@ def make_run(folder: Path, sequences: int, per_shard: int, length: int) -> tuple
 
 
 def measure(path: Path, turns: int) -> dict[str, Any]:
-    """Medians of merge and copy, one after the other, each in a fresh process."""
-    found: dict[str, list[dict[str, float]]] = {"merge": [], "copy": []}
+    """Let merge and copy take turns in fresh processes; return their medians."""
+    answers: dict[str, list[dict[str, float]]] = {"merge": [], "copy": []}
     for _ in range(turns):
-        for name, all_turns in found.items():
+        for name, all_turns in answers.items():
             os.sync()
             command = [sys.executable, __file__, "--worker", name, str(path)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             all_turns.append(json.loads(done.stdout.splitlines()[-1]))
-    facts: dict[str, Any] = {"GB": found["copy"][0]["bytes"] / 1e9}
-    for name, each in found.items():
+    facts: dict[str, Any] = {"GB": answers["copy"][0]["bytes"] / 1e9}
+    for name, each in answers.items():
         facts[f"{name} s"] = statistics.median(turn["seconds"] for turn in each)
         facts[f"{name} CPU s"] = statistics.median(turn["cpu_s"] for turn in each)
         facts[f"{name} MB"] = max(turn["peak_bytes"] for turn in each) / 1e6
@@ -170,15 +171,15 @@ def measure(path: Path, turns: int) -> dict[str, Any]:
 
 
 def work(name: str, path: Path) -> dict[str, float]:
-    """One turn: seconds, bytes of the score shards, peak memory. Leaves the run as it was."""
+    """Do one turn and restore the run; return seconds, bytes of the score shards, peak memory."""
     for module in ("h5py", "pyarrow"):
         importlib.import_module(module)
     run = runs.open_run(path)
     _, config, plan = runs.current(run)
     [merge] = plan.stage(arms.MERGE)
     files = [
-        found for shard in plan.stage(arms.SCORE)
-        for found in run.record_path(shard.key).parent.glob(f"{shard.name}.*.h5")
+        file for shard in plan.stage(arms.SCORE)
+        for file in run.record_path(shard.key).parent.glob(f"{shard.name}.*.h5")
     ]  # fmt: skip
     num_bytes = sum(file.stat().st_size for file in files)
     begun, cpu = time.perf_counter(), time.process_time()

@@ -1,4 +1,4 @@
-"""What every benchmark prints and saves: a table, and under which conditions it came about."""
+"""Print and save the tables of benchmarks with the conditions under which they were measured."""
 
 import argparse
 import json
@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 BUILD = Path(__file__).parents[1] / "build"
-"""For what benchmarks make; not kept by git."""
+"""Folder for the files that benchmarks make; git ignores it."""
 RESULTS = BUILD / "benchmarks"
-"""Where `save` writes."""
+"""Folder that `save` writes to."""
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "h5py")
 
 
 def conditions() -> dict[str, Any]:
-    """The machine, the versions, and the cores and threads this process may use."""
+    """Return the machine, the versions, and the cores and threads that this process may use."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
         "python": platform.python_version(),
-        **{name: found for name in PACKAGES if (found := _version(name))},
+        **{name: installed for name in PACKAGES if (installed := _version(name))},
     }
 
 
@@ -37,13 +37,13 @@ def save(
     *,
     facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Print a Markdown table, and write it and its figures to `RESULTS`.
+    """Print a Markdown table, and write it and its numbers to `RESULTS`.
 
     Args:
-        name: of the files, `<name>.md` and `<name>.json`.
+        name: stem of the files, `<name>.md` and `<name>.json`.
         title: one line that says what was measured.
-        rows: one a system; all have the same columns, in order.
-        facts: what else the numbers depend on: sizes, measured limits, repetitions.
+        rows: one row for every system; all have the same columns in the same order.
+        facts: further conditions of the numbers: sizes, measured limits, repetitions.
     """
     about = conditions() | dict(facts or {})
     head = list(rows[0])
@@ -60,16 +60,16 @@ def save(
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """A parser that shows a module's docstring as it is."""
+    """Make a parser that prints a module's docstring with its line breaks."""
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
 
 
 def peak_bytes(device: Any = None) -> float:
-    """The most memory that this process held; where `device` is a GPU, that torch reserved there.
+    """Return the most bytes that this process held, or on a GPU the most that torch reserved there.
 
-    Unlike `ru_maxrss`, without what its parent held before it started it.
+    Unlike `ru_maxrss`, it does not include what the parent held when it started this process.
     """
     if device is not None and device.type == "cuda":
         import torch
@@ -82,7 +82,7 @@ def peak_bytes(device: Any = None) -> float:
 
 
 def cpu_of_children() -> float:
-    """CPU seconds of all processes that this one has waited for."""
+    """Return the CPU seconds of all child processes that this process has waited for."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

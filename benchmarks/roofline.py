@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What one GPU could reach in preset `paper`, by arithmetic: nothing here is measured.
+"""Compute what one GPU could reach in preset `paper`; nothing here is measured.
 
 python benchmarks/roofline.py [--tb-per-s 3.35] [--tflops 989] [--gb 80]   # an H100's data sheet
 """
@@ -16,7 +16,8 @@ from kdhpc.models.sizes import SamplingMemory
 from kdhpc.pipeline import LANGUAGE
 
 SHARE = 0.5
-"""Of the limit by sums: what plain torch reaches on a CPU at least (docs/performance.md)."""
+"""Fraction of the limit by sums that plain torch reaches at least on a CPU
+(docs/performance.md)."""
 
 
 def main() -> None:

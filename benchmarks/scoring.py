@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Tokens a second and memory when scoring, side by side with the paper's released way.
+"""Compare the speed and memory of scoring with the way of the paper's released code.
 
     taskset -c 0 python benchmarks/scoring.py
 
-The released way: transformers in float32, 16 rows of 512 tokens at once, log-softmax over logits
-[B, L, V]. `body` is transformers' own forward pass without the head. Systems take turns.
+The released way is transformers in float32, 16 rows of 512 tokens at once, with a log-softmax over
+logits [B, L, V]. `body` is transformers' own forward pass without the head. Systems take turns.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SYSTEMS = (
 
 
 def main() -> None:
-    """Start every system, let them take turns, print a table."""
+    """Start every system, let them take turns, and print a table."""
     parser = report.options(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -45,8 +45,8 @@ def main() -> None:
     real_model()
     workers = {}
     for name in options.systems:
-        if "native" in name and (why := native.missing()):
-            print(f"{name} is left out: {why}", file=sys.stderr)
+        if "native" in name and (reason := native.missing()):
+            print(f"{name} is left out: {reason}", file=sys.stderr)
             continue
         print(f"starting {name}", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, "--batch-rows", str(options.batch_rows)]
@@ -59,8 +59,8 @@ def main() -> None:
     released = turns.median(answers[SYSTEMS[0]]) if SYSTEMS[0] in answers else None
     tokens = ROWS * LENGTH
     rows: list[dict[str, Any]] = []
-    for name, found in answers.items():
-        each = turns.median(found)
+    for name, all_turns in answers.items():
+        each = turns.median(all_turns)
         dtype = "bfloat16" if name.endswith("bfloat16") else "float32"
         flops = forward_flops(limits.LARGE, limits.VOCAB_SIZE, LENGTH) * tokens
         body = turns.median(answers[key]) if (key := f"body {dtype}") in answers else None
@@ -71,7 +71,7 @@ def main() -> None:
                 "times the released way": released / each if released else None,
                 "times the body alone": body / each if body else None,
                 "of the matrix rate": None if "body" in name else flops / each / rates[dtype],
-                "peak GB": max(answer["peak_bytes"] for answer in found) / 1e9,
+                "peak GB": max(answer["peak_bytes"] for answer in all_turns) / 1e9,
             }
         )
     report.save(
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def work(options: argparse.Namespace) -> None:
-    """One system: load, score all rows once a turn."""
+    """Be the worker of one system: load, then score all rows once per turn."""
     answer = turns.begin()
     import torch
 
@@ -120,11 +120,11 @@ def work(options: argparse.Namespace) -> None:
             total = model.base_model(ids, use_cache=False).last_hidden_state.sum()
         else:
             parts = torch.split(ids, options.batch_rows)
-            found = [
+            log_probs = [
                 likelihood.token_log_probs(model, part, head_tokens=4096, head=head)
                 for part in parts
             ]
-            total = torch.cat(found, dim=1)[0, :, 1:].sum()
+            total = torch.cat(log_probs, dim=1)[0, :, 1:].sum()
         return {"sum": float(total), "peak_bytes": report.peak_bytes(device)}
 
     score()

@@ -1,14 +1,15 @@
 #!/usr/bin/env python
-"""From the start of a task's process to its first batch, and where that time goes.
+"""Time a task from the start of its process to its first batch, and find where the time goes.
 
 python benchmarks/start_up.py [--turns 5] [--folder build]
 
-A run of the demo's sizes whose truth is there, with fresh weights. `python -m kdhpc.cluster.task`
-does one sampling shard of one batch, as in a job: a new process each time, with the code that lies
-in the run. Its record says when the attempt began and when all was imported and loaded (ready): the
-first batch begins. In turns with it, a process that only imports, one module after the other. Times
-are from when the kernel started the process, medians; CPU seconds beside them tell what of it was
-waiting for a core. Exit code 1 if the first batch begins after more than 3 s.
+The run has the demo's sizes and a truth with fresh weights. `python -m kdhpc.cluster.task` samples
+one shard of one batch as in a job: every time in a new process, with the code in the run's folder.
+Its record says when the attempt began, and when everything was imported and loaded (ready), so that
+the first batch begins. A process that only imports one module after the other takes turns with it.
+Times are medians and are counted from when the kernel started the process; the difference to the
+CPU seconds was spent waiting for a core. The exit code is 1 if the first batch begins after more
+than 3 s.
 """
 
 import json
@@ -34,7 +35,7 @@ from kdhpc.storage.work import Work, Written
 
 LIMIT_S = 3.0
 Times = dict[str, tuple[float, float | None]]
-"""What had been done, how many seconds after the start of the process, and its CPU seconds."""
+"""Seconds from the start of the process, and its CPU seconds, by what had been done by then."""
 IMPORTS = """
 import json, sys, time
 from kdhpc.storage.work import process_started
@@ -54,7 +55,7 @@ STATEMENTS = (
 
 
 def main() -> int:
-    """Make the run, let tasks and imports take turns, print the table."""
+    """Make the run, let tasks and imports take turns, and print the table."""
     parser = report.options(__doc__)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=report.BUILD)
@@ -62,14 +63,14 @@ def main() -> int:
     path = (options.folder / "start-up").resolve()
     shutil.rmtree(path, ignore_errors=True)
     run, shards = make_run(path, options.turns + 1)
-    found: dict[str, list[tuple[float, float | None]]] = {}
+    times: dict[str, list[tuple[float, float | None]]] = {}
     for turn, shard in enumerate(shards):
         for name, seconds in (imports() | task(run, shard)).items():
-            if turn:  # the first one writes byte code
-                found.setdefault(name, []).append(seconds)
-    medians = {name: statistics.median(s for s, _ in each) for name, each in found.items()}
+            if turn:  # not the first turn, which compiles byte code
+                times.setdefault(name, []).append(seconds)
+    medians = {name: statistics.median(s for s, _ in each) for name, each in times.items()}
     rows: list[dict[str, Any]] = []
-    for name, each in found.items():
+    for name, each in times.items():
         cpu = [cpu_s for _, cpu_s in each if cpu_s is not None]
         rows.append(
             {
@@ -84,7 +85,7 @@ def main() -> int:
 
 
 def make_run(path: Path, num_shards: int) -> tuple[RunFolder, list[Shard]]:
-    """A run with a truth, and sampling shards of one batch."""
+    """Make a run with a truth; return it and its sampling shards of one batch each."""
     from kdhpc.models import huggingface
 
     words = [
@@ -106,28 +107,28 @@ def make_run(path: Path, num_shards: int) -> tuple[RunFolder, list[Shard]]:
     model = huggingface.new_model(
         config.truth.shape, vocab_size=len(tokenizer), length=config.length, eos=0, seed=0
     )
-    found = work.new_path(truth)
-    model.save_pretrained(found)
-    tokenizer.save_pretrained(found)
-    work.publish(truth, Written(path=found, rows=1), time.time())
+    checkpoint = work.new_path(truth)
+    model.save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    work.publish(truth, Written(path=checkpoint, rows=1), time.time())
     return run, plan.arm(arms.SAMPLE_TRUTH, "train")
 
 
 def environment() -> dict[str, str]:
-    """This process's, with byte code as anybody has it."""
+    """Return the environment of this process, in which Python may cache byte code as usual."""
     return {name: v for name, v in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def imports() -> Times:
-    """When each import has been done."""
+    """Return the time after each import."""
     command = [sys.executable, "-c", IMPORTS, *STATEMENTS]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment())
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {f"`{name}`": (seconds, cpu_s) for name, (seconds, cpu_s) in found.items()}
+    times = json.loads(done.stdout.splitlines()[-1])
+    return {f"`{name}`": (seconds, cpu_s) for name, (seconds, cpu_s) in times.items()}
 
 
 def task(run: RunFolder, shard: Shard) -> Times:
-    """When a task, with the code of the run, began its shard, its first batch, and published."""
+    """Run a task with the run's code; return when it read its plan, began to sample, and ended."""
     ledger = Ledger(run.path)
     number = len(ledger.submissions()) + 1
     submission = Submission(

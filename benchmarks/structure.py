@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""The shape of the code in numbers, so that two commits can be compared.
+"""Print the structure of the code in numbers, so that two commits can be compared.
 
 python benchmarks/structure.py [FOLDER]
 
-FOLDER is a package, of this checkout (kdhpc) or of another one. Every file counts as a module.
-Public names are its `__all__`, or what it defines at its top without a leading underscore.
-Functions include methods and those inside others. Complexity is ruff's; cycles are between files,
-by grimp, with imports inside functions and without those for type checkers only.
+FOLDER is the package of this checkout (kdhpc) or of another. Every file counts as a module. Public
+names are those of `__all__`, or else those defined at the top level without a leading underscore.
+Functions include methods and nested functions. Complexity is measured by ruff. Cycles between files
+are found by grimp; imports inside functions count, imports for type checkers only do not.
 """
 
 import ast
@@ -25,7 +25,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def main() -> int:
-    """Read every module, print a table."""
+    """Read every module and print a table."""
     parser = report.options(__doc__)
     default = Path(__file__).parents[1] / "kdhpc"
     parser.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=default)
@@ -62,23 +62,23 @@ def main() -> int:
 
 
 def public_names(module: ast.Module) -> set[str]:
-    """What a module offers to others."""
-    found: set[str] = set()
+    """Return the names that a module offers to others."""
+    defined: set[str] = set()
     for node in module.body:
         if isinstance(node, Function | ast.ClassDef):
-            found.add(node.name)
+            defined.add(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             leaves = [leaf for target in targets for leaf in ast.walk(target)]
             assigned = {leaf.id for leaf in leaves if isinstance(leaf, ast.Name)}
             if "__all__" in assigned and node.value:
                 return set(ast.literal_eval(node.value))
-            found |= assigned
-    return {name for name in found if not name.startswith("_")}
+            defined |= assigned
+    return {name for name in defined if not name.startswith("_")}
 
 
 def mentions_any(function: Function) -> bool:
-    """Whether the type of an argument or of what is returned has `Any` in it."""
+    """Return whether the type of an argument or of the result contains `Any`."""
     arguments = [node for node in ast.walk(function.args) if isinstance(node, ast.arg)]
     types = [function.returns, *(argument.annotation for argument in arguments)]
     nodes = [node for declared in types if declared for node in ast.walk(declared)]
@@ -86,22 +86,22 @@ def mentions_any(function: Function) -> bool:
 
 
 def num_complex(folder: Path) -> int:
-    """Functions that ruff finds too complex, whatever the checkout's own rules say."""
+    """Count the functions that ruff finds too complex, ignoring the checkout's own rules."""
     limit = ["--select", "C901", "--config", f"lint.mccabe.max-complexity={MOST_COMPLEX}"]
-    plainly = ["--isolated", "--no-cache", "--ignore-noqa", "--exit-zero"]
-    command = [sys.executable, "-m", "ruff", "check", *plainly, *limit, "--output-format", "json"]
+    own_rules = ["--isolated", "--no-cache", "--ignore-noqa", "--exit-zero"]
+    command = [sys.executable, "-m", "ruff", "check", *own_rules, *limit, "--output-format", "json"]
     return len(json.loads(subprocess.check_output([*command, str(folder)])))
 
 
 def cycles(folder: Path) -> list[str]:
-    """Strongly connected parts of the graph of imports, of more than one file."""
+    """Return the strongly connected components of the import graph that have several files."""
     sys.path.insert(0, str(folder.parent))
     graph = grimp.build_graph(folder.name, exclude_type_checking_imports=True, cache_dir=None)
-    found = {
+    components = {
         frozenset(graph.find_upstream_modules(name) & graph.find_downstream_modules(name)) | {name}
         for name in graph.modules
     }
-    return sorted(" ".join(sorted(part)) for part in found if len(part) > 1)
+    return sorted(" ".join(sorted(part)) for part in components if len(part) > 1)
 
 
 if __name__ == "__main__":

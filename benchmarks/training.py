@@ -1,19 +1,21 @@
 #!/usr/bin/env python
-"""Training speed and memory against the Hugging Face Trainer with DeepSpeed, side by side.
+"""Compare training speed and memory with the Hugging Face Trainer with DeepSpeed.
 
 python benchmarks/training.py [--dtype bfloat16 float32] [--rounds 3] [--systems NAME ...]
 
-Same model (SmolLM2-135M's shape), data, batch, dtype, ZeRO stage, attention (SDPA), optimizer
-(torch's fused AdamW) and threads. Every system is a process of its own, pinned to one core on CPUs;
-they take turns, one optimizer step each, after a first step that is not counted. Medians. Peak
-memory is the most that the process ever held (on GPUs: that the allocator reserved).
+All systems have the same model (SmolLM2-135M's shape), data, batch, dtype, ZeRO stage, attention
+(SDPA), optimizer (torch's fused AdamW) and threads. Every system is a process of its own, pinned to
+one core on CPUs. They take turns, one optimizer step each, after a first step that is not counted.
+Times are medians. Peak memory is the most that the process ever held (on GPUs, the most that the
+allocator reserved).
 
-The Trainer's best settings that were found: torch_compile off (0.8 times as fast on the CPU where
-this was written), adamw_torch_fused, no logging or saving, no gradient checkpointing, no processes
-for data. `Trainer, kept memory` has the allocator settings too that kdhpc gives itself on CPUs.
-`kdhpc fast` has compile: true, `kdhpc` has not, `kdhpc small` has activation checkpointing and 256
-positions of logits.
-All systems of a comparison are in memory at once; --systems takes fewer, the first is the base.
+The Trainer has the best settings that were found: torch_compile off (with it, 0.8 times the speed
+on the CPU where this was written), adamw_torch_fused, no logging or saving, no gradient
+checkpointing, and no worker processes for data. `Trainer, kept memory` also has the allocator
+settings that kdhpc gives itself on CPUs. `kdhpc fast` has compile: true, `kdhpc` does not, and
+`kdhpc small` has activation checkpointing and logits of 256 positions at once.
+All systems of a comparison are in memory at once. --systems chooses fewer of them; the first is the
+baseline.
 """
 
 import argparse
@@ -30,14 +32,14 @@ import turns
 LENGTH = 512
 SYSTEMS = ("Trainer", "kdhpc fast", "kdhpc small")
 MORE = ("Trainer, kept memory", "kdhpc")
-"""Only where `--systems` names them."""
+"""Systems that run only if `--systems` names them."""
 DTYPES = ("bfloat16", "float32")
 WORKER_ENV = {"OMP_NUM_THREADS": "1", "ACCELERATE_LOG_LEVEL": "ERROR"}
 KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 def main() -> None:
-    """Start every system, let them take turns, print a table."""
+    """Start every system, let them take turns, and print a table."""
     parser = report.options(__doc__)
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=3)
@@ -60,10 +62,11 @@ def compare(dtype: str, options: argparse.Namespace) -> None:
     words = ["--sequences", str(options.sequences), "--parts", str(options.parts)]
     words += ["--zero-stage", str(options.zero_stage), "--dtype", dtype]
     workers = {}
-    for name in options.systems:  # one after the other, so that nobody disturbs the first steps
+    # Workers are started one after the other, so that their first steps do not disturb each other.
+    for name in options.systems:
         command = [sys.executable, __file__, "--worker", name, *words]
-        kept = KEPT_MEMORY if name == "Trainer, kept memory" else {}
-        workers[name] = turns.Worker(command, WORKER_ENV | kept)
+        allocator = KEPT_MEMORY if name == "Trainer, kept memory" else {}
+        workers[name] = turns.Worker(command, WORKER_ENV | allocator)
     answers = turns.take_turns(workers, options.rounds)
     for worker in workers.values():
         worker.stop()
@@ -79,20 +82,20 @@ def compare(dtype: str, options: argparse.Namespace) -> None:
     print("| system | tokens/s | times the first | of peak | GB | of the first |")
     print("|---|---|---|---|---|---|")
     first, *_ = answers.values()
-    for name, found in answers.items():
-        each, peak_bytes = turns.median(found), found[-1]["peak_bytes"]
+    for name, all_turns in answers.items():
+        each, peak_bytes = turns.median(all_turns), all_turns[-1]["peak_bytes"]
         print(
             f"| {name} | {num_tokens / each:.1f} | {turns.median(first) / each:.2f} "
             f"| {flops / each / peak:.0%} | {peak_bytes / 1e9:.2f} "
             f"| {peak_bytes / first[-1]['peak_bytes']:.2f} |",
             flush=True,
         )
-    rounds = {name: [round(a["seconds"], 2) for a in found] for name, found in answers.items()}
+    rounds = {name: [round(a["seconds"], 2) for a in each] for name, each in answers.items()}
     print(rounds, flush=True)
 
 
 def work(options: argparse.Namespace) -> NoReturn:
-    """Train for ever, one step a turn."""
+    """Be the worker of one system: train, one step per turn, until the process is killed."""
     answer = turns.begin()
     import torch
     import transformers
@@ -172,10 +175,10 @@ def _trainer(
 
     from kdhpc.training.engine import load_deepspeed
 
-    load_deepspeed()  # quiet, and no op compiled in the background
+    load_deepspeed()  # without log lines, and without ops that are compiled in the background
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(20000 + os.getpid() % 10000)
-    # It asks for a GPU before it takes bfloat16; DeepSpeed itself does not.
+    # The Trainer requires a GPU for bfloat16; DeepSpeed itself does not.
     training_args.is_torch_bf16_gpu_available = lambda: True
 
     class Turns(TrainerCallback):  # type: ignore[misc]

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Memory of training: the formula of kdhpc/models/sizes.py against what processes really hold.
+"""Compare the formula for training memory in kdhpc/models/sizes.py with the memory of processes.
 
-python benchmarks/training_memory.py             measure on CPUs, print both
-python benchmarks/training_memory.py --plan      what each GPU would hold, by the formula
+python benchmarks/training_memory.py             measure on CPUs and print both
+python benchmarks/training_memory.py --plan      print what each GPU would hold by the formula
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def plan() -> None:
-    """A table for the paper's batch of 256 sequences in bfloat16, ZeRO-1 unless it says 3."""
+    """Print a table for the paper's batch of 256 sequences in bfloat16."""
     print("| model | GPUs | ZeRO | at once x parts | states GB | activations GB | total GB |")
     print("|---|---|---|---|---|---|---|")
     for name in ("135M", "360M", "1.7B"):
@@ -65,17 +65,17 @@ def plan() -> None:
                     batch_sequences=256, micro_batch_sequences=16, dtype="bfloat16",
                     zero_stage=stage, ranks_per_node=gpus,
                 )  # fmt: skip
-                found = training_memory(SHAPES[name], recipe, vocab_size=VOCAB_SIZE, length=LENGTH)
-                states = found.weights + found.gradients + found.optimizer + found.buckets
+                memory = training_memory(SHAPES[name], recipe, vocab_size=VOCAB_SIZE, length=LENGTH)
+                states = memory.weights + memory.gradients + memory.optimizer + memory.buckets
                 print(
                     f"| {name} | {gpus} | {stage} | {recipe.micro_batch} x {recipe.accumulation} "
-                    f"| {states / 1e9:.1f} | {(found.activations + found.head) / 1e9:.1f} "
-                    f"| {found.total / 1e9:.1f} |"
+                    f"| {states / 1e9:.1f} | {(memory.activations + memory.head) / 1e9:.1f} "
+                    f"| {memory.total / 1e9:.1f} |"
                 )
 
 
 def measure() -> None:
-    """Run every case in processes of its own."""
+    """Run every case in processes of its own and print a table."""
     print("| model | setting | formula GB | measured GB |\n|---|---|---|---|")
     for index, (name, changes) in enumerate(CASES):
         recipe = dataclasses.replace(BASE, **changes)
@@ -103,7 +103,7 @@ def measure() -> None:
 
 
 def hold(name: str, changes: dict[str, Any]) -> None:
-    """Train two steps and print how much more was held than before the model was made."""
+    """Train two steps and print by how much peak memory grew since the model was made."""
     import numpy as np
     import torch
 

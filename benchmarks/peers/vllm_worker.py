@@ -1,4 +1,4 @@
-"""vLLM as a worker of benchmarks/sampling.py; runs in its own environment."""
+"""A worker of benchmarks/sampling.py that runs vLLM in an environment of its own."""
 
 import os
 
@@ -13,7 +13,7 @@ os.environ |= {
 
 
 def main() -> None:
-    """Load, then sample one batch a turn."""
+    """Load the model, then sample one batch per turn."""
     options = turns.peer_options(__doc__)
     answer = turns.begin()
     import vllm
@@ -26,15 +26,15 @@ def main() -> None:
         max_model_len=options.new_tokens + 1,
         enable_prefix_caching=False,
     )
-    whole = vllm.SamplingParams(
+    parameters = vllm.SamplingParams(
         temperature=1.0, top_k=0, top_p=1.0, max_tokens=options.new_tokens, ignore_eos=True,
         detokenize=False,
     )  # fmt: skip
     prompts = [{"prompt_token_ids": [options.prompt_id]}] * options.rows
 
     def work() -> turns.Answer:
-        found = engine.generate(prompts, whole, use_tqdm=False)
-        return {"tokens": sum(len(row.outputs[0].token_ids) for row in found)}
+        results = engine.generate(prompts, parameters, use_tqdm=False)
+        return {"tokens": sum(len(row.outputs[0].token_ids) for row in results)}
 
     work()
     turns.serve(answer, work, version=vllm.__version__)

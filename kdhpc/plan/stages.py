@@ -50,8 +50,7 @@ class Stage(Generic[C]):
     uses_device: bool = True
     """Whether tasks of the stage request the GPUs of the cluster config."""
     modules: tuple[str, ...] = ()
-    """Modules imported by `run` that take seconds to load; an idle local worker loads them early.
-    """
+    """Modules that `run` imports and that load slowly; an idle local worker loads them early."""
     alias: str | None = None
     """Fixed file name in the stage's folder for the newest output; the file is replaced as a
     whole."""
@@ -77,8 +76,7 @@ class Pipeline(Generic[C]):
     estimate: Callable[[C], Iterable[str]] = lambda config: ()
     """Yields lines for --dry-run, such as which batch fits into memory. It must be pure."""
     merge_partial: "Callable[[Work[C], frozenset[str], Path], None] | None" = None
-    """Merges the outputs of the shards with the given keys into a file, for `rerun.py --partial`.
-    """
+    """Merges the outputs of shards with the given keys into a file, for `rerun.py --partial`."""
 
     def plan(self, config: C) -> Plan:
         """Plan every stage, each from the config and the shards of the stages before it."""

@@ -1,6 +1,6 @@
 """Scores of students in the mixture simulation, and the terms of the theory.
 
-Shapes: N points, K components, D dimensions. Log-probabilities and entropies are in nats a point.
+Shapes: N points, K components, D dimensions. Log-densities and entropies are in nats per point.
 """
 
 from collections.abc import Callable
