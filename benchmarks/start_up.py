@@ -48,9 +48,10 @@ print(json.dumps(found))
 STATEMENTS = (
     "from kdhpc.cluster import task",
     "import torch",
-    "from kdhpc import inference, sampling, store",
+    "from kdhpc.sampling import sampler",
+    "from kdhpc.scoring import scorer",
     "import safetensors, tokenizers, pyarrow",
-    "from kdhpc import models",
+    "from kdhpc.models import huggingface",
 )
 
 
