@@ -12,7 +12,8 @@ from kdhpc.experiment.stages.merge import MERGE, run_partial
 from kdhpc.experiment.stages.mixture import FIT_STUDENTS, FIT_TEACHERS, MERGE_MIXTURE
 from kdhpc.experiment.stages.sample import SAMPLE_STUDENTS, SAMPLE_TEACHER, SAMPLE_TRUTH
 from kdhpc.experiment.stages.score import SCORE
-from kdhpc.experiment.stages.train import TRAIN_ON_TRUTH, TRAIN_STUDENTS, TRUTH
+from kdhpc.experiment.stages.train import TRAIN_ON_TRUTH, TRAIN_STUDENTS
+from kdhpc.experiment.stages.truth import TRUTH
 from kdhpc.plan.stages import Pipeline
 
 LANGUAGE = Pipeline(

@@ -27,7 +27,7 @@ from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import look, status_of
 from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
-from kdhpc.experiment.stages.train import states_recipe
+from kdhpc.experiment.trainings import states_recipe
 from kdhpc.pipeline import LANGUAGE
 from kdhpc.plan.shards import Shard
 from kdhpc.storage.results import logical_digest, read_results

@@ -395,7 +395,7 @@ def test_two_live_trainings_leave_each_other_what_they_are_writing(tmp_path: Pat
 
 
 def test_checkpoints_of_other_settings_do_not_meet(tmp_path: Path) -> None:
-    """Each recipe has a folder of its own; see `stages/train.py`."""
+    """Each recipe has a folder of its own; see `kdhpc/experiment/trainings.py`."""
     for recipe, step in (("old", 50), ("new", 10)):
         weights = {"w": torch.ones(1)}
         checkpoints.save(tmp_path / recipe, step=step, tensors=weights, recipe=recipe, num_kept=2)

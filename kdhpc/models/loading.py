@@ -84,6 +84,21 @@ def _weights(path: Path) -> Iterator[Callable[[str], Tensor]]:
             raise ValueError(f"a Llama has no {unknown[0]}")
 
 
+def count_parameters(path: Path) -> int:
+    """Return the number of parameters in a checkpoint folder."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                size = 1
+                for length in tensors.get_slice(name).get_shape():
+                    size *= length
+                total += size
+    return total
+
+
 @dataclass
 class Loaded:
     """A model, its tokenizer, and the sampler that was last made for it."""

@@ -1,0 +1,151 @@
+"""Make the truth p*: train it on a corpus, or convert or copy a finished model.
+
+reads   a corpus or a finished model
+writes  a Hugging Face checkpoint folder: config.json, model.safetensors, tokenizer
+"""
+
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from kdhpc.config.language import LanguageConfig, Truth, tokens_per_s
+from kdhpc.config.model import Model
+from kdhpc.errors import InputError
+from kdhpc.experiment import arms
+from kdhpc.experiment.inputs import resolve_model
+from kdhpc.experiment.trainings import TrainSettings, join_ranks, progress, train_shard
+from kdhpc.models.sizes import num_parameters
+from kdhpc.plan.shards import Arm, Plan, Shard, fields_of
+from kdhpc.plan.stages import Stage
+from kdhpc.storage.work import Work, Written
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from kdhpc.training.data import Corpus
+
+
+BYTE_VOCAB_SIZE = 257
+"""Vocabulary size of the byte tokenizer: 256 bytes and the end of a text."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TruthSettings:
+    """Settings that determine p*; a trained p* has those of its training in addition."""
+
+    kind: Literal["given", "trained"]
+    fingerprint: str
+    """Identity of the model or the corpus; where they are kept determines nothing."""
+    text_column: str | None
+    """Column of the corpus that holds the text."""
+    dtype: str
+
+
+def _trained_truth(config: LanguageConfig) -> Model | None:
+    """Return the model of a truth that the run trains; None if the truth is a given model."""
+    truth = config.truth
+    if truth.model != "train" or truth.shape is None or truth.training is None:
+        return None
+    return Model(shape=truth.shape, training=truth.training)
+
+
+def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
+    """Plan one shard: p* as a checkpoint folder."""
+    truth, model = config.truth, _trained_truth(config)
+    fields = fields_of(
+        TruthSettings(
+            kind="trained" if model else "given",
+            fingerprint=truth.fingerprint,
+            text_column=truth.text_column if model else None,
+            dtype=truth.dtype,
+        )
+    )
+    if model is None:
+        arm = Arm(stage=arms.TRUTH, name="truth", fields=fields, inputs={})
+        return [Shard(arm=arm, name="00000")]
+    arm = Arm(
+        stage=arms.TRUTH,
+        name="truth",
+        fields=fields | TrainSettings.of(model, config, stream="truth", prompt="").fields,
+        inputs={},
+        nodes=model.training.nodes,
+        ranks_per_node=model.training.ranks_per_node,
+    )
+    num_bytes = 4.0 * num_parameters(model.shape, BYTE_VOCAB_SIZE)
+    return [Shard(arm=arm, name="00000", work=1e7, num_bytes=num_bytes)]
+
+
+def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
+    """Train p* on a corpus, or convert or copy a finished model into the run."""
+    from kdhpc.models import devices, huggingface, loading
+    from kdhpc.models.tokenizer import Tokenizer
+    from kdhpc.storage.token_shards import MAX_VOCAB_SIZE
+
+    truth, model = work.config.truth, _trained_truth(work.config)
+    if model is not None:
+        join_ranks(model, work)
+        tokenizer = huggingface.byte_tokenizer()
+        with tempfile.TemporaryDirectory() as tokenizer_dir:
+            tokenizer.save_pretrained(tokenizer_dir)
+            corpus = _text_corpus(truth, work.config.length, tokenizer)
+            return train_shard(shard, work, model.training, corpus, Path(tokenizer_dir))
+    devices.set_threads(work.config.threads)
+    path = work.new_path(shard)
+    source, dtype = resolve_model(truth.model), shard.arm.fields["dtype"]
+    if source.endswith(".gguf"):
+        huggingface.convert_gguf(Path(source), path, dtype=dtype)
+    else:
+        huggingface.copy_model(source, truth.revision, path, dtype=dtype)
+    vocab_size = Tokenizer(path).size
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise InputError(
+            f"truth.model={truth.model}: has {vocab_size} token ids; token shards hold ids below "
+            f"{MAX_VOCAB_SIZE}"
+        )
+    return Written(path=path, rows=1, stats={"parameters": loading.count_parameters(path)})
+
+
+def _text_corpus(truth: Truth, length: int, tokenizer: "PreTrainedTokenizerBase") -> "Corpus":
+    """Cut documents into rows of `length` tokens; the last row of a document ends with EOS.
+
+    Raises:
+        InputError: if the corpus is not the one that the run was submitted with.
+    """
+    import numpy as np
+
+    from kdhpc.scoring.counting import Counting
+    from kdhpc.storage.corpora import corpus_fingerprint, read_corpus
+    from kdhpc.training.data import Corpus
+
+    if truth.fingerprint not in {"", corpus_fingerprint(truth.corpus, truth.text_column)}:
+        raise InputError(
+            f"truth.corpus={truth.corpus}: has changed since the run was submitted; expected the "
+            f"text with fingerprint {truth.fingerprint[:12]}"
+        )
+    rows = []
+    for text in read_corpus(truth.corpus, truth.text_column):
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        rows += [ids[start : start + length] for start in range(0, len(ids), length)]
+    padded = np.zeros((len(rows), length), np.uint16)
+    for row, ids in zip(padded, rows, strict=True):
+        row[: len(ids)] = ids
+    return Corpus(
+        ids=padded,
+        length=np.array([len(ids) for ids in rows], np.int32),
+        counting=Counting(num_prompt=0, eos=tokenizer.eos_token_id, count_eos=True),
+    )
+
+
+TRUTH = Stage(
+    name=arms.TRUTH,
+    reads="a corpus, a GGUF file, a Hugging Face folder or hub id",
+    writes="p*; a Hugging Face checkpoint folder (safetensors, tokenizer)",
+    unit="tokens",
+    plan=plan,
+    run=run,
+    modules=("kdhpc.training.loop", "deepspeed"),
+    rate=functools.partial(tokens_per_s, stage=arms.TRUTH),
+    progress=progress,
+)

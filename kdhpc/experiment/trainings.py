@@ -1,0 +1,223 @@
+"""One training as a shard: what determines it, its ranks, its checkpoints, its log."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdhpc.config.language import LanguageConfig
+from kdhpc.config.model import LAYOUT, WATCHING, Model, Shape, Training
+from kdhpc.errors import ClusterError
+from kdhpc.models.sizes import training_flops
+from kdhpc.plan.shards import Arm, Shard, fields_of, settings_of
+from kdhpc.storage.work import Work, Written
+from kdhpc.training.log import TrainingLog, last_line, read_log
+from kdhpc.types import Json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kdhpc.training.data import Corpus
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Settings that determine a training, together with its data."""
+
+    seed: int
+    stream: str
+    """Prefix of the random streams of the initial weights and of the order of the data."""
+    shape: Shape
+    training: Training
+    """Training settings. The fields of `WATCHING` are no part of the recipe; settings read back
+    from an arm have their defaults."""
+    length: int
+    prompt: str
+    """Text that every row starts with and that does not count; empty for a corpus of text."""
+    eos: str
+    threads: int
+
+    @staticmethod
+    def of(model: Model, config: LanguageConfig, *, stream: str, prompt: str) -> "TrainSettings":
+        return TrainSettings(
+            seed=config.seed,
+            stream=stream,
+            shape=model.shape,
+            training=model.training,
+            length=config.length,
+            prompt=prompt,
+            eos=config.eos,
+            threads=config.threads,
+        )
+
+    @property
+    def fields(self) -> dict[str, Json]:
+        """The settings as fields of an arm, without those of `WATCHING`."""
+        arm_fields = fields_of(self)
+        for name in WATCHING:
+            arm_fields["training"].pop(name, None)
+        return arm_fields
+
+
+def states_recipe(arm: Arm) -> str:
+    """Return the recipe of an arm's checkpoints, which does not depend on the layout of ranks."""
+    training = arm.fields["training"]
+    kept = {name: value for name, value in training.items() if name not in LAYOUT}
+    return dataclasses.replace(arm, fields={**arm.fields, "training": kept}).recipe
+
+
+def join_ranks(model: Model, work: Work[LanguageConfig]) -> None:
+    """Join the other ranks, before anything is read or built."""
+    import os
+
+    from kdhpc.models import devices, loading
+    from kdhpc.training import ranks
+
+    devices.set_threads(work.config.threads)
+    loading.forget()
+    # Activation checkpointing shows that memory is short, so freed memory must not be kept.
+    devices.set_allocator(keep_freed=not model.training.activation_checkpointing)
+    if work.world_size != model.training.world_size:
+        raise ClusterError(
+            f"{work.world_size} processes were started; expected {model.training.world_size} "
+            f"(nodes={model.training.nodes}, ranks_per_node={model.training.ranks_per_node})"
+        )
+    ranks.join(
+        rank=work.rank,
+        world_size=work.world_size,
+        address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        port=int(os.environ.get("MASTER_PORT", "0")),
+        device=devices.pick_device(work.config.device),
+    )
+
+
+def train_shard(
+    shard: Shard,
+    work: Work[LanguageConfig],
+    watching: Training,
+    corpus: "Corpus",
+    tokenizer_path: Path,
+    *,
+    validation: "Corpus | None" = None,
+) -> Written | None:
+    """Train a model, with checkpoints in the shard's own folder.
+
+    Args:
+        shard: shard whose fields determine the training.
+        work: config and paths.
+        watching: settings of which the fields of `WATCHING` are used, which are no part of the
+            shard's recipe.
+        corpus: sequences to train on.
+        tokenizer_path: folder of the tokenizer that is saved with the model.
+        validation: sequences for the validation loss.
+
+    Returns:
+        The checkpoint folder; None if told to stop, and on every rank above 0.
+    """
+    from kdhpc import seeding
+    from kdhpc.models import devices, huggingface
+    from kdhpc.models.tokenizer import Tokenizer
+    from kdhpc.training import checkpoints
+    from kdhpc.training.engine import State
+    from kdhpc.training.loop import (
+        Watch,
+        train,
+    )
+    from kdhpc.training.schedule import Schedule
+
+    names = {field.name for field in dataclasses.fields(TrainSettings)}
+    settings = settings_of(
+        {name: value for name, value in shard.arm.fields.items() if name in names}, TrainSettings
+    )
+    recipe = dataclasses.replace(
+        settings.training, **{name: getattr(watching, name) for name in WATCHING}
+    )
+    stream, device = settings.stream, devices.pick_device(work.config.device)
+    tokenizer = Tokenizer(tokenizer_path)
+
+    def new_model() -> "PreTrainedModel":
+        return huggingface.new_model(
+            settings.shape,
+            vocab_size=tokenizer.size,
+            length=settings.length,
+            eos=tokenizer.eos,
+            seed=seeding.integer_seed(settings.seed, f"{stream}/init"),
+        )
+
+    folder = work.run.scratch_path(shard.key)
+    # The folder is named after the recipe, so that a training with other settings after a cancel
+    # does not find the checkpoints of the old settings.
+    resumable = states_recipe(shard.arm)
+    states = folder / resumable[:12]
+    newest = checkpoints.newest(states, resumable) if work.rank == 0 else None
+    kept = Schedule.of(recipe, len(corpus)).kept
+    started = time.time()
+    work.ready()
+
+    def save(state: State) -> None:
+        checkpoints.save(
+            states,
+            step=state.step,
+            tensors=state.tensors,
+            recipe=resumable,
+            num_kept=recipe.keep_checkpoints,
+            for_good=state.step in kept,
+        )
+
+    with TrainingLog(folder, events=work.config.tensorboard) as log:
+
+        def on_step(facts: Mapping[str, Json]) -> None:
+            work.progress(facts["step"] / facts["steps"])
+            log.write(facts)
+
+        trained = train(
+            new_model(),
+            corpus,
+            recipe,
+            seed=settings.seed,
+            stream=f"{stream}/order",
+            device=device,
+            state=State(step=newest[0], tensors=newest[1]) if newest else None,
+            watch=Watch(
+                save=save,
+                should_stop=work.should_stop,
+                on_step=on_step,
+                validation=validation,
+                flops_per_token=training_flops(settings.shape, tokenizer.size, settings.length),
+            ),
+        )
+    if not trained.finished or work.rank > 0:
+        return None
+    result = new_model().to(devices.DTYPES[recipe.dtype])
+    result.load_state_dict(dict(trained.weights), strict=False)
+    path = work.new_path(shard)
+    huggingface.save_model(result, tokenizer_path, path)
+    # A process that resumed from the checkpoint of the last step has done no step itself.
+    final_loss = trained.losses[-1] if trained.losses else read_log(folder)[-1]["loss"]
+    return Written(
+        path=path,
+        rows=1,
+        stats={
+            "parameters": sum(p.numel() for p in result.parameters()),
+            "steps": trained.step,
+            "resumed_from_step": newest[0] if newest else 0,
+            "final_loss_nats": final_loss,
+            "train_s": round(time.time() - started, 3),
+            "device": device.type,
+        },
+    )
+
+
+def progress(scratch: Path) -> str:
+    """Describe the last step in the log of a training, for status.py; empty if there is none."""
+    try:
+        facts = json.loads(last_line(scratch))
+        return (
+            f"step {facts['step']} of {facts['steps']} loss {facts['loss']:.4f}"
+            f" lr {facts['learning_rate']:.2e} norm {facts['gradient_norm']:.2f}"
+            f" {facts['tokens_per_s']:.0f} tokens/s MFU {facts['mfu']:.0%}"
+        )
+    except (OSError, ValueError, KeyError):
+        return ""
