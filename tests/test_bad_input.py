@@ -472,7 +472,7 @@ def sweep_again(run: Path, *words: str) -> subprocess.CompletedProcess[str]:
         ("eos=mask", "truth: eos: learn -> mask"),
         ("threads=2", "truth: threads: 1 -> 2"),
         ("truth.dtype=bfloat16", "truth: dtype: float32 -> bfloat16"),
-        ("truth.corpus=constraints.txt", "truth: corpus: python-docs -> constraints.txt"),
+        ("truth.corpus=constraints.txt", "truth: fingerprint: "),
         ("prompt=A", "sample-truth: prompt: The -> A"),
         ("sampling.batch_rows=16", "sample-truth: batch_rows: 32 -> 16"),
         ("sampling.shard_sequences=32", "sample-truth/train/00000: (0, 64) -> (0, 32)"),
