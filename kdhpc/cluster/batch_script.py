@@ -43,6 +43,7 @@ def batch_script(*, name: str, command: str, num_tasks: int | None, resources: R
         "srun_args": [
             f"--cpus-per-task={resources.cpus_per_task}",
             "--kill-on-bad-exit=1",
+            "--export=ALL",  # where a site submits with --export=NONE, srun would pass nothing on
         ],
         # The log is set on sbatch's command line, because a script cannot quote a path safely.
         "additional_parameters": {"output": "/dev/null", "requeue": True},

@@ -20,12 +20,12 @@ from kdhpc.errors import ClusterError
 ANSWER_LIMIT_S = 60.0
 """How long a submission whose answer was lost is looked for before it counts as never made."""
 LOST_ANSWERS = ("socket timed out", "unable to contact", "connection refused", "communication")
-OVER_LIMIT = (
-    "qosmaxsubmit",
-    "assocmaxsubmit",
-    "maxsubmitjob",
-    "job violates accounting/qos policy",
-)
+LIMIT_REASON = re.compile(r"\b(?:QOS|Assoc|Max)\w*(?:Limit|PerUser|PerAccount)\w*", re.IGNORECASE)
+"""Name of the limit that a request exceeds, which sbatch prints before its last line."""
+POLICY_VIOLATED = "job violates accounting/qos policy"
+"""What sbatch says of every limit, of a full queue and of a request that can never run."""
+QUEUE_FORMAT = "%A|%F|%K|%T|%r|%j"
+"""Fields of squeue: job id, id of the array, index, state, reason, name."""
 ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 """States without a process; a COMPLETING job still has one, or is about to be requeued."""
 HELD_REASONS = {"JobHeldUser", "launch failed requeued held", "launch_failed_requeued_held"}
@@ -78,12 +78,16 @@ def queue() -> list[Queued]:
     Raises:
         ClusterError: if the controller does not answer.
     """
-    answer = _run(["squeue", "--me", "--noheader", "--array", "--format=%A|%F|%K|%T|%r|%j"])
+    answer = _run(["squeue", "--me", "--all", "--noheader", "--array", f"--format={QUEUE_FORMAT}"])
     if answer.returncode:
-        raise ClusterError(f"squeue failed: {_last_line(answer.stderr)}; try again later")
+        raise ClusterError(f"squeue failed: {_all_lines(answer.stderr)}; try again later")
     tasks = []
-    for line in answer.stdout.splitlines():
-        job_id, array_id, index, state, reason, name = line.strip().split("|", 5)
+    for line in answer.stdout.split("\n"):
+        # A site may print news, and names of other jobs may hold line breaks: neither is a task.
+        fields = line.strip().split("|", 5)
+        if len(fields) < 6 or not fields[0].isdigit() or not fields[1].isdigit():
+            continue
+        job_id, array_id, index, state, reason, name = fields
         if state in ENDED:
             continue
         number = int(index) if index.isdigit() else None
@@ -158,7 +162,8 @@ def max_array_size() -> int:
 def partitions() -> dict[str, float]:
     """Return the time limit in minutes of every partition, of the default one also under ''."""
     limits = {}
-    for line in _run(["scontrol", "--oneliner", "show", "partition"]).stdout.splitlines():
+    command = ["scontrol", "--all", "--oneliner", "show", "partition"]  # hidden ones too
+    for line in _run(command).stdout.splitlines():
         name = re.search(r"PartitionName=(\S+)", line)
         limit = re.search(r"MaxTime=(\S+)", line)
         if name:
@@ -197,12 +202,12 @@ def submit_held(path: Path, name: str, log: Path) -> str:
     """
     output = f"{str(log.parent).replace('%', '%%')}/{log.name}"
     answer = _run(["sbatch", "--parsable", "--hold", f"--output={output}", str(path)], limit_s=120)
-    if answer.returncode == 0:
-        return answer.stdout.strip().split(";")[0]
-    message = _last_line(answer.stderr)
-    if any(text in answer.stderr.lower() for text in OVER_LIMIT):
+    if answer.returncode == 0 and (job_ids := JOB_ID_LINE.findall(answer.stdout)):
+        return str(job_ids[-1])
+    message = _all_lines(answer.stderr)
+    if is_over_limit(answer.stderr):
         raise OverLimitError(f"sbatch refused {path.name}: {message}")
-    if any(text in answer.stderr.lower() for text in LOST_ANSWERS):
+    if answer.returncode == 0 or any(text in answer.stderr.lower() for text in LOST_ANSWERS):
         job_id = find(name)
         if job_id:
             return job_id
@@ -210,20 +215,39 @@ def submit_held(path: Path, name: str, log: Path) -> str:
     raise RefusedError(f"sbatch refused {path}: {message}")
 
 
+JOB_ID_LINE = re.compile(r"^(\d+)(?:;\S*)?\s*$", re.MULTILINE)
+"""The line of `sbatch --parsable` that holds the job id; a site may print others."""
+
+
+def is_over_limit(message: str) -> bool:
+    """Return whether sbatch refused a request only because the user has too many jobs queued.
+
+    Such a request is accepted later. A request for more time or more nodes than a limit allows, of
+    which sbatch's last line says the same, never is.
+    """
+    if reason := LIMIT_REASON.search(message):
+        return "submit" in reason[0].lower()
+    return POLICY_VIOLATED in message.lower()
+
+
+FOUND_ID = re.compile(r"^(\d+)(?:_\S+)?\s*$", re.MULTILINE)
+"""A line that holds a job id and nothing else."""
+
+
 def find(name: str, limit_s: float = ANSWER_LIMIT_S) -> str | None:
     """Find the id of a job by its unique name in queue and accounting; None after `limit_s`."""
     deadline = time.monotonic() + limit_s
     while True:
         for command in (
-            ["squeue", "--me", "--noheader", f"--name={name}", "--format=%F"],
+            ["squeue", "--me", "--all", "--noheader", f"--name={name}", "--format=%F"],
             ["sacct", "-X", "--noheader", "--parsable2", f"--name={name}", "--format=JobID"],
         ):
             try:
                 answer = _run(command)
             except ClusterError:
                 continue
-            if answer.returncode == 0 and answer.stdout.strip():
-                return answer.stdout.split()[0].split("_")[0]
+            if answer.returncode == 0 and (ids := FOUND_ID.findall(answer.stdout)):
+                return str(ids[0])
         if time.monotonic() > deadline:
             return None
         time.sleep(2)
@@ -247,7 +271,7 @@ def cancel(job_ids: Sequence[str]) -> None:
 def check_script(text: str) -> str | None:
     """Return Slurm's objection to a script, or None; no job is made."""
     answer = _run(["sbatch", "--test-only"], text=text)
-    return None if answer.returncode == 0 else _last_line(answer.stderr)
+    return None if answer.returncode == 0 else _all_lines(answer.stderr)
 
 
 def first_node_address(node_list: str) -> str:
@@ -275,7 +299,8 @@ def _run(
         return subprocess.run(
             command,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",  # names of other jobs may be any bytes
             env=environment,
             input=text,
             stdin=subprocess.DEVNULL if text is None else None,
@@ -292,6 +317,11 @@ def _run(
         ) from error
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no message"
+def _all_lines(text: str) -> str:
+    """Join everything that a program said to one line; the first lines often hold the cause."""
+    lines = [PROGRAM.sub("", line.strip()) for line in text.splitlines() if line.strip()]
+    return "; ".join(lines) or "no message"
+
+
+PROGRAM = re.compile(r"^\w+: (?:error: )?")
+"""Name of the program at the start of its messages."""
