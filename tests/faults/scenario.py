@@ -212,7 +212,7 @@ class Scenario:
             assert "what to do: " in answer, answer
 
     def assert_whole(self, *, reruns: int, least: int | None = None) -> None:
-        """Check that the run is complete, equals an undisturbed one, and that little was rerun.
+        """Check that the run is complete and equals an undisturbed one, and that little was rerun.
 
         Args:
             reruns: the largest allowed number of starts beyond the first of each shard.
