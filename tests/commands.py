@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 def launch(
     script: str, *words: str, code: int | None = 0, project: str = str(ROOT), **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run `launch/<script>.py`; fails unless it ends with `code` (None: any)."""
-    found = subprocess.run(
+    """Run `launch/<script>.py`; fail unless its exit code is `code` (None: any)."""
+    finished = subprocess.run(
         [sys.executable, f"{project}/launch/{script}.py", *words],
         capture_output=True,
         text=True,
@@ -28,12 +28,12 @@ def launch(
         env={**os.environ, "PYTHONPATH": f"{project}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
         | environment,
     )
-    assert code is None or found.returncode == code, f"{found.stdout}\n{found.stderr}"
-    return found
+    assert code is None or finished.returncode == code, f"{finished.stdout}\n{finished.stderr}"
+    return finished
 
 
 def need(there: bool, reason: str) -> None:
-    """Skip a test on a machine that lacks something; CI must have it."""
+    """Skip a test on a machine that lacks what the test needs; in CI, fail instead."""
     if there:
         return
     if os.environ.get("CI") == "true":
@@ -42,21 +42,20 @@ def need(there: bool, reason: str) -> None:
 
 
 def status(run: Path, code: int | None = None) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(launch("status", str(run), "--json", code=code).stdout)
-    return found
+    report: dict[str, Any] = json.loads(launch("status", str(run), "--json", code=code).stdout)
+    return report
 
 
 def light_result(run: Path) -> list[int]:
     table = read_results(run / LIGHT_RESULTS).tables["all"]["value"]
-    found: list[int] = table[:, 0].tolist()
-    return found
+    values: list[int] = table[:, 0].tolist()
+    return values
 
 
 def assert_light_complete(run: Path, num_shards: int) -> None:
-    """Everything is done, once, and right."""
+    """Check that every shard is done exactly once, with the right result."""
     assert light_result(run) == expected(num_shards)
     for stage in ("1-make", "2-square"):
         assert len(list((run / stage / "arm").glob("*[0-9].json"))) == num_shards
-        assert (
-            len(list((run / stage / "arm").glob("*.txt"))) >= num_shards
-        )  # killed ones leave some
+        # Killed attempts leave files behind.
+        assert len(list((run / stage / "arm").glob("*.txt"))) >= num_shards

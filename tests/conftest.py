@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Fixtures that several test files share."""
 
 from pathlib import Path
 
@@ -8,7 +8,10 @@ from commands import launch
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a finished `tiny` run, made once for all tests: look, copy, do not touch."""
+    """Return the folder of a finished `tiny` run, made once for all tests.
+
+    Tests may read or copy it, but must not change it.
+    """
     runs_dir = tmp_path_factory.mktemp("runs")
     launch("sweep", "tiny", "cluster=local", f"runs_dir={runs_dir}")
     return runs_dir / "tiny"

@@ -1,16 +1,17 @@
-"""A pipeline of the tests' own: records that are a pure function of shard and index, and quick.
+"""A quick pipeline for tests, whose records are a pure function of shard and index.
 
-Two stages and a merge. A shard misbehaves in the middle of writing while the file
-`trouble/<stage>-<shard>` (`trouble/merge`) exists, or with all its data written and nothing
-published while `trouble/<stage>-<shard>-written` does. Its content says how:
+It has two stages and a merge. While the file `trouble/<stage>-<shard>` (`trouble/merge`) exists, a
+shard misbehaves in the middle of writing. While `trouble/<stage>-<shard>-written` exists, it
+misbehaves when all its data is written and nothing is published. The content of the file says how:
 
-raise          an exception
-kill           SIGKILL
-hang [...]     stays until the file is gone; then does the rest
+raise          raises an exception
+kill           sends itself SIGKILL
+hang [...]     waits until the file is gone, then does the rest
 sleep SECONDS  takes longer
 oom            asks for more memory than it may have
-flood BYTES    writes so much into its file
-once ...       any of these; the file gets the ending `.taken`, so that another attempt goes well
+flood BYTES    writes so many bytes into its file
+once ...       does any of these once: the file's name gets the ending `.taken`, so that the next
+               attempt succeeds
 """
 
 import json
@@ -32,14 +33,14 @@ from kdhpc.storage.work import Work, Written
 
 @dataclass(frozen=True, kw_only=True)
 class LightConfig(RunConfig):
-    """How many shards of how many numbers, where trouble is announced, how long a shard takes."""
+    """Number of shards and their width, where trouble is announced, and how long a shard takes."""
 
     small: bool = True
     num_shards: int = 6
     width: int = 1
     trouble: str = ""
     trace: str = ""
-    """File with a line for every start of a shard; work is counted there."""
+    """File that gets a line at every start of a shard, from which starts are counted."""
     seconds: float = 0.02
 
 
@@ -64,7 +65,7 @@ def plan_merge(config: LightConfig, before: Plan) -> list[Shard]:
 
 
 def begin(shard: Shard, work: Work[LightConfig]) -> str:
-    """Note in the trace that a shard starts. Returns its name for trouble."""
+    """Note in the trace that a shard starts; return its name as the files of trouble have it."""
     if work.config.trace:
         restart = os.environ.get("SLURM_RESTART_COUNT", "0")
         with Path(work.config.trace).open("a") as file:

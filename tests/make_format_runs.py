@@ -2,7 +2,8 @@
 
     python tests/make_format_runs.py
 
-They are made once, when a format is new, and never again: they are what an earlier commit wrote.
+They are made once, when a format is new, and never again, because they must be what an earlier
+commit wrote.
 """
 
 import shutil

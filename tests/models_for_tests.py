@@ -1,4 +1,4 @@
-"""Small models with weights large enough that their distributions are far from uniform."""
+"""Small models whose weights are so large that their distributions are far from uniform."""
 
 import torch
 from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ def small_model(
 
 
 def llama_of(model: PreTrainedModel) -> Llama:
-    """The same weights as kdhpc reads them from a folder."""
+    """Return the weights of a model as a Llama of kdhpc."""
     weights = model.state_dict()
     return Llama(
         model.config.to_dict(), weights.__getitem__, dtype=model.dtype, device=model.device

@@ -10,11 +10,11 @@ from commands import ROOT
 from kdhpc.storage.results import read_results
 
 EXPERIMENT = ("experiment", "pipeline.py", "models", "sampling", "scoring", "training", "science")
-"""What the batch system must not need."""
+"""Modules and packages that the batch system must not need."""
 
 
 def project_without_experiment(folder: Path) -> Path:
-    """Launch scripts, kdhpc, configs and slurm/, but nothing of the experiment."""
+    """Copy the launch scripts, kdhpc, configs and slurm/, but nothing of the experiment."""
     for name in ("launch", "kdhpc", "configs", "slurm"):
         ignore = shutil.ignore_patterns("__pycache__", *(EXPERIMENT if name == "kdhpc" else ()))
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
@@ -22,7 +22,7 @@ def project_without_experiment(folder: Path) -> Path:
 
 
 def write_pipeline(folder: Path) -> None:
-    """The code of the page, as it says there."""
+    """Write the code of the page to word_counts.py, unchanged."""
     page = (ROOT / "docs" / "own-pipeline.md").read_text()
     [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (folder / "word_counts.py").write_text(code)
@@ -36,7 +36,7 @@ def write_texts(folder: Path) -> list[Path]:
 
 
 def words(runs_dir: Path, *files: Path) -> list[str]:
-    """What is typed after `sweep.py`."""
+    """Return the words that are typed after `sweep.py`."""
     names = ",".join(map(str, files))
     return [
         "pipeline=word_counts:PIPELINE",
@@ -47,8 +47,8 @@ def words(runs_dir: Path, *files: Path) -> list[str]:
 
 
 def assert_counted(run: Path, *files: Path) -> None:
-    """The merged table is what Python counts."""
+    """Check that the merged table holds what Python counts."""
     table = read_results(run / "2-add" / "results.h5").tables["words"]
-    found = dict(zip(table["word"].tolist(), table["count"].tolist(), strict=True))
+    merged_counts = dict(zip(table["word"].tolist(), table["count"].tolist(), strict=True))
     text = " ".join(file.read_text() for file in files)
-    assert found == {word.encode(): count for word, count in Counter(text.split()).items()}
+    assert merged_counts == {word.encode(): count for word, count in Counter(text.split()).items()}

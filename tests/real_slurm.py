@@ -1,4 +1,4 @@
-"""A real Slurm for tests, started and stopped here (`slurm/devcluster`), and runs on it."""
+"""Start and stop a real Slurm for tests (`slurm/devcluster`), and run pipelines on it."""
 
 import contextlib
 import json
@@ -14,19 +14,19 @@ from commands import ROOT, launch, need
 DEVCLUSTER = str(ROOT / "slurm" / "devcluster")
 SMALL = ["slurm.mem_gb=0.3", "slurm.gate.mem_gb=0.2"]
 PATIENCE_S = 600
-"""What never comes must not hang the tests for ever; far more than anything takes."""
+"""Seconds after which a test gives up waiting; far more than anything takes."""
 
 
 def need_slurm() -> None:
-    found = shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin")
-    need(found is not None, "Slurm is not installed: sudo slurm/devcluster install")
+    program = shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin")
+    need(program is not None, "Slurm is not installed: sudo slurm/devcluster install")
 
 
 @contextlib.contextmanager
 def running_cluster(*options: str) -> Iterator[Path]:
-    """Four nodes of one CPU; `sbatch` and its like find them by SLURM_CONF."""
+    """Start four nodes of one CPU each; Slurm's programs find them by SLURM_CONF."""
     need_slurm()
-    # Socket paths are short: not below pytest's own folder.
+    # Socket paths must be short, so the folder is not inside pytest's own.
     path = Path(f"/tmp/kdhpc-test-{os.getpid()}")  # noqa: S108
     subprocess.run([DEVCLUSTER, "up", str(path), "--max-array", "11", *options], check=True)
     os.environ["SLURM_CONF"] = str(path / "slurm.conf")
@@ -45,18 +45,21 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 
 
 def queue(form: str = "%j") -> list[str]:
-    """A line for every job of ours, arrays as one; the controller may be down for a while."""
+    """Return a line for each of our jobs, one for a whole array.
+
+    The controller may be down for a while, so squeue is called up to 20 times.
+    """
     command = ["squeue", "--me", "--noheader", f"--format={form}"]
     for _ in range(20):
-        found = subprocess.run(command, capture_output=True, text=True)
-        if found.returncode == 0:
-            return [line.strip() for line in found.stdout.splitlines()]
+        answer = subprocess.run(command, capture_output=True, text=True)
+        if answer.returncode == 0:
+            return [line.strip() for line in answer.stdout.splitlines()]
         time.sleep(1)
-    raise AssertionError(found.stderr)
+    raise AssertionError(answer.stderr)
 
 
 def wait_for_end(*runs: Path) -> None:
-    """Wait until nothing is queued; a job that can never start is an end too."""
+    """Wait until nothing is queued; fail if a job is left that can never start."""
     try:
         wait_for(lambda: set(queue("%r")) <= {"DependencyNeverSatisfied"}, "the end")
         assert not queue(), "a job waits for what never comes"
@@ -74,7 +77,7 @@ def sweep_light(
     project: str = str(ROOT),
     **environment: str,
 ) -> Path:
-    """Submit the light pipeline; it takes little memory, so that many tasks fit at once."""
+    """Submit the light pipeline with so little memory that many tasks fit at once."""
     where = [f"runs_dir={tmp_path}", f"trouble={tmp_path}/trouble", f"trace={tmp_path}/trace"]
     launch(
         "sweep", "pipeline=light:PIPELINE", "cluster=slurm", "name=light", *SMALL, *where, *words,
@@ -91,7 +94,7 @@ def trouble(tmp_path: Path, shard: str, what: str) -> Path:
 
 
 def jobs_of(run: Path) -> list[dict[str, str]]:
-    """What became of every submission, by number."""
+    """Return what became of every submission, in the order of their numbers."""
     return [json.loads(p.read_text()) for p in sorted((run / "submissions").glob("*.job.json"))]
 
 
@@ -101,7 +104,7 @@ def log_of(run: Path, number: int, task: int) -> str:
 
 
 def assert_submitted_once(run: Path) -> None:
-    """No shard stands in two jobs; a submission that was given up in time has none."""
+    """Check that no shard is in two jobs; a submission that was given up in time has no job."""
     submitted = [
         key
         for path in (run / "submissions").glob("*[0-9].json")

@@ -1,4 +1,4 @@
-"""Attention and loss of training, against torch's own."""
+"""The attention and the loss of training agree with torch's own."""
 
 from typing import Any
 
@@ -36,9 +36,9 @@ def test_blocks_give_the_attention_and_gradients_of_torch(
         q, k, v, is_causal=True, scale=0.3, enable_gqa=groups > 1
     )
     assert weights is None
-    found = backward(out.transpose(1, 2), q, k, v, by=by)
-    # Softmax and sums are float32.
-    for ours, theirs in zip(found, backward(expected, q, k, v, by=by), strict=True):
+    gradients = backward(out.transpose(1, 2), q, k, v, by=by)
+    # The softmax and the sums are float32.
+    for ours, theirs in zip(gradients, backward(expected, q, k, v, by=by), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
@@ -62,28 +62,28 @@ def test_the_loss_by_chunks_has_the_value_and_gradients_of_cross_entropy(head_to
     hidden, weight = random(40, 8, dtype=torch.float32), random(50, 8, dtype=torch.float32)
     targets = torch.randint(50, (40,))
     targets[::3] = -100
-    found = summed_nll(hidden, weight, targets, head_tokens=head_tokens, gain=0.125)
+    loss = summed_nll(hidden, weight, targets, head_tokens=head_tokens, gain=0.125)
     expected = cross_entropy(hidden @ weight.T, targets, reduction="sum")
     by = torch.tensor(0.125)
     for ours, theirs in zip(
-        backward(found, hidden, weight, by=by), backward(expected, hidden, weight, by=by),
+        backward(loss, hidden, weight, by=by), backward(expected, hidden, weight, by=by),
         strict=True,
     ):  # fmt: skip
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The largest tensor that was made."""
+    """Records the size of the largest tensor that was made."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.numel: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if isinstance(found, Tensor):
-            self.numel = max(self.numel, found.numel())
-        return found
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
 
 
 def test_no_logits_of_the_whole_batch_are_made() -> None:

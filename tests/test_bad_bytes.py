@@ -1,7 +1,7 @@
 """Flipped, cut and random bytes in every kind of file that is read.
 
-Each is refused with its name or, where no digest can know, read as what was written; nothing else
-is raised, and the file is left as it was.
+Each damaged file is refused with its name or, where no digest can detect the damage, read as what
+was written. Nothing else is raised, and the file is left as it was.
 """
 
 import json
@@ -43,7 +43,7 @@ Damage = Callable[[bytes], bytes]
 
 @st.composite
 def damages(draw: st.DrawFn) -> Damage:
-    """A way to spoil bytes: a flipped bit, a cut end, some of it overwritten, more at the end."""
+    """Draw a way to damage bytes: flip a bit, cut the end off, overwrite some, append more."""
     kind = draw(st.sampled_from(["flip", "cut", "overwrite", "append", "empty"]))
     where = draw(st.floats(0, 1, exclude_max=True))
     bit, noise = draw(st.integers(0, 7)), draw(st.binary(min_size=1, max_size=16))
@@ -61,12 +61,12 @@ def damages(draw: st.DrawFn) -> Damage:
 
 @pytest.fixture
 def run(tiny_run: Path, tmp_path: Path) -> Path:
-    """A finished tiny run that may be spoilt."""
+    """Return a copy of a finished tiny run that may be damaged."""
     return Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
 
 
 def assert_refused(path: Path, spoil: Damage, read: Callable[[], object]) -> None:
-    """Reading raises our own error with the file's name, and does not touch the file."""
+    """Check that reading raises our own error with the file's name and leaves the file as it is."""
     good = path.read_bytes()
     bad = spoil(good)
     if bad == good:
@@ -82,7 +82,7 @@ def assert_refused(path: Path, spoil: Damage, read: Callable[[], object]) -> Non
 
 
 def attempt(read: Callable[[], object]) -> tuple[object, str]:
-    """What was read, or what was said against it."""
+    """Return what was read and, if it was refused, the message."""
     try:
         return read(), ""
     except (DamagedError, InputError) as error:
@@ -90,13 +90,13 @@ def attempt(read: Callable[[], object]) -> tuple[object, str]:
 
 
 def assert_refused_or_equal(path: Path, spoil: Damage, read: Callable[[], object]) -> None:
-    """The same for files where damage outside the values cannot matter."""
+    """Check the same for files where damage outside the values has no effect."""
     good, before = path.read_bytes(), read()
     bad = spoil(good)
     path.write_bytes(bad)
     try:
-        found, said = attempt(read)
-        assert path.name in said if said else found == before
+        value, said = attempt(read)
+        assert path.name in said if said else value == before
         assert path.read_bytes() == bad
     finally:
         path.write_bytes(good)
@@ -155,14 +155,14 @@ DATA = {
 
 
 def work_of(run: Path) -> Work[Any]:
-    """What a task of a run sees."""
+    """Return what a task of a run sees."""
     folder = Run(run, LANGUAGE)
     _, config, plan = runs.current(folder)
     return Work(folder, config, plan)
 
 
 def data_of(run: Path, kind: str) -> tuple[Path, str]:
-    """Data of a shard of a kind, and the shard's key."""
+    """Return the data file of a shard of a kind, and the key of the shard."""
     wanted = {
         "token shard": "2-sample-truth/train",
         "score shard": "7-score/truth-under-teacher-s0",
@@ -196,7 +196,7 @@ def test_damaged_data_is_named_before_it_is_used(kind: str, run: Path, spoil: Da
 def test_the_merge_names_a_damaged_score_shard_and_publishes_nothing(
     run: Path, spoil: Damage
 ) -> None:
-    """It copies while it checks; whatever is wrong with the file, its record is put aside."""
+    """The merge copies while it checks; whatever the damage, the record is put aside."""
     work = work_of(run)
     [shard] = work.plan.stage("merge")
     data, key = data_of(run, "score shard")
@@ -223,7 +223,7 @@ def test_the_merge_names_a_damaged_score_shard_and_publishes_nothing(
 @FEW
 @given(spoil=damages())
 def test_readers_of_a_damaged_token_shard_say_so(run: Path, spoil: Damage) -> None:
-    """Without its record it may read as other ids, but there is no other error."""
+    """Without its record a damaged shard may be read as other ids, but no other error is raised."""
     data, _ = data_of(run, "token shard")
     good = data.read_bytes()
     data.write_bytes(spoil(good))
@@ -244,7 +244,7 @@ READERS: dict[str, Callable[[Path], object]] = {
 @FEW
 @given(spoil=damages())
 def test_readers_of_damaged_hdf5_say_so(kind: str, run: Path, spoil: Damage) -> None:
-    """As analysis does, without the record."""
+    """The files are read as the analysis reads them, without the record."""
     data, _ = data_of(run, kind)
     assert_refused_or_equal(data, spoil, lambda: READERS[kind](data))
 
@@ -267,10 +267,10 @@ def test_a_damaged_checkpoint_is_passed_over(suffix: str, tmp_path: Path, spoil:
     if bad == good:
         return
     path.write_bytes(bad)
-    found = checkpoints.newest(folder, "r")
-    assert found is not None
-    assert found[0] == 1
-    assert found[1]["w"].tolist() == [1, 1, 1, 1]
+    checkpoint = checkpoints.newest(folder, "r")
+    assert checkpoint is not None
+    assert checkpoint[0] == 1
+    assert checkpoint[1]["w"].tolist() == [1, 1, 1, 1]
     kept = [other.read_bytes() for other in folder.iterdir() if other.name.startswith("000000002")]
     assert bad in kept
 
@@ -280,7 +280,7 @@ def test_a_damaged_checkpoint_is_passed_over(suffix: str, tmp_path: Path, spoil:
 def test_a_damaged_preset_is_refused_or_is_another_preset(tmp_path: Path, spoil: Damage) -> None:
     path = tmp_path / "spoilt.yaml"
     path.write_bytes(spoil((ROOT / "configs" / "tiny.yaml").read_bytes()))
-    # Presets are looked up in the project's own folder, which a test must not spoil.
+    # Presets are looked up in the project's own folder, which a test must not change.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(presets, "CONFIGS_DIR", tmp_path)
         _, said = attempt(lambda: runs.from_words(["spoilt", "executor=local", "cluster=auto"]))
@@ -303,28 +303,28 @@ def test_commands_name_a_damaged_file_in_one_line(run: Path, name: str) -> None:
     raw[len(raw) // 2] ^= 2
     path.write_bytes(raw)
     before = path.read_bytes()
-    found = launch("status", str(run), code=None)
-    assert found.returncode in {1, 2}
-    assert Path(name).name in found.stdout + found.stderr
-    assert "Traceback" not in found.stderr
+    finished = launch("status", str(run), code=None)
+    assert finished.returncode in {1, 2}
+    assert Path(name).name in finished.stdout + finished.stderr
+    assert "Traceback" not in finished.stderr
     assert path.read_bytes() == before
 
 
 def test_analysis_names_damaged_results(run: Path) -> None:
-    """The name that people open is a link to the published file."""
+    """The name that users open is a link to the published file."""
     path = run / "8-merge" / "results.h5"
     raw = bytearray(path.read_bytes())
     for spot in range(len(raw) // 4, len(raw), 97):
         raw[spot] ^= 4
     path.write_bytes(raw)
-    found = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, str(ROOT / "analysis/precision_recall.py"), str(run)],
         capture_output=True,
         text=True,
     )
-    assert found.returncode in {1, 2}
-    assert "results.h5" in found.stderr
-    assert "Traceback" not in found.stderr
+    assert finished.returncode in {1, 2}
+    assert "results.h5" in finished.stderr
+    assert "Traceback" not in finished.stderr
 
 
 def test_a_seal_covers_lists_and_tuples_alike(tmp_path: Path) -> None:

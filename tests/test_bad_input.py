@@ -1,4 +1,7 @@
-"""Bad input: one line with what, where, and what was expected; exit code 2; nothing written."""
+"""Bad input gets exit code 2 and one line: what, where, and what was expected.
+
+Nothing is written.
+"""
 
 import hashlib
 import json
@@ -12,23 +15,23 @@ import pytest
 from commands import ROOT, launch
 
 NO_SLURM = {"PATH": os.devnull, "HF_HUB_OFFLINE": "1"}
-"""Python is started by its path, so an empty search path only hides Slurm."""
+"""An empty search path hides only Slurm, because Python is started by its full path."""
 
 Case = tuple[str, ...]
-"""What is typed, how the line then begins, what else it names."""
+"""What is typed, how the error line begins, and what else the line must name."""
 
 
-def assert_refused(found: subprocess.CompletedProcess[str], begins: str, *names: str) -> None:
-    assert found.returncode == 2, found.stdout + found.stderr
-    assert found.stdout == ""
-    assert found.stderr.count("\n") == 1, found.stderr
-    assert found.stderr.startswith(f"error: {begins}")
+def assert_refused(refused: subprocess.CompletedProcess[str], begins: str, *names: str) -> None:
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert refused.stdout == ""
+    assert refused.stderr.count("\n") == 1, refused.stderr
+    assert refused.stderr.startswith(f"error: {begins}")
     for name in names:
-        assert name in found.stderr
+        assert name in refused.stderr
 
 
 def content(*folders: Path) -> dict[Path, str]:
-    """All that lies below folders, with the digests of files."""
+    """Return all paths below some folders, with the digests of files."""
     return {
         path: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for folder in folders
@@ -38,7 +41,7 @@ def content(*folders: Path) -> dict[Path, str]:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models and corpora, most of them no good."""
+    """Return a folder of models and corpora, most of them unusable."""
     path = tmp_path_factory.mktemp("inputs")
     for name, vocabulary in {"model": "The", "other": "Thex"}.items():
         bpe = {"type": "BPE", "vocab": {c: i for i, c in enumerate(vocabulary)}, "merges": []}
@@ -57,7 +60,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# With `tiny`, on a machine without Slurm. IN and OUT are folders: the inputs above, an empty one.
+# Typed after `tiny`, on a machine without Slurm. IN is the folder of the inputs above, OUT an empty
+# folder.
 MODEL = "truth.tokenizer=model truth.model"
 TYPED: dict[str, Case] = {
     # presets, keys, syntax
@@ -89,14 +93,14 @@ TYPED: dict[str, Case] = {
     # taus and lengths
     "tau of 0": ("taus=[1.0,0]", "taus=[1.0, 0.0]", "more than 0"),
     "negative tau": ("taus=[-1]", "taus=[-1.0]", "more than 0"),
-    "tau that is no number": ("taus=[nan]", "taus=[nan]", "more than 0 and finite"),
+    "NaN for a tau": ("taus=[nan]", "taus=[nan]", "more than 0 and finite"),
     "infinite tau": ("taus=[inf]", "taus=[inf]", "more than 0 and finite"),
     "text for a tau": ("taus=[abc]", "taus", "abc", "expected"),
     "null for a tau": ("taus=[null]", "taus", "expected"),
     "no tau": ("taus=[]", "taus=[]", "expected at least one"),
-    "tau twice": ("taus=[0.8,0.8]", "taus=[0.8, 0.8]", "duplicate tau 0.8"),
+    "duplicate tau": ("taus=[0.8,0.8]", "taus=[0.8, 0.8]", "duplicate tau 0.8"),
     "taus of one name": ("taus=[0.8,0.80000001]", "taus=", "duplicate tau 0.8"),
-    "truncation twice": (
+    "duplicate truncation": (
         "sampling.truncations=[top_k=5,top_k=5]",
         "sampling.truncations",
         "duplicate top_k=5",
@@ -274,7 +278,7 @@ def test_what_cannot_be_is_refused_in_one_line(case: Case, inputs: Path, tmp_pat
     assert content(inputs, tmp_path) == before
 
 
-# With `mixture`.
+# Typed after `mixture`.
 SETTING = "settings.paper"
 TYPED_FOR_MIXTURE: dict[str, Case] = {
     "unknown key": (f"{SETTING}.train_point=9", f"{SETTING}.train_point", "'train_points'"),
@@ -289,7 +293,7 @@ TYPED_FOR_MIXTURE: dict[str, Case] = {
     "no beta": ("betas=[]", "betas=[]", "expected at least one"),
     "beta of 0": ("betas=[0]", "betas=[0.0]", "more than 0"),
     "infinite beta": ("betas=[inf]", "betas=[inf]", "more than 0 and finite"),
-    "beta twice": ("betas=[1,1.0]", "betas=[1.0, 1.0]", "duplicate beta 1"),
+    "duplicate beta": ("betas=[1,1.0]", "betas=[1.0, 1.0]", "duplicate beta 1"),
     "text for a beta": ("betas=[abc]", "betas", "abc", "expected"),
     "no seeds": ("seeds=0", "seeds=0", "at least 1"),
     "empty shards": ("shard_seeds=0", "shard_seeds=0", "at least 1"),
@@ -321,8 +325,8 @@ TYPED_FOR_MIXTURE: dict[str, Case] = {
 def test_a_mixture_that_cannot_be_is_refused_in_one_line(case: Case, tmp_path: Path) -> None:
     typed, begins, *names = case
     where = ["mixture", "cluster=local", f"runs_dir={tmp_path / 'runs'}"]
-    found = launch("sweep", *where, *typed.split(" "), code=None, **NO_SLURM)
-    assert_refused(found, begins, *names)
+    refused = launch("sweep", *where, *typed.split(" "), code=None, **NO_SLURM)
+    assert_refused(refused, begins, *names)
     assert content(tmp_path) == {}
 
 
@@ -334,10 +338,10 @@ def test_what_a_mixture_was_made_with_stays(tmp_path: Path) -> None:
         "settings.paper.train_points=50": "fit-teachers: train_points: 100 -> 50",
         "eval_points=60": "fit-students: eval_points: 50 -> 60",
     }.items():
-        found = launch("sweep", *where, "seeds=1", word, code=None, **NO_SLURM)
-        assert_refused(found, str(tmp_path), change, "name=mixture-2")
-    found = launch("rerun", str(tmp_path / "mixture"), "--partial", code=None, **NO_SLURM)
-    assert_refused(found, "--partial", "mixture")
+        refused = launch("sweep", *where, "seeds=1", word, code=None, **NO_SLURM)
+        assert_refused(refused, str(tmp_path), change, "name=mixture-2")
+    refused = launch("rerun", str(tmp_path / "mixture"), "--partial", code=None, **NO_SLURM)
+    assert_refused(refused, "--partial", "mixture")
     assert content(tmp_path) == before
 
 
@@ -346,7 +350,7 @@ PRESETS: dict[str, tuple[bytes, str, str]] = {
     "a list": (b"- 1", "broken.yaml", "expected keys and values"),
     "a number": (b"3", "broken.yaml", "not readable YAML"),
     "not UTF-8": (b"name: \xff", "broken.yaml", "not readable YAML"),
-    "with a key twice": (b"taus: [1]\ntaus: [2]", "broken.yaml", "duplicate"),
+    "with a duplicate key": (b"taus: [1]\ntaus: [2]", "broken.yaml", "duplicate"),
     "based on itself": (b"extends: broken", "broken.yaml", "extends itself"),
     "based on nothing": (b"extends: tniy", "broken.yaml", "Did you mean tiny?"),
     "with a wrong key": (b"extends: tiny\nlenght: 3", "lenght", "'length'?"),
@@ -363,8 +367,8 @@ def test_a_preset_that_cannot_be_read_is_named(
         shutil.copytree(ROOT / name, tmp_path / name)
     (tmp_path / "configs" / "broken.yaml").write_bytes(text)
     words = ["broken", "cluster=local", f"runs_dir={tmp_path / 'runs'}"]
-    found = launch("sweep", *words, code=None, **NO_SLURM, PYTHONPATH=str(tmp_path))
-    assert_refused(found, "", *names)
+    refused = launch("sweep", *words, code=None, **NO_SLURM, PYTHONPATH=str(tmp_path))
+    assert_refused(refused, "", *names)
     assert not (tmp_path / "runs").exists()
 
 
@@ -388,7 +392,7 @@ RERUNS: dict[str, Case] = {
 
 @pytest.fixture
 def finished(tiny_run: Path, tmp_path: Path) -> Path:
-    """A finished tiny run that may be spoilt."""
+    """Return a copy of a finished tiny run that may be damaged."""
     return Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
 
 
@@ -396,8 +400,8 @@ def finished(tiny_run: Path, tmp_path: Path) -> Path:
 def test_rerun_refuses_what_it_cannot_do(case: Case, finished: Path) -> None:
     typed, begins, *names = case
     before = content(finished)
-    found = launch("rerun", str(finished), *typed.split(" "), code=None, **NO_SLURM)
-    assert_refused(found, begins, *names)
+    refused = launch("rerun", str(finished), *typed.split(" "), code=None, **NO_SLURM)
+    assert_refused(refused, begins, *names)
     assert content(finished) == before
 
 
@@ -405,8 +409,8 @@ def test_only_a_planned_shard_can_be_explained(finished: Path) -> None:
     key = "score/truth-under-teacher-s0/00001"
     words = ["status", str(finished), "--explain"]
     assert "published" in launch(*words, key, code=0, **NO_SLURM).stdout
-    found = launch(*words, key.replace("score", "scores"), code=None, **NO_SLURM)
-    assert_refused(found, "--explain scores/", "no such shard", key)
+    refused = launch(*words, key.replace("score", "scores"), code=None, **NO_SLURM)
+    assert_refused(refused, "--explain scores/", "no such shard", key)
 
 
 @pytest.mark.parametrize("script", ["status", "rerun", "cancel", "verify", "clean"])
@@ -414,10 +418,10 @@ def test_a_folder_that_is_no_run_is_refused(script: str, tmp_path: Path) -> None
     (tmp_path / "folder").mkdir()
     before = content(tmp_path)
     where = str(tmp_path / "folder")
-    found = launch(script, where, code=None, **NO_SLURM)
-    assert_refused(found, where, "no run here", "expected a folder that sweep.py made")
-    found = launch(script, "nowhere", "--runs-dir", str(tmp_path), code=None, **NO_SLURM)
-    assert_refused(found, "nowhere", str(tmp_path), "expected")
+    refused = launch(script, where, code=None, **NO_SLURM)
+    assert_refused(refused, where, "no run here", "expected a folder that sweep.py made")
+    refused = launch(script, "nowhere", "--runs-dir", str(tmp_path), code=None, **NO_SLURM)
+    assert_refused(refused, "nowhere", str(tmp_path), "expected")
     assert content(tmp_path) == before
 
 
@@ -431,31 +435,31 @@ def test_a_run_that_nobody_can_read_is_refused(manifest: str, tmp_path: Path) ->
 
 def test_a_run_that_others_may_write_to_is_refused(finished: Path) -> None:
     finished.chmod(0o777)
-    found = launch("status", str(finished), code=None, **NO_SLURM)
-    assert_refused(found, str(finished), "others")
+    refused = launch("status", str(finished), code=None, **NO_SLURM)
+    assert_refused(refused, str(finished), "others")
 
 
 @pytest.mark.parametrize("script", ["precision_recall.py", "mixture.py"])
 @pytest.mark.parametrize("name", ["folder", "nowhere"])
 def test_analysis_asks_for_results(script: str, name: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    found = subprocess.run(
+    refused = subprocess.run(
         [sys.executable, ROOT / "analysis" / script, tmp_path / name],
         capture_output=True,
         text=True,
     )
-    assert_refused(found, str(tmp_path / name), "no results here", "sweep.py")
+    assert_refused(refused, str(tmp_path / name), "no results here", "sweep.py")
     assert content(tmp_path) == {tmp_path / "folder": ""}
 
 
 def test_analysis_refuses_results_of_the_other_pipeline(tiny_run: Path, tmp_path: Path) -> None:
     results = tiny_run / "8-merge" / "results.h5"
-    found = subprocess.run(
+    refused = subprocess.run(
         [sys.executable, ROOT / "analysis" / "mixture.py", results, "--out", tmp_path / "out"],
         capture_output=True,
         text=True,
     )
-    assert_refused(found, str(results), "another pipeline", "mixture")
+    assert_refused(refused, str(results), "another pipeline", "mixture")
     assert content(tmp_path) == {}
 
 
@@ -493,12 +497,12 @@ def test_what_published_results_were_made_with_stays(
 
 
 def test_a_changed_model_that_is_lost_itself_still_counts(finished: Path) -> None:
-    """Its samples are published, and came from the old one."""
+    """Samples of the old model are published, so its recipe may not change."""
     [record] = (finished / "3-train-on-truth" / "teacher-s0").glob("*.json")
     record.unlink()
     before = content(finished)
-    found = sweep_again(finished, "teacher.training.learning_rate=0.5")
-    assert_refused(found, str(finished), "sample-teacher")
+    refused = sweep_again(finished, "teacher.training.learning_rate=0.5")
+    assert_refused(refused, str(finished), "sample-teacher")
     assert content(finished) == before
 
 

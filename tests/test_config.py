@@ -1,4 +1,4 @@
-"""Bounds of the config: a field takes what its bound lets through and refuses what is outside."""
+"""A field of the config accepts values inside its bounds and refuses those outside."""
 
 import dataclasses
 import functools
@@ -19,16 +19,16 @@ from kdhpc.pipeline import LANGUAGE, MIXTURE
 from kdhpc.plan.stages import AnyPipeline
 
 PIPELINES: dict[str, AnyPipeline] = {"tiny": LANGUAGE, "mixture": MIXTURE}
-"""By preset, its pipeline."""
+"""The pipeline of each preset."""
 ITEMS = {
     "students": "small",
     "settings": "paper",
     "slurm.stages": "merge",
     "throughput": "score",
 }
-"""One item of every dictionary, by the dictionary's key."""
+"""One item of every dictionary, under the key of the dictionary."""
 UNBOUNDED = {"seed"}
-"""Numbers that may be anything."""
+"""Numbers that may have any value."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,22 @@ class Field:
     kind: type
     marks: tuple[object, ...]
     items: int = 0
-    """If the value is one of a tuple's: how many the tuple has here."""
+    """Number of items of the tuple, if the value is one of them; otherwise 0."""
 
     @property
     def key(self) -> str:
         return ".".join(self.path)
 
     def config_with(self, value: object) -> RunConfig:
-        """The preset, with one value that is another."""
-        inside = 0.5  # of every bound that an item of a tuple has
+        """Return the config of the preset with this value in the field."""
+        inside = 0.5  # inside the bounds of the items of every tuple
         changed = (*[inside] * (self.items - 1), value) if self.items else value
         return cast(RunConfig, replaced(valid(self.preset), self.path, changed))
 
 
 @functools.cache
 def valid(preset: str) -> RunConfig:
-    """The config of a preset, with an item in every dictionary."""
+    """Return the config of a preset, with an item in every dictionary."""
     words = [preset, "slurm.stages.merge.mem_gb=1.0"]
     words += ["throughput.score=9.0"] if preset == "tiny" else []
     pipeline = PIPELINES[preset]
@@ -64,7 +64,7 @@ def valid(preset: str) -> RunConfig:
 
 
 def replaced(part: Any, path: tuple[str, ...], value: object) -> Any:
-    """A config, or a part of one, with another value at a path."""
+    """Return a config, or a part of one, with another value at a path."""
     if not path:
         return value
     name, *rest = path
@@ -75,7 +75,7 @@ def replaced(part: Any, path: tuple[str, ...], value: object) -> Any:
 
 
 def fields_of(hint: Any, preset: str, path: tuple[str, ...] = ()) -> Iterator[Field]:
-    """Everything below a type that is a number, or is marked."""
+    """Yield every field below a type that is a number or is marked."""
     arguments = [kind for kind in get_args(hint) if kind is not type(None)]
     if dataclasses.is_dataclass(hint):
         for name, kind in get_type_hints(hint, include_extras=True).items():
@@ -106,13 +106,13 @@ BOUNDED = [field for field in FIELDS if field.marks]
 
 
 def beside(limit: object, direction: int, kind: type) -> float:
-    """The next number of a kind above or below another."""
+    """Return the next number of a kind above or below another."""
     assert isinstance(limit, int | float)
     return limit + direction if kind is int else math.nextafter(limit, direction * math.inf)
 
 
 def around(field: Field) -> Iterator[tuple[object, bool]]:
-    """Values at each bound, and whether the bound lets them be."""
+    """Yield values at and beyond each bound, and whether the bound accepts them."""
     for mark in field.marks:
         match mark:
             case Ge(low):
@@ -144,8 +144,8 @@ def test_every_number_has_bounds() -> None:
 
 
 def test_bounds_are_found_at_every_depth() -> None:
-    found = {field.key for field in BOUNDED}
-    assert found >= {
+    keys = {field.key for field in BOUNDED}
+    assert keys >= {
         "threads", "slurm.mem_gb", "slurm.account", "slurm.gate.time_min",
         "slurm.stages.merge.partition", "taus", "throughput.score", "truth.shape.layers",
         "teacher.training.betas", "students.small.training.stop_after_epochs",
@@ -196,7 +196,7 @@ def test_an_item_that_is_out_of_bounds_is_named_with_its_list() -> None:
     ]
 
 
-def test_what_every_run_has_is_refused_first_and_can_be_checked_alone() -> None:
+def test_fields_of_every_run_are_checked_first_and_can_be_checked_alone() -> None:
     words = ["tiny", "length=0", "slurm.time_min=0", "name=a/b"]
     config = presets.build(LanguageConfig, presets.compose(words))
     with pytest.raises(InputError, match=r"slurm.time_min=0: expected at least 1"):

@@ -1,4 +1,4 @@
-"""What starts now is a pure function of the plan and of what disk and queue say."""
+"""What starts now is a pure function of the plan and of the state of disk and queue."""
 
 import dataclasses
 from typing import Any
@@ -55,8 +55,8 @@ def failure(key: str, kind: str = "EXCEPTION", fingerprint: str = "f", node: str
     )
 
 
-def started(found: Any) -> list[str]:
-    return [key for batch in found.batches for task in batch.tasks for key in task]
+def started(decision: Any) -> list[str]:
+    return [key for batch in decision.batches for task in batch.tasks for key in task]
 
 
 @given(
@@ -69,12 +69,12 @@ def test_nothing_starts_twice_and_limits_hold(
     done: set[str], active: set[str], max_array: int, max_tasks: int
 ) -> None:
     policy = dataclasses.replace(POLICY, max_array=max_array, max_tasks=max_tasks)
-    found = decide(PLAN, situation(done=frozenset(done), active=frozenset(active)), policy)
-    keys = started(found)
+    decision = decide(PLAN, situation(done=frozenset(done), active=frozenset(active)), policy)
+    keys = started(decision)
     assert len(keys) == len(set(keys))
     assert not set(keys) & (done | active)
-    assert all(len(batch.tasks) <= max_array for batch in found.batches)
-    assert sum(len(batch.tasks) + 1 for batch in found.batches) <= max(0, max_tasks)
+    assert all(len(batch.tasks) <= max_array for batch in decision.batches)
+    assert sum(len(batch.tasks) + 1 for batch in decision.batches) <= max(0, max_tasks)
 
 
 @given(order=st.permutations(FIRST))
@@ -90,19 +90,19 @@ def test_repeated_waves_end_with_everything_done(order: list[str]) -> None:
 
 
 def test_a_shard_starts_when_the_records_that_it_reads_exist() -> None:
-    found = decide(PLAN, situation(done=frozenset(FIRST[:6])), POLICY)
-    assert "second/half0/00000" in started(found)
-    assert "second/half1/00000" not in started(found)
+    decision = decide(PLAN, situation(done=frozenset(FIRST[:6])), POLICY)
+    assert "second/half0/00000" in started(decision)
+    assert "second/half1/00000" not in started(decision)
 
 
 def test_tasks_hold_about_the_seconds_asked_for() -> None:
-    found = decide(PLAN, situation(), POLICY)
-    assert [len(task) for task in found.batches[0].tasks] == [3, 3, 3, 3]
+    decision = decide(PLAN, situation(), POLICY)
+    assert [len(task) for task in decision.batches[0].tasks] == [3, 3, 3, 3]
 
 
 def test_an_array_that_is_too_large_is_cut_into_arrays_from_zero() -> None:
-    found = decide(PLAN, situation(), dataclasses.replace(POLICY, max_array=3))
-    assert [len(batch.tasks) for batch in found.batches] == [3, 1]
+    decision = decide(PLAN, situation(), dataclasses.replace(POLICY, max_array=3))
+    assert [len(batch.tasks) for batch in decision.batches] == [3, 1]
 
 
 def test_the_canary_goes_first_and_the_rest_waits_for_it() -> None:
@@ -122,16 +122,16 @@ def test_long_shards_do_not_wait_for_a_canary() -> None:
 
 def test_the_same_exception_in_the_first_shards_stops_the_stage() -> None:
     failures = {key: [failure(key)] for key in FIRST[:2]}
-    found = decide(PLAN, situation(failures=failures), POLICY)
-    assert started(found) == []
-    assert "the first 2 shards of first all failed" in found.blocked[FIRST[5]]
+    decision = decide(PLAN, situation(failures=failures), POLICY)
+    assert started(decision) == []
+    assert "the first 2 shards of first all failed" in decision.blocked[FIRST[5]]
 
 
 def test_one_poison_shard_stops_only_itself() -> None:
     failures = {FIRST[0]: [failure(FIRST[0]), failure(FIRST[0])]}
-    found = decide(PLAN, situation(failures=failures), POLICY)
-    assert started(found) == FIRST[1:]
-    assert "boom" in found.blocked[FIRST[0]]
+    decision = decide(PLAN, situation(failures=failures), POLICY)
+    assert started(decision) == FIRST[1:]
+    assert "boom" in decision.blocked[FIRST[0]]
 
 
 @pytest.mark.parametrize(
@@ -150,8 +150,8 @@ def test_one_poison_shard_stops_only_itself() -> None:
     ],
 )
 def test_what_slurm_says_is_classed(state: str, exit_code: str, started: bool, kind: str) -> None:
-    found, message = of_slurm(state, exit_code, started=started)
-    assert found == kind
+    classed, message = of_slurm(state, exit_code, started=started)
+    assert classed == kind
     assert ("killed by signal" in message) == (exit_code in {"9:0", "143:0"})
 
 
@@ -161,8 +161,8 @@ def test_remedies_change_what_the_next_attempt_gets() -> None:
         FIRST[1]: [failure(FIRST[1], "TIMEOUT")],
         FIRST[2]: [failure(FIRST[2], "NODE_FAIL", node="n3")],
     }
-    found = decide(PLAN, situation(failures=failures), POLICY)
-    changes = {key: b.changes for b in found.batches for task in b.tasks for key in task}
+    decision = decide(PLAN, situation(failures=failures), POLICY)
+    changes = {key: b.changes for b in decision.batches for task in b.tasks for key in task}
     assert changes[FIRST[0]] == Changes(mem_factor=1.5)
     assert changes[FIRST[1]] == Changes(time_factor=1.5)
     assert changes[FIRST[2]] == Changes(avoid=("n3",))
@@ -185,20 +185,20 @@ def test_cancelled_and_stopped_runs_start_nothing() -> None:
 
 def test_a_shard_that_failed_takes_no_others_along() -> None:
     failures = {FIRST[0]: [failure(FIRST[0], "LOST")]}
-    found = decide(PLAN, situation(failures=failures), POLICY)
-    [task] = [task for b in found.batches for task in b.tasks if FIRST[0] in task]
+    decision = decide(PLAN, situation(failures=failures), POLICY)
+    [task] = [task for b in decision.batches for task in b.tasks if FIRST[0] in task]
     assert task == (FIRST[0],)
 
 
 def test_a_stage_that_cannot_be_launched_is_not_tried_shard_by_shard() -> None:
     failures = {key: [failure(key, "LAUNCH", fingerprint="refused")] for key in FIRST[:2]}
-    found = decide(PLAN, situation(failures=failures), POLICY)
-    assert started(found) == []
+    decision = decide(PLAN, situation(failures=failures), POLICY)
+    assert started(decision) == []
 
 
 def test_after_a_cancel_only_what_was_asked_for_starts() -> None:
-    found = decide(PLAN, situation(only=frozenset(FIRST[3:5])), POLICY)
-    assert started(found) == FIRST[3:5]
+    decision = decide(PLAN, situation(only=frozenset(FIRST[3:5])), POLICY)
+    assert started(decision) == FIRST[3:5]
 
 
 @pytest.mark.parametrize(

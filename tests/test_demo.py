@@ -1,4 +1,4 @@
-"""The demo, whole: the effect shows, and its files are there."""
+"""The whole demo shows the effect and writes its files."""
 
 import csv
 import subprocess
@@ -12,14 +12,14 @@ def test_precision_rises_and_recall_falls_as_the_teacher_gets_more_selective(
     tmp_path: Path,
 ) -> None:
     launch("sweep", "demo", "cluster=local", f"runs_dir={tmp_path}")
-    found = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, str(ROOT / "analysis/precision_recall.py"), str(tmp_path / "demo")],
         capture_output=True,
         text=True,
         check=True,
     )
     for suffix in ("results.h5", "precision_recall.csv", ".png", ".pdf"):
-        [named] = [line for line in found.stdout.splitlines() if line.endswith(suffix)]
+        [named] = [line for line in finished.stdout.splitlines() if line.endswith(suffix)]
         assert Path(named).stat().st_size > 0
     with (tmp_path / "demo/8-merge/precision_recall.csv").open() as file:
         rows = {row["tau"]: row for row in csv.DictReader(file)}

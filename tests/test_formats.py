@@ -1,4 +1,4 @@
-"""Files say what was written, open without this project, and are refused when damaged."""
+"""Files hold what was written, can be opened without kdhpc, and are refused when damaged."""
 
 import subprocess
 import sys
@@ -46,11 +46,11 @@ def scores(num_rows: int = 7, per_token: bool = True) -> Scores:
 def test_token_shards_open_in_datasets_alone(tmp_path: Path) -> None:
     written = samples()
     write_samples(tmp_path / "00000.arrow", written, {"k": "v"})
-    found = datasets.load_dataset(
+    dataset = datasets.load_dataset(
         "arrow", data_files=f"{tmp_path}/*.arrow", split="train", cache_dir=f"{tmp_path}/cache"
     )
-    assert np.array_equal(np.array(found["ids"]), written.ids)
-    assert np.array_equal(found["length"], written.length)
+    assert np.array_equal(np.array(dataset["ids"]), written.ids)
+    assert np.array_equal(dataset["length"], written.length)
 
 
 def test_shards_are_joined_in_order(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_file_without_rows_of_ids_is_refused_by_name(tmp_path: Path, ids: list
 
 
 def test_reading_a_token_shard_loads_no_pandas(tmp_path: Path) -> None:
-    """Half a second of every task that reads one."""
+    """Importing pandas would take half a second of every task that reads a token shard."""
     write_samples(tmp_path / "a.arrow", samples(), {})
     program = (
         "import sys; from pathlib import Path; from kdhpc.storage.token_shards import read_samples;"
@@ -89,8 +89,8 @@ def test_reading_a_token_shard_loads_no_pandas(tmp_path: Path) -> None:
         "print({'pandas', 'pyarrow.compute'} & set(sys.modules))"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "a.arrow")]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert found.strip() == "set()"
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "set()"
 
 
 @pytest.mark.parametrize("name", ["a.arrow", "a.h5"])
@@ -106,14 +106,14 @@ def test_a_truncated_file_is_refused_by_name(tmp_path: Path, name: str, keep: in
         read_samples([path]) if name.endswith("arrow") else read_scores(path)
 
 
-def whole(sampler: str, scorer: str, found: Scores, cuts: Sequence[int] = ()) -> ScorePieces:
-    """Scores in one piece, or cut before these rows."""
-    arrays = {name: array for name, array in vars(found).items() if array is not None}
+def whole(sampler: str, scorer: str, values: Scores, cuts: Sequence[int] = ()) -> ScorePieces:
+    """Return scores in one piece, or cut before the rows `cuts`."""
+    arrays = {name: array for name, array in vars(values).items() if array is not None}
     pieces = [
         (name, piece) for name, array in arrays.items() for piece in np.split(array, list(cuts))
     ]
     return ScorePieces(
-        sampler=sampler, scorer=scorer, num_rows=len(found.num_tokens), pieces=pieces
+        sampler=sampler, scorer=scorer, num_rows=len(values.num_tokens), pieces=pieces
     )
 
 
@@ -135,10 +135,10 @@ def results(
 
 def test_merged_results_read_back(tmp_path: Path) -> None:
     digest = results(tmp_path / "results.h5")
-    found = read_results(tmp_path / "results.h5")
-    assert np.array_equal(found.scores["truth", "student"].log_prob_sum, scores().log_prob_sum)
-    assert found.models["student"] == {"kind": "student", "tau": 1.0, "steps": 3}
-    assert (found.recipe, found.complete, found.provenance["hosts"]) == ("r", True, "here")
+    merged = read_results(tmp_path / "results.h5")
+    assert np.array_equal(merged.scores["truth", "student"].log_prob_sum, scores().log_prob_sum)
+    assert merged.models["student"] == {"kind": "student", "tau": 1.0, "steps": 3}
+    assert (merged.recipe, merged.complete, merged.provenance["hosts"]) == ("r", True, "here")
     assert logical_digest(tmp_path / "results.h5") == digest
 
 
@@ -186,11 +186,11 @@ def test_merged_arrays_are_contiguous_aligned_and_can_be_mapped(tmp_path: Path) 
             assert offset % dataset.dtype.itemsize == 0
             mapped = np.memmap(path, dataset.dtype, "r", offset, dataset.shape)
             assert np.array_equal(mapped, getattr(scores(), name))
-    found = read_results(path).scores["truth", "student"].token_log_prob
-    assert found is not None
-    assert not found.flags.owndata
-    assert not found.flags.writeable
-    assert found.flags.aligned
+    log_probs = read_results(path).scores["truth", "student"].token_log_prob
+    assert log_probs is not None
+    assert not log_probs.flags.owndata
+    assert not log_probs.flags.writeable
+    assert log_probs.flags.aligned
 
 
 PEAK = """
@@ -228,7 +228,7 @@ print(peak() - before)
 
 
 def test_the_merge_holds_a_piece_at_a_time(tmp_path: Path) -> None:
-    """A file of 256 MB is merged and read back; memory does not know it."""
+    """A file of 256 MB is merged and read back within 8 MB of memory."""
     shard = Scores(
         log_prob_sum=np.zeros(4096),
         num_tokens=np.zeros(4096, np.int32),
@@ -236,13 +236,13 @@ def test_the_merge_holds_a_piece_at_a_time(tmp_path: Path) -> None:
     )
     write_scores(tmp_path / "a.h5", shard)
     command = [sys.executable, "-c", PEAK, str(tmp_path), "32"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert (tmp_path / "large.h5").stat().st_size > 256e6
-    assert int(found) < 8e6
+    assert int(peak) < 8e6
 
 
 @pytest.mark.parametrize("offset", [0, 3000, -1])
-def test_pieces_name_a_file_that_is_cut_or_is_none(tmp_path: Path, offset: int) -> None:
+def test_pieces_name_a_file_that_is_cut_off(tmp_path: Path, offset: int) -> None:
     write_scores(tmp_path / "a.h5", scores())
     raw = (tmp_path / "a.h5").read_bytes()
     (tmp_path / "a.h5").write_bytes(raw[:offset])
@@ -253,12 +253,12 @@ def test_pieces_name_a_file_that_is_cut_or_is_none(tmp_path: Path, offset: int) 
 def test_pieces_feed_every_byte_to_the_digest(tmp_path: Path) -> None:
     path, whole_file = tmp_path / "a.h5", Digest()
     write_scores(path, scores())
-    found: dict[str, list[Any]] = {}
+    parts: dict[str, list[Any]] = {}
     for name, piece in read_pieces(path, whole_file):
-        found.setdefault(name, []).append(piece.copy())
+        parts.setdefault(name, []).append(piece.copy())
     assert whole_file.hexdigest() == digest_of(path)
     for name, array in vars(scores()).items():
-        assert np.array_equal(np.concatenate(found[name]), array)
+        assert np.array_equal(np.concatenate(parts[name]), array)
 
 
 def test_a_flipped_bit_in_merged_scores_is_noticed(tmp_path: Path) -> None:

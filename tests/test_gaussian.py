@@ -1,4 +1,4 @@
-"""Mixtures against closed forms, likelihoods by hand and what must hold for every one of them."""
+"""Mixtures agree with closed forms and with likelihoods by hand, and have general properties."""
 
 import math
 
@@ -17,7 +17,7 @@ COUNTS, BETAS = st.integers(1, 4), st.floats(0.1, 50.0)
 
 
 def made(seed: int, num_components: int, dimension: int) -> Mixture:
-    """A mixture with nothing special about it."""
+    """Return a random mixture with no special properties."""
     generator = np.random.default_rng(seed)
     factors = generator.normal(size=(num_components, dimension, dimension))
     return Mixture(
@@ -45,12 +45,12 @@ def permuted(mixture: Mixture, order: NDArray[np.int64]) -> Mixture:
 
 
 def assert_agree(closed: float, sampled: Estimate) -> None:
-    """A closed form and a Monte Carlo estimate, within four standard errors."""
+    """Check that a closed form and a Monte Carlo estimate agree within four standard errors."""
     assert sampled.error > 0.0
     assert abs(closed - sampled.value) <= 4.0 * sampled.error
 
 
-# What must hold for every mixture
+# Properties of every mixture.
 
 
 @given(mixtures())
@@ -105,17 +105,17 @@ def test_permuting_components_changes_nothing(p: Mixture, q: Mixture, seed: int)
 
 
 @given(mixtures(), mixtures())
-def test_the_bound_lies_above_the_loss(teacher: Mixture, student: Mixture) -> None:
+def test_the_bound_is_not_below_the_loss(teacher: Mixture, student: Mixture) -> None:
     points = gaussian.draw(teacher, 200, seed=0, stream="teacher")
-    found = distillation.bound(teacher, student, points)
-    assert math.isclose(found.joint_weights.sum(), 1.0, rel_tol=1e-9)
-    assert math.isclose(found.bound, -(found.joint_weights * found.alignments).sum())
+    terms = distillation.bound(teacher, student, points)
+    assert math.isclose(terms.joint_weights.sum(), 1.0, rel_tol=1e-9)
+    assert math.isclose(terms.bound, -(terms.joint_weights * terms.alignments).sum())
     if student.num_components == 1:
-        assert found.gap == Estimate(value=0.0)
-        assert found.loss == found.bound
+        assert terms.gap == Estimate(value=0.0)
+        assert terms.loss == terms.bound
     else:
-        assert found.gap.value > 0.0
-        assert found.gap.error > 0.0
+        assert terms.gap.value > 0.0
+        assert terms.gap.error > 0.0
 
 
 @given(mixtures())
@@ -136,7 +136,7 @@ def test_more_points_of_a_stream_begin_with_the_same_ones(
     assert not np.allclose(gaussian.draw(mixture, few, seed=3, stream="b"), short)
 
 
-# Closed forms, Monte Carlo and libraries that do not know of each other
+# Closed forms, Monte Carlo and independent libraries.
 
 
 @pytest.mark.parametrize("dimension", [1, 2, 16])
@@ -183,9 +183,9 @@ def test_closed_forms_agree_with_monte_carlo(truth: Mixture, seed: int) -> None:
 def test_the_loss_is_the_cross_entropy_of_the_student_on_the_teacher(
     teacher: Mixture, student: Mixture
 ) -> None:
-    found = distillation.bound(teacher, student, points_of(teacher, "terms"))
+    result = distillation.bound(teacher, student, points_of(teacher, "terms"))
     fresh = gaussian.monte_carlo(gaussian.log_prob(student, points_of(teacher, "fresh")))
-    assert abs(found.loss + fresh.value) <= 4.0 * math.hypot(found.gap.error, fresh.error)
+    assert abs(result.loss + fresh.value) <= 4.0 * math.hypot(result.gap.error, fresh.error)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_the_loss_is_the_cross_entropy_of_the_student_on_the_teacher(
 def test_best_students_on_a_few_modes_score_as_expected(
     modes: tuple[int, ...], precision: float, recall: float
 ) -> None:
-    """On the bottom row of the grid, all of it and parts of it."""
+    """The students are on the bottom row of the grid, on all of it or parts of it."""
     truth = gaussian.grid_truth()
     means = truth.means[list(modes)]
     assert set(means[:, 1]) == {-1.0}
@@ -204,8 +204,8 @@ def test_best_students_on_a_few_modes_score_as_expected(
         means=means.mean(axis=0, keepdims=True),
         covariances=np.diag(means.var(axis=0) + gaussian.GRID_VARIANCE)[None],
     )
-    found = gaussian.expected_log_prob(student, truth, points_of(student))
-    assert abs(found.value - precision) <= 4.0 * found.error + 0.005
+    estimate = gaussian.expected_log_prob(student, truth, points_of(student))
+    assert abs(estimate.value - precision) <= 4.0 * estimate.error + 0.005
     assert math.isclose(
         gaussian.expected_log_prob(truth, student, points_of(truth)).value, recall, abs_tol=0.1
     )
@@ -214,8 +214,8 @@ def test_best_students_on_a_few_modes_score_as_expected(
 
 def test_entropy_of_the_truth_is_as_expected() -> None:
     truth = gaussian.grid_truth()
-    found = gaussian.entropy(truth, points_of(truth))
-    assert abs(found.value - 1.22) <= 4.0 * found.error + 0.005
+    estimate = gaussian.entropy(truth, points_of(truth))
+    assert abs(estimate.value - 1.22) <= 4.0 * estimate.error + 0.005
 
 
 def test_a_mode_is_covered_within_mahalanobis_distance_two() -> None:
@@ -230,7 +230,7 @@ def test_a_mode_is_covered_within_mahalanobis_distance_two() -> None:
     assert not distillation.covered(student, truth, np.array([False])).any()
 
 
-# Fits
+# Fits.
 
 
 def fit(points: Floats, num_components: int, covariance: gaussian.Covariance) -> Mixture:
@@ -238,7 +238,7 @@ def fit(points: Floats, num_components: int, covariance: gaussian.Covariance) ->
 
 
 def test_em_finds_what_a_likelihood_by_hand_finds() -> None:
-    """Two Gaussians on a line: EM written out, from a start of its own."""
+    """For two Gaussians on a line, EM is written out here and has its own start."""
     truth = Mixture(
         weights=np.array([0.3, 0.7]),
         means=np.array([[-2.0], [2.0]]),
@@ -264,12 +264,12 @@ def test_em_finds_what_a_likelihood_by_hand_finds() -> None:
         share = sum(owned) / len(x)
     by_hand = sum(math.log(a + b) for a, b in zip(first, second, strict=True)) / len(x)
 
-    found = fit(points, 2, "full")
-    assert math.isclose(gaussian.log_prob(found, points).mean(), by_hand, abs_tol=1e-3)
-    order = np.argsort(found.means[:, 0])
-    np.testing.assert_allclose(found.weights[order], [share, 1 - share], atol=0.01)
-    np.testing.assert_allclose(found.means[order, 0], means, atol=0.03)
-    np.testing.assert_allclose(found.covariances[order, 0, 0], variances, atol=0.05)
+    fitted = fit(points, 2, "full")
+    assert math.isclose(gaussian.log_prob(fitted, points).mean(), by_hand, abs_tol=1e-3)
+    order = np.argsort(fitted.means[:, 0])
+    np.testing.assert_allclose(fitted.weights[order], [share, 1 - share], atol=0.01)
+    np.testing.assert_allclose(fitted.means[order, 0], means, atol=0.03)
+    np.testing.assert_allclose(fitted.covariances[order, 0, 0], variances, atol=0.05)
 
 
 def test_one_component_is_fitted_in_closed_form() -> None:
@@ -294,10 +294,10 @@ def test_diagonal_fits_have_no_correlation_and_full_ones_are_likelier() -> None:
 
 def test_more_starts_never_fit_worse() -> None:
     points = gaussian.draw(gaussian.grid_truth(), 100, seed=0, stream="d")
-    found = [
+    fits = [
         gaussian.fit(points, 4, "diagonal", num_starts=n, seed=0, stream="fit") for n in (1, 10)
     ]
-    one, ten = (gaussian.log_prob(mixture, points).mean() for mixture in found)
+    one, ten = (gaussian.log_prob(mixture, points).mean() for mixture in fits)
     assert ten >= one - 1e-9
 
 
@@ -305,11 +305,11 @@ def test_the_fitted_grid_is_the_grid() -> None:
     grid = gaussian.grid_truth()
     points = gaussian.draw_evenly(grid, 8000, seed=0, stream="even")
     assert np.bincount(gaussian.component_log_prob(grid, points).argmax(axis=1)).min() > 980
-    found = gaussian.fit(points, 8, "full", num_starts=3, seed=0, stream="fit")
-    order = np.lexsort((found.means[:, 1].round(), found.means[:, 0].round()))
-    np.testing.assert_allclose(found.means[order], grid.means, atol=0.03)
-    np.testing.assert_allclose(found.covariances[order], grid.covariances, atol=0.005)
-    np.testing.assert_allclose(found.weights, 1 / 8, atol=0.005)
+    fitted = gaussian.fit(points, 8, "full", num_starts=3, seed=0, stream="fit")
+    order = np.lexsort((fitted.means[:, 1].round(), fitted.means[:, 0].round()))
+    np.testing.assert_allclose(fitted.means[order], grid.means, atol=0.03)
+    np.testing.assert_allclose(fitted.covariances[order], grid.covariances, atol=0.005)
+    np.testing.assert_allclose(fitted.weights, 1 / 8, atol=0.005)
 
 
 def test_random_truths_have_the_modes_of_the_grid_elsewhere() -> None:

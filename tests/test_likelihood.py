@@ -1,4 +1,4 @@
-"""Scores agree with a float64 loop over a transformers model."""
+"""Scores agree with those of a float64 loop over a transformers model."""
 
 from dataclasses import replace
 from typing import Any
@@ -23,13 +23,13 @@ from kdhpc.selection import Selection
 def test_token_log_probs_agree_with_a_float64_loop() -> None:
     model = small_model(300, 16)
     ids = torch.randint(0, 300, (7, 16))
-    [found] = token_log_probs(llama_of(model), ids, head_tokens=13)
+    [log_probs] = token_log_probs(llama_of(model), ids, head_tokens=13)
     exact = model.double()
-    assert torch.isnan(found[:, 0]).all()
+    assert torch.isnan(log_probs[:, 0]).all()
     for row in range(7):
         for position in range(1, 16):
             log_p = exact(ids[row : row + 1, :position]).logits[0, -1].log_softmax(-1)
-            assert abs(found[row, position].item() - log_p[ids[row, position]].item()) < 1e-4
+            assert abs(log_probs[row, position].item() - log_p[ids[row, position]].item()) < 1e-4
 
 
 def test_several_temperatures_take_one_pass_and_agree_with_one_at_a_time() -> None:
@@ -41,19 +41,19 @@ def test_several_temperatures_take_one_pass_and_agree_with_one_at_a_time() -> No
     wrapped = TransformersModel(model)
     assert callable(wrapped.head)
     calls.clear()
-    found = token_log_probs(wrapped, ids, head_tokens=50, taus=taus)
+    together = token_log_probs(wrapped, ids, head_tokens=50, taus=taus)
     assert len(calls) == 1
     logits = model(ids).logits[:, :-1].double()
-    for tau, log_probs in zip(taus, found, strict=True):
+    for tau, log_probs in zip(taus, together, strict=True):
         exact = (logits / tau).log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
         assert (log_probs[:, 1:] - exact).abs().max() < 1e-5
 
 
 def test_memory_does_not_grow_with_vocabulary_times_length() -> None:
-    """No tensor is as large as logits of every position."""
+    """No tensor is as large as the logits of all positions."""
     model = llama_of(small_model(3000, 64))
     ids = torch.randint(0, 3000, (16, 64))
-    assert callable(model.head)  # made before the look
+    assert callable(model.head)  # made before tensors are watched
     largest = 0
 
     class Look(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -118,7 +118,7 @@ def test_the_samplers_own_sums_agree_with_the_scorer() -> None:
 
 @pytest.mark.parametrize("engine", ["torch", "native"])
 def test_the_samplers_own_bfloat16_sums_agree_with_the_scorer_in_the_mean(engine: str) -> None:
-    """One token at a time and whole rows may round differently."""
+    """One token at a time may be rounded differently from whole rows."""
     need(engine == "torch" or not native.missing(), f"the extension: {native.missing()}")
     shape = replace(SHAPE, hidden=192, heads=6, kv_heads=2, ffn=96)
     model = llama_of(small_model(300, 40, shape=shape).to(torch.bfloat16))

@@ -1,4 +1,4 @@
-"""kdhpc's own Llama says what transformers' says, of the same checkpoint folder."""
+"""kdhpc's own Llama agrees with transformers' on the same checkpoint folder."""
 
 import json
 import subprocess
@@ -52,12 +52,14 @@ def test_a_folder_gives_the_logits_that_transformers_gives(
     made = LlamaForCausalLM(LlamaConfig(**(sizes | changes)))
     made.save_pretrained(tmp_path, max_shard_size="300KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    found = load_model(tmp_path, dtype="float32", device=CPU)
-    assert isinstance(found, Llama)
-    ids = torch.randint(0, 300, (3, CPU_BODY_TOKENS // 2 - 11))  # more rows than go together
+    loaded = load_model(tmp_path, dtype="float32", device=CPU)
+    assert isinstance(loaded, Llama)
+    ids = torch.randint(
+        0, 300, (3, CPU_BODY_TOKENS // 2 - 11)
+    )  # more rows than go through the layers together
     with torch.inference_mode():
         exact = AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
-        assert (logits_of(found, ids) - exact).abs().max() < 1e-4 * exact.abs().max()
+        assert (logits_of(loaded, ids) - exact).abs().max() < 1e-4 * exact.abs().max()
 
 
 def test_bfloat16_logits_are_as_near_to_exact_ones_as_those_of_transformers() -> None:
@@ -156,7 +158,7 @@ except Exception as error:
 
 
 def test_sampling_and_scoring_load_nothing_of_transformers(tmp_path: Path) -> None:
-    """Its modules would be more than half of the start of a task."""
+    """Loading transformers would be more than half of the start of a task."""
     small_model(300, 16).save_pretrained(tmp_path)
     huggingface.byte_tokenizer().save_pretrained(tmp_path)
     code = f"""

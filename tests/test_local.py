@@ -1,4 +1,4 @@
-"""A run on this machine: retyped, extended, damaged, troubled."""
+"""Runs on this machine are typed again, extended, damaged and disturbed."""
 
 import contextlib
 import dataclasses
@@ -47,7 +47,7 @@ def records(run: Path) -> dict[str, str]:
 
 @pytest.fixture
 def copy(tiny_run: Path, tmp_path: Path) -> Path:
-    """A finished tiny run that may be spoilt."""
+    """Return a copy of a finished tiny run that may be damaged."""
     shutil.copytree(tiny_run, tmp_path / "tiny")
     return tmp_path / "tiny"
 
@@ -89,17 +89,17 @@ def test_deleted_and_damaged_shards_are_made_again_to_the_same_digest(
     assert "0 damaged" in launch("verify", str(copy)).stdout
 
 
-def test_a_flipped_bit_is_named_by_verify_and_nothing_is_taken_for_good(copy: Path) -> None:
+def test_a_flipped_bit_is_named_by_verify(copy: Path) -> None:
     [data] = (copy / "2-sample-truth" / "eval").glob("00000.*.arrow")
     raw = bytearray(data.read_bytes())
     raw[200] ^= 1
     data.write_bytes(bytes(raw))
-    found = launch("verify", str(copy), code=1)
-    assert data.name in found.stdout
+    verified = launch("verify", str(copy), code=1)
+    assert data.name in verified.stdout
 
 
 def test_watching_a_training_changes_no_weight(tiny_run: Path, copy: Path) -> None:
-    """The log has losses and costs, TensorBoard events lie beside it, named checkpoints stay."""
+    """The log has losses and costs, TensorBoard events are beside it, named checkpoints stay."""
     teacher = copy / "3-train-on-truth" / "teacher-s0"
     shutil.rmtree(teacher)
     watching = {"validate_every_steps": 4, "keep_epochs": "[1.0]", "checkpoint_every_steps": 5}
@@ -123,7 +123,7 @@ def test_an_interrupted_training_is_seen_live_and_goes_on_with_another_zero_stag
     for folder in copy.glob("[3-8]-*"):
         shutil.rmtree(folder)
     words = ["tiny", "cluster=local", f"runs_dir={copy.parent}", "teacher.training.epochs=60"]
-    # Whoever runs the tests in the background lets them ignore interrupts.
+    # A shell that runs the tests in the background makes them ignore interrupts.
     heard = ["env", "--default-signal=INT"]
     process = subprocess.Popen(
         [*heard, sys.executable, str(ROOT / "launch/sweep.py"), *words], stdout=subprocess.DEVNULL
@@ -131,8 +131,8 @@ def test_an_interrupted_training_is_seen_live_and_goes_on_with_another_zero_stag
     live: list[str] = []
     while not live:
         assert process.poll() is None
-        found = status(copy)["live"]
-        live = [line for line in found if "teacher" in line and "MFU" in line]
+        lines = status(copy)["live"]
+        live = [line for line in lines if "teacher" in line and "MFU" in line]
     assert re.search(
         r"train-on-truth/teacher-s0/00000 \d+% step \d+ of 480 loss \d\.\d+ lr \S+ norm \S+ "
         r"\d+ tokens/s MFU \d+%$",
@@ -170,8 +170,8 @@ def test_adding_a_tau_runs_nothing_that_exists(copy: Path) -> None:
     assert all(after[name] == digest for name, digest in before.items())
     new = set(after) - set(before)
     assert {name for name in new if "tau0.7" not in name and "8-merge" not in name} == set()
-    found = read_results(copy / RESULTS)
-    assert ("student-s0-small-tau0.7", "truth") in found.scores
+    results = read_results(copy / RESULTS)
+    assert ("student-s0-small-tau0.7", "truth") in results.scores
 
 
 def test_a_partial_merge_says_so_and_leaves_the_run_alone(copy: Path) -> None:
@@ -179,10 +179,10 @@ def test_a_partial_merge_says_so_and_leaves_the_run_alone(copy: Path) -> None:
     for path in (copy / "7-score" / "truth-under-teacher-s0").glob("00001*"):
         path.unlink()
     launch("rerun", str(copy), "--partial")
-    found = read_results(copy / "8-merge" / "partial.h5")
+    merged = read_results(copy / "8-merge" / "partial.h5")
     whole = read_results(copy / RESULTS)
-    assert not found.complete
-    assert whole.scores.keys() - found.scores.keys() == {("truth", "teacher-s0")}
+    assert not merged.complete
+    assert whole.scores.keys() - merged.scores.keys() == {("truth", "teacher-s0")}
     assert set(before) - set(records(copy)) == {"7-score/truth-under-teacher-s0/00001.json"}
 
 
@@ -197,7 +197,7 @@ def test_cleaning_deletes_only_what_nobody_needs(copy: Path) -> None:
 
 
 def run_here(path: Path, *words: str) -> Path:
-    """All shards in plan order in this process."""
+    """Run all shards in this process, in the order of the plan."""
     config = LANGUAGE.checked(presets.build(LanguageConfig, presets.compose(["tiny", *words])))
     plan = LANGUAGE.plan(config)
     run = Run(path, LANGUAGE)
@@ -210,7 +210,7 @@ def run_here(path: Path, *words: str) -> Path:
 
 
 def test_shards_of_any_size_give_the_same_ids_scores_and_digest(tmp_path: Path) -> None:
-    """Where shards begin with batches, nothing is rounded differently."""
+    """Shards begin where batches begin, so that nothing is rounded differently."""
     words = ["sampling.train_sequences=224", "sampling.eval_sequences=224", "scoring.batch_rows=32"]
     ids, digests = [], set()
     for num_shards, size in ((1, 224), (4, 64), (7, 32)):
@@ -225,7 +225,7 @@ def test_shards_of_any_size_give_the_same_ids_scores_and_digest(tmp_path: Path) 
 
 
 def test_status_shows_a_shard_that_was_added_elsewhere_and_failed(copy: Path) -> None:
-    """A watcher keeps no plan of its own: another launcher's tau is no surprise."""
+    """status.py keeps no plan of its own, so it shows a tau that another launcher added."""
     run = Run(copy, LANGUAGE)
     config: Any = runs.current(run)[1]
     wider = dataclasses.replace(config, taus=(1.0, 0.6, 0.5))
@@ -265,8 +265,8 @@ def test_any_pipeline_of_the_same_shape_runs(tmp_path: Path) -> None:
 def test_a_poison_shard_is_named_and_rerun_finishes(tmp_path: Path) -> None:
     poison = trouble(tmp_path, "make-00002", "raise")
     run = light(tmp_path, code=1)
-    found = status(run, code=1)
-    [cause] = found["causes"]
+    report = status(run, code=1)
+    [cause] = report["causes"]
     assert cause["kind"] == "EXCEPTION"
     assert cause["shards"] == ["make/arm/00002"]
     assert "trouble was asked for" in cause["message"]
@@ -280,11 +280,11 @@ def test_a_bug_in_every_shard_is_shown_once_with_a_count(tmp_path: Path) -> None
     for index in range(6):
         trouble(tmp_path, f"make-{index:05d}", "raise")
     run = light(tmp_path, code=1)
-    found = status(run, code=1)
-    [cause] = found["causes"]
+    report = status(run, code=1)
+    [cause] = report["causes"]
     assert len(cause["shards"]) >= 2
     not_started = 6 - len(cause["shards"])
-    assert not not_started or f"{not_started} shards are not started" in found["notes"][0]
+    assert not not_started or f"{not_started} shards are not started" in report["notes"][0]
     shutil.rmtree(tmp_path / "trouble")
     light(tmp_path)
     assert_light_complete(run, 6)
@@ -302,7 +302,7 @@ def test_a_killed_worker_costs_one_attempt(tmp_path: Path) -> None:
 
 
 def start(tmp_path: Path) -> subprocess.Popen[bytes]:
-    """A run that hangs in one shard, in the background."""
+    """Start a run in the background that hangs in one shard."""
     trouble(tmp_path, "square-00001", "sleep 600")
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "launch/sweep.py"), *LIGHT, f"runs_dir={tmp_path}",
@@ -317,9 +317,9 @@ def start(tmp_path: Path) -> subprocess.Popen[bytes]:
 
 
 def kill(process: subprocess.Popen[bytes], tmp_path: Path, number: int = signal.SIGKILL) -> None:
-    """End a launcher, then its workers: one hangs in its shard and would go on without it."""
-    found = ["pgrep", "-f", f"kdhpc.cluster.task {tmp_path}/light"]
-    workers = subprocess.run(found, capture_output=True, text=True, check=True).stdout.split()
+    """End a launcher, then its workers, one of which hangs and would go on without it."""
+    command = ["pgrep", "-f", f"kdhpc.cluster.task {tmp_path}/light"]
+    workers = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     process.send_signal(number)
     time.sleep(0.5)
     for worker in workers:
@@ -332,8 +332,8 @@ def test_a_second_launcher_is_told_that_the_run_is_held(tmp_path: Path) -> None:
     process = start(tmp_path)
     try:
         words = [*LIGHT, f"runs_dir={tmp_path}", f"trouble={tmp_path}/trouble"]
-        found = launch("sweep", *words, code=3)
-        assert str(process.pid) in found.stderr
+        second = launch("sweep", *words, code=3)
+        assert str(process.pid) in second.stderr
         assert status(tmp_path / "light")["stages"][1]["running"] > 0
         launch("clean", str(tmp_path / "light"), code=3)
     finally:
@@ -353,7 +353,7 @@ def test_after_a_killed_launcher_the_same_command_goes_on(tmp_path: Path, number
 
 
 def test_status_reads_each_folder_and_each_record_once(tiny_run: Path) -> None:
-    """What it does grows with shards, and no faster."""
+    """The work of status grows no faster than the number of shards."""
     code = f"""
 import sys, collections, os
 from pathlib import Path
@@ -367,18 +367,18 @@ def hook(name, args):
 sys.addaudithook(hook)
 status.look(run)
 stages = tuple(run.folders.values())
-found = {{path: n for path, n in folders.items() if path.startswith(stages)}}
-assert len(found) > 20 and set(found.values()) == {{1}}, found
-found = {{path: n for path, n in files.items() if path.startswith(stages)}}
+reads = {{path: n for path, n in folders.items() if path.startswith(stages)}}
+assert len(reads) > 20 and set(reads.values()) == {{1}}, reads
+reads = {{path: n for path, n in files.items() if path.startswith(stages)}}
 records = [str(path.relative_to(run.path)) for path in run.path.glob("[0-9]-*/*/*.json")]
-assert found == dict.fromkeys(records, 1), found
+assert reads == dict.fromkeys(records, 1), reads
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_measured_seconds_decide_how_shards_are_packed(copy: Path) -> None:
-    """Two of four shards are there, and took 60 s each: the others get tasks of their own."""
+    """Two of four shards are done and took 60 s each, so the others get a task each."""
     run = Run(copy, LANGUAGE)
     _, config, plan = runs.current(run)
     shards = plan.arm("sample-truth", "train")
@@ -392,13 +392,13 @@ def test_measured_seconds_decide_how_shards_are_packed(copy: Path) -> None:
         path.write_text("ids")
         work.publish(shard, Written(path=path, rows=1), time.time() - 60)
     policy = dataclasses.replace(before.policy, task_s=40.0)
-    found = observe(run, config, plan, policy=policy)
-    assert found.situation.seconds_per_work["sample-truth"] * shards[0].work > 30
-    assert sum(len(batch.tasks) for batch in found.decision.batches) == 2
+    after = observe(run, config, plan, policy=policy)
+    assert after.situation.seconds_per_work["sample-truth"] * shards[0].work > 30
+    assert sum(len(batch.tasks) for batch in after.decision.batches) == 2
 
 
 def test_a_refresh_asks_slurm_once(copy: Path, tmp_path: Path) -> None:
-    """Programs that note that they were called stand where Slurm's do."""
+    """Slurm's programs are replaced by ones that note that they were called."""
     (tmp_path / "bin").mkdir()
     for name in ("squeue", "sacct", "scontrol", "sbatch", "scancel", "sinfo"):
         program = tmp_path / "bin" / name
@@ -412,9 +412,12 @@ def test_a_refresh_asks_slurm_once(copy: Path, tmp_path: Path) -> None:
 
 
 def opens_of_truth(run: Run, submission: int, shards: Sequence[Shard]) -> dict[str, int]:
-    """Do shards again as one task of a fresh process: how often it opened each file of the model.
+    """Make shards again as one task of a fresh process.
 
-    Audit hooks see what Python opens; the weights are opened by Rust, beside `config.json`.
+    Audit hooks see the files that Python opens. Weights are opened by Rust and are not seen.
+
+    Returns:
+        How often the process opened each file of the model.
     """
     for shard in shards:
         run.record_path(shard.key).unlink()
@@ -446,8 +449,8 @@ assert run_task(Path({str(run.path)!r}), {submission}, 0) == 0
 print(json.dumps(opened))
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    num_opened: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return num_opened
 
 
 def test_a_task_loads_a_model_once(copy: Path) -> None:
@@ -461,13 +464,13 @@ def test_a_task_loads_a_model_once(copy: Path) -> None:
 
 
 def test_core_seconds_go_somewhere(tiny_run: Path) -> None:
-    """Processes start before shards, shards before they are ready; the rest is idle."""
+    """Processes start before their shards, and shards before they are ready; the rest is idle."""
     command = [sys.executable, str(ROOT / "benchmarks/core_seconds.py"), str(tiny_run), "--json"]
     shown = subprocess.run([*command, "--cores", "2"], capture_output=True, text=True).stdout
-    found = json.loads(shown.splitlines()[-1])
+    report = json.loads(shown.splitlines()[-1])
     wanted = {f"useful: {stage.name}" for stage in LANGUAGE.stages}
-    assert all(found["spent"][name] > 0 for name in wanted)
-    assert all(seconds >= 0 for seconds in found["spent"].values())
+    assert all(report["spent"][name] > 0 for name in wanted)
+    assert all(seconds >= 0 for seconds in report["spent"].values())
 
 
 def test_an_input_with_a_flipped_bit_is_made_again_by_its_reader(tmp_path: Path) -> None:

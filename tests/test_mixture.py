@@ -1,4 +1,4 @@
-"""The mixture simulation as a run: what it finds, that it repeats nothing, what it draws."""
+"""The mixture simulation as a run: its results, its figures, and what is made again."""
 
 import csv
 import hashlib
@@ -30,8 +30,8 @@ def run(runs_dir: Path, *words: str) -> Path:
 
 def records(path: Path) -> dict[str, str]:
     return {
-        str(found.relative_to(path)): hashlib.sha256(found.read_bytes()).hexdigest()
-        for found in sorted(path.glob("[0-9]-*/*/*.json"))
+        str(record.relative_to(path)): hashlib.sha256(record.read_bytes()).hexdigest()
+        for record in sorted(path.glob("[0-9]-*/*/*.json"))
     }
 
 
@@ -40,23 +40,23 @@ def config(*words: str) -> MixtureConfig:
 
 
 def analyse(path: Path, *words: str) -> list[Path]:
-    """Files that the analysis says it wrote."""
-    found = subprocess.run(
+    """Run the analysis and return the files that it says it wrote."""
+    finished = subprocess.run(
         [sys.executable, str(ROOT / "analysis" / "mixture.py"), str(path), *words],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert found.stderr == ""
-    return [Path(line) for line in found.stdout.splitlines() if line.startswith("/")]
+    assert finished.stderr == ""
+    return [Path(line) for line in finished.stdout.splitlines() if line.startswith("/")]
 
 
-# The reference curve
+# The reference curve.
 
 
 @pytest.fixture(scope="module")
 def paper(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """The preset with fewer seeds."""
+    """Return the results of the preset with fewer seeds."""
     path = run(tmp_path_factory.mktemp("runs"), "seeds=40")
     return read_results(path / RESULTS)
 
@@ -91,7 +91,7 @@ def test_the_reference_curve_is_met_within_its_seed_noise(paper: Results, arm: s
 
 @pytest.mark.parametrize("beta", REFERENCE_ENTROPY)
 def test_weight_entropies_are_those_of_the_reference(paper: Results, beta: int) -> None:
-    """They came without a deviation; the seeds' own stands in (docs/mixture.md)."""
+    """The reference has no deviation; that of our seeds is used instead (docs/mixture.md)."""
     values = paper.tables[f"paper-beta{beta}"]["weight_entropy_nats"]
     error = values.std(ddof=1) * math.sqrt(1 / REFERENCE_SEEDS + 1 / len(values))
     assert abs(values.mean() - REFERENCE_ENTROPY[beta]) < max(3.0 * error, 0.02)
@@ -99,7 +99,7 @@ def test_weight_entropies_are_those_of_the_reference(paper: Results, beta: int) 
 
 
 def test_numbers_as_published_are_those_of_the_paper(paper: Results) -> None:
-    """One run of the released notebook lies among the seeds; as defined it does not."""
+    """Scored as published, a run of the released notebook is among our seeds; as defined, not."""
     direct, distilled = paper.tables["paper-direct"], paper.tables["paper-beta100"]
     for values, printed in (
         (distilled["direct_precision_as_published"], -20.26),
@@ -112,7 +112,7 @@ def test_numbers_as_published_are_those_of_the_paper(paper: Results) -> None:
     assert distilled["precision_as_defined"].max() < -0.70
 
 
-def test_what_stands_in_the_results_belongs_together(paper: Results) -> None:
+def test_numbers_in_the_results_agree_with_each_other(paper: Results) -> None:
     for arm in REFERENCE:
         table = paper.tables[f"paper-{arm}"]
         np.testing.assert_allclose(
@@ -136,7 +136,7 @@ def test_what_stands_in_the_results_belongs_together(paper: Results) -> None:
     assert (facts["setting"], facts["beta"], facts["train_points"]) == ("paper", 100.0, 100)
 
 
-# The trade-off, and where it is absent
+# The trade-off, and where it is absent.
 
 
 def test_the_trade_off_needs_few_points_and_a_small_student(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_the_trade_off_needs_few_points_and_a_small_student(tmp_path: Path) -> N
         "settings.many.train_points=50000", "settings.many.em_starts=1",
         "settings.large.student_components=4", "settings.large.em_starts=3",
     )  # fmt: skip
-    written = {found.name: found for found in analyse(path)}
+    written = {output.name: output for output in analyse(path)}
     for name in ("against_beta", "precision_recall", "modes", "panels", "terms", "effect_size"):
         for suffix in (".png", ".pdf"):
             assert written[name + suffix].stat().st_size > 1000
@@ -157,7 +157,7 @@ def test_the_trade_off_needs_few_points_and_a_small_student(tmp_path: Path) -> N
         "large": "True",
     }
     assert float(rows["paper"]["precision_low"]) > 2.0
-    assert float(rows["large"]["recall_high"]) < -2.0  # what is lost stays lost
+    assert float(rows["large"]["recall_high"]) < -2.0  # the loss of recall remains
     with written["students.csv"].open() as file:
         flat = [
             float(row["mean"])
@@ -173,12 +173,12 @@ def test_the_trade_off_needs_few_points_and_a_small_student(tmp_path: Path) -> N
         analyse(path, "--setting", "none")
 
 
-# A run
+# A run.
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small finished run: look, copy, do not touch."""
+    """Return the folder of a small finished run, which tests may read or copy but not change."""
     return run(tmp_path_factory.mktemp("runs"), *QUICK)
 
 
@@ -247,8 +247,8 @@ def test_adding_betas_and_seeds_changes_no_recipe_but_the_merge() -> None:
         ("eval_points=50", "fit-students"),
     ],
 )
-def test_what_determines_a_number_stands_in_its_recipe(word: str, stage: str) -> None:
-    before, after = (MIXTURE.plan(found) for found in (config(), config(word)))
+def test_what_determines_a_number_is_in_its_recipe(word: str, stage: str) -> None:
+    before, after = (MIXTURE.plan(either) for either in (config(), config(word)))
     changed = {
         shard.stage
         for key, shard in before.shards.items()
@@ -263,7 +263,7 @@ def test_tasks_of_the_mixture_load_no_torch() -> None:
         "import kdhpc.science.distillation, kdhpc.storage.hdf5\n"
         "print('torch' in sys.modules)"
     )
-    found = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    assert found.stdout == "False\n"
+    assert finished.stdout == "False\n"

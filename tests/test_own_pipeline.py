@@ -1,4 +1,4 @@
-"""Somebody else's pipeline gets all that the experiment has, with the experiment absent."""
+"""A pipeline of somebody else has every feature, even where the experiment is absent."""
 
 import json
 import subprocess
@@ -29,9 +29,9 @@ def typed(
 
 
 def stages(project: str, run: Path, code: int | None = 0) -> dict[str, tuple[int, int]]:
-    """By stage, shards that are done, and all."""
-    found = json.loads(typed("status", project, str(run), "--json", code=code).stdout)
-    return {stage["folder"]: (stage["done"], stage["planned"]) for stage in found["stages"]}
+    """Return, for each stage, the number of shards that are done and of those planned."""
+    report = json.loads(typed("status", project, str(run), "--json", code=code).stdout)
+    return {stage["folder"]: (stage["done"], stage["planned"]) for stage in report["stages"]}
 
 
 def test_bad_values_are_refused_and_a_dry_run_writes_nothing(project: str, tmp_path: Path) -> None:

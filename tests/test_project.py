@@ -1,4 +1,4 @@
-"""What the project promises about itself: layers, tables, goldens, a quick login node."""
+"""The project keeps its promises: tables, goldens, planning without heavy imports."""
 
 import json
 import re
@@ -34,7 +34,7 @@ PRESETS = {
 
 
 def golden(name: str, text: str) -> None:
-    """Compare with a file; a new or changed one is written with `UPDATE_GOLDENS=1`."""
+    """Compare a text with a golden file; with `UPDATE_GOLDENS=1` the file is written first."""
     import os
 
     path = GOLDENS / name
@@ -83,8 +83,8 @@ def test_the_batch_script_is_the_golden_one() -> None:
 def test_a_warning_that_comes_before_python_listens_kills_no_task() -> None:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGUSR2); print('goes on')"
     start = ["bash", str(ROOT / "slurm" / "environment.sh"), str(ROOT), sys.executable, "-c", code]
-    found = subprocess.run(start, capture_output=True, text=True, check=True)
-    assert found.stdout == "goes on\n"
+    finished = subprocess.run(start, capture_output=True, text=True, check=True)
+    assert finished.stdout == "goes on\n"
 
 
 def test_composed_configs_survive_json() -> None:
@@ -110,10 +110,10 @@ def test_later_presets_and_overrides_win() -> None:
 )
 def test_planning_and_status_load_nothing_heavy(statement: str) -> None:
     code = f"{statement}\nimport sys\nprint('LOADED', *sorted(sys.modules))"
-    found = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    loaded = set(found.stdout.rpartition("LOADED")[2].split())
+    loaded = set(finished.stdout.rpartition("LOADED")[2].split())
     assert not loaded & HEAVY
 
 
@@ -130,9 +130,9 @@ def test_the_readme_tables_are_the_pipelines() -> None:
 
 def test_the_table_of_remedies_is_the_code() -> None:
     command = [sys.executable, "-m", "kdhpc.cluster.failures"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    table = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     docs = (ROOT / "docs" / "reliability.md").read_text()
-    assert f"<!-- remedies -->\n{found}<!-- end of remedies -->\n" in docs
+    assert f"<!-- remedies -->\n{table}<!-- end of remedies -->\n" in docs
 
 
 def test_the_readme_installs_like_the_makefile() -> None:

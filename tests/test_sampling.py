@@ -1,4 +1,4 @@
-"""Draws are exact, and depend on a sequence's own stream only."""
+"""Draws are exact and depend only on a sequence's own random numbers."""
 
 import itertools
 from dataclasses import replace
@@ -31,7 +31,7 @@ ENGINES = ["torch", "native"]
 
 @pytest.fixture(autouse=True)
 def need_native(request: pytest.FixtureRequest) -> None:
-    """Tests of the extension need it built."""
+    """Skip tests of the extension where it is not built."""
     callspec = getattr(request.node, "callspec", None)
     if callspec and "native" in callspec.params.values():
         need(not native.missing(), f"the extension: {native.missing()}")
@@ -51,7 +51,7 @@ def sampler(model: Any, **changes: Any) -> Sampler:
 
 
 def draw_of(engine: str, logits: torch.Tensor, uniform: float) -> Any:
-    """What one uniform draws from one row of logits."""
+    """Draw from one row of logits with one uniform number."""
     kind = native.NativeDraw if engine == "native" else InverseCdf
     drawn = kind(Selection(), 1, 1, CPU)
     drawn.uniform.fill_(uniform)
@@ -72,13 +72,13 @@ DECODERS: dict[str, Any] = {
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
 def test_decoded_logits_equal_a_forward_pass(decoder: str, kv_heads: int) -> None:
-    length = 40  # over three buckets of keys
+    length = 40  # three buckets of keys
     shape = replace(SHAPE, hidden=192, heads=6, kv_heads=kv_heads)
     model = small_model(300, length, shape=shape)
     ids = torch.randint(0, 300, (5, length))
     decoding = DECODERS[decoder](model, 5, length)
     with torch.inference_mode():
-        for _ in range(2):  # a second batch finds the keys of the first
+        for _ in range(2):  # in the second round the cache still holds the keys of the first
             decoding.restart()
             stepped = [
                 decoding.step(ids[:, t], torch.tensor([t]), bucket_of(t, CPU, length))
@@ -108,37 +108,39 @@ def test_silu_of_the_extension_is_silu_everywhere(dtype: torch.dtype) -> None:
     need(not native.missing(), f"the extension: {native.missing()}")
     gate = torch.linspace(-1000, 1000, 4096).to(dtype).view(4, 1024)
     ones = torch.ones_like(gate)
-    found = torch.ops.kdhpc.silu_mul(torch.cat([gate, ones], dim=1))
+    product = torch.ops.kdhpc.silu_mul(torch.cat([gate, ones], dim=1))
     wanted = torch.nn.functional.silu(gate)
-    assert torch.allclose(found, wanted, rtol=0.01 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    assert torch.allclose(
+        product, wanted, rtol=0.01 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("vocab_size", [64, 300])
 def test_the_head_of_the_extension_has_float32_results(vocab_size: int) -> None:
-    """Whether oneDNN's small kernels can multiply bfloat16 here or not."""
+    """This holds whether or not oneDNN's small kernels can multiply bfloat16 here."""
     need(not native.missing(), f"the extension: {native.missing()}")
     model = llama_of(small_model(vocab_size, 16).to(torch.bfloat16))
     hidden = torch.randn(8, model.hidden_size).bfloat16()
     exact = hidden.double() @ model.head_weight.double().T
-    found = NativeDecoder(model, 8, 16).head(hidden)
-    assert found.dtype == torch.float32
-    assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
+    logits = NativeDecoder(model, 8, 16).head(hidden)
+    assert logits.dtype == torch.float32
+    assert (logits - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
 def test_a_batch_leaves_nothing_to_the_next() -> None:
     model = small_model(300, 10)
-    found = sampler(model)
-    first = sample(found, rows=range(32), seed=0, stream="test")
-    decoder: Any = found.decoder
+    reused = sampler(model)
+    first = sample(reused, rows=range(32), seed=0, stream="test")
+    decoder: Any = reused.decoder
     decoder.keys.fill_(torch.nan)
     decoder.values.fill_(torch.nan)
-    again = sample(found, rows=range(32), seed=0, stream="test")
+    again = sample(reused, rows=range(32), seed=0, stream="test")
     assert np.array_equal(first.ids, again.ids)
     assert np.array_equal(first.log_prob_sum, again.log_prob_sum)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_a_row_that_is_no_number_stays_alone(decoder: str) -> None:
+def test_a_row_of_nan_changes_no_other_row(decoder: str) -> None:
     length = 40
     model = small_model(300, length)
     model.get_input_embeddings().weight.data[7] = torch.nan
@@ -157,8 +159,8 @@ def test_a_llama_with_another_activation_goes_through_transformers(tmp_path: Pat
     model = small_model(300, 10)
     model.config.hidden_act = "gelu"
     model.save_pretrained(tmp_path)
-    found = load_model(tmp_path, dtype="float32", device=CPU)
-    assert sampler(found).decoder.name == "transformers"
+    loaded = load_model(tmp_path, dtype="float32", device=CPU)
+    assert sampler(loaded).decoder.name == "transformers"
 
 
 def test_bfloat16_logits_are_the_exact_products_of_what_they_are_made_from() -> None:
@@ -221,13 +223,13 @@ def test_a_token_of_rank_beyond_50_appears(engine: str) -> None:
 def test_a_token_of_probability_2_to_the_minus_30_is_drawn_as_often_as_it_should(
     index: int, engine: str
 ) -> None:
-    """The uniforms that draw it are a stretch of the length of its probability, wherever it is."""
+    """The uniforms that draw it are an interval as long as its probability, wherever it is."""
     logits = torch.full((1, 600), -torch.inf)
     logits[0, 0] = logits[0, 400] = 0.0
     logits[0, index] = -30 * np.log(2.0)
 
     def first_uniform(token: int) -> float:
-        """The least uniform that draws this token or a later one, by bisection."""
+        """Return the least uniform that draws this token or a later one, by bisection."""
         low, high = 0.0, 1.0
         for _ in range(60):
             middle = (low + high) / 2
@@ -257,13 +259,13 @@ def test_draws_give_the_log_probabilities_of_what_they_drew(method: str, tau: fl
     drawn = (DRAWS | {"native": native.NativeDraw})[method](Selection(tau=tau), 64, 4, CPU)
     drawn.load(0, "u", range(64))
     tokens, log_prob_tau, log_prob = drawn(logits, torch.tensor([2]))
-    for found, divisor in ((log_prob_tau, tau), (log_prob, 1.0)):
+    for reported, divisor in ((log_prob_tau, tau), (log_prob, 1.0)):
         exact = (logits.double() / divisor).log_softmax(1).gather(1, tokens[:, None]).squeeze(1)
-        assert torch.allclose(found, exact, atol=2e-6)
+        assert torch.allclose(reported, exact, atol=2e-6)
 
 
 def test_engines_draw_the_same_tokens() -> None:
-    """Up to rounding, which may move a uniform over an edge once in a while."""
+    """Tokens are the same except where, rarely, rounding moves a uniform over an edge."""
     need(not native.missing(), f"the extension: {native.missing()}")
     model = small_model(300, 40)
     parts = [draw(model, range(256), length=40, engine=engine, eos=-1) for engine in ENGINES]
@@ -277,8 +279,8 @@ def test_without_the_extension_plain_torch_does_the_work_and_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = small_model(300, 10, shape=replace(SHAPE, hidden=32))
-    found = sampler(model, engine="native")
-    assert found.decoder.name == "llama"
+    fallback = sampler(model, engine="native")
+    assert fallback.decoder.name == "llama"
     assert "sampling.engine=native: " in caplog.text
     assert "plain torch does the work" in caplog.text
     assert not native.usable(llama_of(model), "scoring.engine")
@@ -286,7 +288,7 @@ def test_without_the_extension_plain_torch_does_the_work_and_says_so(
 
 
 def test_philox_gives_the_published_words() -> None:
-    """Known answers that its authors ship with Random123."""
+    """The known answers are those that the authors ship with Random123."""
     known = [
         ("00000000 00000000 00000000 00000000", "00000000 00000000",
          "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -300,7 +302,7 @@ def test_philox_gives_the_published_words() -> None:
         assert [f"{int(word):08x}" for word in philox(words[:4], words[4:])] == answer.split()
 
 
-def test_gumbel_noise_is_of_one_sequence_position_and_token() -> None:
+def test_gumbel_noise_depends_on_sequence_position_and_token_only() -> None:
     drawn = Gumbel(Selection(), 3, 8, CPU)
     drawn.load(5, "noise", range(10, 13))
     whole = drawn.noise(torch.tensor([4]), range(1001))
@@ -318,7 +320,7 @@ def test_gumbel_noise_is_of_one_sequence_position_and_token() -> None:
     "selection", [Selection(), Selection(tau=0.8), Selection(top_k=5, top_p=0.9)]
 )
 def test_a_step_never_waits_for_the_device(method: str, selection: Selection) -> None:
-    """No value is read, nothing is copied from elsewhere, and no shape depends on data."""
+    """No value is read, nothing is copied from the host, and no shape depends on data."""
 
     seen: list[tuple[str, list[tuple[int, ...]]]] = []
 

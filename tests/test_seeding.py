@@ -1,4 +1,4 @@
-"""Random numbers depend on what they are for, and on nothing else."""
+"""Random numbers depend on seed, stream and sequence, and on nothing else."""
 
 import numpy as np
 

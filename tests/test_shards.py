@@ -1,4 +1,4 @@
-"""Plans are pure, complete, and grow without touching what exists."""
+"""Plans are pure and complete, and they grow without changing what exists."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def test_more_evaluation_sequences_change_no_model_and_no_full_shard() -> None:
     assert changed == []
 
 
-def test_resources_and_shard_sizes_stand_in_no_arm_recipe() -> None:
+def test_resources_and_shard_sizes_are_in_no_arm_recipe() -> None:
     before = LANGUAGE.plan(tiny())
     after = LANGUAGE.plan(tiny("slurm.mem_gb=99", "sampling.shard_sequences=32"))
     for stage in LANGUAGE.stages[:-1]:
@@ -62,7 +62,7 @@ def test_resources_and_shard_sizes_stand_in_no_arm_recipe() -> None:
             assert after.arm(stage.name, name)[0].arm.recipe == shards[0].arm.recipe
 
 
-def test_what_determines_a_result_stands_in_its_recipe() -> None:
+def test_what_determines_a_result_is_in_its_recipe() -> None:
     before = LANGUAGE.plan(tiny()).shards
     for override in ("seed=1", "sampling.batch_rows=64", "threads=2", "eos=mask", "prompt=A"):
         after = LANGUAGE.plan(tiny(override)).shards
@@ -70,7 +70,7 @@ def test_what_determines_a_result_stands_in_its_recipe() -> None:
         assert after[key].recipe != before[key].recipe, override
 
 
-def test_checkpoint_intervals_stand_in_no_recipe() -> None:
+def test_checkpoint_intervals_are_in_no_recipe() -> None:
     before = LANGUAGE.plan(tiny()).shards
     after = LANGUAGE.plan(tiny("teacher.training.checkpoint_every_steps=3")).shards
     assert {k: s.recipe for k, s in before.items()} == {k: s.recipe for k, s in after.items()}

@@ -1,4 +1,4 @@
-"""The same chain through a real Slurm, started and stopped here (`slurm/devcluster`).
+"""The same pipelines on a real Slurm, which is started and stopped here (`slurm/devcluster`).
 
 Faults are played in `tests/faults`.
 """
@@ -43,7 +43,7 @@ def cluster() -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def empty_queue() -> Iterator[None]:
-    """What a failed test leaves must not fail the next."""
+    """Cancel what a failed test leaves in the queue, so that the next test does not fail too."""
     yield
     subprocess.run(["scancel", "--me"], check=True)
 
@@ -60,10 +60,12 @@ def test_tiny_gives_the_same_digest_as_local_processes(tiny_run: Path, tmp_path:
 
 def test_a_job_that_another_launcher_released_may_have_ended() -> None:
     command = ["sbatch", "--parsable", "--mem=50", "--array=0-1", "--output=/dev/null"]
-    found = subprocess.run([*command, "--wrap=true"], check=True, capture_output=True, text=True)
+    submitted = subprocess.run(
+        [*command, "--wrap=true"], check=True, capture_output=True, text=True
+    )
     wait_for(lambda: not queue(), "the end of two small tasks")
-    slurm.release([found.stdout.strip()])
-    slurm.release(["1000000"])  # as Slurm answers after some minutes
+    slurm.release([submitted.stdout.strip()])
+    slurm.release(["1000000"])  # unknown to Slurm, like a job that ended some minutes ago
 
 
 def test_the_mixture_gives_the_same_digest_as_local_processes(tmp_path: Path) -> None:
@@ -107,8 +109,8 @@ def test_a_poison_shard_is_named_and_rerun_with_other_resources_finishes(tmp_pat
     poison = trouble(tmp_path, "make-00002", "raise")
     run = sweep_light(tmp_path)
     wait_for_end(run)
-    found = status(run, code=1)
-    [cause] = found["causes"]
+    report = status(run, code=1)
+    [cause] = report["causes"]
     assert (cause["kind"], cause["shards"]) == ("EXCEPTION", ["make/arm/00002"])
     poison.unlink()
     launch("rerun", str(run), "--stage", "make", "--shards", "2", "slurm.mem_gb=0.4")
@@ -147,7 +149,7 @@ def test_typed_twice_nothing_is_submitted_twice(tmp_path: Path) -> None:
     assert_submitted_once(run)
 
 
-def test_what_slurm_refuses_is_named_and_can_be_mended(tmp_path: Path) -> None:
+def test_what_slurm_refuses_is_named_and_can_be_fixed(tmp_path: Path) -> None:
     run = sweep_light(tmp_path, "slurm.qos=nope", code=2)
     assert queue() == []
     [cause] = status(run, code=1)["causes"]
@@ -170,8 +172,8 @@ def test_status_works_without_accounting_and_without_a_controller(
     run = sweep_light(tmp_path)
     wait_for_end(run)
     conf = os.environ["SLURM_CONF"]
-    found = launch("status", str(run), "--json", SLURM_CONF="/nonexistent/slurm.conf")
-    assert json.loads(found.stdout)["complete"]
+    shown = launch("status", str(run), "--json", SLURM_CONF="/nonexistent/slurm.conf")
+    assert json.loads(shown.stdout)["complete"]
     assert os.environ["SLURM_CONF"] == conf
 
 
@@ -193,17 +195,17 @@ def test_status_asks_slurm_with_one_squeue(tmp_path: Path) -> None:
 def test_a_partition_that_does_not_exist_is_refused_and_nothing_is_written(
     tmp_path: Path,
 ) -> None:
-    found = launch("sweep", "tiny", "slurm.partition=nope", f"runs_dir={tmp_path}/r", code=2)
-    assert "slurm.partition=nope" in found.stderr
-    assert "main" in found.stderr
+    refused = launch("sweep", "tiny", "slurm.partition=nope", f"runs_dir={tmp_path}/r", code=2)
+    assert "slurm.partition=nope" in refused.stderr
+    assert "main" in refused.stderr
     assert not (tmp_path / "r").exists()
 
 
 def test_a_dry_run_asks_slurm_and_creates_nothing(tmp_path: Path) -> None:
     words = [f"runs_dir={tmp_path}/r", "--dry-run"]
     assert "8-merge" in launch("sweep", "tiny", "slurm.mem_gb=1", *words).stdout
-    found = launch("sweep", "tiny", "slurm.cpus_per_task=99", *words, code=2)
-    assert "Slurm would refuse" in found.stderr
+    refused = launch("sweep", "tiny", "slurm.cpus_per_task=99", *words, code=2)
+    assert "Slurm would refuse" in refused.stderr
     assert not (tmp_path / "r").exists()
     assert queue() == []
 

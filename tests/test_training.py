@@ -1,4 +1,4 @@
-"""Training is DeepSpeed around torch's AdamW, exact against a plain loop, and resumes exactly."""
+"""Training on DeepSpeed equals a plain loop with torch's AdamW, and resumes exactly."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def alone() -> None:
 
 
 def plain_loop(recipe: Training) -> tuple[list[float], Any]:
-    """The same training with torch's AdamW and transformers' schedule, and nothing else."""
+    """Train the same model with only torch's AdamW and transformers' schedule."""
     model, data = fresh(), corpus()
     ids, length = np.asarray(data.ids).astype(np.int64), data.length
     optimizer = torch.optim.AdamW(
@@ -103,7 +103,7 @@ def test_zero_stages_train_the_same_model(long: Trained, stage: int) -> None:
     assert_same_curve(run(dataclasses.replace(LONG, zero_stage=stage)).losses, long.losses)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at it itself
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile itself reads it
 @pytest.mark.parametrize(
     "layout",
     [
@@ -141,11 +141,11 @@ def assert_equal_weights(some: Mapping[str, torch.Tensor], others: Mapping[str, 
 
 
 def toy(out: Path, *words: str, code: int = 0) -> None:
-    """Run the toy training in a process of its own, with a checkpoint every three steps."""
+    """Run the toy training in a separate process, with a checkpoint every three steps."""
     out.mkdir(exist_ok=True)
     command = [sys.executable, str(TOY), str(out), "--states", str(out), "--every", "3", *words]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert found.returncode == code, found.stderr
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == code, finished.stderr
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -153,7 +153,7 @@ def test_a_killed_training_goes_on_bit_for_bit(tmp_path: Path, seed: int) -> Non
     killed_at = int(np.random.default_rng(seed).integers(1, 20))
     toy(tmp_path, "--die-at", str(killed_at), code=-signal.SIGKILL)
     state = newest(tmp_path)
-    saved = (killed_at - 1) // 3 * 3  # the checkpoint of the step itself was not yet announced
+    saved = (killed_at - 1) // 3 * 3  # the checkpoint of that step itself may not yet be published
     assert (state.step if state else 0) in {saved, killed_at // 3 * 3}
     rest, whole = run(state=state), run()
     assert rest.losses == whole.losses[20 - len(rest.losses) :]
@@ -185,7 +185,7 @@ def test_another_zero_stage_goes_on_from_a_checkpoint(
 
 
 def test_two_nodes_train_the_same_model_and_go_on_from_one(long: Trained, tmp_path: Path) -> None:
-    """Every ZeRO stage, on a real Slurm."""
+    """Every ZeRO stage is tried, on a real Slurm."""
     need_slurm()
     steps = iter(range(1, 100))
     states = tmp_path / "states"
@@ -238,9 +238,9 @@ def test_an_exploding_training_stops_at_once_and_names_its_last_checkpoint(tmp_p
     state.tensors["model.norm.weight"].fill_(float("nan"))
     with pytest.raises(
         DivergedError, match=r"step 5: loss nan.* checkpoint is that of step 4"
-    ) as found:
+    ) as raised:
         run(recipe, state=state)
-    assert failures.of_exception(found.value)[0] == "DIVERGED"
+    assert failures.of_exception(raised.value)[0] == "DIVERGED"
     with pytest.raises(DivergedError, match=r"step 1: .*\(max_gradient_norm=1e-06\)"):
         run(dataclasses.replace(recipe, max_gradient_norm=1e-6))
 
@@ -267,9 +267,9 @@ def test_end_of_sequence_tokens_count_only_where_they_are_learnt() -> None:
     for count_eos, expected in ((True, [2, 1, 2]), (False, [1, 0, 2])):
         counting = Counting(num_prompt=2, eos=0, count_eos=count_eos)
         data = dataclasses.replace(corpus(), ids=ids, length=length, counting=counting)
-        found = data.read(np.array([0, 1, 2, -1]))[1]
-        assert (found >= 0).sum(1).tolist() == [*expected, 0]
-    assert found[2].tolist() == [-100, 5, 6, -100]
+        targets = data.read(np.array([0, 1, 2, -1]))[1]
+        assert (targets >= 0).sum(1).tolist() == [*expected, 0]
+    assert targets[2].tolist() == [-100, 5, 6, -100]
 
 
 def test_shards_are_mapped_and_read_by_row(tmp_path: Path) -> None:
@@ -285,16 +285,16 @@ def test_shards_are_mapped_and_read_by_row(tmp_path: Path) -> None:
         )
         write_samples(tmp_path / f"{index}.arrow", part, {})
         parts.append(part)
-    found = map_token_rows([tmp_path / f"{index}.arrow" for index in range(3)])
+    mapped = map_token_rows([tmp_path / f"{index}.arrow" for index in range(3)])
     whole = np.concatenate([part.ids for part in parts])
     order = generator.permutation(13)
-    assert np.array_equal(found[order], whole[order])
-    assert found.length.tolist() == 5 * [1] + [2] + 7 * [3]
-    assert not any(part.flags.owndata or part.flags.writeable for part in found.parts)
+    assert np.array_equal(mapped[order], whole[order])
+    assert mapped.length.tolist() == 5 * [1] + [2] + 7 * [3]
+    assert not any(part.flags.owndata or part.flags.writeable for part in mapped.parts)
 
 
 class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what waits for the device."""
+    """Counts the operations that wait for the device."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -307,7 +307,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def test_accumulation_waits_for_nothing() -> None:
-    """A step looks at its loss and norm once, however many micro-batches it has."""
+    """A step reads its loss and norm once, however many micro-batches it has."""
 
     def syncs(micro: int) -> int:
         steps = iter(range(1, 100))
@@ -346,9 +346,9 @@ ranks.join(rank=0, world_size=3, address="127.0.0.1", port=PORT, device=cpu, lim
 """
     port = str(20000 + os.getpid() % 10000)
     command = [sys.executable, "-c", code.replace("PORT", port)]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert found.returncode == 1
-    assert "ranks [1, 2] of 3 did not start in 1 s" in found.stderr
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 1
+    assert "ranks [1, 2] of 3 did not start in 1 s" in finished.stderr
 
 
 def test_a_process_keeps_its_number_of_ranks() -> None:
@@ -370,14 +370,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> Non
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     [newest] = tmp_path.glob("000000030.*.safetensors")
     newest.write_bytes(newest.read_bytes()[:-3])
-    found = checkpoints.newest(tmp_path, "r")
-    assert found is not None
-    assert found[0] == 20
+    checkpoint = checkpoints.newest(tmp_path, "r")
+    assert checkpoint is not None
+    assert checkpoint[0] == 20
     assert checkpoints.newest(tmp_path, "another recipe") is None
 
 
 def test_two_live_trainings_leave_each_other_what_they_are_writing(tmp_path: Path) -> None:
-    """A node out of reach may go on while its task is started elsewhere."""
+    """An unreachable node may go on while its task is started elsewhere."""
 
     def save(step: int) -> None:
         checkpoints.save(tmp_path, step=step, tensors={"w": torch.ones(1)}, recipe="r", num_kept=2)
@@ -394,14 +394,14 @@ def test_two_live_trainings_leave_each_other_what_they_are_writing(tmp_path: Pat
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_checkpoints_of_other_settings_do_not_meet(tmp_path: Path) -> None:
-    """Each recipe has a folder of its own; see `kdhpc/experiment/trainings.py`."""
+def test_checkpoints_of_other_settings_are_kept_apart(tmp_path: Path) -> None:
+    """Each recipe has its own folder; see `kdhpc/experiment/trainings.py`."""
     for recipe, step in (("old", 50), ("new", 10)):
         weights = {"w": torch.ones(1)}
         checkpoints.save(tmp_path / recipe, step=step, tensors=weights, recipe=recipe, num_kept=2)
-    found = checkpoints.newest(tmp_path / "new", "new")
-    assert found is not None
-    assert found[0] == 10
+    checkpoint = checkpoints.newest(tmp_path / "new", "new")
+    assert checkpoint is not None
+    assert checkpoint[0] == 10
 
 
 def test_students_stop_inside_a_longer_schedule() -> None:
@@ -431,7 +431,7 @@ def test_a_saved_model_gives_the_logits_of_training_in_transformers(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").requires_grad_(False)
     assert loaded.dtype == DTYPES[dtype]
     logits = loaded(rows.read(np.arange(8))[0]).logits
-    # The last four passes are the parts of the validation batch; the first holds its rows.
+    # The last four passes are the parts of the validation batch; the first of them has these rows.
     trained_logits = hidden[-4] @ trained.weights["model.embed_tokens.weight"].T
     assert (trained_logits - logits).abs().max() < limit * logits.abs().max()
 
@@ -455,7 +455,7 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
 
 
 def test_training_compiles_nothing(tmp_path: Path) -> None:
-    """With a compiler that fails first on PATH and an empty cache of built ops, training works."""
+    """Training works when the first compiler on PATH fails and no op is built yet."""
     for name in ("c++", "g++", "ninja", "nvcc"):
         program = tmp_path / name
         program.write_text(f"#!/bin/sh\necho {name} >> {tmp_path}/called\nexit 1\n")

@@ -1,4 +1,6 @@
-"""One small training for several tests, and as a program: over ranks, killed, gone on with.
+"""A small training for several tests.
+
+As a program it can run on several ranks, be killed, and be resumed:
 
 python tests/toy_training.py OUT [--zero-stages 0 1 2 3] [--states FOLDER] [--every N]
     [--die-at STEP] [--die-in-save-of STEP]
@@ -32,9 +34,9 @@ SHAPE = Shape(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48)
 RECIPE = Training(
     learning_rate=3e-3, epochs=2.5, batch_sequences=32, micro_batch_sequences=8, eps=1e-6
 )
-"""20 steps."""
+"""A training of 20 steps."""
 LONG = dataclasses.replace(RECIPE, epochs=6.25)
-"""50 steps."""
+"""A training of 50 steps."""
 WIDTH = 72  # more than one block of attention
 
 
@@ -67,8 +69,8 @@ def saver(folder: Path) -> Callable[[State], None]:
 
 
 def newest(folder: Path) -> State | None:
-    found = checkpoints.newest(folder, "r")
-    return State(step=found[0], tensors=found[1]) if found else None
+    checkpoint = checkpoints.newest(folder, "r")
+    return State(step=checkpoint[0], tensors=checkpoint[1]) if checkpoint else None
 
 
 def main() -> None:
@@ -92,7 +94,9 @@ def main() -> None:
     save = saver(options.states) if options.states else lambda state: None
 
     def dying_save(state: State) -> None:
-        if state.step == options.die_in_save_of:  # the kernel ends the process in mid-write
+        if (
+            state.step == options.die_in_save_of
+        ):  # as if the kernel ended the process in the middle of a write
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         save(state)

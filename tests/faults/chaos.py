@@ -1,9 +1,9 @@
-"""Twenty random faults over one `tiny` run with many shards, on the real cluster.
+"""Play twenty random faults on one `tiny` run with many shards, on the real cluster.
 
     make chaos SEED=1      # PYTHONPATH=tests python -m faults.chaos 1
 
-At the end one rerun.py is allowed; then the logical digest must be that of an undisturbed run in
-local processes. Exit code 0 if it is.
+At the end rerun.py may be called once. Then the logical digest must equal that of an undisturbed
+run in local processes. Exit code 0 if it does and no shard was published again.
 """
 
 import os
@@ -39,7 +39,7 @@ NODES = ("n1", "n2", "n3", "n4")
 
 
 class Chaos:
-    """One run and all that is done to it."""
+    """A run and everything that is done to it."""
 
     def __init__(self, seed: int, folder: Path, cluster: Path) -> None:
         self.random = random.Random(seed)  # noqa: S311 (no secret)
@@ -64,20 +64,20 @@ class Chaos:
             "15 killed at a checkpoint": self.kill_at_checkpoint,
         }
 
-    # what there is
+    # What there is to disturb.
 
     def running(self) -> list[str]:
-        """Array elements that run, gates left out."""
+        """Return the array elements that are running, without gates."""
         return [line for line in queue("%i:%T") if line.endswith(":RUNNING") and "_" in line]
 
     def element(self) -> str:
         return self.random.choice(self.running()).partition(":")[0]
 
     def processes(self) -> list[int]:
-        """Python processes of this run's tasks."""
+        """Return the ids of the Python processes of this run's tasks."""
         words = ["pgrep", "-f", f"kdhpc.cluster.task {self.run}"]
-        found = subprocess.run(words, capture_output=True, text=True).stdout.split()
-        return [pid for pid in map(int, found) if name_of(pid).startswith("python")]
+        pids = subprocess.run(words, capture_output=True, text=True).stdout.split()
+        return [pid for pid in map(int, pids) if name_of(pid).startswith("python")]
 
     def devcluster(self, *words: str) -> None:
         command = [DEVCLUSTER, words[0], str(self.cluster), *words[1:]]
@@ -90,7 +90,7 @@ class Chaos:
         timer.start()
         self.later.append(timer)
 
-    # what is done
+    # What is done to it.
 
     def cancel(self) -> str:
         element = self.element()
@@ -155,7 +155,7 @@ class Chaos:
         return "for 10 s"
 
     def kill_launcher(self) -> str:
-        """Sweep typed again, killed at a step if it gets that far; and once more."""
+        """Type sweep again and kill it at a step, if it gets that far; then type it once more."""
         name = self.random.choice(list(DEATHS))
         self.num_launches += 1
         folder = self.folder / f"bin{self.num_launches}"
@@ -164,7 +164,7 @@ class Chaos:
         return name
 
     def kill_at_checkpoint(self) -> str:
-        """Kill a training while data of a checkpoint lies there without its record."""
+        """Kill a training when the data of a checkpoint is there and its record is not."""
         deadline = time.monotonic() + 3
         while time.monotonic() < deadline:
             for data in self.run.glob("*/*/*.checkpoints/*/*.safetensors"):
@@ -177,7 +177,7 @@ class Chaos:
         words = [*WORDS, *ON_SLURM, f"runs_dir={self.folder}"]
         launch("sweep", *words, code=code, **environment)
 
-    # the play
+    # The sequence of faults.
 
     def play(self) -> int:
         self.sweep()
@@ -205,12 +205,12 @@ class Chaos:
         return number
 
     def wait_for_the_end(self) -> None:
-        """However slow the machine: every task has a time limit."""
+        """Wait without a limit, because the machine may be slow and every task has a time limit."""
         while not self.stuck():
             time.sleep(2)
 
     def wait_for_progress(self, number: int) -> None:
-        """Spread the faults over the run: some more shards, or ten seconds."""
+        """Wait for more shards, ten seconds at most, to spread the faults over the run."""
         wanted = 4 * number
         deadline = time.monotonic() + self.random.uniform(2, 10)
         while time.monotonic() < deadline and self.num_published() < wanted:
@@ -220,7 +220,10 @@ class Chaos:
         return len(list(self.run.glob("[0-9]-*/*/*[0-9a-f].json")))
 
     def stuck(self) -> bool:
-        """Whether nothing will start by itself, seen for ten seconds: the end, or held tasks."""
+        """Return whether, for ten seconds, nothing was going to start by itself.
+
+        This is so at the end of the run, and if all that is left waits or is held.
+        """
         for _ in range(10):
             jobs = [line.split("|") for line in queue("%j|%T|%r")]
             waiting = {"Dependency", "JobHeldUser", "JobHeldAdmin", "launch failed requeued held"}
@@ -255,7 +258,7 @@ def main() -> int:
             if shown.returncode:
                 print(shown.stdout)
                 return 1
-            found = logical_digest(chaos.run / RESULTS)
+            merged = logical_digest(chaos.run / RESULTS)
             ledger = Ledger(chaos.run)
             kinds = sorted({failure.kind for failure in ledger.failures()})
             num_shards = chaos.num_published()
@@ -265,9 +268,9 @@ def main() -> int:
                 f"{len(ledger.submissions())} submissions, {len(ledger.failures())} failures "
                 f"({', '.join(kinds)}), {'no rerun' if complete else 'one rerun'}, "
                 f"{time.monotonic() - started:.0f} s, published again {len(again)}, "
-                f"digest {found[:12]} {'equal' if found == expected else 'DIFFERS'}"
+                f"digest {merged[:12]} {'equal' if merged == expected else 'DIFFERS'}"
             )
-            return 0 if found == expected and not again else 1
+            return 0 if merged == expected and not again else 1
 
 
 if __name__ == "__main__":

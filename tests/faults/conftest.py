@@ -1,4 +1,4 @@
-"""The cluster that the scenarios share, and the table that they leave."""
+"""The cluster that all scenarios share, and the table of their results."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ ROWS: list[Row] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long ones run with FAULTS=all only, or when asked for by name."""
+    """Skip scenarios marked as long unless FAULTS=all."""
     for item in items:
         if item.get_closest_marker("long") and os.environ.get("FAULTS") != "all":
             item.add_marker(pytest.mark.skip(reason="long: FAULTS=all make faults"))
@@ -30,17 +30,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def scenario(request: pytest.FixtureRequest, tmp_path: Path, cluster: Path) -> Iterator[Scenario]:
-    """A scenario named after its test; everything is well and empty again after it."""
+    """Yield a scenario named after its test; afterwards repair the cluster and empty its queue."""
     marker = request.node.get_closest_marker("scenario")
     title = request.node.originalname.removeprefix("test_").replace("_", " ")
-    found = Scenario(marker.args[0], title, tmp_path, cluster)
-    yield found
-    ROWS.extend(found.rows)
-    if found.touched_daemons:
+    played = Scenario(marker.args[0], title, tmp_path, cluster)
+    yield played
+    ROWS.extend(played.rows)
+    if played.touched_daemons:
         revive(cluster)
     subprocess.run(["scancel", "--me"], check=False)
     wait_for(lambda: not queue(), "an empty queue")
-    if found.jobs_forgotten:  # nodes remember jobs whose ids the controller gives out again
+    if played.jobs_forgotten:  # nodes remember jobs whose ids the controller assigns again
         for node in ("n1", "n2", "n3", "n4"):
             subprocess.run([DEVCLUSTER, "kill", str(cluster), node], check=True)
             subprocess.run([DEVCLUSTER, "start", str(cluster), node], check=True)
@@ -48,7 +48,7 @@ def scenario(request: pytest.FixtureRequest, tmp_path: Path, cluster: Path) -> I
 
 
 def revive(cluster: Path) -> None:
-    """Start what is dead, continue what is stopped, resume every node."""
+    """Start daemons that are dead, continue those that are stopped, and resume every node."""
     for name in ("slurmdbd", "slurmctld", "n1", "n2", "n3", "n4"):
         command = [DEVCLUSTER, "kill", str(cluster), name, "--signal", "CONT"]
         if subprocess.run(command, capture_output=True).returncode:
@@ -69,7 +69,7 @@ def resume_nodes() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def table() -> Iterator[None]:
-    """Written by whatever was played."""
+    """Write the table of the scenarios that were played."""
     yield
     if ROWS:
         write_table(ROWS, ROOT / "build" / "faults.md")

@@ -1,4 +1,4 @@
-"""Break the product on purpose, one way at a time, and see that its scenario fails.
+"""Break kdhpc on purpose, in one way at a time, and check that the scenario for it fails.
 
     python tests/faults/mutations.py [NAME ...]
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 Edit = tuple[str, str, str]
-"""File, what stands there, what stands there instead."""
+"""A file, the text that is in it, and the text that replaces it."""
 
 MUTATIONS: dict[str, tuple[list[Edit], str]] = {
     "publish becomes rename": (
@@ -61,7 +61,7 @@ MUTATIONS: dict[str, tuple[list[Edit], str]] = {
 
 
 def copy_of_the_tree(folder: Path) -> Path:
-    """Tracked files and those that git does not ignore."""
+    """Copy tracked files, and untracked ones that git does not ignore; return the folder."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split("\0")):
@@ -72,7 +72,7 @@ def copy_of_the_tree(folder: Path) -> Path:
 
 
 def play(name: str, edits: list[Edit], test: str) -> bool:
-    """Whether the scenario fails on the broken copy."""
+    """Return whether the scenario fails on the broken copy."""
     with tempfile.TemporaryDirectory(prefix="kdhpc-mutant-") as folder:
         tree = copy_of_the_tree(Path(folder))
         for file, old, new in edits:
@@ -81,18 +81,20 @@ def play(name: str, edits: list[Edit], test: str) -> bool:
                 sys.exit(f"{name}: {file} has {text.count(old)} times {old!r}; expected once")
             (tree / file).write_text(text.replace(old, new))
         started = time.monotonic()
-        found = subprocess.run(
+        finished = subprocess.run(
             [sys.executable, "-m", "pytest", "tests/faults", "-q", "-x", "-k", test],
             cwd=tree,
             env={**os.environ, "PYTHONPATH": str(tree), "FAULTS": "all"},
             capture_output=True,
             text=True,
         )
-    caught = found.returncode == 1 and f"{test}" in found.stdout and "1 failed" in found.stdout
-    why = [line for line in found.stdout.splitlines() if line.startswith("E  ")][:1]
+    caught = (
+        finished.returncode == 1 and f"{test}" in finished.stdout and "1 failed" in finished.stdout
+    )
+    why = [line for line in finished.stdout.splitlines() if line.startswith("E  ")][:1]
     seconds = time.monotonic() - started
     print(f"{'caught' if caught else 'MISSED'}  {name}  ({seconds:.0f} s; {test})", flush=True)
-    print(f"        {' '.join(why)[:160] if caught else found.stdout[-3000:]}", flush=True)
+    print(f"        {' '.join(why)[:160] if caught else finished.stdout[-3000:]}", flush=True)
     return caught
 
 

@@ -1,4 +1,4 @@
-"""One oracle for every scenario, and the row that it leaves in the table of docs/reliability.md."""
+"""The checks that every scenario must pass, and its row in the table of docs/reliability.md."""
 
 import collections
 import json
@@ -23,23 +23,23 @@ _digests: dict[tuple[str, ...], str] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One scenario that was played to its end."""
+    """The result of a scenario that was played to its end."""
 
     number: int
     scenario: str
     injected: str
     recover_s: float
-    """From the fault to the end of the run, the waiting of the fault included."""
+    """Seconds from the fault to the end of the run, including the waiting of the fault itself."""
     rerun: int
-    """Starts of shards beyond the first one each."""
+    """Starts of shards beyond the first start of each."""
     lost: int
     """Planned shards without a published result."""
     duplicated: int
-    """Publications beyond the first one a shard."""
+    """Publications of shards beyond the first of each."""
 
 
 def undisturbed(*words: str) -> str:
-    """Logical digest of the light pipeline's merged file when nothing happens; local processes."""
+    """Return the logical digest of the merged file of an undisturbed light run, made locally."""
     if words not in _digests:
         folder = Path(os.environ["FAULTS_DIR"]) / f"undisturbed-{len(_digests)}"
         where = [f"runs_dir={folder}", "name=light", "cluster=local"]
@@ -49,9 +49,9 @@ def undisturbed(*words: str) -> str:
 
 
 class Scenario:
-    """A run of the light pipeline on the cluster, what is done to it, and what must be true then.
+    """A run of the light pipeline on the cluster, what is done to it, and what must then be true.
 
-    The trace of starts lies on local disk and exists in tests only.
+    The trace of starts is on the local disk and exists only in tests.
     """
 
     def __init__(self, number: int, title: str, folder: Path, cluster: Path) -> None:
@@ -64,7 +64,7 @@ class Scenario:
         self.jobs_forgotten = False
         self.on_disk: tuple[str, ...] = ()
 
-    # what the user types
+    # What the user types.
 
     def sweep(
         self,
@@ -80,31 +80,31 @@ class Scenario:
         )
 
     def use_disk(self, path: Path) -> None:
-        """Put the run, not its troubles and trace, on another disk."""
+        """Put the run on another disk, but not its troubles and its trace."""
         self.run, self.on_disk = path / "light", (f"runs_dir={path}",)
 
     def rerun(self, *words: str) -> None:
         launch("rerun", str(self.run), *words)
 
-    # what happens to it
+    # What happens to the run.
 
     def trouble(self, shard: str, what: str) -> Path:
         return trouble(self.folder, shard, what)
 
     def taken(self, shard: str) -> Path:
-        """The trouble of a shard, once that has met it."""
+        """Wait until a shard has met its trouble; return the file of the trouble."""
         path = self.folder / "trouble" / f"{shard}.taken"
         wait_for(path.exists, f"{shard} to meet its trouble")
         return path
 
     def inject(self, what: str) -> None:
-        """Say what is done now; the clock starts at the first one."""
+        """Note the fault that is injected now; the clock starts at the first one."""
         if not self.injected:
             self.started = time.monotonic()
         self.injected.append(what)
 
     def seconds(self) -> float:
-        """Since the fault."""
+        """Return the seconds since the fault."""
         return round(time.monotonic() - self.started, 1)
 
     def daemon(self, name: str, signal: str) -> None:
@@ -117,7 +117,7 @@ class Scenario:
         return int((self.cluster / "pid" / name).read_text().split()[0])
 
     def wait_until_saved(self, key: str) -> None:
-        """Until the controller, which does so every few seconds, has saved what it knows now."""
+        """Wait until the controller has saved its state, which it does every few seconds."""
         words = ["scontrol", "update", f"JobId={self.element(key)}", f"Comment=saved-{key}"]
         subprocess.run(words, check=True)
         path = self.cluster / "state" / "job_state"
@@ -126,10 +126,10 @@ class Scenario:
     def start_daemon(self, name: str) -> None:
         subprocess.run([DEVCLUSTER, "start", str(self.cluster), name], check=True)
 
-    # where a shard is
+    # Where a shard is.
 
     def place(self, key: str) -> tuple[str, int]:
-        """Job id and array index of the newest submission of a shard."""
+        """Return job id and array index of the newest submission of a shard."""
         for number, job in reversed(list(enumerate(jobs_of(self.run), 1))):
             for index, task in enumerate(self.submission(number)["tasks"]):
                 if key in task and job["job_id"]:
@@ -138,14 +138,14 @@ class Scenario:
 
     def submission(self, number: int) -> dict[str, Any]:
         path = self.run / "submissions" / f"{number:04d}.json"
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
 
     def job_ids(self) -> list[str]:
         return [i for job in jobs_of(self.run) for i in (job["job_id"], job["gate_id"]) if i]
 
     def known_to_slurm(self, job_ids: list[str]) -> bool:
-        """Whether the controller still knows any of these jobs."""
+        """Return whether the controller still knows any of these jobs."""
         command = ["scontrol", "--oneliner", "show", "jobs"]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         return any(f"JobId={i} " in shown or f"ArrayJobId={i} " in shown for i in job_ids)
@@ -159,13 +159,13 @@ class Scenario:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     def starts(self) -> collections.Counter[str]:
-        """By shard, how often an attempt began its work."""
+        """Return, for each shard, how many attempts began to work on it."""
         trace = self.folder / "trace"
         lines = trace.read_text().splitlines() if trace.exists() else []
         return collections.Counter(line.split()[0] for line in lines)
 
     def pid(self, key: str) -> int:
-        """Process of the newest attempt of a shard."""
+        """Return the process id of the newest attempt of a shard."""
         lines = (self.folder / "trace").read_text().splitlines()
         return int(next(line.split()[2] for line in reversed(lines) if line.split()[0] == key))
 
@@ -178,27 +178,27 @@ class Scenario:
         return self.run / pipeline.folders[stage] / arm / f"{name}.json"
 
     def failure_kinds(self) -> dict[str, list[str]]:
-        """By shard, the classes of its failures, oldest first."""
-        found: dict[str, list[str]] = {}
+        """Return, for each shard, the classes of its failures, oldest first."""
+        kinds: dict[str, list[str]] = {}
         for failure in Ledger(self.run).failures():
-            found.setdefault(failure.key, []).append(failure.kind)
-        return found
+            kinds.setdefault(failure.key, []).append(failure.kind)
+        return kinds
 
     def log(self, number: int, task: int) -> str:
         return log_of(self.run, number, task)
 
     def logs(self) -> str:
-        """All logs, for whoever reads why a test failed."""
+        """Return all logs, for the message of a test that fails."""
         paths = sorted(self.run.glob("logs/*/*.log"))
         return "".join(f"{path.relative_to(self.run)}\n{path.read_text()}" for path in paths)
 
     def wait(self) -> None:
         wait_for_end(self.run)
 
-    # what must be true
+    # What must be true.
 
     def assert_named(self, kind: str, *keys: str) -> None:
-        """status.py exits 1, names the class, the shards and a remedy."""
+        """Check that status.py exits with 1 and names the class, these shards and a remedy."""
         causes = status(self.run, code=1)["causes"]
         assert kind in {cause["kind"] for cause in causes}, causes
         named = {key for cause in causes if cause["kind"] == kind for key in cause["shards"]}
@@ -212,11 +212,12 @@ class Scenario:
             assert "what to do: " in answer, answer
 
     def assert_whole(self, *, reruns: int, least: int | None = None) -> None:
-        """The run is complete, equal to an undisturbed one, and little ran twice.
+        """Check that the run is complete and equals an undisturbed one, and that little was rerun.
 
         Args:
-            reruns: starts beyond the first that the fault implies, at most.
-            least: and at least, to see that the fault was one; as many, if not given.
+            reruns: the largest allowed number of starts beyond the first of each shard.
+            least: the smallest allowed number, which shows that the fault had an effect; equals
+                `reruns` if it is not given.
         """
         recover_s = self.seconds()
         launch("status", str(self.run), code=0)
@@ -226,14 +227,14 @@ class Scenario:
         lost = [key for key in planned if not self.record(key).exists()]
         duplicated = published_again(self.run)
         assert (lost, duplicated) == ([], [])
-        found = self.reruns()
-        assert (reruns if least is None else least) <= found <= reruns, self.starts()
+        num_reruns = self.reruns()
+        assert (reruns if least is None else least) <= num_reruns <= reruns, self.starts()
         row = Row(
             number=self.number,
             scenario=self.title,
             injected="; ".join(self.injected),
             recover_s=recover_s,
-            rerun=found,
+            rerun=num_reruns,
             lost=len(lost),
             duplicated=len(duplicated),
         )
@@ -242,22 +243,22 @@ class Scenario:
 
 
 def published_again(run: Path) -> list[str]:
-    """Shards that were published again though nobody had found them damaged, by the logs."""
-    found = collections.Counter(
+    """Return the shards that, by the logs, were published again without having been damaged."""
+    publications = collections.Counter(
         match[1]
         for path in run.glob("logs/*/[0-9]*.log")
         for match in re.finditer(
             r"^(\S+): published", path.read_text(errors="replace"), re.MULTILINE
         )
     )
-    for path in run.glob("[0-9]-*/*/*.json.damaged-*"):  # made again on purpose
+    for path in run.glob("[0-9]-*/*/*.json.damaged-*"):  # meant to be made again
         stage, arm, name = str(path.relative_to(run)).split("/")
-        found[f"{stage.partition('-')[2]}/{arm}/{name.partition('.')[0]}"] -= 1
-    return [key for key, number in found.items() if number > 1]
+        publications[f"{stage.partition('-')[2]}/{arm}/{name.partition('.')[0]}"] -= 1
+    return [key for key, number in publications.items() if number > 1]
 
 
 def sum_of(number: int, title: str, injected: str, rows: list[Row]) -> Row:
-    """One row for several runs that were played together."""
+    """Return one row for several runs that were played together."""
     return Row(
         number=number,
         scenario=title,
@@ -276,7 +277,7 @@ HEAD = [
 
 
 def write_table(rows: list[Row], path: Path) -> None:
-    """Markdown of all rows, in order; with UPDATE_DOCS=1 also the table of docs/reliability.md."""
+    """Write all rows as a Markdown table; with UPDATE_DOCS=1 also into docs/reliability.md."""
     ordered = sorted(rows, key=lambda row: (row.number, row.scenario))
     lines = [f"| {' | '.join(str(value) for value in asdict(row).values())} |" for row in ordered]
     text = "\n".join([*HEAD, *lines]) + "\n"

@@ -1,4 +1,4 @@
-"""What happens to disks, files and the code itself."""
+"""Faults of disks, of files and of the code itself."""
 
 import os
 import shutil
@@ -17,19 +17,19 @@ from kdhpc.storage.results import read_results
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 3 MB at tmp_path/small."""
+    """Mount a disk of 3 MB at tmp_path/small."""
     path = tmp_path / "small"
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(path)]
-    found = subprocess.run(command, capture_output=True, text=True)
-    if found.returncode:
-        pytest.skip(f"no disk can be mounted here: {found.stderr.strip()}")
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
     yield path
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 def fill(path: Path, *, leave: int) -> Path:
-    """A file that leaves about so many bytes of its disk."""
+    """Write a file that leaves about `leave` bytes free on its disk; return its path."""
     filler = path / "filler"
     free = os.statvfs(path)
     with filler.open("wb") as file:
@@ -39,7 +39,7 @@ def fill(path: Path, *, leave: int) -> Path:
 
 @pytest.mark.scenario(10)
 def test_a_full_disk_stops_an_attempt_and_is_named(scenario: Scenario, small_disk: Path) -> None:
-    """The attempt takes its own half file away, so that the failure can be written down."""
+    """The attempt deletes its own half-written file, so that the failure can be recorded."""
     scenario.use_disk(small_disk)
     stuck = scenario.trouble("make-00002", "hang flood 4000000")
     scenario.sweep("slurm.task_min=0.01")
@@ -76,17 +76,17 @@ def test_a_full_disk_stops_a_merge_and_is_named(scenario: Scenario, small_disk: 
 
 
 def damage(scenario: Scenario) -> dict[str, Path]:
-    """One shard with a flipped bit, one cut short, one without its data."""
-    found = {}
+    """Flip a bit in one shard, cut another short, and delete the data of a third."""
+    damaged = {}
     for number, what in ((0, "flipped"), (1, "truncated"), (2, "deleted")):
         [data] = (scenario.run / "2-square/arm").glob(f"{number:05d}.*.txt")
-        found[what] = data
-    flipped = bytearray(found["flipped"].read_bytes())
+        damaged[what] = data
+    flipped = bytearray(damaged["flipped"].read_bytes())
     flipped[0] ^= 1
-    found["flipped"].write_bytes(flipped)
-    found["truncated"].write_bytes(found["truncated"].read_bytes()[:-1])
-    found["deleted"].unlink()
-    return found
+    damaged["flipped"].write_bytes(flipped)
+    damaged["truncated"].write_bytes(damaged["truncated"].read_bytes()[:-1])
+    damaged["deleted"].unlink()
+    return damaged
 
 
 @pytest.mark.scenario(11)
@@ -98,13 +98,13 @@ def test_damage_found_by_the_merge_is_not_merged(scenario: Scenario) -> None:
     damage(scenario)
     stuck.unlink()
     scenario.wait()
-    found = status(scenario.run, code=1)
-    assert set(found["damaged"]) == {"square/arm/00001", "square/arm/00002"}
+    report = status(scenario.run, code=1)
+    assert set(report["damaged"]) == {"square/arm/00001", "square/arm/00002"}
     assert not (scenario.run / LIGHT_RESULTS).exists()
     launch("status", str(scenario.run), "--explain", "square/arm/00001", code=1)
     scenario.rerun()
     scenario.wait()
-    scenario.assert_whole(reruns=6, least=4)  # three shards, the merge once or twice more
+    scenario.assert_whole(reruns=6, least=4)  # three shards, and the merge once or twice more
 
 
 @pytest.mark.scenario(11)
@@ -188,12 +188,12 @@ def test_a_bug_in_every_shard_stops_after_the_canary(scenario: Scenario) -> None
     scenario.inject("a bug that fails every one of 25 shards")
     scenario.sweep("num_shards=25")
     scenario.wait()
-    found = status(scenario.run, code=1)
-    [cause] = found["causes"]
+    report = status(scenario.run, code=1)
+    [cause] = report["causes"]
     assert (cause["kind"], len(cause["shards"])) == ("EXCEPTION", len(scenario.starts()))
     assert len(cause["shards"]) <= 4
-    assert f"{25 - len(cause['shards'])} shards are not started" in found["notes"][0]
-    assert "fix the cause, then rerun.py" in found["notes"][0]
+    assert f"{25 - len(cause['shards'])} shards are not started" in report["notes"][0]
+    assert "fix the cause, then rerun.py" in report["notes"][0]
     shown = launch("status", str(scenario.run), code=1).stdout
     assert shown.count("Traceback") <= 1
     assert queue() == []

@@ -1,4 +1,4 @@
-"""What happens to jobs and nodes: cancelled, killed, requeued, too slow."""
+"""Faults of jobs and nodes: cancelled, killed, requeued, too slow."""
 
 import os
 import subprocess
@@ -63,7 +63,7 @@ def test_a_node_that_goes_down_loses_its_shard_to_another(scenario: Scenario) ->
 
 @pytest.mark.scenario(4)
 def test_of_two_live_writers_the_first_wins(scenario: Scenario) -> None:
-    """An unreachable node's process goes on writing while Slurm starts the task elsewhere."""
+    """The process on an unreachable node goes on writing while Slurm starts the task elsewhere."""
     scenario.trouble("make-00002", "once hang")
     scenario.sweep()
     stuck = scenario.taken("make-00002")
@@ -95,7 +95,7 @@ def alive(pid: int) -> bool:
 def test_a_time_limit_stops_between_shards_and_kills_who_does_not_listen(
     scenario: Scenario,
 ) -> None:
-    """Slurm's shortest limit is a minute, and it looks every half a minute."""
+    """Slurm's shortest time limit is a minute, and Slurm checks limits every half minute."""
     scenario.trouble("make-00000", "once hang")
     listens = scenario.trouble("make-00004", "hang")
     scenario.inject("time limit of 1 min: a task of four shards; one that never returns")

@@ -1,4 +1,4 @@
-"""What happens around submitting: lost answers, launchers that die, limits, edited code."""
+"""Faults around submitting: lost answers, launchers that die, limits, edited code."""
 
 import os
 import shutil
@@ -21,13 +21,14 @@ from faults.scenario import Scenario, sum_of
 from kdhpc.cluster.slurm import HELD_REASONS
 
 A_TASK_EACH = "slurm.task_min=0.0001"
-"""Less than a shard takes, also when that has been measured."""
+"""A task length shorter than a shard takes, even after that has been measured."""
 
 
 def wrapper(folder: Path, program: str, script: str) -> str:
-    """A search path on which `script` stands before a program of Slurm, as `$real`.
+    """Return a search path on which `script` hides a program of Slurm.
 
-    `die` kills the caller, once: jobs inherit the path.
+    The script finds the program as `$real`. Its function `die` kills the caller, but only once,
+    because jobs inherit the path.
     """
     folder.mkdir(parents=True)
     path = folder / program
@@ -39,7 +40,7 @@ def wrapper(folder: Path, program: str, script: str) -> str:
 
 @pytest.mark.scenario(7)
 def test_a_lost_answer_of_sbatch_makes_no_second_job(scenario: Scenario) -> None:
-    """The controller takes the job after sbatch has given up."""
+    """The controller accepts the job after sbatch has given up."""
     pid = scenario.daemon_pid("slurmctld")
     answer = scenario.folder / "answer"
     script = f"""
@@ -78,7 +79,10 @@ def test_a_controller_killed_in_the_middle_of_an_array_costs_nothing(scenario: S
 @pytest.mark.long
 @pytest.mark.scenario(7)
 def test_a_controller_that_forgot_the_jobs_is_made_good_by_sweep(scenario: Scenario) -> None:
-    """It was killed before it saved them: they are gone, or held because it starts them twice."""
+    """The controller was killed before it saved the jobs.
+
+    They are gone, or they are held because the controller starts them a second time.
+    """
     stuck = scenario.trouble("make-00002", "hang")
     scenario.sweep()
     wait_for(lambda: "make/arm/00002" in scenario.starts(), "the shard to start")
@@ -95,14 +99,14 @@ def test_a_controller_that_forgot_the_jobs_is_made_good_by_sweep(scenario: Scena
 
     def complete() -> bool:
         wait_for(quiet, "nothing to run")
-        found = status(scenario.run)
-        if not found["complete"]:
-            assert any("sweep.py" in note for note in found["notes"]), found["notes"]
+        report = status(scenario.run)
+        if not report["complete"]:
+            assert any("sweep.py" in note for note in report["notes"]), report["notes"]
             scenario.sweep()
-        return bool(found["complete"])
+        return bool(report["complete"])
 
     wait_for(complete, "nodes to take ids that they know, which they refuse for a while")
-    scenario.assert_whole(reruns=1, least=0)  # a gate may still be held, with nothing left to do
+    scenario.assert_whole(reruns=1, least=0)  # a gate with nothing left to do may still be held
 
 
 DEATHS = {
@@ -118,7 +122,7 @@ DEATHS = {
         '$real "$@"; code=$?; case "$1" in release) die;; esac; exit $code',
     ),
 }
-"""By step, how the launcher is killed there: by the Slurm program that it has just called."""
+"""How the launcher is killed at each step: by the Slurm program that it has just called."""
 
 
 @pytest.mark.scenario(8)
@@ -186,7 +190,7 @@ def test_a_relaunch_while_half_the_array_is_queued_changes_no_queued_task(
 
 @pytest.mark.scenario(12)
 def test_limits_of_the_site_make_waves(scenario: Scenario) -> None:
-    """They are not in the config: sbatch refuses, and less is submitted."""
+    """The limits are not in the config, so sbatch refuses and less is submitted."""
 
     def limit(number: int) -> None:
         words = ["sacctmgr", "-i", "modify", "qos", "normal", "set"]
@@ -244,7 +248,7 @@ def test_the_code_that_was_submitted_is_the_code_that_runs(scenario: Scenario) -
     wait_for(lambda: len(scenario.starts()) == 4, "four busy nodes")
     scenario.inject("the project's code edited, and broken, while most of it has not started")
     light.write_text(light.read_text().replace("** 2", "** 3"))
-    (project / "kdhpc" / "artifacts.py").write_text("raise SystemExit('half an edit')\n")
+    (project / "kdhpc" / "storage" / "work.py").write_text("raise SystemExit('half an edit')\n")
     for path in stuck:
         path.unlink()
     scenario.wait()

@@ -1,4 +1,4 @@
-"""What happens to a training on two nodes."""
+"""Faults of a training on two nodes."""
 
 import json
 import os
@@ -24,14 +24,14 @@ KEY = "train-on-truth/teacher-s0/00000"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, undisturbed, in local processes."""
+    """Return the folder of the same run, undisturbed, in local processes."""
     runs_dir = tmp_path_factory.mktemp("whole")
     launch("sweep", *WORDS, "cluster=local", "local_workers=2", f"runs_dir={runs_dir}")
     return runs_dir / "tiny"
 
 
 def without_teacher(whole: Path, run: Path) -> None:
-    """A copy that knows only what does not come from the teacher."""
+    """Copy a run without everything that comes from the teacher."""
     shutil.copytree(whole, run)
     for folder in ("requests", "submissions", "failures", "logs"):
         shutil.rmtree(run / folder)

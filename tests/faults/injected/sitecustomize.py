@@ -1,11 +1,12 @@
-"""Faults at a point of the real code: a job that has this folder on its path plays what it is told.
+"""Inject faults at chosen points of the real code, into jobs that have this folder on their path.
 
-KDHPC_INJECT is a JSON list of [event, pattern, action, flag]: when Python raises the audit event
-(`os.link`, `open`) for a path that matches, and the file `flag` can be renamed, so once only.
+KDHPC_INJECT is a JSON list of [event, pattern, action, flag]. The action is played when Python
+raises the audit event (`os.link`, `open`) for a path that matches the pattern. It is played only
+once, because the file `flag` must exist and is then renamed. Actions:
 
-kill-rank-1  SIGKILL for the other rank of the job
-halve        the file loses its second half, then SIGKILL for this process
-told-to-stop USR2 through Slurm, for every rank
+kill-rank-1  the other rank of the job gets SIGKILL
+halve        the file loses its second half, then this process gets SIGKILL
+told-to-stop every rank gets USR2 through Slurm
 """
 
 import fnmatch
