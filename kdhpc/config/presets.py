@@ -2,16 +2,21 @@
 
 A bare word names a preset in `configs/`, which may extend another with `extends:`; `a.b=value` is
 an override. Later words win. This is the only module that imports omegaconf.
+
+Values are read as text, in YAML files too, and take the type of their field when the config is
+built. A field of text keeps what was typed: `no`, `0123`, `1e5` and `${HOME}` are texts there.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar, cast
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from kdhpc.config.run import RunConfig
 from kdhpc.errors import InputError
@@ -20,6 +25,12 @@ from kdhpc.types import Json
 CONFIGS_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 T = TypeVar("T")
+QUOTED = ('"', "'", "[", "{")
+"""First characters of typed values that are read as YAML; any other value is text as it stands."""
+NOTHING = ("", "null", "~")
+"""Typed values that take a value away."""
+DOLLAR, ESCAPE = "\ue000", "\ue001"
+"""Private characters that keep `$` from omegaconf, which would look for interpolations."""
 
 
 def preset_names() -> list[str]:
@@ -54,8 +65,7 @@ def compose(words: list[str]) -> dict[str, Json]:
                 f"{', '.join(cluster_names())}"
             )
         merged = _merge(merged, _load(path))
-    values = OmegaConf.to_container(_merge(merged, overrides))
-    return cast(dict[str, Json], values)
+    return _plain(_merge(merged, overrides))
 
 
 def build(config_class: type[T], values: dict[str, Json]) -> T:
@@ -65,8 +75,8 @@ def build(config_class: type[T], values: dict[str, Json]) -> T:
         InputError: if a key is unknown, or a value is missing or has the wrong type.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(config_class), OmegaConf.create(values))
-        built = OmegaConf.to_object(merged)
+        merged = OmegaConf.merge(OmegaConf.structured(config_class), _config(values))
+        built = _revealed(OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or _list_that_does_not_fit(config_class, values)
         raise InputError(_one_line(error, key)) from error
@@ -77,7 +87,7 @@ def _list_that_does_not_fit(config_class: type, values: dict[str, Json]) -> str:
     """Return the key of a list with an item of the wrong type, which omegaconf 2.4 omits."""
     for key, part in _lists(values):
         try:
-            OmegaConf.merge(OmegaConf.structured(config_class), OmegaConf.create(part))
+            OmegaConf.merge(OmegaConf.structured(config_class), _config(part))
         except OmegaConfBaseException:
             return key
     return ""
@@ -101,13 +111,13 @@ def plain(config: RunConfig) -> dict[str, Json]:
 
 def merged(values: dict[str, Json], more: dict[str, Json]) -> dict[str, Json]:
     """Merge `more` over plain values, key by key."""
-    combined = OmegaConf.to_container(_merge(OmegaConf.create(values), OmegaConf.create(more)))
-    return cast(dict[str, Json], combined)
+    return _plain(_merge(_config(values), _config(more)))
 
 
 def to_yaml(config: RunConfig) -> str:
     """Return a config as YAML with every field written out."""
-    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+    values = json.loads(json.dumps(plain(config)))
+    return str(yaml.dump(values, sort_keys=False, allow_unicode=True))
 
 
 def difference(old: Json, new: Json, path: str = "") -> list[str]:
@@ -150,27 +160,93 @@ def _preset(name: str, trail: tuple[str, ...] = ()) -> DictConfig:
 
 def _load(path: Path) -> DictConfig:
     try:
-        loaded = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
+        loaded = yaml.load(path.read_text(), _TextLoader)  # noqa: S506 (a safe loader)
+        if isinstance(loaded, dict):
+            return _config(loaded)
+    except (yaml.YAMLError, ValueError, OSError, OmegaConfBaseException) as error:
         raise InputError(f"{path}: not readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, DictConfig):
-        raise InputError(f"{path}: expected keys and values, got a list")
-    return loaded
+    raise InputError(f"{path}: expected keys and values, got {type(loaded).__name__}")
 
 
 def _dotlist(overrides: list[str]) -> DictConfig:
     merged = OmegaConf.create()
     for text in overrides:
-        key = text.partition("=")[0].strip()
-        if not key or "[" in key:
+        key, _, typed = text.partition("=")
+        names = [name.strip() for name in key.split(".")]
+        if not all(names) or "[" in key:
             raise InputError(
                 f"{text!r}: expected key=value; a list is given as a whole, such as taus=[1.0,0.8]"
             )
         try:
-            merged = _merge(merged, OmegaConf.from_dotlist([text]))
-        except (OmegaConfBaseException, YAMLError, ValueError) as error:
-            raise InputError(f"{text}: {error}; expected key=value with a YAML value") from error
+            value: Json = _typed_value(typed.strip())
+            for name in reversed(names):
+                value = {name: value}
+            merged = _merge(merged, _config(value))
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+            message = " ".join(str(error).split())
+            raise InputError(f"{text}: {message}; expected key=value with a YAML value") from error
     return merged
+
+
+def _typed_value(text: str) -> Json:
+    """Read a typed value: a list, keys, or a quoted text is YAML; anything else is text."""
+    if text in NOTHING:
+        return None
+    return yaml.load(text, _TextLoader) if text.startswith(QUOTED) else text  # noqa: S506
+
+
+class _TextLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is untyped here
+    """Reads YAML whose plain scalars are texts, but for null; a key may be given once."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as the base class has it)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Json]:
+        names = [key.value for key, _ in node.value if not key.tag.endswith(":merge")]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"duplicate key {name}", node.start_mark
+                )
+        return cast(dict[str, Json], super().construct_mapping(node, deep=deep))
+
+
+def _config(values: Json) -> DictConfig:
+    return cast(DictConfig, OmegaConf.create(_each_text(values, _hidden)))
+
+
+def _plain(config: DictConfig) -> dict[str, Json]:
+    return cast(dict[str, Json], _revealed(OmegaConf.to_container(config)))
+
+
+def _revealed(value: T) -> T:
+    """Give texts their `$` back."""
+    return _each_text(value, lambda text: REVEAL.sub(lambda found: found[1] or "$", text))
+
+
+def _hidden(text: str) -> str:
+    return text.replace(ESCAPE, ESCAPE * 2).replace(DOLLAR, ESCAPE + DOLLAR).replace("$", DOLLAR)
+
+
+REVEAL = re.compile(f"{ESCAPE}(.)|{DOLLAR}", re.DOTALL)
+
+
+def _each_text(value: T, change: Callable[[str], str]) -> T:
+    """Return the same lists, keys and dataclasses with every text in them changed."""
+    changed: object = value
+    if isinstance(value, str):
+        changed = change(value)
+    elif isinstance(value, dict):
+        changed = {_each_text(k, change): _each_text(v, change) for k, v in value.items()}
+    elif isinstance(value, list | tuple):
+        changed = type(value)(_each_text(item, change) for item in value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        items = {name: _each_text(getattr(value, name), change) for name in names}
+        changed = dataclasses.replace(value, **items)
+    return cast(T, changed)
 
 
 def _one_line(error: Exception, key: str = "") -> str:
