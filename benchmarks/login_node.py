@@ -100,6 +100,7 @@ def make_run(path: Path, num_shards: int) -> int:
         f"sampling.eval_sequences={ROWS * (num_shards // (24 * (ARMS + 3)))}",
         f"sampling.shard_sequences={ROWS}",
         f"scoring.shard_sequences={ROWS}",
+        "scoring.batch_rows=1",
         f"runs_dir={path.parent}",
         f"name={path.name}",
     ]

@@ -105,6 +105,7 @@ def config_of(folder: Path, sequences: int, per_shard: int, length: int) -> Any:
         "seeds=1",
         "scoring.per_token=true",
         f"scoring.shard_sequences={per_shard}",
+        "scoring.batch_rows=1",
         f"sampling.eval_sequences={sequences}",
         "sampling.batch_rows=1",
         f"sampling.shard_sequences={per_shard}",

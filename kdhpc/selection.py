@@ -31,7 +31,7 @@ class Selection:
         try:
             if name == "top_k" and int(value) >= 1:
                 return cls(top_k=int(value))
-            if name == "top_p" and 0 < float(value) <= 1:
+            if name == "top_p" and 0 < float(value) < 1:
                 return cls(top_p=float(value))
         except ValueError:
             pass

@@ -29,8 +29,9 @@ def main(arguments: list[str]) -> int:
     if executor == "local":
         if runs.is_locked(run):
             raise BusyError(f"{run.path}: runs in a process on this machine; press Ctrl-C there")
-        print("nothing is running")
-        return 0
+        if not any(job.job_id for job in ledger.jobs().values()):
+            print("nothing is running")
+            return 0
     # The request comes first, so that a gate that starts meanwhile sees it and submits nothing.
     runs.add_request(run, config, kind="cancel", executor=executor)
     job_names = {name for submission in ledger.submissions() for name in submission.job_names}

@@ -103,7 +103,7 @@ TYPED: dict[str, Case] = {
     "duplicate truncation": (
         "sampling.truncations=[top_k=5,top_k=5]",
         "sampling.truncations",
-        "duplicate top_k=5",
+        "duplicate topk5",
     ),
     "unknown truncation": ("sampling.truncations=[top_z=5]", "sampling.truncations", "top_k=50"),
     "length of 1": ("length=1", "length=1", "expected at least 2"),
@@ -114,6 +114,23 @@ TYPED: dict[str, Case] = {
     "no sequences": ("sampling.train_sequences=0", "sampling.train_sequences=0", "at least 1"),
     "empty shards": ("sampling.shard_sequences=0", "sampling.shard_sequences=0", "at least 1"),
     "broken batches": ("sampling.shard_sequences=65", "sampling.shard_sequences=65", "multiple of"),
+    "uneven scoring": (
+        "scoring.shard_sequences=60",
+        "scoring.shard_sequences=60",
+        "multiple of",
+        "batch_rows=25",
+    ),
+    "one truncation twice": (
+        "sampling.truncations=[top_p=0.9,top_p=0.90]",
+        "sampling.truncations=",
+        "duplicate topp0.9",
+    ),
+    "no truncation": (
+        "sampling.truncations=[top_p=1]",
+        "sampling.truncations=",
+        "top_p=0.9, got 'top_p=1'",
+    ),
+    "a folder of text": ("truth.corpus=docs", "truth.corpus=", "is a folder", ".jsonl"),
     "no rows": ("scoring.batch_rows=0", "scoring.batch_rows=0", "at least 1"),
     "no threads": ("threads=0", "threads=0", "at least 1"),
     "uneven heads": ("teacher.shape.heads=3", "teacher.shape", "hidden=32", "heads=3"),

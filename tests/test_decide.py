@@ -169,6 +169,17 @@ def test_remedies_change_what_the_next_attempt_gets() -> None:
     assert changes[FIRST[3]] == Changes()
 
 
+def test_only_a_newer_checkpoint_makes_the_same_time_enough() -> None:
+    """That another shard of its task was published since says nothing about this one's time."""
+    timeout = failure(FIRST[0], "TIMEOUT")
+    for got_further, expected in ((False, 1.5), (True, 1.0)):
+        failures = {FIRST[0]: [dataclasses.replace(timeout, got_further=got_further)]}
+        seen = situation(failures=failures, free_failures={FIRST[0]: 1})
+        batches = decide(PLAN, seen, POLICY).batches
+        [changes] = {b.changes.time_factor for b in batches for t in b.tasks if FIRST[0] in t}
+        assert changes == expected
+
+
 def test_attempts_run_out_unless_there_was_progress() -> None:
     failures = {FIRST[0]: [failure(FIRST[0], "PREEMPTED")] * 3}
     spent = decide(PLAN, situation(failures=failures), POLICY)

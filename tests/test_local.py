@@ -27,6 +27,7 @@ from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import look, status_of
 from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
+from kdhpc.errors import InputError
 from kdhpc.experiment.trainings import states_recipe
 from kdhpc.pipeline import LANGUAGE
 from kdhpc.plan.shards import Shard
@@ -222,6 +223,24 @@ def test_shards_of_any_size_give_the_same_ids_scores_and_digest(tmp_path: Path) 
         assert np.array_equal(ids[-1], ids[0])
         digests.add(logical_digest(run / RESULTS))
     assert len(digests) == 1
+
+
+def test_a_model_that_has_changed_since_is_not_taken_for_the_truth(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    [model] = [path for path in (tiny_run / "1-truth/truth").iterdir() if path.is_dir()]
+    words = [
+        "tiny",
+        f"truth.model={model}",
+        "truth.tokenizer=model",
+        f"truth.fingerprint={'0' * 64}",
+    ]
+    config = LANGUAGE.checked(presets.build(LanguageConfig, presets.compose(words)))
+    plan = LANGUAGE.plan(config)
+    [shard] = plan.stage("truth")
+    work = Work(Run(tmp_path, LANGUAGE), config, plan)
+    with pytest.raises(InputError, match="has changed since the run was submitted"):
+        LANGUAGE.stage("truth").run(shard, work)
 
 
 def test_status_shows_a_shard_that_was_added_elsewhere_and_failed(copy: Path) -> None:

@@ -295,8 +295,8 @@ def _changes(shard: Shard, situation: Situation) -> Changes:
     avoid = set()
     for failure in situation.failures.get(shard.key, ()):
         remedy = REMEDIES[failure.kind]
-        if failure.kind == "TIMEOUT" and situation.free_failures.get(shard.key, 0):
-            continue  # the shard made progress: the same time again is enough
+        if failure.kind == "TIMEOUT" and failure.got_further:
+            continue  # it continues from a newer checkpoint: the same time again is enough
         time_factor *= remedy.time_factor
         mem_factor *= remedy.mem_factor
         if remedy.avoid_node and failure.node:

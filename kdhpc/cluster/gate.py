@@ -42,7 +42,9 @@ def patiently(run: Run) -> State:
     while True:
         try:
             state = advance(run)
-            if all(s.number in state.jobs for s in state.submissions):
+            if state.request.executor == "local" or all(
+                submission.number in state.jobs for submission in state.submissions
+            ):
                 return state
         except (ClusterError, BusyError) as error:
             print(error, file=sys.stderr, flush=True)

@@ -3,7 +3,7 @@
 requests/0001.json          what somebody typed (sweep, rerun or cancel): config, code, shards
 submissions/0001.json       the intent to submit: shards of each task; the first writer claims it
 submissions/0001.job.json   the outcome of that: job ids, or that it was given up
-attempts/0001/3.jsonl       a line for each event of an attempt in task 3; only for explanations
+attempts/0001/3.jsonl       a line for each event of an attempt in task 3
 failures/0001/<shard>.json  one failed shard of one submission
 """
 
@@ -25,7 +25,7 @@ from kdhpc.types import Json
 Entry = TypeVar("Entry")
 ORPHAN_AGE_S = 420.0
 """Age in seconds at which a submission without a job counts as left by a dead launcher; longer than
-all time limits between the claim of a submission and the record of its job together."""
+Slurm's programs usually take from the claim of a submission to the record of its job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class Failure:
     node: str = ""
     time: float = 0.0
     got_further: bool = False
-    """Whether the attempt left a newer checkpoint than the attempt before it."""
+    """Whether the attempt left a checkpoint."""
 
 
 AttemptEvent = Literal["started", "stopped", "ended"]
@@ -143,12 +143,12 @@ class Ledger:
 
     def requests(self) -> list[Request]:
         """Read all requests, oldest first."""
-        requests = []
-        for path, raw in self._read("requests", r"(\d+)\.json"):
-            if raw.get("keys") is not None:
-                raw["keys"] = tuple(raw["keys"])
-            requests.append(_entry(Request, path, raw))
-        return requests
+        return [_request(path, raw) for path, raw in self._read("requests", r"(\d+)\.json")]
+
+    def request(self, number: int) -> Request:
+        """Read one request, as a task does: later ones may come from a newer version."""
+        path = self.path / f"requests/{number:04d}.json"
+        return _request(path, read_once(path))
 
     def submissions(self) -> list[Submission]:
         """Read all submissions, oldest first."""
@@ -223,6 +223,12 @@ class Ledger:
             if re.fullmatch(pattern, name):
                 path = self.path / folder / name
                 yield path, read_once(path)
+
+
+def _request(path: Path, raw: dict[str, Json]) -> Request:
+    if raw.get("keys") is not None:
+        raw["keys"] = tuple(raw["keys"])
+    return _entry(Request, path, raw)
 
 
 def _submission(path: Path, raw: dict[str, Json]) -> Submission:

@@ -264,6 +264,7 @@ def _finish(task: _Task, run: Run, ledger: Ledger) -> None:
                 submission=number,
                 log=str(ledger.log_path(number, 0)),
                 time=time.time(),
+                got_further=run.checkpoint_since(key, task.submission.time),
             )
         )
     job = Job(job_id=None, note=f"exit code {exit_code}", launcher_cpu_s=time.process_time())

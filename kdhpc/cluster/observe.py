@@ -230,11 +230,15 @@ def _seconds_per_work(run: Run, config: RunConfig, plan: Plan, scan: Scan) -> di
 
 
 def _overrides(plan: Plan, requests: Iterable[Request]) -> dict[str, Mapping[str, Json]]:
-    """Return by shard the resources of the last rerun that asked for any."""
+    """Return by shard the resources that reruns asked for since the last sweep."""
     overrides: dict[str, Mapping[str, Json]] = {}
     for request in requests:
+        if request.kind == "sweep":
+            overrides = {}
         if request.resources:
-            overrides |= {key: request.resources for key in plan.shards if request.covers(key)}
+            for key in plan.shards:
+                if request.covers(key):
+                    overrides[key] = {**overrides.get(key, {}), **request.resources}
     return overrides
 
 

@@ -45,6 +45,9 @@ def preview(pipeline: AnyPipeline, plan: Plan, config: RunConfig, executor: str)
         batches = decide(plan, situation, policy).batches
         done |= keys
         num_tasks[stage.name] = sum(len(batch.tasks) for batch in batches)
+        if not batches:
+            resources[stage.name] = ""
+            continue
         resources[stage.name] = (
             _describe(batches[0], config, stage.uses_device)
             if on_slurm

@@ -90,6 +90,8 @@ def gate_resources(limits: Slurm, array_id: str) -> Resources:
         account=limits.account,
         partition=limits.partition,
         qos=limits.qos,
+        constraint=limits.constraint,
+        exclude=limits.exclude,
         dependency=f"afterany:{array_id}",
         signal_s=30,
         setup=limits.setup,

@@ -144,7 +144,7 @@ def pick_executor(config: RunConfig, slurm_here: bool) -> str:
 
 def changed_recipes(plan: Plan, scan: Scan) -> list[str]:
     """List, field by field, what a new plan would change in the recipes of published records."""
-    lines: dict[str, None] = {}
+    arms_of: dict[tuple[str, str], set[str]] = {}
     for key, record in scan.records.items():
         shard = plan.shards.get(key)
         if shard is None or shard.recipe == record.recipe:
@@ -159,8 +159,12 @@ def changed_recipes(plan: Plan, scan: Scan) -> list[str]:
                 if record.inputs.get(role) != recipe
             ] or ["recipe"]
         for line in changes:
-            lines.setdefault(f"{shard.stage}: {line}")
-    return list(lines)
+            arms_of.setdefault((shard.stage, line), set()).add(shard.arm.name)
+    lines = []
+    for (stage, line), names in arms_of.items():
+        one_of_many = len(names) == 1 and len(plan.arms(stage)) > 1
+        lines.append(f"{stage}{'/' + min(names) if one_of_many else ''}: {line}")
+    return lines
 
 
 def open_for(config: RunConfig, plan: Plan) -> Run:
@@ -288,14 +292,17 @@ def _sources(run: Run) -> dict[str, Path]:
 def _module_sources(name: str) -> dict[str, Path]:
     """Find the files of an imported top-level module or package, by relative name."""
     module = sys.modules[name]
-    folder = Path(str(module.__file__)).parent
-    files = (
-        sorted(folder.rglob("*")) if hasattr(module, "__path__") else [Path(str(module.__file__))]
-    )
-    top = folder.parent if hasattr(module, "__path__") else folder
+    if not hasattr(module, "__path__"):
+        return {f"{name}.py": Path(str(module.__file__))}
+    if module.__file__ is None:
+        raise InputError(
+            f"pipeline: the package {name} has no __init__.py, so its files are not known; "
+            "expected a module, or a package that has one"
+        )
+    folder = Path(module.__file__).parent
     return {
-        str(path.relative_to(top)): path
-        for path in files
+        str(path.relative_to(folder.parent)): path
+        for path in sorted(folder.rglob("*"))
         if path.is_file() and "__pycache__" not in path.parts
     }
 

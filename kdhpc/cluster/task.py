@@ -130,7 +130,7 @@ def run_task(path: Path, number: int, index: int) -> int:
 def _load_request(path: Path, number: int) -> tuple[Run, RunConfig, Plan]:
     """Return run, config and plan of a request; they are cached because a request never changes."""
     run = runs.open_run(path)
-    request = next(r for r in Ledger(path).requests() if r.number == number)
+    request = Ledger(path).request(number)
     config = presets.build(run.pipeline.config, dict(request.config))
     return run, config, run.pipeline.plan(config)
 

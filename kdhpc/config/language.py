@@ -140,6 +140,7 @@ def language_problems(config: LanguageConfig) -> Iterator[str]:
     """Yield what is wrong with a language experiment whose values are within their bounds."""
     yield from list_problems("tau", config.taus, "[1.0,0.8]")
     yield from _sampling_problems(config.sampling)
+    yield from _scoring_problems(config.scoring)
     yield from _truth_problems(config.truth)
     yield from _prompt_problems(config)
     if not config.students:
@@ -165,13 +166,22 @@ def _sampling_problems(sampling: Sampling) -> Iterator[str]:
             f"sampling.batch_rows={sampling.batch_rows}, so that shards do not change the batches"
         )
     setting = f"sampling.truncations={list(sampling.truncations)}"
+    names = []
     for text in sampling.truncations:
         try:
-            Selection.parse(text)
+            names.append(Selection.parse(text).name)
         except InputError as error:
             yield f"{setting}: {error}"
-    for text in repeated(sampling.truncations):
-        yield f"{setting}: duplicate {text}"
+    for name in repeated(names):
+        yield f"{setting}: duplicate {name}"
+
+
+def _scoring_problems(scoring: Scoring) -> Iterator[str]:
+    if scoring.shard_sequences % scoring.batch_rows:
+        yield (
+            f"scoring.shard_sequences={scoring.shard_sequences}: expected a multiple of "
+            f"scoring.batch_rows={scoring.batch_rows}, so that shards do not change the batches"
+        )
 
 
 def _truth_problems(truth: Truth) -> Iterator[str]:

@@ -32,18 +32,17 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
     """
     from kdhpc.storage.corpora import corpus_fingerprint, read_corpus
 
+    truth = _with_whole_paths(config.truth)
+    config = dataclasses.replace(config, truth=truth)
     _check_prompt(config)
-    truth = config.truth
     if truth.model == "train":
         fingerprint = corpus_fingerprint(truth.corpus, truth.text_column)
         if fingerprint.startswith("hub:"):
             read_corpus(truth.corpus, truth.text_column)
-        truth = dataclasses.replace(truth, corpus=_whole_path(truth.corpus))
     else:
         source = Path(resolve_model(truth.model))
-        truth = dataclasses.replace(truth, model=_whole_path(truth.model))
         if source.suffix == ".gguf" or source.is_dir():
-            fingerprint = _fingerprint(source, truth.model)
+            fingerprint = local_fingerprint(source, truth.model)
         elif str(source).startswith((".", "/", "~")) or truth.model.count("/") != 1:
             raise InputError(
                 f"truth.model={truth.model}: no such file or folder, and not a hub id; expected "
@@ -60,12 +59,17 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
     return dataclasses.replace(config, truth=dataclasses.replace(truth, fingerprint=fingerprint))
 
 
-def _whole_path(name: str) -> str:
-    """The path of a local file or folder from the root, because tasks run in another folder."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
+def _with_whole_paths(truth: Truth) -> Truth:
+    """Make the path of a local corpus or model absolute, because tasks run in another folder."""
+    corpus, model = Path(truth.corpus).expanduser(), Path(truth.model).expanduser()
+    if truth.model == "train":
+        return (
+            dataclasses.replace(truth, corpus=str(corpus.resolve())) if corpus.is_file() else truth
+        )
+    return dataclasses.replace(truth, model=str(model.resolve())) if model.exists() else truth
 
 
-def _fingerprint(source: Path, name: str) -> str:
+def local_fingerprint(source: Path, name: str) -> str:
     """Check the files of a local model, and return the sha256 of their contents."""
     if not source.exists():
         raise InputError(f"truth.model={name}: no such file; expected an existing GGUF file")

@@ -40,7 +40,9 @@ class TrainSettings:
     threads: int
 
     @staticmethod
-    def of(model: Model, config: LanguageConfig, *, stream: str, prompt: str) -> "TrainSettings":
+    def of(
+        model: Model, config: LanguageConfig, *, stream: str, prompt: str, eos: str
+    ) -> "TrainSettings":
         return TrainSettings(
             seed=config.seed,
             stream=stream,
@@ -48,7 +50,7 @@ class TrainSettings:
             training=model.training,
             length=config.length,
             prompt=prompt,
-            eos=config.eos,
+            eos=eos,
             threads=config.threads,
         )
 

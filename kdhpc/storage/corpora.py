@@ -87,6 +87,11 @@ def corpus_fingerprint(source: str, text_column: str = "text") -> str:
         text = "\0".join(topics.topics[name] for name in sorted(topics.topics))
         return hashlib.sha256(text.encode()).hexdigest()
     path = Path(source)
+    if path.is_dir():
+        raise InputError(
+            f"truth.corpus={source}: is a folder; expected a file that ends in "
+            f"{', '.join(CORPUS_KINDS)}"
+        )
     if path.is_file():
         if path.suffix not in CORPUS_KINDS:
             raise InputError(

@@ -106,8 +106,11 @@ class RunFolder:
 
     def checkpoint_since(self, key: str, time_s: float) -> bool:
         """Return whether a shard has a checkpoint newer than `time_s` (seconds since the epoch)."""
-        paths = self.scratch_path(key).glob("*/*.json")
-        return any(path.stat().st_mtime > time_s for path in paths)
+        newest = 0.0
+        for path in self.scratch_path(key).glob("*/*.json"):
+            with contextlib.suppress(FileNotFoundError):  # an older one was pruned meanwhile
+                newest = max(newest, path.stat().st_mtime)
+        return newest > time_s
 
     def alias_path(self, stage: str) -> Path | None:
         """Return the fixed name of a stage's newest output, if the stage has one."""

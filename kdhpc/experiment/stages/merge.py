@@ -39,7 +39,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
         merge_of(
             merged,
             stage=arms.MERGE,
-            fields={"eos": config.eos},
+            fields={},
             rows=rows,
             bytes_per_row=12.0 + 4.0 * config.length * config.scoring.per_token,
         )

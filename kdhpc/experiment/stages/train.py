@@ -32,7 +32,9 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
         )
         validation = before.arm(*arms.TRUTH_EVAL) if training.validate_every_steps else []
         stream = f"{trainee.kind}/s{trainee.seed}/{trainee.size}"
-        settings = TrainSettings.of(trainee.model, config, stream=stream, prompt=config.prompt)
+        settings = TrainSettings.of(
+            trainee.model, config, stream=stream, prompt=config.prompt, eos=config.eos
+        )
         arm = Arm(
             stage=stage,
             name=trainee.name,

@@ -14,7 +14,7 @@ from kdhpc.config.language import LanguageConfig, Truth, tokens_per_s
 from kdhpc.config.model import Model
 from kdhpc.errors import InputError
 from kdhpc.experiment import arms
-from kdhpc.experiment.inputs import resolve_model
+from kdhpc.experiment.inputs import local_fingerprint, resolve_model
 from kdhpc.experiment.trainings import TrainSettings, join_ranks, progress, train_shard
 from kdhpc.models.sizes import num_parameters
 from kdhpc.plan.shards import Arm, Plan, Shard, fields_of
@@ -39,8 +39,9 @@ class TruthSettings:
     fingerprint: str
     """Identity of the model or the corpus; where they are kept determines nothing."""
     text_column: str | None
-    """Column of the corpus that holds the text."""
-    dtype: str
+    """Column of the corpus that holds the text; None for a given model."""
+    dtype: str | None
+    """In which a given model is stored; None for a trained one, whose training says it."""
 
 
 def _trained_truth(config: LanguageConfig) -> Model | None:
@@ -59,7 +60,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
             kind="trained" if model else "given",
             fingerprint=truth.fingerprint,
             text_column=truth.text_column if model else None,
-            dtype=truth.dtype,
+            dtype=None if model else truth.dtype,
         )
     )
     if model is None:
@@ -68,7 +69,9 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
     arm = Arm(
         stage=arms.TRUTH,
         name="truth",
-        fields=fields | TrainSettings.of(model, config, stream="truth", prompt="").fields,
+        # The end of a text is always learnt.
+        fields=fields
+        | TrainSettings.of(model, config, stream="truth", prompt="", eos="learn").fields,
         inputs={},
         nodes=model.training.nodes,
         ranks_per_node=model.training.ranks_per_node,
@@ -94,10 +97,19 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
     devices.set_threads(work.config.threads)
     path = work.new_path(shard)
     source, dtype = resolve_model(truth.model), shard.arm.fields["dtype"]
+    _, is_commit, commit = truth.fingerprint.partition("commit:")
+    if not is_commit and truth.fingerprint not in {
+        "",
+        local_fingerprint(Path(source), truth.model),
+    }:
+        raise InputError(
+            f"truth.model={truth.model}: has changed since the run was submitted; expected the "
+            f"files with fingerprint {truth.fingerprint[:12]}"
+        )
     if source.endswith(".gguf"):
         huggingface.convert_gguf(Path(source), path, dtype=dtype)
     else:
-        huggingface.copy_model(source, truth.revision, path, dtype=dtype)
+        huggingface.copy_model(source, commit or truth.revision, path, dtype=dtype)
     vocab_size = Tokenizer(path).size
     if vocab_size > MAX_VOCAB_SIZE:
         raise InputError(
