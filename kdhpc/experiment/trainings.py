@@ -198,7 +198,7 @@ def train_shard(
     final_loss = trained.losses[-1] if trained.losses else read_log(folder)[-1]["loss"]
     return Written(
         path=path,
-        rows=1,
+        num_rows=1,
         stats={
             "parameters": sum(p.numel() for p in result.parameters()),
             "steps": trained.step,

@@ -30,7 +30,7 @@ class Written:
     """Output of a stage's `run`: a file or folder at a path from `Work.new_path`."""
 
     path: Path
-    rows: int
+    num_rows: int
     stats: Mapping[str, Json] = dataclasses.field(default_factory=dict)
     """Numbers worth keeping in the record, such as a final loss."""
     digest: str = ""
@@ -230,8 +230,8 @@ class Work(Generic[C]):
             "data": written.path.name,
             "bytes": num_bytes,
             "digest": written.digest or digest_of(written.path),
-            "rows": written.rows,
-            "row_range": shard.rows,
+            "num_rows": written.num_rows,
+            "row_range": shard.row_range,
             "recipe": shard.recipe,
             "fields": dict(shard.arm.fields),
             "inputs": dict(shard.arm.inputs),

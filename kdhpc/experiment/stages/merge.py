@@ -34,13 +34,13 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
         for shard in before.stage(stage)
     ]
     merged += before.arm(arms.SAMPLE_TRUTH, "eval") + before.stage(arms.SAMPLE_STUDENTS)
-    rows = sum(shard.num_rows for shard in before.stage(arms.SCORE))
+    num_rows = sum(shard.num_rows for shard in before.stage(arms.SCORE))
     return [
         merge_of(
             merged,
             stage=arms.MERGE,
             fields={"eos": config.eos},
-            rows=rows,
+            num_rows=num_rows,
             bytes_per_row=12.0 + 4.0 * config.length * config.scoring.per_token,
         )
     ]
@@ -53,7 +53,7 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     for key in shard.reads:
         work.record(key)  # checks the records of shards that were not read for their scores
     stats = {"logical_digest": merged.logical_digest}
-    return Written(path=path, rows=1, stats=stats, digest=merged.digest)
+    return Written(path=path, num_rows=1, stats=stats, digest=merged.digest)
 
 
 def run_partial(work: Work[LanguageConfig], present: frozenset[str], path: Path) -> None:

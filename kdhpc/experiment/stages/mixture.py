@@ -111,11 +111,11 @@ def plan_teachers(config: MixtureConfig, before: Plan) -> list[Shard]:
             Shard(
                 arm=arm,
                 name=shard_name,
-                rows=rows,
-                work=work * (rows[1] - rows[0]),
-                num_bytes=num_bytes * (rows[1] - rows[0]),
+                row_range=row_range,
+                work=work * (row_range[1] - row_range[0]),
+                num_bytes=num_bytes * (row_range[1] - row_range[0]),
             )
-            for shard_name, rows in cut(config.seeds, config.shard_seeds)
+            for shard_name, row_range in cut(config.seeds, config.shard_seeds)
         ]
     return shards
 
@@ -148,7 +148,7 @@ def plan_students(config: MixtureConfig, before: Plan) -> list[Shard]:
                 Shard(
                     arm=arm,
                     name=source.name,
-                    rows=source.rows,
+                    row_range=source.row_range,
                     reads=(source.key,),
                     work=(setting.distill_points + 4 * config.eval_points) * source.num_rows,
                     num_bytes=2000.0 * source.num_rows,
@@ -161,8 +161,8 @@ def plan_students(config: MixtureConfig, before: Plan) -> list[Shard]:
 def plan_merge(config: MixtureConfig, before: Plan) -> list[Shard]:
     """Plan one shard that reads all shards of both stages."""
     merged = [*before.stage("fit-teachers"), *before.stage("fit-students")]
-    rows = sum(shard.num_rows for shard in merged)
-    return [merge_of(merged, stage="merge", fields={}, rows=rows, bytes_per_row=2000.0)]
+    num_rows = sum(shard.num_rows for shard in merged)
+    return [merge_of(merged, stage="merge", fields={}, num_rows=num_rows, bytes_per_row=2000.0)]
 
 
 def run_teachers(shard: Shard, work: Work[MixtureConfig]) -> Written:
@@ -203,7 +203,7 @@ def run_students(shard: Shard, work: Work[MixtureConfig]) -> Written:
     settings = settings_of(shard.arm.fields, StudentSettings)
     seed, arm = settings.seed, settings.arm
     teachers = read_arrays(work.input(shard.reads[0]))
-    first = shard.rows[0] if shard.rows else 0
+    first = shard.row_range[0] if shard.row_range else 0
 
     def fit_one(index: int) -> "Facts":
         stream, row = f"{settings.stream}/s{index}", index - first
@@ -252,7 +252,7 @@ def run_merge(shard: Shard, work: Work[MixtureConfig]) -> Written:
         provenance=work.provenance(shard.reads, PACKAGES),
     )
     stats = {"logical_digest": merged.logical_digest}
-    return Written(path=path, rows=1, stats=stats, digest=merged.digest)
+    return Written(path=path, num_rows=1, stats=stats, digest=merged.digest)
 
 
 def _tables(work: Work[MixtureConfig]) -> Iterator[tuple[str, "Arrays"]]:
@@ -318,12 +318,12 @@ def _write(shard: Shard, work: Work[MixtureConfig], fit_one: Callable[[int], "Fa
     from kdhpc.storage.hdf5 import write_arrays
 
     rows = []
-    for index in range(*(shard.rows or (0, 0))):
+    for index in range(*(shard.row_range or (0, 0))):
         rows.append(fit_one(index))
         work.progress(len(rows) / shard.num_rows)
     path = work.new_path(shard, ".h5")
     write_arrays(path, {name: np.stack([row[name] for row in rows]) for name in rows[0]})
-    return Written(path=path, rows=len(rows))
+    return Written(path=path, num_rows=len(rows))
 
 
 FIT_TEACHERS = Stage(

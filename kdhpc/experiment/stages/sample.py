@@ -68,12 +68,12 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
             Shard(
                 arm=arm,
                 name=name,
-                rows=rows,
+                row_range=row_range,
                 reads=(model.key,),
-                work=(rows[1] - rows[0]) * config.length,
-                num_bytes=(rows[1] - rows[0]) * (2.0 * config.length + 20),
+                work=(row_range[1] - row_range[0]) * config.length,
+                num_bytes=(row_range[1] - row_range[0]) * (2.0 * config.length + 20),
             )
-            for name, rows in cut(num_rows, sizes.shard_sequences)
+            for name, row_range in cut(num_rows, sizes.shard_sequences)
         ]
     return shards
 
@@ -108,7 +108,7 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     work.ready()
     samples = sample(
         sampler,
-        rows=range(*(shard.rows or (0, 0))),
+        rows=range(*(shard.row_range or (0, 0))),
         seed=settings.seed,
         stream=settings.stream,
         on_batch=lambda done: work.progress(done / shard.num_rows),
@@ -118,7 +118,7 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     write_samples(path, samples, metadata)
     return Written(
         path=path,
-        rows=len(samples),
+        num_rows=len(samples),
         stats={"device": sampler.device.type, "decoder": sampler.decoder.name},
     )
 

@@ -104,7 +104,7 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
             f"truth.model={truth.model}: has {vocab_size} token ids; token shards hold ids below "
             f"{MAX_VOCAB_SIZE}"
         )
-    return Written(path=path, rows=1, stats={"parameters": loading.count_parameters(path)})
+    return Written(path=path, num_rows=1, stats={"parameters": loading.count_parameters(path)})
 
 
 def _text_corpus(truth: Truth, length: int, tokenizer: "PreTrainedTokenizerBase") -> "Corpus":
