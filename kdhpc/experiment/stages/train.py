@@ -76,10 +76,10 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
         rows = map_token_rows([work.input(s.key) for s in work.plan.arm(stage, arm)])
         return Corpus(ids=rows, length=rows.length, counting=counting)
 
-    watching = trainee.model.training
-    validation = corpus(*arms.TRUTH_EVAL) if watching.validate_every_steps else None
+    training = trainee.model.training
+    validation = corpus(*arms.TRUTH_EVAL) if training.validate_every_steps else None
     data = corpus(*trainee.data)
-    return train_shard(shard, work, watching, data, tokenizer_path, validation=validation)
+    return train_shard(shard, work, training, data, tokenizer_path, validation=validation)
 
 
 TRAIN_ON_TRUTH = Stage(
