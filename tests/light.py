@@ -144,7 +144,6 @@ def stage(name: str, plan: Any, run: Any, alias: str | None = None) -> Stage[Lig
         name=name,
         reads="",
         writes="",
-        unit="rows",
         plan=plan,
         run=run,
         rate=lambda c: 1.0,

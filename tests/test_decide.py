@@ -32,7 +32,7 @@ def plan_second(config: Any, before: Plan) -> list[Shard]:
 
 
 def stage(name: str, plan: Any) -> Stage[RunConfig]:
-    return Stage(name=name, reads="", writes="", unit="rows", plan=plan, run=lambda s, w: None)
+    return Stage(name=name, reads="", writes="", plan=plan, run=lambda s, w: None)
 
 
 PIPELINE = Pipeline(

@@ -34,7 +34,6 @@ STAGE = Stage(
     name="only",
     reads="",
     writes="",
-    unit="rows",
     plan=lambda c, b: [SHARD],
     run=write,
     alias="last",

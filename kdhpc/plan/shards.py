@@ -82,7 +82,8 @@ class Shard:
     reads: tuple[str, ...] = ()
     """Keys of the shards whose records must exist before this shard may start."""
     work: float = 1.0
-    """Work of each rank in the unit of the stage, for estimates and for packing tasks."""
+    """Work of each rank, for estimates and for packing tasks. Its unit, such as tokens, is a choice
+    of the stage, and `Stage.rate` has the same."""
     num_bytes: float = 0.0
     """Expected size of the output in bytes."""
 

@@ -27,7 +27,7 @@ PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "h5py")
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
-    """Plan one shard that reads all models, evaluation sets and scores."""
+    """Plan one shard that reads all models, evaluation sets and scores; work is in scored rows."""
     merged = [
         shard
         for stage in (arms.TRUTH, arms.TRAIN_ON_TRUTH, arms.TRAIN_STUDENTS, arms.SCORE)
@@ -175,7 +175,6 @@ MERGE = Stage(
     name=arms.MERGE,
     reads="score shards and evaluation sets",
     writes="results.h5: /scores/<sampler>/<scorer>, /models, /provenance",
-    unit="rows",
     plan=plan,
     run=run,
     rate=lambda config: 1e6,

@@ -84,7 +84,10 @@ def arms(config: MixtureConfig) -> Iterator[tuple[str, float | None]]:
 
 
 def plan_teachers(config: MixtureConfig, before: Plan) -> list[Shard]:
-    """Plan the shards of fit-teachers: for every setting, ranges of seeds."""
+    """Plan the shards of fit-teachers: for every setting, ranges of seeds.
+
+    Work is in points times components times starts of EM.
+    """
     shards = []
     for name, setting in config.settings.items():
         settings = TeacherSettings(
@@ -121,7 +124,10 @@ def plan_teachers(config: MixtureConfig, before: Plan) -> list[Shard]:
 
 
 def plan_students(config: MixtureConfig, before: Plan) -> list[Shard]:
-    """Plan the shards of fit-students: for every student, one for each shard of its teachers."""
+    """Plan the shards of fit-students: for every student, one for each shard of its teachers.
+
+    Work is in points.
+    """
     shards = []
     for name, setting in config.settings.items():
         teachers = before.arm("fit-teachers", f"{name}-{TEACHERS}")
@@ -159,7 +165,7 @@ def plan_students(config: MixtureConfig, before: Plan) -> list[Shard]:
 
 
 def plan_merge(config: MixtureConfig, before: Plan) -> list[Shard]:
-    """Plan one shard that reads all shards of both stages."""
+    """Plan one shard that reads all shards of both stages; work is in rows, one for each seed."""
     merged = [*before.stage("fit-teachers"), *before.stage("fit-students")]
     num_rows = sum(shard.num_rows for shard in merged)
     return [merge_of(merged, stage="merge", fields={}, num_rows=num_rows, bytes_per_row=2000.0)]
@@ -330,7 +336,6 @@ FIT_TEACHERS = Stage(
     name="fit-teachers",
     reads="nothing: p* and D are drawn",
     writes="p*, D, teachers and direct students; arrays [S, ...] with one row per seed",
-    unit="points",
     plan=plan_teachers,
     run=run_teachers,
     rate=lambda config: 5e5,
@@ -340,7 +345,6 @@ FIT_STUDENTS = Stage(
     name="fit-students",
     reads="p*, D, teachers and direct students",
     writes="students of each D'_beta and their scores in nats; arrays [S, ...], one row per seed",
-    unit="points",
     plan=plan_students,
     run=run_students,
     rate=lambda config: 1.5e6,
@@ -350,7 +354,6 @@ MERGE_MIXTURE = Stage(
     name="merge",
     reads="teachers, students and scores",
     writes="results.h5: /tables/<setting>-<arm>, /models, /provenance",
-    unit="rows",
     plan=plan_merge,
     run=run_merge,
     rate=lambda config: 1e5,

@@ -37,7 +37,7 @@ class SampleSettings:
 
 
 def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
-    """Plan the shards of every sample set of one stage."""
+    """Plan the shards of every sample set of one stage; work is in tokens of whole rows."""
     shards: list[Shard] = []
     for sample_set in arms.sample_sets(config):
         if sample_set.stage != stage:
@@ -127,7 +127,6 @@ SAMPLE_TRUTH = Stage(
     name=arms.SAMPLE_TRUTH,
     reads="p*",
     writes=f"D and truth's evaluation set; {WRITES}",
-    unit="tokens",
     plan=functools.partial(plan, arms.SAMPLE_TRUTH),
     run=run,
     modules=("kdhpc.sampling.sampler",),
@@ -137,7 +136,6 @@ SAMPLE_TEACHER = Stage(
     name=arms.SAMPLE_TEACHER,
     reads="teachers",
     writes=f"D'_tau for every tau; {WRITES}",
-    unit="tokens",
     plan=functools.partial(plan, arms.SAMPLE_TEACHER),
     run=run,
     modules=("kdhpc.sampling.sampler",),
@@ -147,7 +145,6 @@ SAMPLE_STUDENTS = Stage(
     name=arms.SAMPLE_STUDENTS,
     reads="students and teachers",
     writes=f"evaluation sets of students at temperature 1, of teachers at every tau; {WRITES}",
-    unit="tokens",
     plan=functools.partial(plan, arms.SAMPLE_STUDENTS),
     run=run,
     modules=("kdhpc.sampling.sampler",),

@@ -34,7 +34,7 @@ class ScoreSettings:
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
-    """Plan the shards of every pair of sampler and scorer."""
+    """Plan the shards of every pair of sampler and scorer; work is in tokens of whole rows."""
     shards = []
     scoring = config.scoring
     settings = ScoreSettings(
@@ -131,7 +131,6 @@ SCORE = Stage(
     name=arms.SCORE,
     reads="evaluation sets; p*, teachers and students",
     writes="score shards: log_prob_sum [N] float64 in nats, num_tokens [N] int32",
-    unit="tokens",
     plan=plan,
     run=run,
     modules=("kdhpc.scoring.scorer",),

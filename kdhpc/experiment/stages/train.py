@@ -18,7 +18,7 @@ WRITES = "Hugging Face checkpoint folders (safetensors, tokenizer)"
 
 
 def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
-    """Plan one shard for every model of this stage."""
+    """Plan one shard for every model of this stage; work is in tokens of whole rows."""
     shards = []
     [truth] = before.arm(*arms.TRUTH_MODEL)
     for trainee in arms.trainees(config):
@@ -86,7 +86,6 @@ TRAIN_ON_TRUTH = Stage(
     name=arms.TRAIN_ON_TRUTH,
     reads="D",
     writes=f"teachers and direct students; {WRITES}",
-    unit="tokens",
     plan=functools.partial(plan, arms.TRAIN_ON_TRUTH),
     run=run,
     modules=("kdhpc.training.loop", "deepspeed"),
@@ -97,7 +96,6 @@ TRAIN_STUDENTS = Stage(
     name=arms.TRAIN_STUDENTS,
     reads="D'_tau",
     writes=f"distilled students; {WRITES}",
-    unit="tokens",
     plan=functools.partial(plan, arms.TRAIN_STUDENTS),
     run=run,
     modules=("kdhpc.training.loop", "deepspeed"),

@@ -52,7 +52,7 @@ def _trained_truth(config: LanguageConfig) -> Model | None:
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
-    """Plan one shard: p* as a checkpoint folder."""
+    """Plan one shard: p* as a checkpoint folder; the work of a training is a guess in tokens."""
     truth, model = config.truth, _trained_truth(config)
     fields = fields_of(
         TruthSettings(
@@ -142,7 +142,6 @@ TRUTH = Stage(
     name=arms.TRUTH,
     reads="a corpus, a GGUF file, a Hugging Face folder or hub id",
     writes="p*; a Hugging Face checkpoint folder (safetensors, tokenizer)",
-    unit="tokens",
     plan=plan,
     run=run,
     modules=("kdhpc.training.loop", "deepspeed"),
