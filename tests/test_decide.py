@@ -206,6 +206,10 @@ def test_after_a_cancel_only_what_was_asked_for_starts() -> None:
     [
         (RuntimeError("gloo: Read error: Connection reset by peer"), "LOST"),
         (RuntimeError("CUDA out of memory"), "OOM"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "OOM"),
+        (OSError(12, "Cannot allocate memory"), "OOM"),
+        (RuntimeError("Couldn't allocate memory"), "OOM"),
+        (RuntimeError("could not allocate memory"), "OOM"),
         (OSError(28, "No space left on device"), "DISK_FULL"),
         (FloatingPointError("loss"), "DIVERGED"),
         (ValueError("a bug"), "EXCEPTION"),
