@@ -113,7 +113,7 @@ def make_run(path: Path, num_shards: int) -> int:
     for shard in plan.shards.values():
         data = work.new_path(shard, ".h5" if shard.stage == arms.MERGE else "")
         data.write_bytes(b"some bytes")
-        work.publish(shard, Written(path=data, rows=shard.num_rows), time.time() - 60.0)
+        work.publish(shard, Written(path=data, num_rows=shard.num_rows), time.time() - 60.0)
     return len(plan.shards)
 
 

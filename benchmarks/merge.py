@@ -139,7 +139,7 @@ def make_run(folder: Path, sequences: int, per_shard: int, length: int) -> tuple
                 path,
                 Scores(log_prob_sum=sums, num_tokens=counts, token_log_prob=token_log_prob),
             )
-        elif shard.rows:
+        elif shard.row_range:
             path = work.new_path(shard, ".arrow")
             samples = Samples(ids=ids, length=counts, log_prob_sum=sums, log_prob_tau_sum=sums)
             write_samples(path, samples, {})
@@ -148,7 +148,7 @@ def make_run(folder: Path, sequences: int, per_shard: int, length: int) -> tuple
             path.mkdir()
             (path / "config.json").write_text("{}")
             stats = {"parameters": 0, "steps": 0, "final_loss_nats": 0.0}
-        work.publish(shard, Written(path=path, rows=shard.num_rows, stats=stats), time.time())
+        work.publish(shard, Written(path=path, num_rows=shard.num_rows, stats=stats), time.time())
     return config, run
 
 

@@ -111,7 +111,7 @@ def make_run(path: Path, num_shards: int) -> tuple[RunFolder, list[Shard]]:
     checkpoint = work.new_path(truth)
     model.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
-    work.publish(truth, Written(path=checkpoint, rows=1), time.time())
+    work.publish(truth, Written(path=checkpoint, num_rows=1), time.time())
     return run, plan.arm(arms.SAMPLE_TRUTH, "train")
 
 

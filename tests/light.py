@@ -84,7 +84,7 @@ def write(shard: Shard, work: Work[LightConfig], value: int) -> Written:
         time.sleep(work.config.seconds)
         file.write(text[1:])
     misbehave(f"{name}-written", work)
-    return Written(path=path, rows=1)
+    return Written(path=path, num_rows=1)
 
 
 def misbehave(name: str, work: Work[LightConfig], data: Path | None = None) -> None:
@@ -136,7 +136,7 @@ def run_merge(shard: Shard, work: Work[LightConfig]) -> Written:
         provenance=work.provenance(shard.reads, ["numpy", "h5py"]),
     )
     misbehave(f"{name}-written", work)
-    return Written(path=path, rows=len(values))
+    return Written(path=path, num_rows=len(values))
 
 
 def stage(name: str, plan: Any, run: Any, alias: str | None = None) -> Stage[LightConfig]:
@@ -144,7 +144,6 @@ def stage(name: str, plan: Any, run: Any, alias: str | None = None) -> Stage[Lig
         name=name,
         reads="",
         writes="",
-        unit="rows",
         plan=plan,
         run=run,
         rate=lambda c: 1.0,

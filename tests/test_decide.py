@@ -32,7 +32,7 @@ def plan_second(config: Any, before: Plan) -> list[Shard]:
 
 
 def stage(name: str, plan: Any) -> Stage[RunConfig]:
-    return Stage(name=name, reads="", writes="", unit="rows", plan=plan, run=lambda s, w: None)
+    return Stage(name=name, reads="", writes="", plan=plan, run=lambda s, w: None)
 
 
 PIPELINE = Pipeline(
@@ -217,6 +217,10 @@ def test_after_a_cancel_only_what_was_asked_for_starts() -> None:
     [
         (RuntimeError("gloo: Read error: Connection reset by peer"), "LOST"),
         (RuntimeError("CUDA out of memory"), "OOM"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "OOM"),
+        (OSError(12, "Cannot allocate memory"), "OOM"),
+        (RuntimeError("Couldn't allocate memory"), "OOM"),
+        (RuntimeError("could not allocate memory"), "OOM"),
         (OSError(28, "No space left on device"), "DISK_FULL"),
         (FloatingPointError("loss"), "DIVERGED"),
         (ValueError("a bug"), "EXCEPTION"),

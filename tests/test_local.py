@@ -409,7 +409,7 @@ def test_measured_seconds_decide_how_shards_are_packed(copy: Path) -> None:
     for shard in shards[:2]:
         path = work.new_path(shard)
         path.write_text("ids")
-        work.publish(shard, Written(path=path, rows=1), time.time() - 60)
+        work.publish(shard, Written(path=path, num_rows=1), time.time() - 60)
     policy = dataclasses.replace(before.policy, task_s=40.0)
     after = observe(run, config, plan, policy=policy)
     assert after.situation.seconds_per_work["sample-truth"] * shards[0].work > 30

@@ -27,14 +27,13 @@ SHARD = Shard(arm=Arm(stage="only", name="arm", fields={"x": 1}, inputs={}), nam
 def write(shard: Shard, work: Work[RunConfig]) -> Written:
     path = work.new_path(shard, ".txt")
     path.write_text("data")
-    return Written(path=path, rows=1)
+    return Written(path=path, num_rows=1)
 
 
 STAGE = Stage(
     name="only",
     reads="",
     writes="",
-    unit="rows",
     plan=lambda c, b: [SHARD],
     run=write,
     alias="last",
@@ -53,7 +52,7 @@ def test_a_published_shard_is_found_and_verified(work: Work[RunConfig]) -> None:
     record = work.run.scan().records[SHARD.key]
     verify(record)
     assert record.data.read_text() == "data"
-    assert (record.recipe, record.rows) == (SHARD.recipe, 1)
+    assert (record.recipe, record.num_rows) == (SHARD.recipe, 1)
     assert (work.run.path / "1-only" / "last").read_text() == "data"
 
 

@@ -29,7 +29,7 @@ def test_shards_cover_every_row_once_and_in_order(num_rows: int, per_shard: int)
 @given(num_rows=SIZES, more=SIZES, per_shard=SIZES)
 def test_an_arm_that_grows_changes_no_shard(num_rows: int, more: int, per_shard: int) -> None:
     before, after = dict(cut(num_rows, per_shard)), dict(cut(num_rows + more, per_shard))
-    assert all(after[name] == rows for name, rows in before.items() if name in after)
+    assert all(after[name] == row_range for name, row_range in before.items() if name in after)
 
 
 def test_every_shard_reads_only_what_is_planned_before_it() -> None:

@@ -245,6 +245,13 @@ def test_an_exploding_training_stops_at_once_and_names_its_last_checkpoint(tmp_p
         run(dataclasses.replace(recipe, max_gradient_norm=1e-6))
 
 
+def test_a_training_that_diverged_leaves_torch_as_it_was() -> None:
+    linear = torch.nn.functional.linear  # ZeRO-3 replaces it in the whole process
+    with pytest.raises(DivergedError):
+        run(dataclasses.replace(RECIPE, zero_stage=3, max_gradient_norm=1e-6))
+    assert torch.nn.functional.linear is linear
+
+
 def test_validation_is_right_and_changes_nothing() -> None:
     recipe = dataclasses.replace(
         RECIPE, stop_after_epochs=0.25, validate_every_steps=1, validation_sequences=50

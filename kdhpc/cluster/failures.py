@@ -117,10 +117,14 @@ RANK_GONE = re.compile(
     r"connection (reset|closed) by|broken pipe|ncclRemoteError|ncclSystemError", re.IGNORECASE
 )
 """Messages of gloo and NCCL when another rank is gone."""
-NO_MEMORY = re.compile(r"out of memory|(can't|cannot) allocate memory", re.IGNORECASE)
+NO_MEMORY = re.compile(
+    r"out of memory|(can't|cannot|couldn't|could not) allocate memory", re.IGNORECASE
+)
 """Messages of torch on GPUs, of torch on CPUs, and of the operating system."""
 KILLED = {code: n for n in (9, 15) for code in (f"0:{n}", f"{n}:0", f"{128 + n}:0")}
-"""Signal that ended a task, by ExitCode: from Slurm, from srun 22.05, and from later sruns."""
+"""Signal that killed a task, SIGKILL (9) or SIGTERM (15), by the task's ExitCode in sacct, which is
+`exit code:signal`. Signal 9 is `0:9` if Slurm reports the signal itself, `9:0` if srun 22.05 ended
+with the signal as its exit code, and `137:0` if a later srun ended with 128 + signal."""
 STARTED = ": started"
 """End of the line that begins a shard's attempt in the log of its task."""
 STOPPED_EXIT_CODE = 75

@@ -150,8 +150,8 @@ def changed_recipes(plan: Plan, scan: Scan) -> list[str]:
         if shard is None or shard.recipe == record.recipe:
             continue
         changes = presets.difference(dict(record.fields), json.loads(json.dumps(shard.arm.fields)))
-        if shard.rows != record.row_range:
-            changes.append(f"rows of {key}: {record.row_range} -> {shard.rows}")
+        if shard.row_range != record.row_range:
+            changes.append(f"rows of {key}: {record.row_range} -> {shard.row_range}")
         if not changes:  # an input changed whose own record is missing, so it is not listed itself
             changes = [
                 f"made from another {role}"

@@ -98,7 +98,7 @@ def join_ranks(model: Model, work: Work[LanguageConfig]) -> None:
 def train_shard(
     shard: Shard,
     work: Work[LanguageConfig],
-    watching: Training,
+    configured: Training,
     corpus: "Corpus",
     tokenizer_path: Path,
     *,
@@ -109,8 +109,8 @@ def train_shard(
     Args:
         shard: shard whose fields determine the training.
         work: config and paths.
-        watching: settings of which the fields of `WATCHING` are used, which are no part of the
-            shard's recipe.
+        configured: the whole `Training` of the config. Only its fields of `WATCHING` are used,
+            which are no part of the shard's recipe; the others come from the shard.
         corpus: sequences to train on.
         tokenizer_path: folder of the tokenizer that is saved with the model.
         validation: sequences for the validation loss.
@@ -133,8 +133,8 @@ def train_shard(
     settings = settings_of(
         {name: value for name, value in shard.arm.fields.items() if name in names}, TrainSettings
     )
-    recipe = dataclasses.replace(
-        settings.training, **{name: getattr(watching, name) for name in WATCHING}
+    training_settings = dataclasses.replace(
+        settings.training, **{name: getattr(configured, name) for name in WATCHING}
     )
     stream, device = settings.stream, devices.pick_device(work.config.device)
     tokenizer = Tokenizer(tokenizer_path)
@@ -154,7 +154,7 @@ def train_shard(
     resumable = states_recipe(shard.arm)
     states = folder / resumable[:12]
     newest = checkpoints.newest(states, resumable) if work.rank == 0 else None
-    kept = Schedule.of(recipe, len(corpus)).kept
+    kept = Schedule.of(training_settings, len(corpus)).kept
     started = time.time()
     work.ready()
 
@@ -164,7 +164,7 @@ def train_shard(
             step=state.step,
             tensors=state.tensors,
             recipe=resumable,
-            num_kept=recipe.keep_checkpoints,
+            num_kept=training_settings.keep_checkpoints,
             for_good=state.step in kept,
         )
 
@@ -177,7 +177,7 @@ def train_shard(
         trained = train(
             new_model(),
             corpus,
-            recipe,
+            training_settings,
             seed=settings.seed,
             stream=f"{stream}/order",
             device=device,
@@ -192,7 +192,7 @@ def train_shard(
         )
     if not trained.finished or work.rank > 0:
         return None
-    result = new_model().to(devices.DTYPES[recipe.dtype])
+    result = new_model().to(devices.DTYPES[training_settings.dtype])
     result.load_state_dict(dict(trained.weights), strict=False)
     path = work.new_path(shard)
     huggingface.save_model(result, tokenizer_path, path)
@@ -200,7 +200,7 @@ def train_shard(
     final_loss = trained.losses[-1] if trained.losses else read_log(folder)[-1]["loss"]
     return Written(
         path=path,
-        rows=1,
+        num_rows=1,
         stats={
             "parameters": sum(p.numel() for p in result.parameters()),
             "steps": trained.step,

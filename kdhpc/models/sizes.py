@@ -73,41 +73,41 @@ BUCKET = 5 * 10**7
 
 
 def training_memory(
-    shape: Shape, recipe: Training, *, vocab_size: int, length: int
+    shape: Shape, settings: Training, *, vocab_size: int, length: int
 ) -> TrainingMemory:
-    """Return the memory of one rank in training; ZeRO spreads parts of it over the recipe's ranks.
+    """Return the memory of one rank in training; ZeRO spreads parts of it over the ranks.
 
     Activations are counted tensor by tensor for transformers' Llama (`docs/training.md`).
     """
-    size = NUM_BYTES[recipe.dtype]
-    parameters, ranks = num_parameters(shape, vocab_size), recipe.world_size
-    tokens = recipe.micro_batch * length
+    size = NUM_BYTES[settings.dtype]
+    parameters, ranks = num_parameters(shape, vocab_size), settings.world_size
+    tokens = settings.micro_batch * length
     kv = shape.hidden // shape.heads * shape.kv_heads
     norms = 2 * shape.hidden * (2 * size + 4)  # the input in float32, the scaled input, the output
     attention = size * (3 * shape.hidden + 2 * kv)
     layer = norms + attention + size * 4 * shape.ffn
-    chunk = min(recipe.head_tokens, tokens)
+    chunk = min(settings.head_tokens, tokens)
     head_sums = 0 if chunk == tokens else 4 * vocab_size * shape.hidden
 
     def shared_from(stage: int) -> int:
         """Return how many ranks share what ZeRO spreads from this stage on."""
-        return ranks if recipe.zero_stage >= stage else 1
+        return ranks if settings.zero_stage >= stage else 1
 
     return TrainingMemory(
         weights=size * parameters / shared_from(3),
         gradients=size * parameters / shared_from(2),
-        optimizer=(8.0 if recipe.zero_stage == 0 else 12.0) * parameters / shared_from(1),
+        optimizer=(8.0 if settings.zero_stage == 0 else 12.0) * parameters / shared_from(1),
         activations=tokens
         * (
             layer + shape.layers * size * shape.hidden
-            if recipe.activation_checkpointing
+            if settings.activation_checkpointing
             else shape.layers * layer
         ),
         head=8.0 * chunk * vocab_size + head_sums + size * (vocab_size + tokens) * shape.hidden,
         update=0.0
-        if recipe.zero_stage == 0
+        if settings.zero_stage == 0
         else (4.0 + (size if size < 4 else 0)) * parameters / shared_from(1),
-        buckets=0.0 if recipe.zero_stage == 0 else 2.0 * size * min(BUCKET, parameters),
+        buckets=0.0 if settings.zero_stage == 0 else 2.0 * size * min(BUCKET, parameters),
     )
 
 

@@ -77,12 +77,13 @@ class Shard:
     arm: Arm
     name: str
     """File name of the shard's record, without `.json`."""
-    rows: tuple[int, int] | None = None
+    row_range: tuple[int, int] | None = None
     """Index of the first row and one past the last; None for arms that are not cut by rows."""
     reads: tuple[str, ...] = ()
     """Keys of the shards whose records must exist before this shard may start."""
     work: float = 1.0
-    """Work of each rank in the unit of the stage, for estimates and for packing tasks."""
+    """Work of each rank, for estimates and for packing tasks. Its unit, such as tokens, is a choice
+    of the stage, and `Stage.rate` has the same."""
     num_bytes: float = 0.0
     """Expected size of the output in bytes."""
 
@@ -97,11 +98,11 @@ class Shard:
 
     @cached_property
     def recipe(self) -> str:
-        return digest([self.arm.recipe, self.rows])
+        return digest([self.arm.recipe, self.row_range])
 
     @property
     def num_rows(self) -> int:
-        return 1 if self.rows is None else self.rows[1] - self.rows[0]
+        return 1 if self.row_range is None else self.row_range[1] - self.row_range[0]
 
 
 def cut(num_rows: int, rows_per_shard: int) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -121,7 +122,7 @@ def merge_of(
     *,
     stage: str,
     fields: Mapping[str, Json],
-    rows: int,
+    num_rows: int,
     bytes_per_row: float,
 ) -> Shard:
     """Make the shard that merges other shards; its name is the start of its recipe.
@@ -130,21 +131,21 @@ def merge_of(
     run has grown, it is merged again and the old merge is kept.
     """
     arms = {f"{shard.stage}/{shard.arm.name}": shard.arm for shard in shards}
-    num_rows = dict.fromkeys(arms, 0)
+    rows_of = dict.fromkeys(arms, 0)
     for shard in shards:
-        num_rows[f"{shard.stage}/{shard.arm.name}"] += shard.num_rows
+        rows_of[f"{shard.stage}/{shard.arm.name}"] += shard.num_rows
     arm = Arm(
         stage=stage,
         name="results",
-        fields={**fields, "num_rows": num_rows},
+        fields={**fields, "num_rows": rows_of},
         inputs={name: arm.recipe for name, arm in arms.items()},
     )
     return Shard(
         arm=arm,
         name=arm.recipe[:12],
         reads=tuple(shard.key for shard in shards),
-        work=rows,
-        num_bytes=bytes_per_row * rows,
+        work=num_rows,
+        num_bytes=bytes_per_row * num_rows,
     )
 
 

@@ -35,8 +35,6 @@ class Stage(Generic[C]):
     """Description of the inputs, for people."""
     writes: str
     """Description of the outputs with shapes, dtypes and units, for people."""
-    unit: str
-    """Unit of `Shard.work`, such as tokens."""
     plan: Callable[[C, Plan], Iterable[Shard]]
     """Makes the shards of the stage from the config and the plan of the earlier stages. It must be
     pure and must not access the disk."""
@@ -44,7 +42,7 @@ class Stage(Generic[C]):
     """Computes one shard. Heavy imports belong inside the function. It returns None if it was told
     to stop, and on every rank above 0."""
     rate: Callable[[C], float] = lambda config: 1.0
-    """Estimates the work that one rank does per second; measured speeds replace it."""
+    """Estimates how much of `Shard.work` one rank does per second; measured speeds replace it."""
     progress: Callable[[Path], str] = lambda scratch: ""
     """Describes a running shard in a few words for status.py, from the shard's scratch folder."""
     uses_device: bool = True

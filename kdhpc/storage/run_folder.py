@@ -41,7 +41,7 @@ class Record:
     data_name: str
     num_bytes: int
     digest: str
-    rows: int
+    num_rows: int
     recipe: str
     fields: Mapping[str, Json]
     inputs: Mapping[str, str]
@@ -181,7 +181,7 @@ def _record(raw: Mapping[str, Json], key: str, folder: Path) -> Record:
             data_name=data,
             num_bytes=raw["bytes"],
             digest=raw["digest"],
-            rows=raw["rows"],
+            num_rows=raw["num_rows"],
             recipe=raw["recipe"],
             fields=raw["fields"],
             inputs=raw["inputs"],

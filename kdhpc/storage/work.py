@@ -17,7 +17,15 @@ from typing import Generic, TypeVar
 from kdhpc.config.run import RunConfig
 from kdhpc.errors import DamagedError
 from kdhpc.plan.shards import Plan, Shard
-from kdhpc.storage.files import Digest, digest_of, point_alias, remove, sync_tree, write_once
+from kdhpc.storage.files import (
+    Digest,
+    digest_of,
+    point_alias,
+    remove,
+    size_of,
+    sync_tree,
+    write_once,
+)
 from kdhpc.storage.run_folder import Record, RunFolder, read_record, verify
 from kdhpc.types import Json
 
@@ -30,7 +38,7 @@ class Written:
     """Output of a stage's `run`: a file or folder at a path from `Work.new_path`."""
 
     path: Path
-    rows: int
+    num_rows: int
     stats: Mapping[str, Json] = dataclasses.field(default_factory=dict)
     """Numbers worth keeping in the record, such as a final loss."""
     digest: str = ""
@@ -220,18 +228,13 @@ class Work(Generic[C]):
         """
         sync_tree(written.path)
         path = self.run.record_path(shard.key)
-        num_bytes = (
-            sum(f.stat().st_size for f in written.path.rglob("*") if f.is_file())
-            if written.path.is_dir()
-            else written.path.stat().st_size
-        )
         record = {
             "key": shard.key,
             "data": written.path.name,
-            "bytes": num_bytes,
+            "bytes": size_of(written.path),
             "digest": written.digest or digest_of(written.path),
-            "rows": written.rows,
-            "row_range": shard.rows,
+            "num_rows": written.num_rows,
+            "row_range": shard.row_range,
             "recipe": shard.recipe,
             "fields": dict(shard.arm.fields),
             "inputs": dict(shard.arm.inputs),

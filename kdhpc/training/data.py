@@ -64,14 +64,14 @@ class Batch:
     """Number of tokens that count in the whole global batch, at least 1."""
 
 
-def batch_of(corpus: Corpus, rows: NDArray[np.int64], recipe: Training, *, pin: bool) -> Batch:
+def batch_of(corpus: Corpus, rows: NDArray[np.int64], settings: Training, *, pin: bool) -> Batch:
     """Read a global batch and take this rank's share of it.
 
     Every rank reads all rows, a few hundred kilobytes, because each of them needs the number of
     counted tokens.
     """
     ids, targets = corpus.read(rows)
-    mine = np.arange(len(rows)).reshape(recipe.accumulation, recipe.world_size, -1)
+    mine = np.arange(len(rows)).reshape(settings.accumulation, settings.world_size, -1)
     parts = []
     for index in mine[:, distributed.get_rank()]:
         part = ids[index], targets[index]
@@ -84,7 +84,7 @@ class Batches:
     """The global batches in order; each is read while the one before it is trained on."""
 
     corpus: Corpus
-    recipe: Training
+    settings: Training
     schedule: Schedule
     seed: int
     stream: str
@@ -110,17 +110,17 @@ class Batches:
         if self._order is None or self._order[0] != epoch:
             order = seeding.permutation(self.seed, self.stream, epoch, len(self.corpus))
             self._order = epoch, order
-        size = self.recipe.batch_sequences
+        size = self.settings.batch_sequences
         rows = self._order[1][index * size : (index + 1) * size]
-        return batch_of(self.corpus, rows, self.recipe, pin=self.pin)
+        return batch_of(self.corpus, rows, self.settings, pin=self.pin)
 
     def close(self) -> None:
         self._reader.shutdown(wait=True, cancel_futures=True)
 
 
-def validation_batches(corpus: Corpus, recipe: Training, *, pin: bool) -> Iterator[Batch]:
+def validation_batches(corpus: Corpus, settings: Training, *, pin: bool) -> Iterator[Batch]:
     """Yield global batches of the first sequences; rows that only fill the last do not count."""
-    num_rows = min(recipe.validation_sequences, len(corpus))
-    for start in range(0, num_rows, recipe.batch_sequences):
-        rows = np.arange(start, start + recipe.batch_sequences)
-        yield batch_of(corpus, np.where(rows < num_rows, rows, -1), recipe, pin=pin)
+    num_rows = min(settings.validation_sequences, len(corpus))
+    for start in range(0, num_rows, settings.batch_sequences):
+        rows = np.arange(start, start + settings.batch_sequences)
+        yield batch_of(corpus, np.where(rows < num_rows, rows, -1), settings, pin=pin)

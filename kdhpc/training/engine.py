@@ -66,24 +66,24 @@ class _WithLoss(nn.Module):
         return total
 
 
-def deepspeed_settings(recipe: Training) -> dict[str, object]:
-    """Return DeepSpeed's configuration, which depends on the recipe alone."""
-    settings: dict[str, object] = {
-        "train_batch_size": recipe.batch_sequences,
-        "train_micro_batch_size_per_gpu": recipe.micro_batch,
-        "gradient_accumulation_steps": recipe.accumulation,
-        "gradient_clipping": recipe.gradient_clip,
+def deepspeed_config(settings: Training) -> dict[str, object]:
+    """Return DeepSpeed's configuration, which depends on the training's settings alone."""
+    config: dict[str, object] = {
+        "train_batch_size": settings.batch_sequences,
+        "train_micro_batch_size_per_gpu": settings.micro_batch,
+        "gradient_accumulation_steps": settings.accumulation,
+        "gradient_clipping": settings.gradient_clip,
         "zero_optimization": {
-            "stage": recipe.zero_stage,
+            "stage": settings.zero_stage,
             "reduce_bucket_size": BUCKET,
             "allgather_bucket_size": BUCKET,
         },
         "steps_per_print": 10**9,
-        "bf16": {"enabled": recipe.dtype == "bfloat16"},
+        "bf16": {"enabled": settings.dtype == "bfloat16"},
     }
-    if recipe.dtype == "float16":
-        settings["fp16"] = {"enabled": True, "loss_scale": recipe.loss_scale}
-    return settings
+    if settings.dtype == "float16":
+        config["fp16"] = {"enabled": True, "loss_scale": settings.loss_scale}
+    return config
 
 
 def load_deepspeed() -> Any:
@@ -100,18 +100,18 @@ class Engine:
     """Trains one model with DeepSpeed; every rank calls the same methods in the same order."""
 
     def __init__(
-        self, model: PreTrainedModel, recipe: Training, schedule: Schedule, device: torch.device
+        self, model: PreTrainedModel, settings: Training, schedule: Schedule, device: torch.device
     ) -> None:
         """Hand the model to DeepSpeed.
 
         Args:
             model: float32 weights on the CPU, which become the engine's.
-            recipe: optimizer, batch, ranks and dtype.
+            settings: optimizer, batch, ranks and dtype.
             schedule: steps of the learning-rate schedule.
             device: device of this rank.
         """
         self.deepspeed = load_deepspeed()
-        self.recipe, self.device = recipe, device
+        self.settings, self.device = settings, device
         self.linear = functional.linear  # to be restored: ZeRO-3 replaces it in the whole process
         rank = distributed.get_rank()
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(distributed.get_world_size()))
@@ -122,34 +122,34 @@ class Engine:
         # be off by 0.7 radians at the end of a row of 512 tokens, and would differ from those of
         # the saved model.
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        model.to(DTYPES[recipe.dtype])
+        model.to(DTYPES[settings.dtype])
         attention.use_blocks(model)
-        if recipe.activation_checkpointing:
+        if settings.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        for layer in model.base_model.layers if recipe.compile else ():
+        for layer in model.base_model.layers if settings.compile else ():
             # Compile the parts other than attention; each kind of part needs one graph for all
             # layers.
             for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
                 part.compile()
         optimizer = torch.optim.AdamW(
             model.parameters(),
-            lr=recipe.learning_rate,
-            betas=recipe.betas,
-            eps=recipe.eps,
-            weight_decay=recipe.weight_decay,
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
             fused=True,
         )
         self.engine, self.optimizer, _, self.schedule = self.deepspeed.initialize(
-            model=_WithLoss(model, recipe.head_tokens),
+            model=_WithLoss(model, settings.head_tokens),
             optimizer=optimizer,
             lr_scheduler=lambda inner: get_wsd_schedule(
                 inner,
-                num_warmup_steps=round(recipe.warmup_fraction * schedule.total),
-                num_decay_steps=round(recipe.decay_fraction * schedule.total),
+                num_warmup_steps=round(settings.warmup_fraction * schedule.total),
+                num_decay_steps=round(settings.decay_fraction * schedule.total),
                 num_training_steps=schedule.total,
                 decay_type="linear",
             ),
-            config=deepspeed_settings(recipe),
+            config=deepspeed_config(settings),
             dist_init_required=False,
         )
         for name, buffer in buffers.items():
@@ -164,8 +164,8 @@ class Engine:
         """Do one optimizer step and return the loss in nats per counted token."""
         # DeepSpeed averages over accumulation steps and ranks. Multiplying by both undoes that, and
         # dividing by the counted tokens makes the loss a mean over tokens.
-        share = self.recipe.accumulation * self.recipe.world_size / batch.num_counted
-        gain = share * (self.recipe.loss_scale if self.recipe.dtype == "float16" else 1.0)
+        share = self.settings.accumulation * self.settings.world_size / batch.num_counted
+        gain = share * (self.settings.loss_scale if self.settings.dtype == "float16" else 1.0)
         total = torch.zeros((), device=self.device)
         for ids, targets in batch.parts:
             nll = self.engine(self._here(ids), self._here(targets), gain)
@@ -217,7 +217,7 @@ class Engine:
     def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        if self.recipe.zero_stage == 0:
+        if self.settings.zero_stage == 0:
             state: Tensor = self._states()[parameter][moment]
             return state
         whole: Tensor = safe_get_full_optimizer_state(parameter, moment)
@@ -248,13 +248,13 @@ class Engine:
 
         for name, parameter in self.parameters.items():
             weight = whole(name, parameter)
-            if self.recipe.zero_stage > 0:
+            if self.settings.zero_stage > 0:
                 safe_set_full_fp32_param(parameter, weight)
             with self.deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(weight)
             for moment in MOMENTS:
                 value = whole(f"{moment}/{name}", parameter)
-                if self.recipe.zero_stage > 0:
+                if self.settings.zero_stage > 0:
                     safe_set_full_optimizer_state(parameter, value, moment)
                 else:
                     self._moment(parameter, moment).copy_(value)

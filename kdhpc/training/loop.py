@@ -8,6 +8,7 @@ and moments, so that a training can resume with another number of ranks or anoth
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +48,8 @@ class Watch:
     """
 
     save: Callable[[State], None] = lambda state: None
-    """Receives a checkpoint at the recipe's interval and when the training is told to stop."""
+    """Receives a checkpoint at the interval of the settings and when the training is told to
+    stop."""
     should_stop: Callable[[], bool] = lambda: False
     """Asked after every step; the training stops if it returns True on any rank."""
     on_step: Callable[[Mapping[str, Json]], None] = lambda facts: None
@@ -67,7 +69,7 @@ class DivergedError(FloatingPointError):
 def train(
     model: PreTrainedModel,
     corpus: Corpus,
-    recipe: Training,
+    settings: Training,
     *,
     seed: int,
     stream: str,
@@ -75,7 +77,7 @@ def train(
     state: State | None = None,
     watch: Watch = Watch(),
 ) -> Trained:
-    """Train to the recipe's last step, or until told to stop.
+    """Train to the last step of the schedule, or until told to stop.
 
     `ranks.join` must have been called. Every rank calls this function with the same arguments,
     except the state, which only rank 0 needs.
@@ -83,7 +85,7 @@ def train(
     Args:
         model: fresh weights on the CPU; the training changes them in place.
         corpus: sequences to train on.
-        recipe: optimizer, batch, schedule and dtype.
+        settings: optimizer, batch, schedule and dtype.
         seed: seed of the run.
         stream: name of the random stream that orders the data.
         device: device of this rank.
@@ -94,63 +96,69 @@ def train(
         InputError: if the dtype is float16 and there is no GPU.
         DivergedError: if the training diverges; names the step and the last good checkpoint.
     """
-    if recipe.dtype == "float16" and device.type != "cuda":
+    if settings.dtype == "float16" and device.type != "cuda":
         raise InputError("dtype=float16: needs a GPU; expected bfloat16 or float32 on a CPU")
-    schedule = Schedule.of(recipe, len(corpus))
-    peak = matmul_flops_per_s(device, DTYPES[recipe.dtype]) * recipe.world_size
-    engine = Engine(model, recipe, schedule, device)
-    batches = Batches(corpus, recipe, schedule, seed, stream, pin := device.type == "cuda")
-    is_first = distributed.get_rank() == 0
-    resumed_step = torch.tensor(0 if state is None else state.step, device=device)
-    step = saved = int(from_first(resumed_step))
-    if step:
-        engine.step(batches.get(0))  # creates the optimizer's state, which is then overwritten
-        engine.restore(step, state)
-    losses: list[float] = []
-    stop = False
-    while step < schedule.last and not stop:
-        began = time.perf_counter()
-        batch, rate = batches.get(step), engine.schedule.get_last_lr()[0]
-        loss, norm = engine.step(batch), engine.gradient_norm()
-        step += 1
-        losses.append(loss)
-        if not (np.isfinite(loss) and norm <= recipe.max_gradient_norm):
-            raise DivergedError(
-                f"step {step}: loss {loss:.6g}, gradient norm {norm:.6g} (max_gradient_norm="
-                f"{recipe.max_gradient_norm:g}); the last good checkpoint is that of step {saved}"
-            )
-        step_s = time.perf_counter() - began
-        num_positions = recipe.batch_sequences * batch.parts[0][0].shape[1]
-        facts = {
-            "step": step,
-            "steps": schedule.last,
-            "epoch": step / schedule.steps_per_epoch,
-            "loss": loss,
-            "learning_rate": rate,
-            "gradient_norm": norm,
-            "tokens_per_s": batch.num_counted / step_s,
-            "mfu": watch.flops_per_token * num_positions / step_s / peak,
-            "step_s": step_s,
-            "data_s": batches.waited_s,
-        }
-        every = recipe.validate_every_steps
-        if watch.validation is not None and every and (step % every == 0 or step == schedule.last):
+    schedule = Schedule.of(settings, len(corpus))
+    peak = matmul_flops_per_s(device, DTYPES[settings.dtype]) * settings.world_size
+    pin = device.type == "cuda"
+    with (
+        closing(Engine(model, settings, schedule, device)) as engine,
+        closing(Batches(corpus, settings, schedule, seed, stream, pin)) as batches,
+    ):
+        is_first = distributed.get_rank() == 0
+        resumed_step = torch.tensor(0 if state is None else state.step, device=device)
+        step = saved = int(from_first(resumed_step))
+        if step:
+            engine.step(batches.get(0))  # creates the optimizer's state, which is then overwritten
+            engine.restore(step, state)
+        losses: list[float] = []
+        stop = False
+        while step < schedule.last and not stop:
             began = time.perf_counter()
-            facts["validation_loss"] = engine.validate(
-                validation_batches(watch.validation, recipe, pin=pin)
-            )
-            facts["validation_s"] = time.perf_counter() - began
-        stop = step < schedule.last and any_rank(watch.should_stop(), device)
-        if stop or schedule.saves_at(step, recipe.checkpoint_every_steps):
-            began = time.perf_counter()
-            checkpoint = engine.state(step)
+            batch, rate = batches.get(step), engine.schedule.get_last_lr()[0]
+            loss, norm = engine.step(batch), engine.gradient_norm()
+            step += 1
+            losses.append(loss)
+            if not (np.isfinite(loss) and norm <= settings.max_gradient_norm):
+                raise DivergedError(
+                    f"step {step}: loss {loss:.6g}, gradient norm {norm:.6g} "
+                    f"(max_gradient_norm={settings.max_gradient_norm:g}); "
+                    f"the last good checkpoint is that of step {saved}"
+                )
+            step_s = time.perf_counter() - began
+            num_positions = settings.batch_sequences * batch.parts[0][0].shape[1]
+            facts = {
+                "step": step,
+                "steps": schedule.last,
+                "epoch": step / schedule.steps_per_epoch,
+                "loss": loss,
+                "learning_rate": rate,
+                "gradient_norm": norm,
+                "tokens_per_s": batch.num_counted / step_s,
+                "mfu": watch.flops_per_token * num_positions / step_s / peak,
+                "step_s": step_s,
+                "data_s": batches.waited_s,
+            }
+            every = settings.validate_every_steps
+            if (
+                watch.validation is not None
+                and every
+                and (step % every == 0 or step == schedule.last)
+            ):
+                began = time.perf_counter()
+                facts["validation_loss"] = engine.validate(
+                    validation_batches(watch.validation, settings, pin=pin)
+                )
+                facts["validation_s"] = time.perf_counter() - began
+            stop = step < schedule.last and any_rank(watch.should_stop(), device)
+            if stop or schedule.saves_at(step, settings.checkpoint_every_steps):
+                began = time.perf_counter()
+                checkpoint = engine.state(step)
+                if is_first:
+                    watch.save(checkpoint)
+                saved = step
+                facts["checkpoint_s"] = time.perf_counter() - began
             if is_first:
-                watch.save(checkpoint)
-            saved = step
-            facts["checkpoint_s"] = time.perf_counter() - began
-        if is_first:
-            watch.on_step(facts)
-    weights = {} if stop else engine.weights()
-    batches.close()
-    engine.close()
+                watch.on_step(facts)
+        weights = {} if stop else engine.weights()
     return Trained(finished=not stop, step=step, losses=losses, weights=weights)

@@ -18,13 +18,13 @@ class Schedule:
     """Steps whose checkpoints are never deleted."""
 
     @staticmethod
-    def of(recipe: Training, num_sequences: int) -> "Schedule":
-        """Make the schedule of a recipe; the last, incomplete batch of an epoch is left out."""
-        per_epoch = num_sequences // recipe.batch_sequences
-        total = int(recipe.epochs * per_epoch)
-        stop = recipe.stop_after_epochs
+    def of(settings: Training, num_sequences: int) -> "Schedule":
+        """Make the schedule of a training; the last, incomplete batch of an epoch is left out."""
+        per_epoch = num_sequences // settings.batch_sequences
+        total = int(settings.epochs * per_epoch)
+        stop = settings.stop_after_epochs
         last = total if stop is None else int(stop * per_epoch)
-        kept = frozenset(int(epoch * per_epoch) for epoch in recipe.keep_epochs)
+        kept = frozenset(int(epoch * per_epoch) for epoch in settings.keep_epochs)
         return Schedule(steps_per_epoch=per_epoch, total=total, last=max(1, last), kept=kept)
 
     def saves_at(self, step: int, every: int) -> bool:

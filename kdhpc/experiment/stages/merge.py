@@ -27,20 +27,20 @@ PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "h5py")
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
-    """Plan one shard that reads all models, evaluation sets and scores."""
+    """Plan one shard that reads all models, evaluation sets and scores; work is in scored rows."""
     merged = [
         shard
         for stage in (arms.TRUTH, arms.TRAIN_ON_TRUTH, arms.TRAIN_STUDENTS, arms.SCORE)
         for shard in before.stage(stage)
     ]
     merged += before.arm(arms.SAMPLE_TRUTH, "eval") + before.stage(arms.SAMPLE_STUDENTS)
-    rows = sum(shard.num_rows for shard in before.stage(arms.SCORE))
+    num_rows = sum(shard.num_rows for shard in before.stage(arms.SCORE))
     return [
         merge_of(
             merged,
             stage=arms.MERGE,
             fields={},
-            rows=rows,
+            num_rows=num_rows,
             bytes_per_row=12.0 + 4.0 * config.length * config.scoring.per_token,
         )
     ]
@@ -53,7 +53,7 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     for key in shard.reads:
         work.record(key)  # checks the records of shards that were not read for their scores
     stats = {"logical_digest": merged.logical_digest}
-    return Written(path=path, rows=1, stats=stats, digest=merged.digest)
+    return Written(path=path, num_rows=1, stats=stats, digest=merged.digest)
 
 
 def run_partial(work: Work[LanguageConfig], present: frozenset[str], path: Path) -> None:
@@ -175,7 +175,6 @@ MERGE = Stage(
     name=arms.MERGE,
     reads="score shards and evaluation sets",
     writes="results.h5: /scores/<sampler>/<scorer>, /models, /provenance",
-    unit="rows",
     plan=plan,
     run=run,
     rate=lambda config: 1e6,

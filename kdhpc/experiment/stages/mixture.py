@@ -84,7 +84,10 @@ def arms(config: MixtureConfig) -> Iterator[tuple[str, float | None]]:
 
 
 def plan_teachers(config: MixtureConfig, before: Plan) -> list[Shard]:
-    """Plan the shards of fit-teachers: for every setting, ranges of seeds."""
+    """Plan the shards of fit-teachers: for every setting, ranges of seeds.
+
+    Work is in points times components times starts of EM.
+    """
     shards = []
     for name, setting in config.settings.items():
         settings = TeacherSettings(
@@ -111,17 +114,20 @@ def plan_teachers(config: MixtureConfig, before: Plan) -> list[Shard]:
             Shard(
                 arm=arm,
                 name=shard_name,
-                rows=rows,
-                work=work * (rows[1] - rows[0]),
-                num_bytes=num_bytes * (rows[1] - rows[0]),
+                row_range=row_range,
+                work=work * (row_range[1] - row_range[0]),
+                num_bytes=num_bytes * (row_range[1] - row_range[0]),
             )
-            for shard_name, rows in cut(config.seeds, config.shard_seeds)
+            for shard_name, row_range in cut(config.seeds, config.shard_seeds)
         ]
     return shards
 
 
 def plan_students(config: MixtureConfig, before: Plan) -> list[Shard]:
-    """Plan the shards of fit-students: for every student, one for each shard of its teachers."""
+    """Plan the shards of fit-students: for every student, one for each shard of its teachers.
+
+    Work is in points.
+    """
     shards = []
     for name, setting in config.settings.items():
         teachers = before.arm("fit-teachers", f"{name}-{TEACHERS}")
@@ -148,7 +154,7 @@ def plan_students(config: MixtureConfig, before: Plan) -> list[Shard]:
                 Shard(
                     arm=arm,
                     name=source.name,
-                    rows=source.rows,
+                    row_range=source.row_range,
                     reads=(source.key,),
                     work=(setting.distill_points + 4 * config.eval_points) * source.num_rows,
                     num_bytes=2000.0 * source.num_rows,
@@ -159,10 +165,10 @@ def plan_students(config: MixtureConfig, before: Plan) -> list[Shard]:
 
 
 def plan_merge(config: MixtureConfig, before: Plan) -> list[Shard]:
-    """Plan one shard that reads all shards of both stages."""
+    """Plan one shard that reads all shards of both stages; work is in rows, one for each seed."""
     merged = [*before.stage("fit-teachers"), *before.stage("fit-students")]
-    rows = sum(shard.num_rows for shard in merged)
-    return [merge_of(merged, stage="merge", fields={}, rows=rows, bytes_per_row=2000.0)]
+    num_rows = sum(shard.num_rows for shard in merged)
+    return [merge_of(merged, stage="merge", fields={}, num_rows=num_rows, bytes_per_row=2000.0)]
 
 
 def run_teachers(shard: Shard, work: Work[MixtureConfig]) -> Written:
@@ -203,7 +209,7 @@ def run_students(shard: Shard, work: Work[MixtureConfig]) -> Written:
     settings = settings_of(shard.arm.fields, StudentSettings)
     seed, arm = settings.seed, settings.arm
     teachers = read_arrays(work.input(shard.reads[0]))
-    first = shard.rows[0] if shard.rows else 0
+    first = shard.row_range[0] if shard.row_range else 0
 
     def fit_one(index: int) -> "Facts":
         stream, row = f"{settings.stream}/s{index}", index - first
@@ -252,7 +258,7 @@ def run_merge(shard: Shard, work: Work[MixtureConfig]) -> Written:
         provenance=work.provenance(shard.reads, PACKAGES),
     )
     stats = {"logical_digest": merged.logical_digest}
-    return Written(path=path, rows=1, stats=stats, digest=merged.digest)
+    return Written(path=path, num_rows=1, stats=stats, digest=merged.digest)
 
 
 def _tables(work: Work[MixtureConfig]) -> Iterator[tuple[str, "Arrays"]]:
@@ -318,19 +324,18 @@ def _write(shard: Shard, work: Work[MixtureConfig], fit_one: Callable[[int], "Fa
     from kdhpc.storage.hdf5 import write_arrays
 
     rows = []
-    for index in range(*(shard.rows or (0, 0))):
+    for index in range(*(shard.row_range or (0, 0))):
         rows.append(fit_one(index))
         work.progress(len(rows) / shard.num_rows)
     path = work.new_path(shard, ".h5")
     write_arrays(path, {name: np.stack([row[name] for row in rows]) for name in rows[0]})
-    return Written(path=path, rows=len(rows))
+    return Written(path=path, num_rows=len(rows))
 
 
 FIT_TEACHERS = Stage(
     name="fit-teachers",
     reads="nothing: p* and D are drawn",
     writes="p*, D, teachers and direct students; arrays [S, ...] with one row per seed",
-    unit="points",
     plan=plan_teachers,
     run=run_teachers,
     rate=lambda config: 5e5,
@@ -340,7 +345,6 @@ FIT_STUDENTS = Stage(
     name="fit-students",
     reads="p*, D, teachers and direct students",
     writes="students of each D'_beta and their scores in nats; arrays [S, ...], one row per seed",
-    unit="points",
     plan=plan_students,
     run=run_students,
     rate=lambda config: 1.5e6,
@@ -350,7 +354,6 @@ MERGE_MIXTURE = Stage(
     name="merge",
     reads="teachers, students and scores",
     writes="results.h5: /tables/<setting>-<arm>, /models, /provenance",
-    unit="rows",
     plan=plan_merge,
     run=run_merge,
     rate=lambda config: 1e5,

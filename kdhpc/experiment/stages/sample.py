@@ -37,7 +37,7 @@ class SampleSettings:
 
 
 def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
-    """Plan the shards of every sample set of one stage."""
+    """Plan the shards of every sample set of one stage; work is in tokens of whole rows."""
     shards: list[Shard] = []
     for sample_set in arms.sample_sets(config):
         if sample_set.stage != stage:
@@ -68,12 +68,12 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
             Shard(
                 arm=arm,
                 name=name,
-                rows=rows,
+                row_range=row_range,
                 reads=(model.key,),
-                work=(rows[1] - rows[0]) * config.length,
-                num_bytes=(rows[1] - rows[0]) * (2.0 * config.length + 20),
+                work=(row_range[1] - row_range[0]) * config.length,
+                num_bytes=(row_range[1] - row_range[0]) * (2.0 * config.length + 20),
             )
-            for name, rows in cut(num_rows, sizes.shard_sequences)
+            for name, row_range in cut(num_rows, sizes.shard_sequences)
         ]
     return shards
 
@@ -108,7 +108,7 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     work.ready()
     samples = sample(
         sampler,
-        rows=range(*(shard.rows or (0, 0))),
+        rows=range(*(shard.row_range or (0, 0))),
         seed=settings.seed,
         stream=settings.stream,
         on_batch=lambda done: work.progress(done / shard.num_rows),
@@ -118,7 +118,7 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     write_samples(path, samples, metadata)
     return Written(
         path=path,
-        rows=len(samples),
+        num_rows=len(samples),
         stats={"device": sampler.device.type, "decoder": sampler.decoder.name},
     )
 
@@ -127,7 +127,6 @@ SAMPLE_TRUTH = Stage(
     name=arms.SAMPLE_TRUTH,
     reads="p*",
     writes=f"D and truth's evaluation set; {WRITES}",
-    unit="tokens",
     plan=functools.partial(plan, arms.SAMPLE_TRUTH),
     run=run,
     modules=("kdhpc.sampling.sampler",),
@@ -137,7 +136,6 @@ SAMPLE_TEACHER = Stage(
     name=arms.SAMPLE_TEACHER,
     reads="teachers",
     writes=f"D'_tau for every tau; {WRITES}",
-    unit="tokens",
     plan=functools.partial(plan, arms.SAMPLE_TEACHER),
     run=run,
     modules=("kdhpc.sampling.sampler",),
@@ -147,7 +145,6 @@ SAMPLE_STUDENTS = Stage(
     name=arms.SAMPLE_STUDENTS,
     reads="students and teachers",
     writes=f"evaluation sets of students at temperature 1, of teachers at every tau; {WRITES}",
-    unit="tokens",
     plan=functools.partial(plan, arms.SAMPLE_STUDENTS),
     run=run,
     modules=("kdhpc.sampling.sampler",),

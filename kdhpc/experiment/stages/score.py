@@ -34,7 +34,7 @@ class ScoreSettings:
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
-    """Plan the shards of every pair of sampler and scorer."""
+    """Plan the shards of every pair of sampler and scorer; work is in tokens of whole rows."""
     shards = []
     scoring = config.scoring
     settings = ScoreSettings(
@@ -57,14 +57,19 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
             inputs={"samples": sources[0].arm.recipe, "model": model.recipe},
         )
         num_rows = sum(shard.num_rows for shard in sources)
-        for name, rows in cut(num_rows, scoring.shard_sequences):
-            needed = [s for s in sources if s.rows and s.rows[0] < rows[1] and rows[0] < s.rows[1]]
-            size = rows[1] - rows[0]
+        for name, row_range in cut(num_rows, scoring.shard_sequences):
+            start, stop = row_range
+            needed = [
+                source
+                for source in sources
+                if source.row_range and source.row_range[0] < stop and start < source.row_range[1]
+            ]
+            size = stop - start
             shards.append(
                 Shard(
                     arm=arm,
                     name=name,
-                    rows=rows,
+                    row_range=row_range,
                     reads=(model.key, *(shard.key for shard in needed)),
                     work=size * config.length,
                     num_bytes=size * (12 + 4 * config.length * scoring.per_token) + 4096,
@@ -107,7 +112,7 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     write_scores(path, scores)
     return Written(
         path=path,
-        rows=shard.num_rows,
+        num_rows=shard.num_rows,
         stats={"device": loaded.model.device.type, "engine": "native" if head else "torch"},
     )
 
@@ -117,8 +122,8 @@ def _samples(shard: Shard, work: Work[LanguageConfig]) -> "Samples":
     from kdhpc.storage.token_shards import read_samples
 
     sources = [work.plan.shards[key] for key in shard.reads[1:]]
-    first = sources[0].rows[0] if sources[0].rows else 0
-    start, stop = shard.rows or (0, 0)
+    first = sources[0].row_range[0] if sources[0].row_range else 0
+    start, stop = shard.row_range or (0, 0)
     return read_samples([work.input(s.key) for s in sources])[start - first : stop - first]
 
 
@@ -126,7 +131,6 @@ SCORE = Stage(
     name=arms.SCORE,
     reads="evaluation sets; p*, teachers and students",
     writes="score shards: log_prob_sum [N] float64 in nats, num_tokens [N] int32",
-    unit="tokens",
     plan=plan,
     run=run,
     modules=("kdhpc.scoring.scorer",),

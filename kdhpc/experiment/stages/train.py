@@ -18,7 +18,7 @@ WRITES = "Hugging Face checkpoint folders (safetensors, tokenizer)"
 
 
 def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
-    """Plan one shard for every model of this stage."""
+    """Plan one shard for every model of this stage; work is in tokens of whole rows."""
     shards = []
     [truth] = before.arm(*arms.TRUTH_MODEL)
     for trainee in arms.trainees(config):
@@ -78,17 +78,16 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
         rows = map_token_rows([work.input(s.key) for s in work.plan.arm(stage, arm)])
         return Corpus(ids=rows, length=rows.length, counting=counting)
 
-    watching = trainee.model.training
-    validation = corpus(*arms.TRUTH_EVAL) if watching.validate_every_steps else None
+    training = trainee.model.training
+    validation = corpus(*arms.TRUTH_EVAL) if training.validate_every_steps else None
     data = corpus(*trainee.data)
-    return train_shard(shard, work, watching, data, tokenizer_path, validation=validation)
+    return train_shard(shard, work, training, data, tokenizer_path, validation=validation)
 
 
 TRAIN_ON_TRUTH = Stage(
     name=arms.TRAIN_ON_TRUTH,
     reads="D",
     writes=f"teachers and direct students; {WRITES}",
-    unit="tokens",
     plan=functools.partial(plan, arms.TRAIN_ON_TRUTH),
     run=run,
     modules=("kdhpc.training.loop", "deepspeed"),
@@ -99,7 +98,6 @@ TRAIN_STUDENTS = Stage(
     name=arms.TRAIN_STUDENTS,
     reads="D'_tau",
     writes=f"distilled students; {WRITES}",
-    unit="tokens",
     plan=functools.partial(plan, arms.TRAIN_STUDENTS),
     run=run,
     modules=("kdhpc.training.loop", "deepspeed"),

@@ -53,7 +53,7 @@ def _trained_truth(config: LanguageConfig) -> Model | None:
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
-    """Plan one shard: p* as a checkpoint folder."""
+    """Plan one shard: p* as a checkpoint folder; the work of a training is a guess in tokens."""
     truth, model = config.truth, _trained_truth(config)
     fields = fields_of(
         TruthSettings(
@@ -116,7 +116,7 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
             f"truth.model={truth.model}: has {vocab_size} token ids; token shards hold ids below "
             f"{MAX_VOCAB_SIZE}"
         )
-    return Written(path=path, rows=1, stats={"parameters": loading.count_parameters(path)})
+    return Written(path=path, num_rows=1, stats={"parameters": loading.count_parameters(path)})
 
 
 def _text_corpus(truth: Truth, length: int, tokenizer: "PreTrainedTokenizerBase") -> "Corpus":
@@ -154,7 +154,6 @@ TRUTH = Stage(
     name=arms.TRUTH,
     reads="a corpus, a GGUF file, a Hugging Face folder or hub id",
     writes="p*; a Hugging Face checkpoint folder (safetensors, tokenizer)",
-    unit="tokens",
     plan=plan,
     run=run,
     modules=("kdhpc.training.loop", "deepspeed"),
