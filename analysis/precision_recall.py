@@ -4,11 +4,13 @@
     python analysis/precision_recall.py RUN [--out FOLDER]
 
 Writes precision_recall.csv, .png and .pdf next to results.h5, or to FOLDER. Intervals are 95 %: for
-one seed by bootstrap over sequences, for several by Student's t over the seeds' means.
+one seed by bootstrap over sequences, for several by Student's t over the seeds' means. Students
+that lack a score, as in a partial merge, are left out and counted.
 """
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdhpc.cluster.display import command
+from kdhpc.errors import InputError
 from kdhpc.pipeline import LANGUAGE
 from kdhpc.science import metrics
 from kdhpc.storage.results import Results
@@ -40,16 +43,24 @@ class Row:
     recall_high: float
 
 
-def rows(results: Results) -> list[Row]:
-    """Return one row for every student, then one for the mean of each group of several seeds."""
-    all_rows = [
-        _row(results, name, facts)
-        for name, facts in results.models.items()
-        if facts["kind"] == "student"
-    ]
-    all_rows.sort(key=_order)
+def students(results: Results) -> tuple[list[str], list[str]]:
+    """Return the names of the trained students that have both scores, and of those that do not."""
+    names = [name for name, facts in results.models.items() if facts["kind"] == "student"]
+    scored = [name for name in names if results.scores.keys() >= set(_pairs(name).values())]
+    return scored, [name for name in names if name not in scored]
+
+
+def _pairs(name: str) -> dict[str, tuple[str, str]]:
+    """Return the sampler and the scorer of each metric of a student."""
+    return {"precision": (name, "truth"), "recall": ("truth", name)}
+
+
+def rows(results: Results, names: Sequence[str]) -> list[Row]:
+    """Return one row for each of these students, then the mean of each group of several seeds."""
+    all_rows = [_row(results, name, results.models[name]) for name in names]
+    all_rows.sort(key=lambda row: (row.student_size, row.seed, _order(row)))
     groups: dict[tuple[str, str], list[Row]] = {}
-    for row in all_rows:
+    for row in sorted(all_rows, key=_order):
         groups.setdefault((row.student_size, row.tau), []).append(row)
     for (size, tau), group in groups.items():
         if len(group) > 1:
@@ -64,7 +75,7 @@ def rows(results: Results) -> list[Row]:
 
 def _row(results: Results, name: str, facts: Any) -> Row:
     values = {}
-    for metric, pair in (("precision", (name, "truth")), ("recall", ("truth", name))):
+    for metric, pair in _pairs(name).items():
         scores = results.scores[pair]
         arrays = (scores.log_prob_sum, scores.num_tokens)
         low, high = metrics.bootstrap(arrays)
@@ -77,7 +88,7 @@ def _row(results: Results, name: str, facts: Any) -> Row:
 
 def _order(row: Row) -> tuple[Any, ...]:
     number = float(row.tau) if row.tau.replace(".", "").isdigit() else math.inf
-    return row.student_size, row.seed, row.tau != "direct", -number, row.tau
+    return row.student_size, row.tau != "direct", -number, row.tau
 
 
 def table(all_rows: list[Row], python: str) -> Table:
@@ -107,8 +118,13 @@ def table(all_rows: list[Row], python: str) -> Table:
 
 
 def draw(all_rows: list[Row]) -> Figure:
-    """Draw precision against recall: a curve along tau, and the direct students as points."""
-    pooled = [row for row in all_rows if row.seed == "all"] or all_rows
+    """Draw precision against recall: a curve along tau, and the direct students as points.
+
+    A mean over seeds is drawn instead of its students.
+    """
+    means = {(row.student_size, row.tau) for row in all_rows if row.seed == "all"}
+    pooled = [r for r in all_rows if r.seed == "all" or (r.student_size, r.tau) not in means]
+    pooled.sort(key=_order)
     figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
     for index, size in enumerate(sorted({row.student_size for row in pooled})):
         color = f"C{index}"
@@ -160,10 +176,21 @@ def main(arguments: list[str]) -> int:
     """Read results.h5, print and save the table, and draw the figure."""
     options = files.parser(__doc__).parse_args(arguments)
     results, path, out = files.read(options, LANGUAGE)
-    all_rows = rows(results)
+    scored, unscored = students(results)
+    if not scored:
+        raise InputError(
+            f"{path}: no student has both of its scores ({len(unscored)} are trained); expected at "
+            "least one; let launch/sweep.py go on, then merge again"
+        )
+    all_rows = rows(results, scored)
     Console(width=None if sys.stdout.isatty() else 100).print(
         table(all_rows, results.provenance.get("python", "?"))
     )
+    if unscored:
+        print(
+            f"{len(unscored)} of {len(scored) + len(unscored)} trained students are left out, "
+            f"because a score is missing: {', '.join(unscored)}"
+        )
     saved = files.save_csv([asdict(row) for row in all_rows], out / "precision_recall.csv")
     for written in (path, saved, *files.save_figure(draw(all_rows), out, "precision_recall")):
         print(written)

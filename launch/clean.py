@@ -3,9 +3,9 @@
 
     python launch/clean.py RUN [--yes]
 
-These are data without a record, checkpoints of finished trainings, damaged records that were put
-aside, progress files, and the logs of a complete run. Nothing is deleted without --yes, nor while
-the run is active.
+These are data of attempts that did not publish them, checkpoints of finished trainings but those of
+keep_epochs, damaged records that were put aside, progress files, and the logs of a complete run.
+Nothing is deleted without --yes, nor while the run is active.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from kdhpc.cluster import housekeeping, runs
 from kdhpc.cluster.display import command, size
 from kdhpc.cluster.status import look, status_of
 from kdhpc.errors import BusyError
-from kdhpc.storage.files import remove
+from kdhpc.storage.files import remove, size_of
 
 
 def main(arguments: list[str]) -> int:
@@ -34,10 +34,15 @@ def main(arguments: list[str]) -> int:
         )
     if state.situation.active or runs.is_locked(run):
         raise BusyError(f"{run.path}: is active; clean it when nothing runs, or cancel.py it first")
-    reasons = housekeeping.unneeded(run, state.scan, complete=status_of(run, state).complete)
+    reasons = housekeeping.unneeded(
+        run,
+        run.scan(),  # the state's scan calls records of other settings damaged
+        finished=state.scan.records.keys(),
+        complete=status_of(run, state).complete,
+    )
     for path, reason in reasons.items():
         print(f"{path.relative_to(run.path)}  {reason}")
-    total = sum(housekeeping.bytes_of(path) for path in reasons)
+    total = sum(size_of(path) or 0 for path in reasons)
     if options.yes:
         for path in reasons:
             remove(path)

@@ -1,49 +1,86 @@
 """Find what may be deleted from a run folder."""
 
+from collections.abc import Iterator, Set
 from pathlib import Path
 
+from kdhpc.errors import DamagedError
+from kdhpc.storage.files import read_once
 from kdhpc.storage.run_folder import RunFolder, Scan
 
 
-def unneeded(run: RunFolder, scan: Scan, *, complete: bool) -> dict[Path, str]:
+def unneeded(run: RunFolder, scan: Scan, *, finished: Set[str], complete: bool) -> dict[Path, str]:
     """List the paths that may be deleted while nothing runs.
 
     Args:
         run: the run folder.
-        scan: its records.
+        scan: all its records, also those that were made with other settings than the plan's.
+        finished: keys of the shards that will not be made again, so that nothing resumes from
+            their checkpoints.
         complete: whether the run is complete, so that its logs may be deleted too.
 
     Returns:
         Why each path is not needed, by path.
     """
     reasons: dict[Path, str] = {}
-    data = {record.data for record in scan.records.values()}
-    records = {run.record_path(key) for key in (*scan.records, *scan.damaged)}
     for stage in run.folders:
         for arm in sorted(run.stage_dir(stage).glob("*/")):
-            for path in sorted(arm.iterdir()):
-                if path in data or path in records:
-                    continue
-                if path.suffix == ".checkpoints":
-                    key = f"{stage}/{arm.name}/{path.stem}"
-                    if key in scan.records:
-                        reasons |= {
-                            inner: "checkpoint of a finished training"
-                            for inner in sorted(path.iterdir())
-                            if inner.suffix != ".jsonl"
-                        }
-                elif ".json.damaged-" in path.name:
-                    reasons[path] = "damaged record that was put aside"
-                else:
-                    reasons[path] = "data of an attempt that did not publish it"
+            reasons |= _unneeded_in(arm, f"{stage}/{arm.name}", scan, finished)
     reasons |= dict.fromkeys(sorted((run.path / "progress").iterdir()), "progress of a task")
     if complete:
         reasons |= dict.fromkeys(sorted((run.path / "logs").iterdir()), "logs")
     return reasons
 
 
-def bytes_of(path: Path) -> int:
-    """Return the bytes of a file, or of all files below a folder."""
-    if path.is_dir():
-        return sum(inner.stat().st_size for inner in path.rglob("*") if inner.is_file())
-    return path.stat().st_size
+def _unneeded_in(arm: Path, prefix: str, scan: Scan, finished: Set[str]) -> dict[Path, str]:
+    """List the paths of one arm that may be deleted.
+
+    If a record is damaged, nobody knows which data it published, so all that has the name of its
+    shard is kept.
+    """
+    reasons: dict[Path, str] = {}
+    paths = sorted(arm.iterdir())
+    record_paths = {path for path in paths if path.suffix == ".json" and path.name[0] != "."}
+    records = {path.stem: scan.records.get(f"{prefix}/{path.stem}") for path in record_paths}
+    published = {record.data for record in records.values() if record}
+    kept = tuple(
+        f"{name}."
+        for name, record in records.items()
+        if record is None or not record.data_name.startswith(f"{name}.")
+    )
+    for path in paths:
+        if path in record_paths or path in published:
+            continue
+        if path.name.removeprefix(".").startswith(kept):
+            continue
+        if path.suffix == ".checkpoints":
+            if f"{prefix}/{path.stem}" in finished:
+                checkpoints = sorted(_passing_checkpoints(path))
+                reasons |= dict.fromkeys(checkpoints, "checkpoint of a finished training")
+        elif ".json.damaged-" in path.name:
+            reasons[path] = "damaged record that was put aside"
+        else:
+            reasons[path] = "data of an attempt that did not publish it"
+    return reasons
+
+
+def _passing_checkpoints(scratch: Path) -> Iterator[Path]:
+    """Yield what a finished training left, but for its log and the checkpoints kept for good."""
+    for path in scratch.iterdir():
+        kept = _kept_for_good(path)
+        if kept:
+            yield from (inner for inner in path.iterdir() if not inner.name.startswith(kept))
+        elif path.suffix != ".jsonl":
+            yield path
+
+
+def _kept_for_good(folder: Path) -> tuple[str, ...]:
+    """Return how the names begin of all files of checkpoints that are, or may be, kept for good."""
+    kept: list[str] = []
+    for path in folder.glob("*.json"):
+        try:
+            record = read_once(path)
+            if record.get("for_good"):
+                kept += path.name, record["data"]
+        except DamagedError:  # it cannot say whether it is kept for good
+            kept.append(f"{path.stem}.")
+    return tuple(kept)

@@ -1,0 +1,101 @@
+"""The analysis of a partial merge shows what is there and says what is not."""
+
+import csv
+import importlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import ROOT
+
+from kdhpc.storage.results import ScorePieces, read_results, write_results
+
+
+def partial(
+    path: Path, students: Sequence[tuple[int, float]], unscored: Sequence[tuple[str, str]] = ()
+) -> Path:
+    """Write a partial merge of students, given as seed and tau, with all scores but some pairs."""
+    models = {
+        f"student-s{seed}-small-tau{tau:g}": {
+            "kind": "student",
+            "seed": seed,
+            "size": "small",
+            "arm": f"tau{tau:g}",
+            "tau": tau,
+        }
+        for seed, tau in students
+    }
+    pairs = [pair for name in models for pair in ((name, "truth"), ("truth", name))]
+    scores = [
+        ScorePieces(
+            sampler=sampler,
+            scorer=scorer,
+            num_rows=4,
+            pieces=[
+                ("log_prob_sum", -np.arange(4.0) - 1),
+                ("num_tokens", np.ones(4, np.int32)),
+            ],
+        )
+        for sampler, scorer in sorted(pairs)
+        if (sampler, scorer) not in unscored
+    ]
+    models["teacher-s0"] = {"kind": "teacher"}
+    write_results(path, recipe="r", provenance={}, scores=scores, models=models, complete=False)
+    return path
+
+
+def analyse(path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "analysis" / "precision_recall.py", path],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_students_without_both_scores_are_left_out_and_counted(tmp_path: Path) -> None:
+    students = [(0, 1.0), (0, 0.8), (0, 0.6)]
+    no_recall, no_precision = "student-s0-small-tau0.8", "student-s0-small-tau0.6"
+    path = partial(
+        tmp_path / "partial.h5", students, [("truth", no_recall), (no_precision, "truth")]
+    )
+    done = analyse(path)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 3 trained students are left out" in done.stdout
+    assert no_recall in done.stdout
+    assert no_precision in done.stdout
+    with (tmp_path / "precision_recall.csv").open() as file:
+        assert [row["tau"] for row in csv.DictReader(file)] == ["1"]
+
+
+@pytest.mark.parametrize("num_trained", [0, 1])
+def test_without_a_scored_student_one_line_says_what_to_do(
+    num_trained: int, tmp_path: Path
+) -> None:
+    missing = [("truth", "student-s0-small-tau1")]
+    path = partial(tmp_path / "partial.h5", [(0, 1.0)][:num_trained], missing)
+    refused = analyse(path)
+    assert refused.returncode == 2, refused.stderr
+    [error] = [line for line in refused.stderr.splitlines() if not line.startswith("warning:")]
+    assert error.startswith(f"error: {path}: no student has both of its scores")
+    assert f"({num_trained} are trained)" in error
+    assert "launch/sweep.py" in error
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_student_with_one_seed_is_drawn_beside_means_and_in_the_order_of_tau(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "analysis")
+    analysis = importlib.import_module("precision_recall")
+    students = [(0, 1.0), (0, 0.6), (1, 1.0), (1, 0.8), (1, 0.6), (0, 0.4)]
+    results = read_results(partial(tmp_path / "partial.h5", students))
+    rows = analysis.rows(results, analysis.students(results)[0])
+    assert [(row.seed, row.tau) for row in rows if row.seed == "all"] == [
+        ("all", "1"),
+        ("all", "0.6"),
+    ]
+    [axes] = analysis.draw(rows).axes
+    assert [text.get_text() for text in axes.texts] == ["τ=1", "τ=0.8", "τ=0.6", "τ=0.4"]
