@@ -29,7 +29,11 @@ def write_pipeline(folder: Path) -> None:
 
 
 def write_texts(folder: Path) -> list[Path]:
-    texts = {"one": "a rose is a rose\n", "two": "is a rose a flower\n", "three": "yes it is\n"}
+    texts = {
+        "one": "a rose is a rose\n",
+        "two": "is a rose a flower\n",
+        "three": "yes it is a rosé · naïve\n",
+    }
     for name, text in texts.items():
         (folder / f"{name}.txt").write_text(text)
     return [folder / f"{name}.txt" for name in texts]

@@ -37,7 +37,7 @@ def write(run: RunFolder, shard: Shard) -> Path:
 
 def publish(run: RunFolder, shard: Shard) -> Path:
     path = write(run, shard)
-    Work(run, RunConfig(), Plan()).publish(shard, Written(path=path, rows=1), time.time())
+    Work(run, RunConfig(), Plan()).publish(shard, Written(path=path, num_rows=1), time.time())
     return path
 
 

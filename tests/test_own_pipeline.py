@@ -39,6 +39,11 @@ def test_bad_values_are_refused_and_a_dry_run_writes_nothing(project: str, tmp_p
     refused = typed("sweep", project, *words(tmp_path, one, tmp_path / "gone.txt"), code=2)
     assert refused.stderr.startswith("error: files: ")
     assert "gone.txt is not there; expected text files" in refused.stderr
+    (tmp_path / "other").mkdir()
+    twin = tmp_path / "other" / one.name
+    twin.write_text("a\n")
+    refused = typed("sweep", project, *words(tmp_path, one, twin), code=2)
+    assert "expected files with different names" in refused.stderr
     planned = typed("sweep", project, *words(tmp_path, one, two), "--dry-run").stdout
     assert "words: 3 shards" in planned
     assert not (tmp_path / "words").exists()
@@ -68,4 +73,4 @@ def test_it_runs_grows_and_is_rerun_and_what_is_published_stays(
     two.write_text("something else\n")
     changed = [*words(tmp_path, one, two, three), "cluster=local"]
     refused = typed("sweep", project, *changed, code=2)
-    assert "published results were made with other settings: count: digest" in refused.stderr
+    assert "published results were made with other settings: count/two: digest" in refused.stderr
