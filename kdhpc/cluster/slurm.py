@@ -17,23 +17,23 @@ from pathlib import Path
 
 from kdhpc.errors import ClusterError
 
-ANSWER_LIMIT_S = 60.0
+_ANSWER_LIMIT_S = 60.0
 """How long a submission whose answer was lost is looked for before it counts as never made."""
-LOST_ANSWERS = ("socket timed out", "unable to contact", "connection refused", "communication")
-LIMIT_REASON = re.compile(r"\b(?:QOS|Assoc|Max)\w*(?:Limit|PerUser|PerAccount)\w*", re.IGNORECASE)
+_LOST_ANSWERS = ("socket timed out", "unable to contact", "connection refused", "communication")
+_LIMIT_REASON = re.compile(r"\b(?:QOS|Assoc|Max)\w*(?:Limit|PerUser|PerAccount)\w*", re.IGNORECASE)
 """Name of the limit that a request exceeds, which sbatch prints before its last line."""
-POLICY_VIOLATED = "job violates accounting/qos policy"
+_POLICY_VIOLATED = "job violates accounting/qos policy"
 """What sbatch says of every limit, of a full queue and of a request that can never run."""
-QUEUE_FORMAT = "%A|%F|%K|%T|%r|%j"
+_QUEUE_FORMAT = "%A|%F|%K|%T|%r|%j"
 """Fields of squeue: job id, id of the array, index, state, reason, name."""
-ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
+_ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 """States without a process; a COMPLETING job still has one, or is about to be requeued."""
 HELD_REASONS = {"JobHeldUser", "launch failed requeued held", "launch_failed_requeued_held"}
 """Reasons of jobs that wait for a release, because their launcher died before it released them, or
 because Slurm could not start them, for example after a restart of the controller."""
-GONE = re.compile(r"already finished|invalid job id", re.IGNORECASE)
+_GONE = re.compile(r"already finished|invalid job id", re.IGNORECASE)
 """Messages of Slurm about a job that has ended, and about one that it has forgotten."""
-NOT_YET_KNOWN = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "RESIZING")
+_NOT_YET_KNOWN = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "RESIZING")
 """First words of states that do not tell how a task ended: it has not, or it is tried again."""
 
 
@@ -78,7 +78,7 @@ def queue() -> list[Queued]:
     Raises:
         ClusterError: if the controller does not answer.
     """
-    answer = _run(["squeue", "--me", "--all", "--noheader", "--array", f"--format={QUEUE_FORMAT}"])
+    answer = _run(["squeue", "--me", "--all", "--noheader", "--array", f"--format={_QUEUE_FORMAT}"])
     if answer.returncode:
         raise ClusterError(f"squeue failed: {_all_lines(answer.stderr)}; try again later")
     tasks = []
@@ -88,7 +88,7 @@ def queue() -> list[Queued]:
         if len(fields) < 6 or not fields[0].isdigit() or not fields[1].isdigit():
             continue
         job_id, array_id, index, state, reason, name = fields
-        if state in ENDED:
+        if state in _ENDED:
             continue
         number = int(index) if index.isdigit() else None
         tasks.append(
@@ -141,7 +141,7 @@ def accounting(job_ids: Sequence[str]) -> dict[tuple[str, int], Ended]:
     for line in answer.stdout.splitlines():
         fields = line.split("|")
         match = re.fullmatch(r"(\d+)_\[?([\d,-]+)(?:%\d+)?\]?", fields[0])
-        if match is None or len(fields) != 4 or fields[1].startswith(NOT_YET_KNOWN):
+        if match is None or len(fields) != 4 or fields[1].startswith(_NOT_YET_KNOWN):
             continue
         for part in match[2].split(","):  # one line lists all elements that never started
             first, _, last = part.partition("-")
@@ -202,12 +202,12 @@ def submit_held(path: Path, name: str, log: Path) -> str:
     """
     output = f"{str(log.parent).replace('%', '%%')}/{log.name}"
     answer = _run(["sbatch", "--parsable", "--hold", f"--output={output}", str(path)], limit_s=120)
-    if answer.returncode == 0 and (job_ids := JOB_ID_LINE.findall(answer.stdout)):
+    if answer.returncode == 0 and (job_ids := _JOB_ID_LINE.findall(answer.stdout)):
         return str(job_ids[-1])
     message = _all_lines(answer.stderr)
     if is_over_limit(answer.stderr):
         raise OverLimitError(f"sbatch refused {path.name}: {message}")
-    if answer.returncode == 0 or any(text in answer.stderr.lower() for text in LOST_ANSWERS):
+    if answer.returncode == 0 or any(text in answer.stderr.lower() for text in _LOST_ANSWERS):
         job_id = find(name)
         if job_id:
             return job_id
@@ -215,7 +215,7 @@ def submit_held(path: Path, name: str, log: Path) -> str:
     raise RefusedError(f"sbatch refused {path}: {message}")
 
 
-JOB_ID_LINE = re.compile(r"^(\d+)(?:;\S*)?\s*$", re.MULTILINE)
+_JOB_ID_LINE = re.compile(r"^(\d+)(?:;\S*)?\s*$", re.MULTILINE)
 """The line of `sbatch --parsable` that holds the job id; a site may print others."""
 
 
@@ -225,16 +225,16 @@ def is_over_limit(message: str) -> bool:
     Such a request is accepted later. A request for more time or more nodes than a limit allows, of
     which sbatch's last line says the same, never is.
     """
-    if reason := LIMIT_REASON.search(message):
+    if reason := _LIMIT_REASON.search(message):
         return "submit" in reason[0].lower()
-    return POLICY_VIOLATED in message.lower()
+    return _POLICY_VIOLATED in message.lower()
 
 
-FOUND_ID = re.compile(r"^(\d+)(?:_\S+)?\s*$", re.MULTILINE)
+_FOUND_ID = re.compile(r"^(\d+)(?:_\S+)?\s*$", re.MULTILINE)
 """A line that holds a job id and nothing else."""
 
 
-def find(name: str, limit_s: float = ANSWER_LIMIT_S) -> str | None:
+def find(name: str, limit_s: float = _ANSWER_LIMIT_S) -> str | None:
     """Find the id of a job by its unique name in queue and accounting; None after `limit_s`."""
     deadline = time.monotonic() + limit_s
     while True:
@@ -246,7 +246,7 @@ def find(name: str, limit_s: float = ANSWER_LIMIT_S) -> str | None:
                 answer = _run(command)
             except ClusterError:
                 continue
-            if answer.returncode == 0 and (ids := FOUND_ID.findall(answer.stdout)):
+            if answer.returncode == 0 and (ids := _FOUND_ID.findall(answer.stdout)):
                 return str(ids[0])
         if time.monotonic() > deadline:
             return None
@@ -257,7 +257,7 @@ def release(job_ids: Sequence[str]) -> None:
     """Let held jobs run. Jobs that another launcher released and that have ended are no error."""
     answer = _run(["scontrol", "release", ",".join(job_ids)])
     complaints = answer.stderr.splitlines() or ["it did not say why"]
-    refused = [line for line in complaints if not GONE.search(line)]
+    refused = [line for line in complaints if not _GONE.search(line)]
     if answer.returncode and refused:
         raise ClusterError(f"scontrol release failed: {refused[-1].strip()}; run sweep.py again")
 
@@ -319,9 +319,9 @@ def _run(
 
 def _all_lines(text: str) -> str:
     """Join everything that a program said to one line; the first lines often hold the cause."""
-    lines = [PROGRAM.sub("", line.strip()) for line in text.splitlines() if line.strip()]
+    lines = [_PROGRAM.sub("", line.strip()) for line in text.splitlines() if line.strip()]
     return "; ".join(lines) or "no message"
 
 
-PROGRAM = re.compile(r"^\w+: (?:error: )?")
+_PROGRAM = re.compile(r"^\w+: (?:error: )?")
 """Name of the program at the start of its messages."""
