@@ -25,6 +25,9 @@ ITEMS = {
     "settings": "paper",
     "slurm.stages": "merge",
     "throughput": "score",
+    "slurm.sbatch": "gres",
+    "slurm.gate.sbatch": "gres",
+    "slurm.stages.merge.sbatch": "gres",
 }
 """One item of every dictionary, under the key of the dictionary."""
 UNBOUNDED = {"seed"}
@@ -48,7 +51,7 @@ class Field:
 
     def config_with(self, value: object) -> RunConfig:
         """Return the config of the preset with this value in the field."""
-        inside = 0.5  # inside the bounds of the items of every tuple
+        inside: object = "word" if self.kind is str else 0.5  # within the bounds of any item
         changed = (*[inside] * (self.items - 1), value) if self.items else value
         return cast(RunConfig, replaced(valid(self.preset), self.path, changed))
 
@@ -56,7 +59,9 @@ class Field:
 @functools.cache
 def valid(preset: str) -> RunConfig:
     """Return the config of a preset, with an item in every dictionary."""
-    words = [preset, "slurm.stages.merge.mem_gb=1.0"]
+    words = [preset, "slurm.stages.merge.mem_gb=1.0", "slurm.srun=[-v]"]
+    words += [f"{key}.gres=gpu" for key in ITEMS if key.endswith("sbatch")]
+    words += ["slurm.gate.srun=[-v]", "slurm.stages.merge.srun=[-v]"]
     words += ["throughput.score=9.0"] if preset == "tiny" else []
     pipeline = PIPELINES[preset]
     config = pipeline.checked(presets.build(pipeline.config, presets.compose(words)))

@@ -1,12 +1,15 @@
-"""What the programs of other sites print: recorded lines and small programs instead of Slurm's."""
+"""What other sites want and print: options, recorded lines, small programs instead of Slurm's."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 
-from kdhpc.cluster import slurm
-from kdhpc.errors import ClusterError
+from kdhpc.cluster import runs, slurm
+from kdhpc.cluster.batch_script import batch_script
+from kdhpc.cluster.decide import Batch
+from kdhpc.cluster.resources import array_resources, gate_resources
+from kdhpc.errors import ClusterError, InputError
 
 BANNER = "-----\\n   Welcome to this machine. Submit host: ...OK\\n-----\\n"
 
@@ -104,3 +107,69 @@ def test_hidden_partitions_are_listed(program: Path) -> None:
     slurm.partitions.cache_clear()
     assert "--all" in (program / "scontrol.arguments").read_text()
     assert shutil.which("scontrol") == str(program / "scontrol")
+
+
+def scripts(*words: str) -> tuple[list[str], list[str]]:
+    """Lines of the batch scripts of an array of scores and of its gate."""
+    _, config = runs.from_words(["tiny", *words])
+    batch = Batch(stage="score", tasks=(("a",),), nodes=1, ranks_per_node=1)
+    array = array_resources(config, batch, uses_device=True)
+    gate = gate_resources(config.slurm, "17")
+    return (
+        batch_script(name="x", command="true", num_tasks=1, resources=array).splitlines(),
+        batch_script(name="gate-x", command="true", num_tasks=None, resources=gate).splitlines(),
+    )
+
+
+def test_any_option_is_given_and_any_default_taken_away() -> None:
+    array, gate = scripts(
+        "slurm.gpus_per_node=1",
+        "slurm.sbatch={gres: 'gpu:h100:4', gpus-per-node: null, exclusive: true, mem: null}",
+        "slurm.sbatch.reservation=maintenance",
+        "slurm.srun=[--gpu-bind=none]",
+        "slurm.gate.sbatch={gres: null, qos: debug}",
+    )
+    assert {"#SBATCH --gres=gpu:h100:4", "#SBATCH --exclusive"} <= set(array)
+    assert "#SBATCH --exclusive" in gate
+    assert "#SBATCH --qos=debug" in gate
+    for script in (array, gate):
+        assert "#SBATCH --reservation=maintenance" in script
+        assert not any("--mem" in line or "--gpus-per-node" in line for line in script)
+        assert " --gpu-bind=none " in script[-1]
+    assert not any("--gres" in line for line in gate)
+
+
+def test_options_of_a_stage_come_on_top_of_those_for_all() -> None:
+    array, gate = scripts(
+        "slurm.sbatch.constraint=cpu",
+        "slurm.stages.score={account: me_g, qos: fast, sbatch: {constraint: gpu}}",
+        "slurm.stages.score.srun=[--mpi=none]",
+    )
+    assert {"#SBATCH --constraint=gpu", "#SBATCH --account=me_g", "#SBATCH --qos=fast"} <= set(
+        array
+    )
+    assert " --mpi=none " in array[-1]
+    assert "#SBATCH --constraint=cpu" in gate
+    assert not any("--account" in line or "--qos" in line for line in gate)
+
+
+def test_memory_and_even_the_time_limit_may_be_left_to_the_site() -> None:
+    array, gate = scripts("slurm.mem_gb=null", "slurm.sbatch.time=null")
+    for script in (array, gate):
+        assert not any("--mem" in line or "--time" in line for line in script)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("slurm.sbatch.array=0-9", "slurm.sbatch.array: kdhpc sets this option itself"),
+        ("slurm.gate.sbatch.output=x", "slurm.gate.sbatch.output: kdhpc sets this option itself"),
+        ("slurm.sbatch.C=gpu", "slurm.sbatch.C: expected the long name of an option"),
+        ("slurm.sbatch.comment='a b'", "slurm.sbatch.comment='a b': expected a word"),
+        ("slurm.srun=['a b']", "slurm.srun=['a b']: expected every item to be a word"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(words: str, named: str) -> None:
+    with pytest.raises(InputError) as refused:
+        runs.from_words(["tiny", words])
+    assert str(refused.value).startswith(named)

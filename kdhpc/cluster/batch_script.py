@@ -29,7 +29,7 @@ def batch_script(*, name: str, command: str, num_tasks: int | None, resources: R
         "constraint": resources.constraint,
         "exclude": resources.exclude,
         "time": max(1, round(resources.time_min)),
-        "mem": f"{max(1, round(resources.mem_gb * 1024))}M",
+        "mem": f"{max(1, round(resources.mem_gb * 1024))}M" if resources.mem_gb else None,
         "nodes": resources.nodes,
         "ntasks_per_node": resources.ranks_per_node,
         "cpus_per_task": resources.cpus_per_task,
@@ -44,15 +44,32 @@ def batch_script(*, name: str, command: str, num_tasks: int | None, resources: R
             f"--cpus-per-task={resources.cpus_per_task}",
             "--kill-on-bad-exit=1",
             "--export=ALL",  # where a site submits with --export=NONE, srun would pass nothing on
+            *resources.srun,
         ],
         # The log is set on sbatch's command line, because a script cannot quote a path safely.
-        "additional_parameters": {"output": "/dev/null", "requeue": True},
+        "additional_parameters": {"output": "/dev/null", "requeue": True, **_given(resources)},
     }
     executor._internal_update_parameters(**{k: v for k, v in parameters.items() if v is not None})
     executor.parameters["wckey"] = None
-    text = executor.script(command, num_tasks)
+    text = _without(executor.script(command, num_tasks), resources)
     # submitit gives the step a log of its own; without it, all output of a task goes to one log.
     return re.sub(r"^(srun --unbuffered) --output \S+", r"\1", text, flags=re.MULTILINE)
+
+
+def _given(resources: Resources) -> dict[str, str | bool]:
+    """Return the options of sbatch that are given, by the names that submitit uses."""
+    return {
+        option.replace("-", "_"): value == "true" or value
+        for option, value in resources.sbatch.items()
+        if value is not None
+    }
+
+
+def _without(text: str, resources: Resources) -> str:
+    """Take away the lines of options that are not wanted."""
+    taken = [f"#SBATCH --{option}" for option, value in resources.sbatch.items() if value is None]
+    lines = text.splitlines(keepends=True)
+    return "".join(line for line in lines if line.strip().partition("=")[0] not in taken)
 
 
 class _Executor(SlurmExecutor):  # type: ignore[misc]  # submitit is untyped here

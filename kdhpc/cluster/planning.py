@@ -70,7 +70,7 @@ def _describe(batch: Batch, config: RunConfig, uses_device: bool) -> str:
         else "",
         f"{resources.cpus_per_task} cores",
         f"{resources.gpus_per_node} GPUs a node" if resources.gpus_per_node else "",
-        f"{resources.mem_gb:g} GB",
+        f"{resources.mem_gb:g} GB" if resources.mem_gb else "",
         f"{resources.time_min:g} min",
         f"on {resources.partition}" if resources.partition else "",
     ]

@@ -1,7 +1,7 @@
 """Resources that one array or gate asks Slurm for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from kdhpc.cluster import slurm
 from kdhpc.cluster.decide import Batch
@@ -14,7 +14,7 @@ class Resources:
     """Options of one batch script, all defaults and remedies applied."""
 
     time_min: float
-    mem_gb: float
+    mem_gb: float | None
     """Memory of each node."""
     cpus_per_task: int
     gpus_per_node: int = 0
@@ -37,6 +37,10 @@ class Resources:
     """Words in front of the command, such as a container runtime."""
     scratch: str | None = None
     """Folder on the node's own disk."""
+    sbatch: Mapping[str, str | None] = field(default_factory=dict)
+    """Options of sbatch that replace those above; None takes one away."""
+    srun: tuple[str, ...] = ()
+    """Options of srun."""
 
 
 def array_resources(config: RunConfig, batch: Batch, uses_device: bool) -> Resources:
@@ -59,6 +63,8 @@ def array_resources(config: RunConfig, batch: Batch, uses_device: bool) -> Resou
         setup=limits.setup,
         prefix=limits.prefix,
         scratch=limits.scratch,
+        sbatch=limits.sbatch,
+        srun=limits.srun,
     )
     if batch.stage in limits.stages:
         resources = _with(resources, vars(limits.stages[batch.stage]))
@@ -69,7 +75,7 @@ def array_resources(config: RunConfig, batch: Batch, uses_device: bool) -> Resou
     if changes.time_factor > 1:
         limit_min = slurm.time_limit_min(resources.partition)
         time_min = min(time_min * changes.time_factor, limit_min)
-    if changes.mem_factor > 1:
+    if changes.mem_factor > 1 and mem_gb is not None:
         limit_gb = limits.max_mem_gb or float("inf")
         mem_gb = max(mem_gb, min(mem_gb * changes.mem_factor, limit_gb))
     return replace(
@@ -96,10 +102,15 @@ def gate_resources(limits: Slurm, array_id: str) -> Resources:
         signal_s=30,
         setup=limits.setup,
         scratch=limits.scratch,
+        sbatch=limits.sbatch,
+        srun=limits.srun,
     )
-    return _with(resources, vars(limits.gate))
+    resources = _with(resources, vars(limits.gate))
+    return replace(resources, mem_gb=None) if limits.mem_gb is None else resources
 
 
 def _with(resources: Resources, changes: Mapping[str, Json]) -> Resources:
-    """Replace the values that are given, those that are not None."""
-    return replace(resources, **{k: value for k, value in changes.items() if value is not None})
+    """Replace the values that are given, those that are not None; options of sbatch add up."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    given["sbatch"] = {**resources.sbatch, **given.get("sbatch", {})}
+    return replace(resources, **given)

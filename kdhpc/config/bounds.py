@@ -79,7 +79,7 @@ def _items_out_of_bounds(
         hints = hints[:1] * len(items)
     for item, hint in zip(items, hints, strict=True):
         if expected := _unmet(item, hint):
-            yield f"{key}={list(items)}: expected every item to be {expected}, got {item}"
+            yield f"{key}={list(items)}: expected every item to be {expected}, got {item!r}"
 
 
 def _unmet(value: object, hint: object) -> str:

@@ -1,5 +1,6 @@
 """Config that every run has, whatever its pipeline, and the cluster's settings."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,8 +13,16 @@ from kdhpc.config.model import Device
 class StageResources:
     """Resources that a task requests from Slurm; fields not given take the values of `slurm`."""
 
+    account: Word | None = None
+    """Account to charge."""
     partition: Word | None = None
     """Slurm partition."""
+    qos: Word | None = None
+    """Quality of service."""
+    constraint: Word | None = None
+    """Node features."""
+    exclude: Word | None = None
+    """Nodes to avoid."""
     time_min: Count | None = None
     """Time limit of a task, in minutes."""
     mem_gb: Positive | None = None
@@ -22,6 +31,10 @@ class StageResources:
     """Number of cores per process."""
     gpus_per_node: Whole | None = None
     """Number of GPUs per node."""
+    sbatch: dict[str, Word | None] = field(default_factory=dict)
+    """Options of sbatch, in addition to those of `slurm.sbatch`; see there."""
+    srun: tuple[Word, ...] | None = None
+    """Options of srun, instead of those of `slurm.srun`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +56,19 @@ class Slurm:
     """Nodes to avoid, as for `sbatch --exclude`."""
     time_min: Count = 60
     """Time limit of a task, in minutes."""
-    mem_gb: Positive = 4.0
-    """Memory per node, in GB."""
+    mem_gb: Positive | None = 4.0
+    """Memory per node, in GB; null leaves it to the site."""
     cpus_per_task: Count = 1
     """Number of cores per process; at least `threads`."""
     gpus_per_node: Whole = 0
     """Number of GPUs per node, for stages that use a device."""
     gpu_mem_gb: Positive | None = None
     """Memory of one GPU, in GB; with it, --dry-run prints the `sampling.batch_rows` that fit."""
+    sbatch: dict[str, Word | None] = field(default_factory=dict)
+    """Any option of sbatch for all jobs, gates too, such as {reservation: NAME, gres: "gpu:a:1"};
+    `true` gives an option without a value, and null takes one away that kdhpc would give."""
+    srun: tuple[Word, ...] = ()
+    """Any options of srun, such as [--gpu-bind=none]."""
     stages: dict[str, StageResources] = field(default_factory=dict)
     """Resources by stage name; they override the fields above."""
     gate: StageResources = field(default_factory=lambda: StageResources(time_min=10, mem_gb=1.0))
@@ -121,6 +139,10 @@ class RunConfig:
     """Settings of your cluster."""
 
 
+OWN_OPTIONS = {
+    "array", "dependency", "error", "hold", "job-name", "open-mode", "output", "parsable", "wrap",
+}  # fmt: skip
+"""Options of sbatch that kdhpc depends on."""
 MAX_NAME_BYTES = 200
 """Longest name of a run's folder in bytes: 255 for a file name, less what the queue adds."""
 
@@ -135,6 +157,22 @@ def run_problems(config: RunConfig) -> Iterator[str]:
         )
     if len(name.encode(errors="surrogateescape")) > MAX_NAME_BYTES:
         yield f"name={name!r}: expected at most {MAX_NAME_BYTES} bytes"
+    yield from _sbatch_problems(config.slurm)
+
+
+def _sbatch_problems(slurm: Slurm) -> Iterator[str]:
+    """Yield what is wrong with the names of options of sbatch."""
+    owners = {"slurm": slurm.sbatch, "slurm.gate": slurm.gate.sbatch}
+    owners |= {f"slurm.stages.{name}": stage.sbatch for name, stage in slurm.stages.items()}
+    for owner, options in owners.items():
+        for name in options:
+            if name in OWN_OPTIONS:
+                yield f"{owner}.sbatch.{name}: kdhpc sets this option itself; expected another one"
+            elif not re.fullmatch(r"[a-z][a-z-]*", name):
+                yield (
+                    f"{owner}.sbatch.{name}: expected the long name of an option without its "
+                    "hyphens, such as reservation"
+                )
 
 
 def check_run(config: RunConfig) -> None:
