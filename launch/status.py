@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
         print(status.as_json())
     elif options.watch:
         with Live(status_view(status), console=console(), refresh_per_second=1) as live:
-            while state.situation.active:
+            while state.situation.active or state.queued:
                 time.sleep(2)
                 state = look(run)
                 status = status_of(run, state)

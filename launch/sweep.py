@@ -110,7 +110,7 @@ def _watch(run: Run) -> int:
             state = patiently(run)
             status = status_of(run, state)
             live.update(status_view(status))
-            if not state.situation.active:
+            if not state.situation.active and not state.queued:
                 break
             time.sleep(WATCH_EVERY_S)
     out.print(status_view(status))

@@ -188,8 +188,9 @@ def _failures_of(
     """
     events = ledger.last_events(submission.number, index)
     kind, message = failures.of_slurm(task_end.state, task_end.exit_code, started=bool(events))
-    if "stopped" in events.values():
-        # Slurm kills the other ranks when the first one leaves, and reports that as the state.
+    if "stopped" in events.values() and kind != "CANCELLED":
+        # Slurm kills the other ranks when the first one leaves, and reports that as the state. A
+        # user's scancel tells a task to stop too, and stays a cancel.
         kind, message = "STOPPED", "was told to stop and did"
     last_begun = list(events)[-1:]
     for key in keys if kind in {"CANCELLED", "LAUNCH"} or not last_begun else last_begun:

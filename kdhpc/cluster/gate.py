@@ -70,21 +70,29 @@ def tell(path: Path, state: State) -> None:
     outcome = "stopped" if state.missing else "complete"
     settings = state.config.slurm
     if settings.on_end:
-        subprocess.run([settings.on_end, str(path), outcome], check=False, timeout=60)
+        _try("slurm.on_end", [settings.on_end, str(path), outcome])
     if settings.mail_user:
         text = (
             f"{len(state.missing)} shards are missing.\n"
             if state.missing
             else "All shards are done.\n"
         )
-        subprocess.run(
-            ["mail", "-s", f"kdhpc: {path.name} {outcome}", settings.mail_user],
-            input=text,
-            text=True,
-            check=False,
-            timeout=60,
-        )
+        command = ["mail", "-s", f"kdhpc: {path.name} {outcome}", settings.mail_user]
+        _try("slurm.mail_user", command, text)
     print(f"{path.name}: {outcome}", flush=True)
+
+
+def _try(key: str, command: list[str], text: str = "") -> None:
+    """Run a program that only tells of the end; a failure of it is a warning."""
+    try:
+        ended = subprocess.run(command, input=text, text=True, check=False, timeout=60)
+        problem = f"exit code {ended.returncode}" if ended.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    if problem:
+        print(
+            f"warning: {key}: {command[0]} did not succeed: {problem}", file=sys.stderr, flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -313,15 +313,21 @@ def launcher_lock(run: Run) -> Iterator[None]:
 
     Raises:
         BusyError: if another process holds the lock.
+        InputError: if the file system has no locks.
     """
     with disk_errors(run.path), (run.path / "launcher.lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             raise BusyError(
                 f"{run.path}: process {file.read().strip() or '?'} is working on this run; "
                 "watch it with status.py"
+            ) from error
+        except OSError as error:
+            raise InputError(
+                f"{run.path}: its file system has no locks ({error.strerror}), which a run in "
+                "processes of this machine needs; choose a runs_dir on another one"
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -335,7 +341,7 @@ def is_locked(run: Run) -> bool:
         with (run.path / "launcher.lock").open("r") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
-    except FileNotFoundError:
-        return False
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError:  # there is no lock, or its file system has none
+        return False

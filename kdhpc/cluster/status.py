@@ -178,7 +178,7 @@ def _notes(run: Run, state: State, failures: Mapping[str, Failure]) -> Iterator[
 def _stalled(run: Run, state: State) -> Iterator[str]:
     """Yield a line if shards could start and nothing is queued that would start them."""
     situation = state.situation
-    if situation.active or situation.stopped or state.queued:
+    if situation.active or situation.stopped or state.queued or state.queue_error:
         return
     ready = [
         key
@@ -198,7 +198,9 @@ def _stalled(run: Run, state: State) -> Iterator[str]:
 def _waiting(state: State) -> dict[str, int]:
     arrays = {submission.name for submission in state.submissions}
     return Counter(
-        task.reason for task in state.queued if task.name in arrays and task.state == "PENDING"
+        "not looked at by Slurm yet" if task.reason == "None" else task.reason
+        for task in state.queued
+        if task.name in arrays and task.state == "PENDING"
     )
 
 
