@@ -12,7 +12,7 @@ Shards are numbered from 0 within their stage, in the order of the plan. Publish
 import argparse
 
 from kdhpc.cluster import local, planning, runs
-from kdhpc.cluster.advance import advance
+from kdhpc.cluster.advance import advance, wait_for_cancelled
 from kdhpc.cluster.display import command, console, status_view
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.runs import Run
@@ -55,6 +55,7 @@ def main(arguments: list[str]) -> int:
         status = status_of(run, state)
         console().print(status_view(status))
         return 0 if status.complete else 1
+    wait_for_cancelled(run)
     runs.add_request(run, config, resources=resources, **request)
     advance(run)
     console().print(status_view(status_of(run, look(run))))

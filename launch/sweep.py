@@ -16,7 +16,7 @@ import time
 from rich.live import Live
 
 from kdhpc.cluster import local, planning, runs, slurm
-from kdhpc.cluster.advance import advance
+from kdhpc.cluster.advance import advance, wait_for_cancelled
 from kdhpc.cluster.display import command, console, plan_table, status_view
 from kdhpc.cluster.gate import patiently, tell
 from kdhpc.cluster.observe import State
@@ -62,6 +62,8 @@ def main(arguments: list[str]) -> int:
     config = pipeline.prepare(config)
     plan = pipeline.plan(config)
     run = runs.open_for(config, plan)
+    if executor == "slurm":
+        wait_for_cancelled(run)
     planning.check_active(run, plan)
     if executor == "local":
         with runs.launcher_lock(run):

@@ -133,6 +133,9 @@ def test_cancel_ends_this_run_and_nothing_else(tmp_path: Path) -> None:
     assert "cancelled" in " ".join(status(run, code=1)["notes"])
     shutil.rmtree(tmp_path / "trouble")
     sweep_light(tmp_path)
+    # Whoever changes their mind at once must not wait for jobs that nobody submits.
+    launch("cancel", str(run))
+    launch("rerun", str(run))
     subprocess.run(["scancel", other], check=True)
     wait_for_end(run)
     assert_light_complete(run, 6)

@@ -39,6 +39,30 @@ def advance(run: Run) -> State:
         return _advance(run)
 
 
+def wait_for_cancelled(run: Run, limit_s: float = 180.0) -> None:
+    """Wait until the jobs that the last request cancelled have left the queue.
+
+    As long as they end, their shards count as active, and nobody would submit them again later.
+
+    Raises:
+        BusyError: if they are still there after `limit_s` seconds.
+        ClusterError: if Slurm does not answer.
+    """
+    ledger = Ledger(run.path)
+    requests = ledger.requests()
+    if not requests or requests[-1].kind != "cancel":
+        return
+    names = {name for submission in ledger.submissions() for name in submission.job_names}
+    deadline = time.monotonic() + limit_s
+    while ending := sorted({task.job_id for task in slurm.queue() if task.name in names}):
+        if time.monotonic() > deadline:
+            raise BusyError(
+                f"{run.path}: the cancelled jobs {', '.join(ending)} have not ended yet; type the "
+                "same again when they have"
+            )
+        time.sleep(1)
+
+
 def _advance(run: Run) -> State:
     ledger = Ledger(run.path)
     room: int | None = None
