@@ -54,7 +54,8 @@ def compose(words: list[str]) -> dict[str, Json]:
     for name in presets:
         merged = _merge(merged, _preset(name))
     try:
-        cluster = str(OmegaConf.select(_merge(merged, overrides), "cluster", default="auto"))
+        selected = OmegaConf.select(_merge(merged, overrides), "cluster", default="auto")
+        cluster = _revealed(str(selected))
     except OmegaConfBaseException as error:
         raise InputError(_one_line(error)) from error
     if cluster != "auto":
@@ -177,6 +178,8 @@ def _dotlist(overrides: list[str]) -> DictConfig:
             raise InputError(
                 f"{text!r}: expected key=value; a list is given as a whole, such as taus=[1.0,0.8]"
             )
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise InputError(f"{key}: its value is not UTF-8; expected text")
         try:
             value: Json = _typed_value(typed.strip())
             for name in reversed(names):
