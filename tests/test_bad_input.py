@@ -363,13 +363,15 @@ def test_what_a_mixture_was_made_with_stays(tmp_path: Path) -> None:
 PRESETS: dict[str, tuple[bytes, str, str]] = {
     "broken": (b"taus: [1", "broken.yaml", "not readable YAML"),
     "a list": (b"- 1", "broken.yaml", "expected keys and values"),
-    "a number": (b"3", "broken.yaml", "not readable YAML"),
+    "a number": (b"3", "broken.yaml", "expected keys and values, got one text"),
+    "nothing": (b"", "broken.yaml", "expected keys and values, got nothing"),
     "not UTF-8": (b"name: \xff", "broken.yaml", "not readable YAML"),
     "with a duplicate key": (b"taus: [1]\ntaus: [2]", "broken.yaml", "duplicate"),
     "based on itself": (b"extends: broken", "broken.yaml", "extends itself"),
     "based on nothing": (b"extends: tniy", "broken.yaml", "Did you mean tiny?"),
     "with a wrong key": (b"extends: tiny\nlenght: 3", "lenght", "'length'?"),
-    "without what is needed": (b"name: broken", "taus", "missing"),
+    "without what is needed": (b"pipeline: language\nname: broken", "taus", "missing"),
+    "without a pipeline": (b"name: broken", "pipeline", "expected a preset, or pipeline=NAME"),
 }
 
 
@@ -497,7 +499,7 @@ def sweep_again(run: Path, *words: str) -> subprocess.CompletedProcess[str]:
         ("sampling.shard_sequences=32", "sample-truth/train/00000: (0, 64) -> (0, 32)"),
         (
             "teacher.training.learning_rate=0.5",
-            "train-on-truth: training.learning_rate: 0.003 -> 0.5",
+            "train-on-truth/teacher-s0: training.learning_rate: 0.003 -> 0.5",
         ),
         ("students.small.shape.layers=2", "train-students: shape.layers: 1 -> 2"),
         ("scoring.per_token=false", "score: per_token: True -> False"),

@@ -166,7 +166,8 @@ def _load(path: Path) -> DictConfig:
             return _config(loaded)
     except (yaml.YAMLError, ValueError, OSError, OmegaConfBaseException) as error:
         raise InputError(f"{path}: not readable YAML: {' '.join(str(error).split())}") from error
-    raise InputError(f"{path}: expected keys and values, got {type(loaded).__name__}")
+    kinds = {list: "a list", type(None): "nothing"}
+    raise InputError(f"{path}: expected keys and values, got {kinds.get(type(loaded), 'one text')}")
 
 
 def _dotlist(overrides: list[str]) -> DictConfig:
