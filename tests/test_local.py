@@ -228,7 +228,7 @@ def test_shards_of_any_size_give_the_same_ids_scores_and_digest(tmp_path: Path) 
 def test_a_model_that_has_changed_since_is_not_taken_for_the_truth(
     tiny_run: Path, tmp_path: Path
 ) -> None:
-    [model] = [path for path in (tiny_run / "1-truth/truth").iterdir() if path.is_dir()]
+    [model] = [path.parent for path in tiny_run.glob("1-truth/truth/*/config.json")]
     words = [
         "tiny",
         f"truth.model={model}",
