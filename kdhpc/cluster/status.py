@@ -197,11 +197,12 @@ def _stalled(run: Run, state: State) -> Iterator[str]:
 
 def _waiting(state: State) -> dict[str, int]:
     arrays = {submission.name for submission in state.submissions}
-    return Counter(
+    reasons = Counter(
         "not looked at by Slurm yet" if task.reason == "None" else task.reason
         for task in state.queued
         if task.name in arrays and task.state == "PENDING"
     )
+    return dict(reasons)  # `asdict` would count the items of a Counter
 
 
 def _causes(failures: Mapping[str, Failure], plan: Plan) -> tuple[Cause, ...]:
