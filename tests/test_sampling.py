@@ -268,7 +268,10 @@ def test_engines_draw_the_same_tokens() -> None:
     """Tokens are the same except where, rarely, rounding moves a uniform over an edge."""
     need(not native.missing(), f"the extension: {native.missing()}")
     model = small_model(300, 40)
-    parts = [draw(model, range(256), length=40, engine=engine, eos=-1) for engine in ENGINES]
+    endless = Counting(num_prompt=2, eos=-1, count_eos=True)
+    parts = [
+        draw(model, range(256), length=40, engine=engine, counting=endless) for engine in ENGINES
+    ]
     same = (parts[0].ids == parts[1].ids).all(axis=1)
     assert same.mean() > 0.99
     sums = [part.log_prob_sum[same] for part in parts]
