@@ -50,8 +50,8 @@ MUTATIONS: dict[str, tuple[list[Edit], str]] = {
         [
             (
                 "kdhpc/cluster/batch_script.py",
-                "    text = executor.script(command, num_tasks)\n",
-                "    text = executor.script(command, num_tasks)\n"
+                "    text = _without(executor.script(command, num_tasks), resources)\n",
+                "    text = _without(executor.script(command, num_tasks), resources)\n"
                 '    text = text.replace("--open-mode=append", "--open-mode=truncate")\n',
             )
         ],
