@@ -161,7 +161,7 @@ def _preset(name: str, trail: tuple[str, ...] = ()) -> DictConfig:
 
 def _load(path: Path) -> DictConfig:
     try:
-        loaded = yaml.load(path.read_text(), _TextLoader)  # noqa: S506 (a safe loader)
+        loaded = yaml.load(path.read_text("utf-8"), _TextLoader)  # noqa: S506 (a safe loader)
         if isinstance(loaded, dict):
             return _config(loaded)
     except (yaml.YAMLError, ValueError, OSError, OmegaConfBaseException) as error:
@@ -256,7 +256,7 @@ def _each_text(value: T, change: Callable[[str], str]) -> T:
 def _one_line(error: Exception, key: str = "") -> str:
     """Return the first line of omegaconf's message, without its jargon."""
     key = key or getattr(error, "full_key", None) or ""
-    message = str(error).split("\n")[0]
+    message = _revealed(str(error).split("\n")[0])
     if "$VALUE" in message:  # omegaconf 2.4 leaves its placeholder for items of a tuple
         message = f"expected every item to be a {message.rpartition(' ')[2]}"
     elif "Incompatible value 'None'" in message:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import h5py
 import pytest
-from commands import LIGHT_RESULTS, launch, status
+from commands import LIGHT_RESULTS, launch, need, status
 from real_slurm import queue, wait_for
 
 from faults.scenario import Scenario
@@ -22,8 +22,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(path)]
     mounted = subprocess.run(command, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
+    need(mounted.returncode == 0, f"no disk can be mounted here: {mounted.stderr.strip()}")
     yield path
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 
