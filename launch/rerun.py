@@ -42,6 +42,11 @@ def main(arguments: list[str]) -> int:
         return merge_partly(run, config, plan)
     resources = planning.resource_overrides(options.words, config)
     keys = chosen(run, plan, options.stage, options.shards)
+    if options.stage and options.stage not in plan.stages_until(config.until):
+        raise InputError(
+            f"--stage {options.stage}: the run was asked to stop after the stage {config.until}; "
+            "type sweep.py without until to go on"
+        )
     executor = Ledger(run.path).requests()[-1].executor
     request = {"kind": "rerun", "executor": executor, "stage": options.stage, "keys": keys}
     for key in run.scan().damaged:
@@ -54,7 +59,7 @@ def main(arguments: list[str]) -> int:
                 state = local.run_all(run, config, plan)
         status = status_of(run, state)
         console().print(status_view(status))
-        return 0 if status.complete else 1
+        return 0 if state.finished else 1
     wait_for_cancelled(run)
     runs.add_request(run, config, resources=resources, **request)
     advance(run)

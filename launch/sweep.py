@@ -21,7 +21,7 @@ from kdhpc.cluster.display import command, console, plan_table, status_view
 from kdhpc.cluster.gate import patiently, tell
 from kdhpc.cluster.observe import State
 from kdhpc.cluster.runs import Run
-from kdhpc.cluster.status import Status, look, status_of
+from kdhpc.cluster.status import look, status_of
 from kdhpc.config.run import RunConfig
 from kdhpc.errors import InputError
 from kdhpc.plan.shards import Plan
@@ -101,7 +101,7 @@ def _local(run: Run, config: RunConfig, plan: Plan) -> int:
     status = status_of(run, state)
     out.print(status_view(status))
     tell(run.path, state)
-    return _exit_code(status)
+    return 0 if state.finished else 1
 
 
 def _watch(run: Run) -> int:
@@ -118,11 +118,7 @@ def _watch(run: Run) -> int:
     out.print(status_view(status))
     if state.config.slurm.advance_from == "login":
         tell(run.path, state)
-    return _exit_code(status)
-
-
-def _exit_code(status: Status) -> int:
-    return 0 if status.complete else 1
+    return 0 if state.finished else 1
 
 
 if __name__ == "__main__":

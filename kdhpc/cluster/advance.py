@@ -207,25 +207,24 @@ def _failures_of(
 ) -> Iterator[Failure]:
     """Yield the failures of a task that left the queue.
 
-    Usually only the shard that the task began last has failed, and none if the task died between
-    two shards. If the task was cancelled or never started, all its shards have.
+    Usually only the shard that a process began last has failed, and none if the process died
+    between two shards. If the task was cancelled or never started, all its shards have.
     """
     events = ledger.last_events(submission.number, index)
     kind, message = failures.of_slurm(task_end.state, task_end.exit_code, started=bool(events))
-    if "stopped" in events.values() and kind != "CANCELLED":
-        # Slurm kills the other ranks when the first one leaves, and reports that as the state. A
-        # user's scancel tells a task to stop too, and stays a cancel.
-        kind, message = "STOPPED", "was told to stop and did"
-    last_begun = list(events)[-1:]
-    for key in keys if kind in {"CANCELLED", "LAUNCH"} or not last_begun else last_begun:
+    begun = [key for key, event in events.items() if event != "ended"] or list(events)[-1:]
+    for key in keys if kind in {"CANCELLED", "LAUNCH"} or not begun else begun:
         if key in keys:
+            # Slurm kills the other ranks when the first one leaves, and reports that as the state.
+            # A user's scancel tells a task to stop too, and stays a cancel.
+            stopped = events.get(key) == "stopped" and kind != "CANCELLED"
             yield Failure(
                 key=key,
-                kind=kind,
-                message=message,
-                fingerprint=kind,
+                kind="STOPPED" if stopped else kind,
+                message="was told to stop and did" if stopped else message,
+                fingerprint="STOPPED" if stopped else kind,
                 submission=submission.number,
-                log=str(ledger.log_path(submission.number, index)),
+                log=str(ledger.log_of(submission.number, index, key)),
                 node=task_end.node,
                 time=time.time(),
                 got_further=run.checkpoint_since(key, submission.time),

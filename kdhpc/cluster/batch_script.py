@@ -1,11 +1,11 @@
 """Let submitit write the text of a batch script."""
 
-import re
 import shlex
 
 from submitit import SlurmExecutor
 
 from kdhpc.cluster.resources import Resources
+from kdhpc.cluster.slurm import command_line
 
 
 def batch_script(*, name: str, command: str, num_tasks: int | None, resources: Resources) -> str:
@@ -31,7 +31,7 @@ def batch_script(*, name: str, command: str, num_tasks: int | None, resources: R
         "time": max(1, round(resources.time_min)),
         "mem": f"{max(1, round(resources.mem_gb * 1024))}M" if resources.mem_gb else None,
         "nodes": resources.nodes,
-        "ntasks_per_node": resources.ranks_per_node,
+        "ntasks_per_node": resources.ranks_per_node * resources.pack,
         "cpus_per_task": resources.cpus_per_task,
         "gpus_per_node": resources.gpus_per_node or None,
         "dependency": resources.dependency,
@@ -40,20 +40,28 @@ def batch_script(*, name: str, command: str, num_tasks: int | None, resources: R
         "setup": [*resources.setup, *scratch] or None,
         "stderr_to_stdout": True,
         "wckey": None,
-        "srun_args": [
-            f"--cpus-per-task={resources.cpus_per_task}",
-            "--kill-on-bad-exit=1",
-            "--export=ALL",  # where a site submits with --export=NONE, srun would pass nothing on
-            *resources.srun,
-        ],
+        "use_srun": False,  # submitit's srun would give each step logs of its own
         # The log is set on sbatch's command line, because a script cannot quote a path safely.
         "additional_parameters": {"output": "/dev/null", "requeue": True, **_given(resources)},
     }
-    executor._internal_update_parameters(**{k: v for k, v in parameters.items() if v is not None})
+    executor.update_parameters(**{k: v for k, v in parameters.items() if v is not None})
     executor.parameters["wckey"] = None
-    text = _without(executor.script(command, num_tasks), resources)
-    # submitit gives the step a log of its own; without it, all output of a task goes to one log.
-    return re.sub(r"^(srun --unbuffered) --output \S+", r"\1", text, flags=re.MULTILINE)
+    srun = command_line(["srun", "--unbuffered", *_srun_options(resources)])
+    return _without(executor.script(f"{srun} {command}", num_tasks), resources)
+
+
+def _srun_options(resources: Resources) -> list[str]:
+    """Return the options of srun, those of the user last.
+
+    srun repeats `--cpus-per-task`, which it no longer inherits since Slurm 22.05. If one rank of a
+    training dies, it ends the others, but the processes of a packed task do not depend on each
+    other. Where a site submits with --export=NONE, srun would pass nothing on.
+    """
+    ends = ["--kill-on-bad-exit=1"]
+    if resources.pack > 1:
+        ends = ["--kill-on-bad-exit=0", "--wait=0"]
+    cpus = f"--cpus-per-task={resources.cpus_per_task}"
+    return [cpus, *ends, "--export=ALL", *resources.srun]
 
 
 def _given(resources: Resources) -> dict[str, str | bool]:
@@ -75,10 +83,9 @@ def _without(text: str, resources: Resources) -> str:
 class _Executor(SlurmExecutor):  # type: ignore[misc]  # submitit is untyped here
     """submitit's batch script and parameters around a command of kdhpc.
 
-    Three things differ from submitit's own use. The command finds its shards in a JSON file by the
+    Two things differ from submitit's own use. The command finds its shards in a JSON file by the
     array index, so nothing is pickled. Jobs are submitted held, so that their ids are on disk
-    before they run. srun repeats `--cpus-per-task`, which it no longer inherits since Slurm 22.05,
-    and ends the whole step when one rank dies.
+    before they run.
     """
 
     def script(self, command: str, num_tasks: int | None) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from kdhpc.cluster.failures import REMEDIES
 from kdhpc.cluster.ledger import Failure
-from kdhpc.config.run import Slurm
+from kdhpc.config.run import RunConfig, Slurm
 from kdhpc.plan.shards import Plan, Shard
 from kdhpc.types import Json
 
@@ -56,26 +56,54 @@ class Policy:
     """Number of tasks of a large stage that are tried first; 0 starts the whole stage."""
     max_attempts: int = 3
     """Failed attempts of a shard before it waits for `rerun.py` or `sweep.py`."""
+    pack: int = 1
+    """Shards of one rank that a task works on at once."""
+    pack_by_stage: Mapping[str, int] = field(default_factory=dict)
+    """The same for stages that differ."""
+    until: str | None = None
+    """Last stage to start."""
+
+    def pack_of(self, shard: Shard, changes: "Changes") -> int:
+        """Return how many shards like this one a task works on at once."""
+        if shard.arm.nodes * shard.arm.ranks_per_node > 1:
+            return 1
+        return int(changes.asked.get("pack", self.pack_by_stage.get(shard.stage, self.pack)))
 
     @classmethod
-    def unlimited(cls, task_s: float, max_array: int = sys.maxsize) -> "Policy":
-        """Plan as if the queue took everything at once."""
-        return cls(task_s=task_s, max_array=max_array, max_tasks=sys.maxsize)
+    def unlimited(cls, config: RunConfig, max_array: int | None) -> "Policy":
+        """Plan as if the queue took everything at once.
+
+        Args:
+            config: config of the run.
+            max_array: maximum number of tasks in one array; None for processes of this machine.
+        """
+        if max_array is None:
+            return cls(task_s=LOCAL_TASK_S, max_array=sys.maxsize, max_tasks=sys.maxsize)
+        limits = config.slurm
+        return cls(
+            task_s=limits.task_min * 60,
+            max_array=max_array,
+            max_tasks=sys.maxsize,
+            pack=limits.pack,
+            pack_by_stage=_pack_by_stage(limits),
+        )
 
     @classmethod
-    def local(cls, limits: Slurm) -> "Policy":
+    def local(cls, config: RunConfig) -> "Policy":
         """Use processes of this machine, which start task by task and need no gate."""
         return cls(
             task_s=LOCAL_TASK_S,
             max_array=1,
             max_tasks=sys.maxsize,
             per_array=0,
-            max_attempts=limits.max_attempts,
+            max_attempts=config.slurm.max_attempts,
+            until=config.until,
         )
 
     @classmethod
-    def slurm(cls, limits: Slurm, *, max_array: int, num_queued: int) -> "Policy":
+    def slurm(cls, config: RunConfig, *, max_array: int, num_queued: int) -> "Policy":
         """Use a cluster, where `num_queued` jobs of the run are in the queue already."""
+        limits = config.slurm
         return cls(
             task_s=limits.task_min * 60,
             max_array=max_array,
@@ -84,18 +112,26 @@ class Policy:
             else max(0, limits.max_submit - num_queued),
             canary=limits.canary,
             max_attempts=limits.max_attempts,
+            pack=limits.pack,
+            pack_by_stage=_pack_by_stage(limits),
+            until=config.until,
         )
 
     @classmethod
-    def looking(cls, limits: Slurm) -> "Policy":
+    def looking(cls, config: RunConfig) -> "Policy":
         """Start nothing, for commands that only look; Slurm need not be asked for its limits."""
         return cls(
             task_s=1.0,
             max_array=1,
             max_tasks=0,
-            canary=limits.canary,
-            max_attempts=limits.max_attempts,
+            canary=config.slurm.canary,
+            max_attempts=config.slurm.max_attempts,
+            until=config.until,
         )
+
+
+def _pack_by_stage(limits: Slurm) -> dict[str, int]:
+    return {name: stage.pack for name, stage in limits.stages.items() if stage.pack is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +155,8 @@ class Batch:
     """Keys of the shards in each task."""
     nodes: int
     ranks_per_node: int
+    pack: int = 1
+    """Shards that each task works on at once."""
     changes: Changes = Changes()
 
 
@@ -134,14 +172,14 @@ class Decision:
 def decide(plan: Plan, situation: Situation, policy: Policy) -> Decision:
     """Group the shards that may start into arrays, earliest stage first.
 
-    A shard may start when all records that it reads exist.
+    A shard may start when all records that it reads exist and its stage is asked for.
     """
     blocked = _blocked(plan, situation, policy)
     if situation.stopped:
         return Decision(batches=(), blocked=blocked)
     batches: list[Batch] = []
     num_free = policy.max_tasks
-    for stage in plan.stages:
+    for stage in plan.stages_until(policy.until):
         ready = [
             shard
             for shard in plan.stage(stage)
@@ -161,13 +199,15 @@ def decide(plan: Plan, situation: Situation, policy: Policy) -> Decision:
                 if not wave:
                     break
                 num_free -= len(wave) + policy.per_array
+                changes = _changes(group[0], situation)
                 batches.append(
                     Batch(
                         stage=stage,
                         tasks=tuple(tuple(shard.key for shard in task) for task in wave),
                         nodes=group[0].arm.nodes,
                         ranks_per_node=group[0].arm.ranks_per_node,
-                        changes=_changes(group[0], situation),
+                        pack=min(policy.pack_of(group[0], changes), max(map(len, wave))),
+                        changes=changes,
                     )
                 )
     return Decision(batches=tuple(batches), blocked=blocked)
@@ -248,24 +288,25 @@ def _groups(ready: list[Shard], situation: Situation, policy: Policy) -> list[li
 def _pack(group: list[Shard], situation: Situation, policy: Policy) -> list[list[Shard]]:
     """Pack shards, in order, into tasks of about `task_s` seconds.
 
-    A shard with several ranks gets a task of its own. So does a shard that failed before, because
-    what kills its process would end the other shards of the task too.
+    A shard with several ranks gets a task of its own. A shard that failed before gets a process of
+    its own, because what kills the process would end the other shards of the process too.
     """
     if group[0].arm.nodes * group[0].arm.ranks_per_node > 1:
         return [[shard] for shard in group]
-    tasks: list[list[Shard]] = []
-    filled_s = math.inf
+    pack = policy.pack_of(group[0], _changes(group[0], situation))
+    failed = [shard for shard in group if situation.failures.get(shard.key)]
+    tasks = [failed[start : start + pack] for start in range(0, len(failed), pack)]
+    filled_s, num_filled = math.inf, pack
     for shard in group:
-        seconds = _seconds(shard, situation)
         if situation.failures.get(shard.key):
-            tasks.append([shard])
-            filled_s = math.inf
             continue
-        if filled_s + seconds > policy.task_s:
+        seconds = _seconds(shard, situation)
+        if filled_s + seconds > policy.task_s * pack and num_filled >= pack:
             tasks.append([])
-            filled_s = 0.0
+            filled_s, num_filled = 0.0, 0
         tasks[-1].append(shard)
         filled_s += seconds
+        num_filled += 1
     return tasks
 
 

@@ -67,16 +67,12 @@ def _use_newest_code(path: Path) -> None:
 
 def tell(path: Path, state: State) -> None:
     """Call the user's hook and send the mail, if the config asks for them."""
-    outcome = "stopped" if state.missing else "complete"
+    outcome = "complete" if state.finished else "stopped"
     settings = state.config.slurm
     if settings.on_end:
         _try("slurm.on_end", [settings.on_end, str(path), outcome])
     if settings.mail_user:
-        text = (
-            f"{len(state.missing)} shards are missing.\n"
-            if state.missing
-            else "All shards are done.\n"
-        )
+        text = f"{len(state.situation.done)} of {len(state.plan.shards)} shards are done.\n"
         command = ["mail", "-s", f"kdhpc: {path.name} {outcome}", settings.mail_user]
         _try("slurm.mail_user", command, text)
     print(f"{path.name}: {outcome}", flush=True)

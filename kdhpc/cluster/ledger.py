@@ -4,6 +4,9 @@ requests/0001.json          what somebody typed (sweep, rerun or cancel): config
 submissions/0001.json       the intent to submit: shards of each task; the first writer claims it
 submissions/0001.job.json   the outcome of that: job ids, or that it was given up
 attempts/0001/3.jsonl       a line for each event of an attempt in task 3
+attempts/0001/3.0.jsonl     the same for process 0 of a packed task
+attempts/0001/3.claims/0/   shards that the processes of a packed task took and have not published,
+                            by start of the task
 failures/0001/<shard>.json  one failed shard of one submission
 """
 
@@ -75,6 +78,11 @@ class Submission:
     pid: int
 
     @property
+    def pack(self) -> int:
+        """Number of shards that each task works on at once."""
+        return int(self.resources.get("pack", 1))
+
+    @property
     def keys(self) -> Iterator[str]:
         """Keys of all shards."""
         for task in self.tasks:
@@ -132,14 +140,23 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def log_path(self, number: int, task: int) -> Path:
-        """Return the path of a task's log.
+    def log_path(self, number: int, task: int, process: int | None = None) -> Path:
+        """Return the path of a task's log, or of the log of one process of a packed task.
 
         Args:
             number: number of the submission.
             task: index of the task in the array.
+            process: index of the process in a packed task; None for what srun said.
         """
-        return self.path / "logs" / f"{number:04d}" / f"{task}.log"
+        return self.path / "logs" / f"{number:04d}" / f"{_process_name(task, process)}.log"
+
+    def log_of(self, number: int, task: int, key: str) -> Path:
+        """Return the path of the log that holds the last attempt of a shard in a task."""
+        process = None
+        for event in self._events(number, task):
+            if event["key"] == key:
+                process = event["process"]
+        return self.log_path(number, task, process)
 
     def requests(self) -> list[Request]:
         """Read all requests, oldest first."""
@@ -194,9 +211,19 @@ class Ledger:
         folder = self.path / "failures" / f"{failure.submission:04d}"
         return write_once(folder / f"{name}.json", asdict(failure))
 
-    def note_attempt(self, number: int, task: int, key: str, event: AttemptEvent) -> None:
-        """Append an event of an attempt; an unwritable disk is ignored. Only rank 0 calls this."""
-        path = self._attempts_path(number, task)
+    def note_attempt(
+        self, number: int, task: int, key: str, event: AttemptEvent, process: int | None = None
+    ) -> None:
+        """Append an event of an attempt; an unwritable disk is ignored. Only rank 0 calls this.
+
+        Args:
+            number: number of the submission.
+            task: index of the task in the array.
+            key: key of the shard.
+            event: what happened.
+            process: index of the process in a packed task; None in any other.
+        """
+        path = self._attempts_dir(number) / f"{_process_name(task, process)}.jsonl"
         line = json.dumps({"key": key, "event": event, "time": round(time.time(), 3)})
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,16 +233,57 @@ class Ledger:
     def last_events(self, number: int, task: int) -> dict[str, AttemptEvent]:
         """Read the last event of each shard that a task has begun, the last begun shard last."""
         events: dict[str, AttemptEvent] = {}
-        with contextlib.suppress(FileNotFoundError):
-            for line in self._attempts_path(number, task).read_text(errors="replace").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short
-                    event = json.loads(line)
-                    events.pop(event["key"], None)  # the dict then keeps the order of the events
-                    events[event["key"]] = event["event"]
+        for event in self._events(number, task):
+            events.pop(event["key"], None)  # the dict then keeps the order of the events
+            events[event["key"]] = event["event"]
         return events
 
-    def _attempts_path(self, number: int, task: int) -> Path:
-        return self.path / "attempts" / f"{number:04d}" / f"{task}.jsonl"
+    def claim_shard(self, number: int, task: int, start: int, index: int) -> bool | None:
+        """Take a shard for one process of a packed task, before another process does.
+
+        Args:
+            number: number of the submission.
+            task: index of the task in the array.
+            start: how many times Slurm has requeued the task; every start takes all shards anew.
+            index: index of the shard in the task.
+
+        Returns:
+            Whether no other process has taken it; None if the disk cannot be written.
+        """
+        path = self._claim_path(number, task, start, index)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        except OSError:
+            return None
+        return True
+
+    def forget_claim(self, number: int, task: int, start: int, index: int) -> None:
+        """Remove the file that says that a shard is taken; its record says so now."""
+        with contextlib.suppress(OSError):
+            self._claim_path(number, task, start, index).unlink()
+
+    def _claim_path(self, number: int, task: int, start: int, index: int) -> Path:
+        return self._attempts_dir(number) / f"{task}.claims" / str(start) / str(index)
+
+    def _events(self, number: int, task: int) -> list[dict[str, Json]]:
+        """Read the events of a task's attempts, oldest first, each with its `process`."""
+        events = []
+        folder = self._attempts_dir(number)
+        for path in [folder / f"{task}.jsonl", *folder.glob(f"{task}.*.jsonl")]:
+            process = re.fullmatch(r"\d+\.(\d+)\.jsonl", path.name)
+            with contextlib.suppress(FileNotFoundError):
+                for line in path.read_text(errors="replace").splitlines():
+                    with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short
+                        event = json.loads(line)
+                        known = {name: event[name] for name in ("key", "event", "time")}
+                        events.append(known | {"process": process and int(process[1])})
+        return sorted(events, key=lambda event: event["time"])
+
+    def _attempts_dir(self, number: int) -> Path:
+        return self.path / "attempts" / f"{number:04d}"
 
     def _read(self, folder: str, pattern: str) -> Iterator[tuple[Path, dict[str, Json]]]:
         # Sorted by length first: numbers have four digits, and five from 10000 on.
@@ -243,6 +311,11 @@ def _entry(entry_class: Callable[..., Entry], path: Path, raw: Mapping[str, Json
         raise DamagedError(
             f"{path}: was written by another version of kdhpc ({error}); use that version"
         ) from error
+
+
+def _process_name(task: int, process: int | None) -> str:
+    """Return the first part of the names of the files of a task, or of one process of it."""
+    return str(task) if process is None else f"{task}.{process}"
 
 
 def make(path: Path) -> Ledger:

@@ -27,8 +27,8 @@ from kdhpc.plan.shards import Plan
 class _Worker:
     """A process that runs tasks one at a time (see `task.serve`)."""
 
-    def __init__(self, run: Run, code: str, environment: Mapping[str, str]) -> None:
-        self.run, self.code = run, code
+    def __init__(self, run: Run, code: str, slot: int, environment: Mapping[str, str]) -> None:
+        self.run, self.code, self.slot = run, code, slot
         home = run.path / "code" / code
         self.process = subprocess.Popen(
             [sys.executable, "-m", "kdhpc.cluster.task", str(run.path), "--serve"],
@@ -112,23 +112,30 @@ def run_all(
         while True:
             pool.collect()
             active = frozenset(key for task in pool.tasks for key in task.submission.keys)
-            policy = Policy.local(config.slurm)
+            policy = Policy.local(config)
             state = observe(run, config, plan, local_active=active, policy=policy, with_queue=False)
             on_change(state)
             if not pool.tasks and not state.decision.batches:
                 return state
-            for batch in state.decision.batches[: pool.num_free]:
+            for batch in state.decision.batches:
+                if not pool.fits(batch):
+                    break
                 pool.start(state, batch)
             pool.warm_up(state)
             pool.wait()
 
 
 class _Pool:
-    """Running tasks and spare workers, at most `local_workers` tasks at once."""
+    """Running tasks and spare workers, at most `local_workers` tasks at once.
+
+    On a machine with GPUs, every process has the slot of one GPU, and a training takes as many as
+    it has ranks. On CPUs a training counts as one task, so that it runs on any machine.
+    """
 
     def __init__(self, run: Run, config: RunConfig, ledger: Ledger) -> None:
         self.run, self.config, self.ledger = run, config, ledger
-        self.size = config.local_workers or len(os.sched_getaffinity(0))
+        self.num_gpus = num_gpus(config)
+        self.size = num_workers(config, self.num_gpus)
         self.tasks: list[_Task] = []
         self.spare: list[_Worker] = []
 
@@ -149,8 +156,25 @@ class _Pool:
 
     @property
     def num_free(self) -> int:
-        """How many more tasks may run now."""
-        return self.size - len(self.tasks)
+        """How many more tasks of one rank may run now."""
+        used = [worker for task in self.tasks for worker in task.workers]
+        return self.size - len(used if self.num_gpus else self.tasks)
+
+    def fits(self, batch: Batch) -> bool:
+        """Return whether a task of this array can start now; if nothing runs, any can."""
+        num_slots = batch.nodes * batch.ranks_per_node if self.num_gpus else 1
+        return num_slots <= self.num_free or not self.tasks
+
+    def _free_slots(self, count: int) -> list[int]:
+        """Return slots for the processes of a task; spare processes in them are ended."""
+        if not self.num_gpus:
+            return list(range(count))
+        busy = {worker.slot for task in self.tasks for worker in task.workers}
+        slots = [slot for slot in range(len(busy) + count) if slot not in busy][:count]
+        for worker in [worker for worker in self.spare if worker.slot in slots]:
+            self.spare.remove(worker)
+            worker.close()
+        return slots
 
     def collect(self) -> None:
         """Settle the tasks that have ended, and keep their workers for the next tasks."""
@@ -185,8 +209,10 @@ class _Pool:
         if num_ranks == 1 and self.spare:
             workers = [self.spare.pop()]
         else:
-            ranks = range(num_ranks)
-            workers = [self._worker(submission.code, rank, num_ranks, number) for rank in ranks]
+            workers = [
+                self._worker(submission.code, slot, rank, num_ranks, number)
+                for rank, slot in enumerate(self._free_slots(num_ranks))
+            ]
         for worker in workers:
             worker.send(number, log)
         self.tasks.append(_Task(submission=submission, workers=workers, codes={}))
@@ -195,11 +221,13 @@ class _Pool:
         """Start a spare worker if a core is free; it imports modules before it gets a task."""
         if not self.spare and self.num_free > 0:
             number = -len(self.ledger.submissions())  # gives a port that no task uses
-            self.spare.append(self._worker(state.request.code, 0, 1, number))
+            [slot] = self._free_slots(1)
+            self.spare.append(self._worker(state.request.code, slot, 0, 1, number))
 
-    def _worker(self, code: str, rank: int, num_ranks: int, number: int) -> _Worker:
+    def _worker(self, code: str, slot: int, rank: int, num_ranks: int, number: int) -> _Worker:
         environment = _environment(self.config.threads, rank, num_ranks, _port(number))
-        return _Worker(self.run, code, environment)
+        gpu = slot % self.num_gpus if self.num_gpus else rank
+        return _Worker(self.run, code, slot, environment | {"LOCAL_RANK": str(gpu)})
 
     def wait(self, limit_s: float = 2.0) -> None:
         """Wait until a worker answers or ends, at most until the display should be updated."""
@@ -210,6 +238,21 @@ class _Pool:
             if rank not in task.codes
         ]
         select.select(pending_answers, [], [], limit_s)
+
+
+def num_workers(config: RunConfig, num_gpus: int) -> int:
+    """Return how many tasks run at once: as asked for, else one per GPU, else one per core."""
+    return config.local_workers or num_gpus or len(os.sched_getaffinity(0))
+
+
+def num_gpus(config: RunConfig) -> int:
+    """Return the number of GPUs for workers; torch is loaded only where there is a driver."""
+    drivers = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd")]
+    if config.device == "cpu" or not drivers:
+        return 0
+    from kdhpc.models import devices
+
+    return devices.num_gpus()
 
 
 def _port(number: int) -> int:
@@ -235,7 +278,6 @@ def _environment(threads: int, rank: int, world_size: int, port: int) -> dict[st
         "HF_DATASETS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

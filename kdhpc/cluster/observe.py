@@ -45,6 +45,12 @@ class State:
         """Keys of planned shards without a result."""
         return [key for key in self.plan.shards if key not in self.situation.done]
 
+    @property
+    def finished(self) -> bool:
+        """Whether every shard of the stages that are asked for has a result."""
+        asked_for = set(self.plan.stages_until(self.config.until))
+        return not any(self.plan.shards[key].stage in asked_for for key in self.missing)
+
 
 def observe(
     run: Run,
@@ -96,7 +102,7 @@ def observe(
         only=_asked_for_since_cancel(plan, requests),
     )
     if policy is None:
-        policy = _policy(config, queued) if uses_slurm else Policy.local(config.slurm)
+        policy = _policy(config, queued) if uses_slurm else Policy.local(config)
     if room is not None:
         policy = replace(policy, max_tasks=min(policy.max_tasks, room))
     return State(
@@ -198,19 +204,21 @@ def _free(
 ) -> dict[str, int]:
     """Count the failures of each shard that made progress and therefore cost no attempt.
 
-    Progress is a newer checkpoint of its training, or another published shard of the same task.
+    Progress is a newer checkpoint of its training, or another published shard of the same task, if
+    the task had more shards than processes. Otherwise each shard had a process of its own.
     """
     numbers = {failure.submission for of_shard in counted.values() for failure in of_shard}
-    tasks = {
+    shared_tasks = {
         (submission.number, key): task
         for submission in submissions
         if submission.number in numbers
         for task in submission.tasks
+        if len(task) > submission.pack
         for key in task
     }
 
     def is_free(failure: Failure) -> bool:
-        task = tasks.get((failure.submission, failure.key), ())
+        task = shared_tasks.get((failure.submission, failure.key), ())
         progressed = failure.got_further or any(key in done for key in task)
         return progressed and failures.REMEDIES[failure.kind].free_with_progress
 
@@ -258,4 +266,4 @@ def _policy(config: RunConfig, queued: Iterable[slurm.Queued]) -> Policy:
     # A gate that runs this is about to end, so its own job is not counted.
     num_queued = sum(task.job_id != os.environ.get("SLURM_JOB_ID") for task in queued)
     max_array = config.slurm.max_array or slurm.max_array_size()
-    return Policy.slurm(config.slurm, max_array=max_array, num_queued=num_queued)
+    return Policy.slurm(config, max_array=max_array, num_queued=num_queued)

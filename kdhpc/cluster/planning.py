@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields, replace
 
 from kdhpc.cluster import runs, slurm
-from kdhpc.cluster.decide import LOCAL_TASK_S, Batch, Policy, Situation, decide
+from kdhpc.cluster.decide import Batch, Policy, Situation, decide
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.observe import observe
 from kdhpc.cluster.resources import Resources, array_resources
@@ -30,10 +30,8 @@ def preview(pipeline: AnyPipeline, plan: Plan, config: RunConfig, executor: str)
     """Pack every stage as if all stages before it were done; submit nothing."""
     rates = {stage.name: 1.0 / stage.rate(config) for stage in pipeline.stages}
     on_slurm = executor == "slurm"
-    policy = Policy.unlimited(LOCAL_TASK_S)
-    if on_slurm:
-        max_array = config.slurm.max_array or slurm.max_array_size()
-        policy = Policy.unlimited(config.slurm.task_min * 60, max_array)
+    max_array = (config.slurm.max_array or slurm.max_array_size()) if on_slurm else None
+    policy = Policy.unlimited(config, max_array)
     num_tasks: dict[str, int] = {}
     resources: dict[str, str] = {}
     refused: dict[str, None] = {}

@@ -20,6 +20,8 @@ class Resources:
     gpus_per_node: int = 0
     nodes: int = 1
     ranks_per_node: int = 1
+    pack: int = 1
+    """Processes of each task that work on shards of one rank at once."""
     account: str | None = None
     partition: str | None = None
     qos: str | None = None
@@ -80,6 +82,7 @@ def array_resources(config: RunConfig, batch: Batch, uses_device: bool) -> Resou
         mem_gb = max(mem_gb, min(mem_gb * changes.mem_factor, limit_gb))
     return replace(
         resources,
+        pack=batch.pack,
         time_min=time_min,
         mem_gb=mem_gb,
         cpus_per_task=max(resources.cpus_per_task, config.threads),
@@ -105,7 +108,7 @@ def gate_resources(limits: Slurm, array_id: str) -> Resources:
         sbatch=limits.sbatch,
         srun=limits.srun,
     )
-    resources = _with(resources, vars(limits.gate))
+    resources = replace(_with(resources, vars(limits.gate)), pack=1)
     return replace(resources, mem_gb=None) if limits.mem_gb is None else resources
 
 

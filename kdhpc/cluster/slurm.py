@@ -61,6 +61,11 @@ class Queued:
     reason: str
     name: str
 
+    @property
+    def is_task(self) -> bool:
+        """Whether it is an array element."""
+        return self.index is not None
+
 
 def available() -> bool:
     """Return whether `sbatch` is installed and a controller answers."""

@@ -1,7 +1,6 @@
 """Summarise the state of a run for people: counts, causes of failures, and the time left."""
 
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -91,7 +90,7 @@ def look(run: Run) -> State:
     """
     _, config, plan = runs.current(run)
     local = _local_active(run) if runs.is_locked(run) else frozenset[str]()
-    policy = Policy.looking(config.slurm)
+    policy = Policy.looking(config)
     try:
         return observe(run, config, plan, local_active=local, policy=policy)
     except ClusterError as error:
@@ -173,6 +172,8 @@ def _notes(run: Run, state: State, failures: Mapping[str, Failure]) -> Iterator[
     yield from _stalled(run, state)
     if situation.stopped:
         yield "cancelled; run sweep.py or rerun.py to go on"
+    if until := state.config.until:
+        yield f"until={until}: later stages start when sweep.py is typed without it"
 
 
 def _stalled(run: Run, state: State) -> Iterator[str]:
@@ -180,10 +181,12 @@ def _stalled(run: Run, state: State) -> Iterator[str]:
     situation = state.situation
     if situation.active or situation.stopped or state.queued or state.queue_error:
         return
+    asked_for = state.plan.stages_until(state.config.until)
     ready = [
         key
         for key, shard in state.plan.shards.items()
-        if key not in situation.done
+        if shard.stage in asked_for
+        and key not in situation.done
         and key not in state.decision.blocked
         and all(read in situation.done for read in shard.reads)
     ]
@@ -239,8 +242,11 @@ def _eta(stages: Sequence[StageStatus], state: State) -> float | None:
     if not left or not state.running:
         return None
     if state.request.executor == "local":
-        return left / (state.config.local_workers or len(os.sched_getaffinity(0)))
-    at_once = sum(task.state == "RUNNING" and task.index is not None for task in state.queued)
+        at_once = sum(submission.number not in state.jobs for submission in state.submissions)
+    else:
+        running = [task.name for task in state.queued if task.state == "RUNNING" and task.is_task]
+        pack = {submission.name: submission.pack for submission in state.submissions}
+        at_once = sum(pack.get(name, 1) for name in running)
     return left / max(1, at_once)
 
 

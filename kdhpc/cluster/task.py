@@ -3,6 +3,9 @@
 A task runs its shards one after the other and publishes each. Every start of a shard is an attempt;
 a published shard is skipped. SIGUSR2 and SIGTERM only set a flag, which stages check.
 
+A packed task (`slurm.pack`) is several such processes on one node, each with a log of its own. They
+share the task's shards and know nothing else of each other.
+
 The local executor keeps the process for further tasks (`task RUN --serve`), so that torch is
 imported once per worker and not once per task.
 """
@@ -16,7 +19,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -44,6 +48,48 @@ class _StopFlag:
     def _set(self, number: int, frame: FrameType | None) -> None:
         self.is_set = True
         print(f"told to stop by {signal.Signals(number).name}", flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a process is in its submission."""
+
+    submission: Submission
+    task: int
+    """Index of the task in its array."""
+    process: int | None = None
+    """Index of the process in a packed task; None in any other."""
+
+
+def find_place(submission: Submission, task: int) -> _Place:
+    """Return where this process is; in a packed task, also make it the only rank of its work."""
+    if submission.pack == 1 or "SLURM_LOCALID" not in os.environ:
+        return _Place(submission=submission, task=task)
+    process = os.environ["SLURM_LOCALID"]
+    os.environ |= {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "LOCAL_RANK": process}
+    return _Place(submission=submission, task=task, process=int(process))
+
+
+def shards_of(place: _Place, run: Run, ledger: Ledger) -> Iterator[str]:
+    """Yield the shards that this process works on, one at a time.
+
+    The processes of a packed task share its shards: each takes the next that none has taken, so
+    that all are busy to the end, whatever becomes of one of them.
+    """
+    submission = place.submission
+    keys = submission.tasks[place.task]
+    if place.process is None:
+        yield from keys
+        return
+    start = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    for index, key in enumerate(keys):
+        taken = ledger.claim_shard(submission.number, place.task, start, index)
+        if taken is None:  # the disk is full: share by index
+            taken = index % submission.pack == place.process
+        if taken:
+            yield key
+            if run.record_path(key).exists():
+                ledger.forget_claim(submission.number, place.task, start, index)
 
 
 def find_rank() -> tuple[int, int]:
@@ -95,11 +141,15 @@ def run_task(path: Path, number: int, index: int) -> int:
         The exit code: 0, 1 if a shard failed, 75 if the task stopped when told to.
     """
     ledger = Ledger(path)
-    submission = ledger.submission(number)
+    place = find_place(ledger.submission(number), index)
+    submission = place.submission
     run, config, plan = _load_request(path, submission.request)
     rank, world_size = find_rank()
     stop = _StopFlag()
-    progress = _progress_writer(path / "progress" / f"{number:04d}-{index}.json")
+    log = ledger.log_path(number, index, place.process)
+    if place.process is not None:
+        _print_to(log)
+    progress = _progress_writer(path / "progress" / f"{number:04d}-{log.stem}.json")
     work = Work(
         run,
         config,
@@ -110,7 +160,7 @@ def run_task(path: Path, number: int, index: int) -> int:
         world_size=world_size,
     )
     code = 0
-    for key in submission.tasks[index]:
+    for key in shards_of(place, run, ledger):
         if stop.is_set:
             return failures.STOPPED_EXIT_CODE
         if run.record_path(key).exists():
@@ -119,7 +169,7 @@ def run_task(path: Path, number: int, index: int) -> int:
             continue
         if rank == 0:
             work.progress = progress(key)
-        result = _attempt(run, plan.shards[key], work, ledger, submission, index)
+        result = _attempt(run, plan.shards[key], work, ledger, place)
         code = result or code
         if result == failures.STOPPED_EXIT_CODE:
             return result
@@ -140,15 +190,15 @@ def _attempt(
     shard: Shard,
     work: Work[RunConfig],
     ledger: Ledger,
-    submission: Submission,
-    index: int,
+    place: _Place,
 ) -> int:
     """Run one shard and publish it, or record why it failed. Returns an exit code."""
     started = time.time()
+    number = place.submission.number
 
     def note(event: AttemptEvent) -> None:
         if work.rank == 0:
-            ledger.note_attempt(submission.number, index, shard.key, event)
+            ledger.note_attempt(number, place.task, shard.key, event, place.process)
 
     print(f"{shard.key}{failures.STARTED}", flush=True)
     note("started")
@@ -171,8 +221,8 @@ def _attempt(
             kind=kind,
             message=message,
             fingerprint=fingerprint,
-            submission=submission.number,
-            log=str(ledger.log_path(submission.number, index)),
+            submission=number,
+            log=str(ledger.log_path(number, place.task, place.process)),
             node=os.environ.get("SLURMD_NODENAME", ""),
             time=time.time(),
             got_further=kind == "LOST" and run.checkpoint_since(shard.key, started),

@@ -4,11 +4,14 @@ A bare word names a preset in `configs/`, which may extend another with `extends
 an override. Later words win. This is the only module that imports omegaconf.
 
 Values are read as text, in YAML files too, and take the type of their field when the config is
-built. A field of text keeps what was typed: `no`, `0123`, `1e5` and `${HOME}` are texts there.
+built. A field of text keeps what was typed: `no`, `0123`, `1e5` and `${HOME}` are texts there. A
+field of minutes, whose name ends with `_min`, also takes the times that sbatch takes: `90`,
+`1:30:00` and `0-1:30` are the same, and `2-0` is two days.
 """
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,6 +78,7 @@ def build(config_class: type[T], values: dict[str, Json]) -> T:
     Raises:
         InputError: if a key is unknown, or a value is missing or has the wrong type.
     """
+    values = _with_minutes(values)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(config_class), _config(values))
         built = _revealed(OmegaConf.to_object(merged))
@@ -82,6 +86,37 @@ def build(config_class: type[T], values: dict[str, Json]) -> T:
         key = getattr(error, "full_key", None) or _list_that_does_not_fit(config_class, values)
         raise InputError(_one_line(error, key)) from error
     return cast(T, built)
+
+
+def _with_minutes(values: dict[str, Json]) -> dict[str, Json]:
+    """Return the same values with every time of a key `..._min` in minutes."""
+    return {
+        name: _with_minutes(value)
+        if isinstance(value, dict)
+        else _minutes(value)
+        if isinstance(value, str) and name.endswith("_min")
+        else value
+        for name, value in values.items()
+    }
+
+
+def _minutes(text: str) -> Json:
+    """Convert a time as sbatch has it to minutes, rounded up; return any other text as it is."""
+    found = DAYS.fullmatch(text) or CLOCK.fullmatch(text)
+    if found is None:
+        return text
+    parts = {unit: int(part or 0) for unit, part in found.groupdict().items()}
+    seconds = sum(SECONDS[unit] * number for unit, number in parts.items())
+    return math.ceil(seconds / 60)
+
+
+DAYS = re.compile(
+    r"(?P<days>\d+)-(?P<hours>[01]?\d|2[0-3])(:(?P<minutes>[0-5]?\d))?(:(?P<s>[0-5]?\d))?"
+)
+"""A time of sbatch that begins with days: D-H, D-H:M or D-H:M:S."""
+CLOCK = re.compile(r"((?P<hours>\d+):(?=\d+:))?(?P<minutes>\d+):(?P<s>[0-5]?\d)")
+"""A time of sbatch without days: M:S or H:M:S."""
+SECONDS = {"days": 86400, "hours": 3600, "minutes": 60, "s": 1}
 
 
 def _list_that_does_not_fit(config_class: type, values: dict[str, Json]) -> str:

@@ -24,13 +24,15 @@ class StageResources:
     exclude: Word | None = None
     """Nodes to avoid."""
     time_min: Count | None = None
-    """Time limit of a task, in minutes."""
+    """Time limit of a task, in minutes or as sbatch has it."""
     mem_gb: Positive | None = None
     """Memory per node, in GB."""
     cpus_per_task: Count | None = None
     """Number of cores per process."""
     gpus_per_node: Whole | None = None
     """Number of GPUs per node."""
+    pack: Count | None = None
+    """Number of shards of one rank that a task works on at once."""
     sbatch: dict[str, Word | None] = field(default_factory=dict)
     """Options of sbatch, in addition to those of `slurm.sbatch`; see there."""
     srun: tuple[Word, ...] | None = None
@@ -55,7 +57,7 @@ class Slurm:
     exclude: Word | None = None
     """Nodes to avoid, as for `sbatch --exclude`."""
     time_min: Count = 60
-    """Time limit of a task, in minutes."""
+    """Time limit of a task, in minutes or as sbatch has it: 90, 1:30:00 and 0-1:30 are the same."""
     mem_gb: Positive | None = 4.0
     """Memory per node, in GB; null leaves it to the site."""
     cpus_per_task: Count = 1
@@ -64,6 +66,10 @@ class Slurm:
     """Number of GPUs per node, for stages that use a device."""
     gpu_mem_gb: Positive | None = None
     """Memory of one GPU, in GB; with it, --dry-run prints the `sampling.batch_rows` that fit."""
+    pack: Count = 1
+    """Number of shards of one rank that a task works on at once, each in a process with
+    `cpus_per_task` cores and a GPU of its own. Where whole nodes are allocated or billed, it is
+    their number of GPUs. Memory and GPUs stay those of the node."""
     sbatch: dict[str, Word | None] = field(default_factory=dict)
     """Any option of sbatch for all jobs, gates too, such as {reservation: NAME, gres: "gpu:a:1"};
     `true` gives an option without a value, and null takes one away that kdhpc would give."""
@@ -84,7 +90,7 @@ class Slurm:
     """Largest number of jobs of this run in the queue, each array task counted as one. It is at
     least 2, a task and its gate; no limit if not given."""
     task_min: Positive = 10.0
-    """Minutes of work that are packed into one task, by measured or estimated speed."""
+    """Count of work that are packed into one task, by measured or estimated speed."""
     canary: Whole = 2
     """Number of tasks of a large stage that are tried first. If they all fail the same way, the
     rest is not started."""
@@ -126,10 +132,13 @@ class RunConfig:
     Slurm if `sbatch` works."""
     executor: Literal["auto", "local", "slurm"] = "auto"
     """What runs the tasks; the cluster's YAML sets it."""
+    until: str | None = None
+    """Last stage to run. Later stages are planned, and start when a launch no longer has this."""
     small: bool = False
     """Whether the run may start on this machine without being asked to if there is no Slurm."""
     local_workers: Whole = 0
-    """Number of tasks that run at once on this machine; 0 means one per core."""
+    """Number of tasks that run at once on this machine; 0 means one per GPU, or one per core where
+    there is no GPU or `device` is `cpu`."""
     threads: Count = 1
     """Number of threads per process, under every executor. It is part of the recipe because sums
     round differently."""

@@ -67,6 +67,11 @@ def set_allocator(*, keep_freed: bool) -> None:
         libc.mallopt(m_mmap_threshold, 2**20)
 
 
+def num_gpus() -> int:
+    """Return the number of GPUs that this process sees."""
+    return torch.cuda.device_count()
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished all work that was submitted to it."""
     if device.type == "cuda":

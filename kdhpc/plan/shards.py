@@ -182,6 +182,10 @@ class Plan:
         """Names of the stages that have shards, in pipeline order."""
         return tuple(self._stages)
 
+    def stages_until(self, last: str | None) -> tuple[str, ...]:
+        """Return the same names up to a stage, which has shards; all if it is None."""
+        return self.stages if last is None else self.stages[: self.stages.index(last) + 1]
+
     def stage(self, stage: str) -> list[Shard]:
         """Return the shards of one stage in order; empty if it has none."""
         return self._stages.get(stage, [])

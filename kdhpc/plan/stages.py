@@ -77,10 +77,19 @@ class Pipeline(Generic[C]):
     """Merges the outputs of shards with the given keys into a file, for `rerun.py --partial`."""
 
     def plan(self, config: C) -> Plan:
-        """Plan every stage, each from the config and the shards of the stages before it."""
+        """Plan every stage, each from the config and the shards of the stages before it.
+
+        Raises:
+            InputError: if the config plans no shard of the last stage that it asks for.
+        """
         plan = Plan()
         for stage in self.stages:
             plan.add(stage.plan(config, plan))
+        if config.until is not None and config.until not in plan.stages:
+            names = ", ".join(plan.stages)
+            raise InputError(
+                f"until={config.until}: this run has no such stage; expected one of {names}"
+            )
         return plan
 
     def checked(self, config: C) -> C:
@@ -90,10 +99,13 @@ class Pipeline(Generic[C]):
             InputError: if a value is not possible; names the key, its value and what was expected.
         """
         check_run(config)
-        for stage in config.slurm.stages:
+        stages = {f"slurm.stages.{stage}": stage for stage in config.slurm.stages}
+        if config.until is not None:
+            stages[f"until={config.until}"] = config.until
+        for key, stage in stages.items():
             if stage not in self.folders:
                 names = ", ".join(self.folders)
-                raise InputError(f"slurm.stages.{stage}: no such stage; expected one of {names}")
+                raise InputError(f"{key}: no such stage; expected one of {names}")
         refuse(out_of_bounds(config, self.config))
         refuse(self.check(config))
         return config
