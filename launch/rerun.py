@@ -13,7 +13,7 @@ import argparse
 
 from kdhpc.cluster import local, planning, runs
 from kdhpc.cluster.advance import advance, wait_for_cancelled
-from kdhpc.cluster.display import command, console, status_view
+from kdhpc.cluster.display import command, console, note_ignored_variables, status_view
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import look, status_of
@@ -60,6 +60,7 @@ def main(arguments: list[str]) -> int:
         status = status_of(run, state)
         console().print(status_view(status))
         return 0 if state.finished else 1
+    note_ignored_variables()
     wait_for_cancelled(run)
     runs.add_request(run, config, resources=resources, **request)
     advance(run)

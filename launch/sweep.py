@@ -17,13 +17,18 @@ from rich.live import Live
 
 from kdhpc.cluster import local, planning, runs, slurm
 from kdhpc.cluster.advance import advance, wait_for_cancelled
-from kdhpc.cluster.display import command, console, plan_table, status_view
+from kdhpc.cluster.display import (
+    command,
+    console,
+    note_ignored_variables,
+    plan_table,
+    status_view,
+)
 from kdhpc.cluster.gate import patiently, tell
 from kdhpc.cluster.observe import State
 from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import look, status_of
 from kdhpc.config.run import RunConfig
-from kdhpc.errors import InputError
 from kdhpc.plan.shards import Plan
 from kdhpc.storage.files import disk_errors
 
@@ -52,8 +57,7 @@ def main(arguments: list[str]) -> int:
         for line in pipeline.estimate(config):
             print(line)
         print(f"planned for {executor}, in {config.runs_dir}/{config.name}; nothing was written")
-        if preview.refused:
-            raise InputError(f"Slurm would refuse: {'; '.join(preview.refused)}")
+        planning.check_jobs(preview)
         return 0
 
     executor = runs.pick_executor(config, slurm_here)
@@ -61,6 +65,9 @@ def main(arguments: list[str]) -> int:
         planning.check_partitions(config)
     config = pipeline.prepare(config)
     plan = pipeline.plan(config)
+    if executor == "slurm":
+        planning.check_jobs(planning.preview(pipeline, plan, config, executor))
+        note_ignored_variables()
     run = runs.open_for(config, plan)
     if executor == "slurm":
         wait_for_cancelled(run)

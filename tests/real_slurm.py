@@ -13,6 +13,8 @@ from commands import ROOT, launch, need
 
 DEVCLUSTER = str(ROOT / "slurm" / "devcluster")
 SMALL = ["slurm.mem_gb=0.3", "slurm.gate.mem_gb=0.2"]
+PACKED = ["slurm.pack=2", "slurm.sbatch.overcommit=true", "slurm.srun=[--overcommit]"]
+"""Two processes on a node, although it has one CPU."""
 PATIENCE_S = 600
 """Seconds after which a test gives up waiting; far more than anything takes."""
 

@@ -114,7 +114,7 @@ def scripts(*words: str) -> tuple[list[str], list[str]]:
     _, config = runs.from_words(["tiny", *words])
     batch = Batch(stage="score", tasks=(("a",),), nodes=1, ranks_per_node=1)
     array = array_resources(config, batch, uses_device=True)
-    gate = gate_resources(config.slurm, "17")
+    gate = gate_resources(config.slurm, {})
     return (
         batch_script(name="x", command="true", num_tasks=1, resources=array).splitlines(),
         batch_script(name="gate-x", command="true", num_tasks=None, resources=gate).splitlines(),

@@ -21,8 +21,10 @@ from own_pipeline import (
     write_texts,
 )
 from real_slurm import (
+    PACKED,
     SMALL,
     assert_submitted_once,
+    jobs_of,
     queue,
     running_cluster,
     sweep_light,
@@ -161,6 +163,76 @@ def test_what_slurm_refuses_is_named_and_can_be_fixed(tmp_path: Path) -> None:
     sweep_light(tmp_path)
     wait_for_end(run)
     assert_light_complete(run, 6)
+
+
+def test_the_processes_of_a_packed_task_share_its_shards_and_none_idles(tmp_path: Path) -> None:
+    stuck = trouble(tmp_path, "make-00000", "hang")
+    run = sweep_light(tmp_path, *PACKED, "slurm.task_min=10")
+    others = [run / "1-make" / "arm" / f"{i:05d}.json" for i in range(1, 6)]
+    wait_for(lambda: all(path.exists() for path in others), "the other process to do the rest")
+    stuck.unlink()
+    wait_for_end(run)
+    assert_light_complete(run, 6)
+    assert_submitted_once(run)
+    attempts = run / "attempts" / "0001"
+    of_process = [
+        [json.loads(line) for line in (attempts / f"0.{i}.jsonl").read_text().splitlines()]
+        for i in range(2)
+    ]
+    one, many = sorted(of_process, key=len)
+    assert [event["event"] for event in one] == ["started", "ended"]
+    assert [event["event"] for event in many] == ["started", "ended"] * 5
+    assert one[0]["time"] < many[-1]["time"] < one[-1]["time"]
+    assert not any(path.is_file() for path in (attempts / "0.claims").rglob("*"))
+    [key] = {event["key"] for event in one}
+    log = launch("status", str(run), "--explain", key).stdout
+    assert "published" in log
+
+
+def test_a_process_of_a_packed_task_that_dies_leaves_the_others_alone(tmp_path: Path) -> None:
+    trouble(tmp_path, "make-00000", "once kill")
+    stuck = trouble(tmp_path, "make-00001", "hang")
+    run = sweep_light(tmp_path, *PACKED, "slurm.task_min=10", "num_shards=4")
+    others = [run / "1-make" / "arm" / f"{i:05d}.json" for i in (2, 3)]
+    wait_for(lambda: (tmp_path / "trouble" / "make-00000.taken").exists(), "a process to die")
+    assert not any(path.exists() for path in others)
+    stuck.unlink()
+    wait_for_end(run)
+    assert_light_complete(run, 4)
+    starts = [line.split()[0] for line in (tmp_path / "trace").read_text().splitlines()]
+    assert starts.count("make/arm/00000") == 2
+    assert len(starts) == 4 + 4 + 1 + 1
+
+
+def test_a_signal_reaches_every_process_of_a_packed_task(tmp_path: Path) -> None:
+    stuck = [trouble(tmp_path, f"make-{i:05d}", "hang") for i in range(2)]
+    run = sweep_light(tmp_path, *PACKED, "slurm.task_min=10")
+    trace = tmp_path / "trace"
+    wait_for(lambda: trace.exists() and len(trace.read_text().splitlines()) == 2, "two processes")
+    subprocess.run(["scancel", "--signal=USR2", jobs_of(run)[0]["job_id"]], check=True)
+    logs = [run / "logs" / "0001" / f"0.{i}.log" for i in range(2)]
+    told = "told to stop by SIGUSR2"
+    wait_for(lambda: all(told in path.read_text() for path in logs), "both to be told")
+    for path in stuck:
+        path.unlink()
+    wait_for_end(run)
+    assert_light_complete(run, 6)
+    starts = [line.split()[0] for line in trace.read_text().splitlines()]
+    assert len(starts) == len(set(starts)) == 6 + 6 + 1
+
+
+def test_a_stage_that_is_not_asked_for_waits_until_it_is(tmp_path: Path) -> None:
+    run = sweep_light(tmp_path, "until=make", "--watch")
+    report = status(run, code=1)
+    assert [stage["done"] for stage in report["stages"]] == [6, 0, 0]
+    assert queue() == []
+    assert "until=make: later stages start when sweep.py is typed without it" in report["notes"]
+    refused = launch("rerun", str(run), "--stage", "merge", code=2)
+    assert "stop after the stage make" in refused.stderr
+    sweep_light(tmp_path)
+    wait_for_end(run)
+    assert_light_complete(run, 6)
+    assert_submitted_once(run)
 
 
 def test_watching_from_the_login_node_needs_no_gate(tmp_path: Path) -> None:

@@ -100,19 +100,11 @@ def _settle_and_observe(run: Run, ledger: Ledger, room: int | None) -> State:
     state = _observe(run, room)
     if _settle_orphans(ledger, state) | _record_unexplained(run, ledger, state):
         state = _observe(run, room)
-    settled_names = {
-        name
-        for submission in state.submissions
-        if (job := state.jobs.get(submission.number)) and job.job_id
-        for name in submission.job_names
-    }
-    held = {
-        task.job_id
-        for task in state.queued
-        if task.name in settled_names and task.reason in slurm.HELD_REASONS
-    }
-    if held and not state.situation.stopped:
-        slurm.release(sorted(held))
+    if state.to_release and not state.situation.stopped:
+        slurm.release(sorted(state.to_release))
+        for number, job in state.jobs.items():
+            if job.job_id in state.to_release:
+                ledger.note_released(number)
     return state
 
 

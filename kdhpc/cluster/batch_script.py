@@ -42,7 +42,13 @@ def batch_script(*, name: str, command: str, num_tasks: int | None, resources: R
         "wckey": None,
         "use_srun": False,  # submitit's srun would give each step logs of its own
         # The log is set on sbatch's command line, because a script cannot quote a path safely.
-        "additional_parameters": {"output": "/dev/null", "requeue": True, **_given(resources)},
+        # Limits of the login node, or of a gate, are not those of the job.
+        "additional_parameters": {
+            "output": "/dev/null",
+            "propagate": "NONE",
+            "requeue": True,
+            **_given(resources),
+        },
     }
     executor.update_parameters(**{k: v for k, v in parameters.items() if v is not None})
     executor.parameters["wckey"] = None

@@ -8,6 +8,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from kdhpc.cluster import slurm
 from kdhpc.cluster.status import Status
 from kdhpc.config.run import RunConfig
 from kdhpc.errors import KdhpcError
@@ -27,6 +28,16 @@ def command(main: Callable[[list[str]], int]) -> NoReturn:
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(1)
+
+
+def note_ignored_variables() -> None:
+    """Say which variables of the environment sbatch would have read, if there are any."""
+    if names := slurm.ignored_variables():
+        print(
+            f"note: {', '.join(names)}: not used, so that gates submit as you do; give the options "
+            "in configs/cluster/, such as slurm.account or slurm.sbatch",
+            file=sys.stderr,
+        )
 
 
 def duration(seconds: float) -> str:

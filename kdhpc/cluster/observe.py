@@ -35,6 +35,10 @@ class State:
     """Array tasks and gates of this run that are in the queue."""
     running: frozenset[str]
     """Shards whose task is running, also those that wait for their turn inside it."""
+    to_release: frozenset[str]
+    """Ids of held jobs that a launcher left behind, or that Slurm could not start."""
+    held_by_user: frozenset[str]
+    """Ids of jobs that somebody has held."""
     decision: Decision
     policy: Policy
     queue_error: str = ""
@@ -86,6 +90,7 @@ def observe(
     uses_slurm |= with_queue and requests[-1].executor == "slurm"
     job_names = {name for submission in submissions for name in submission.job_names}
     queued = tuple(task for task in slurm.queue() if task.name in job_names) if uses_slurm else ()
+    to_release, held_by_user = _held(submissions, jobs, queued, ledger.released())
     scan = _only_this_plan(run.scan(), plan)
     done = _done(run, plan, scan)
     counted_failures = _counted(plan, requests, submissions, ledger.failures(), done)
@@ -115,6 +120,8 @@ def observe(
         jobs=jobs,
         queued=queued,
         running=local_active | _running(submissions, jobs, queued),
+        to_release=to_release,
+        held_by_user=held_by_user,
         decision=decide(plan, situation, policy),
         policy=policy,
     )
@@ -163,6 +170,29 @@ def _running(
 ) -> frozenset[str]:
     started = {(task.name, task.index) for task in queued if task.state == "RUNNING"}
     return frozenset(_keys_in(started, submissions, jobs))
+
+
+def _held(
+    submissions: Sequence[Submission],
+    jobs: Mapping[int, Job],
+    queued: Sequence[slurm.Queued],
+    released: set[int],
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the ids of held jobs: those to release, and those that somebody has held."""
+    numbers = {
+        name: submission.number
+        for submission in submissions
+        if (job := jobs.get(submission.number)) and job.job_id
+        for name in submission.job_names
+    }
+    to_release: set[str] = set()
+    by_user: set[str] = set()
+    for task in queued:
+        if task.name in numbers and task.reason == slurm.HELD_BY_USER:
+            (by_user if numbers[task.name] in released else to_release).add(task.job_id)
+        elif task.name in numbers and task.reason in slurm.HELD_BY_SLURM:
+            to_release.add(task.job_id)
+    return frozenset(to_release), frozenset(by_user)
 
 
 def _keys_in(

@@ -6,7 +6,7 @@ from kdhpc.cluster import runs, slurm
 from kdhpc.cluster.decide import Batch, Policy, Situation, decide
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.observe import observe
-from kdhpc.cluster.resources import Resources, array_resources
+from kdhpc.cluster.resources import Resources, array_resources, gate_resources
 from kdhpc.cluster.runs import Run
 from kdhpc.config import presets
 from kdhpc.config.run import RunConfig, check_run
@@ -34,7 +34,7 @@ def preview(pipeline: AnyPipeline, plan: Plan, config: RunConfig, executor: str)
     policy = Policy.unlimited(config, max_array)
     num_tasks: dict[str, int] = {}
     resources: dict[str, str] = {}
-    refused: dict[str, None] = {}
+    refused: dict[str | None, None] = {}
     done: set[str] = set()
     for stage in pipeline.stages:
         keys = {shard.key for shard in plan.stage(stage.name)}
@@ -52,11 +52,20 @@ def preview(pipeline: AnyPipeline, plan: Plan, config: RunConfig, executor: str)
             else (f"{config.threads} thread{'s' * (config.threads > 1)}")
         )
         if on_slurm:
-            for batch in batches[:1]:
-                objection = slurm.check_script(_script(batch, config, stage.uses_device))
-                if objection:
-                    refused[objection] = None
-    return Preview(num_tasks=num_tasks, resources=resources, refused=tuple(refused))
+            refused[slurm.check_script(_script(batches[0], config, stage.uses_device))] = None
+    if on_slurm and config.slurm.advance_from == "gate":
+        refused[slurm.check_script(_gate_script(config))] = None
+    return Preview(num_tasks=num_tasks, resources=resources, refused=tuple(filter(None, refused)))
+
+
+def check_jobs(preview: Preview) -> None:
+    """Refuse a launch with jobs that Slurm could never start.
+
+    Raises:
+        InputError: if there are any; the message has Slurm's words.
+    """
+    if preview.refused:
+        raise InputError(f"Slurm would refuse: {'; '.join(preview.refused)}")
 
 
 def _describe(batch: Batch, config: RunConfig, uses_device: bool) -> str:
@@ -85,6 +94,13 @@ def _script(batch: Batch, config: RunConfig, uses_device: bool) -> str:
         num_tasks=len(first.tasks),
         resources=array_resources(config, batch, uses_device),
     )
+
+
+def _gate_script(config: RunConfig) -> str:
+    from kdhpc.cluster.batch_script import batch_script
+
+    gate = gate_resources(config.slurm, {})
+    return batch_script(name="gate.dry-run", command="true", num_tasks=None, resources=gate)
 
 
 def check_partitions(config: RunConfig) -> None:

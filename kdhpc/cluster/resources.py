@@ -90,8 +90,14 @@ def array_resources(config: RunConfig, batch: Batch, uses_device: bool) -> Resou
     )
 
 
-def gate_resources(limits: Slurm, array_id: str) -> Resources:
-    """Return the resources of the gate after an array."""
+def gate_resources(limits: Slurm, asked: Mapping[str, Json]) -> Resources:
+    """Return the resources of the gate after an array.
+
+    Args:
+        limits: settings of the cluster.
+        asked: fields of `slurm` that rerun asked for. A gate follows them to another partition or
+            account, but keeps its own time, memory and cores.
+    """
     resources = Resources(
         time_min=10,
         mem_gb=1.0,
@@ -101,13 +107,14 @@ def gate_resources(limits: Slurm, array_id: str) -> Resources:
         qos=limits.qos,
         constraint=limits.constraint,
         exclude=limits.exclude,
-        dependency=f"afterany:{array_id}",
         signal_s=30,
         setup=limits.setup,
         scratch=limits.scratch,
         sbatch=limits.sbatch,
         srun=limits.srun,
     )
+    kept = {"time_min", "mem_gb", "cpus_per_task", "gpus_per_node", "pack"}
+    resources = _with(resources, {k: v for k, v in asked.items() if k not in kept})
     resources = replace(_with(resources, vars(limits.gate)), pack=1)
     return replace(resources, mem_gb=None) if limits.mem_gb is None else resources
 

@@ -1,7 +1,7 @@
 """Talk to Slurm: submit held arrays, read queue and accounting, find jobs whose answer was lost.
 
 Nothing here decides. Every call of a Slurm program goes through `_run`, which sets a time limit and
-removes the `SLURM_*` variables of a surrounding job, because sbatch would inherit them.
+removes the variables of a surrounding job, such as a gate, because sbatch would pass them on.
 """
 
 import functools
@@ -28,9 +28,15 @@ _QUEUE_FORMAT = "%A|%F|%K|%T|%r|%j"
 """Fields of squeue: job id, id of the array, index, state, reason, name."""
 _ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 """States without a process; a COMPLETING job still has one, or is about to be requeued."""
-HELD_REASONS = {"JobHeldUser", "launch failed requeued held", "launch_failed_requeued_held"}
-"""Reasons of jobs that wait for a release, because their launcher died before it released them, or
-because Slurm could not start them, for example after a restart of the controller."""
+HELD_BY_USER = "JobHeldUser"
+"""Reason of a job that was submitted held and not released yet, or that somebody has held since."""
+HELD_BY_SLURM = {"launch failed requeued held", "launch_failed_requeued_held"}
+"""Reasons of jobs that Slurm could not start, for example after a restart of the controller."""
+NEVER_STARTS = re.compile(
+    r"PartitionConfig|Partition(Time|Node)Limit|BadConstraints|Invalid(Account|QOS)"
+    r"|DependencyNeverSatisfied|(QOS|Assoc)Max\w*PerJob(Limit)?|(QOS|Assoc)MaxWall\w*"
+)
+"""Reasons of jobs that wait for what no other job's end can bring."""
 _GONE = re.compile(r"already finished|invalid job id", re.IGNORECASE)
 """Messages of Slurm about a job that has ended, and about one that it has forgotten."""
 _NOT_YET_KNOWN = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "RESIZING")
@@ -274,9 +280,24 @@ def cancel(job_ids: Sequence[str]) -> None:
 
 
 def check_script(text: str) -> str | None:
-    """Return Slurm's objection to a script, or None; no job is made."""
-    answer = _run(["sbatch", "--test-only"], text=text)
-    return None if answer.returncode == 0 else _all_lines(answer.stderr)
+    """Return why Slurm could never start the jobs of a script, or None; no job is made.
+
+    For a job that is submitted held, sbatch itself checks less. A full queue, and a controller that
+    does not answer, are no objections.
+    """
+    try:
+        answer = _run(["sbatch", "--test-only"], text=text)
+    except ClusterError:
+        return None
+    lost = any(text in answer.stderr.lower() for text in _LOST_ANSWERS)
+    if answer.returncode == 0 or lost or is_over_limit(answer.stderr):
+        return None
+    return _all_lines(answer.stderr)
+
+
+def ignored_variables() -> list[str]:
+    """Return the names of the environment variables that sbatch would read and kdhpc removes."""
+    return sorted(name for name in os.environ if name.startswith("SBATCH_"))
 
 
 def first_node_address(node_list: str) -> str:
@@ -291,13 +312,23 @@ def command_line(words: Sequence[str]) -> str:
     return " ".join(shlex.quote(word) for word in words)
 
 
+_OF_A_JOB = {
+    "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK",
+    "TMPDIR", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "KDHPC_SCRATCH",
+    "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "SUBMITIT_EXECUTOR",
+}  # fmt: skip
+"""Variables that Slurm, a batch script or slurm/environment.sh set for one job."""
+
+
 def _run(
     command: Sequence[str], *, limit_s: float = 60, text: str | None = None
 ) -> subprocess.CompletedProcess[str]:
+    of_this_job = _OF_A_JOB if "SLURM_JOB_ID" in os.environ else set()
     environment = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_")) or name == "SLURM_CONF"
+        if name == "SLURM_CONF"
+        or not (name.startswith(("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_")) or name in of_this_job)
     }
     environment["SLURM_BITSTR_LEN"] = "0"  # otherwise sacct cuts long lists of array elements
     try:

@@ -166,14 +166,27 @@ def _notes(run: Run, state: State, failures: Mapping[str, Failure]) -> Iterator[
     )
     for reason, count in reasons.items():
         yield f"{count} shards are not started: {reason}"
-    num_held = sum(task.reason in slurm.HELD_REASONS for task in state.queued)
-    if num_held and not situation.stopped:
-        yield f"{num_held} jobs are held by Slurm; sweep.py or rerun.py release them"
+    yield from _held(state)
     yield from _stalled(run, state)
     if situation.stopped:
         yield "cancelled; run sweep.py or rerun.py to go on"
     if until := state.config.until:
         yield f"until={until}: later stages start when sweep.py is typed without it"
+
+
+def _held(state: State) -> Iterator[str]:
+    """Yield lines about jobs that cannot start until somebody does something."""
+    if state.to_release and not state.situation.stopped:
+        yield f"{len(state.to_release)} jobs are held; sweep.py or rerun.py release them"
+    if state.held_by_user:
+        ids = ",".join(sorted(state.held_by_user))
+        yield f"held by somebody: scontrol release {ids} lets them go"
+    never = Counter(task.reason for task in state.queued if slurm.NEVER_STARTS.match(task.reason))
+    for reason, count in never.items():
+        yield (
+            f"{count} jobs can never start ({reason}): cancel.py RUN, then rerun.py RUN with other "
+            "resources, such as slurm.time_min=30 or slurm.partition=NAME"
+        )
 
 
 def _stalled(run: Run, state: State) -> Iterator[str]:

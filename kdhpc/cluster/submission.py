@@ -10,7 +10,8 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 from kdhpc.cluster import slurm
 from kdhpc.cluster.decide import Batch
@@ -18,7 +19,6 @@ from kdhpc.cluster.ledger import Failure, Job, Ledger, Submission
 from kdhpc.cluster.observe import State
 from kdhpc.cluster.resources import Resources, array_resources, gate_resources
 from kdhpc.cluster.runs import Run
-from kdhpc.config.run import Slurm
 from kdhpc.errors import ClusterError
 
 
@@ -36,6 +36,8 @@ def submit(run: Run, ledger: Ledger, state: State, batch: Batch) -> bool:
     limits = state.config.slurm
     uses_device = run.pipeline.stage(batch.stage).uses_device
     resources = array_resources(state.config, batch, uses_device)
+    with_gate = limits.advance_from == "gate"
+    gate = gate_resources(limits, batch.changes.asked) if with_gate else None
     number = max((s.number for s in ledger.submissions()), default=0) + 1
     newer = {key for s in ledger.submissions() if s.number > _newest(state) for key in s.keys}
     if newer & {key for task in batch.tasks for key in task}:
@@ -58,7 +60,7 @@ def submit(run: Run, ledger: Ledger, state: State, batch: Batch) -> bool:
         ledger.settle(number, Job(job_id=None, note="something else was asked for meanwhile"))
         return False
     try:
-        ids = _sbatch(run, ledger, submission, resources, limits)
+        ids = _sbatch(run, ledger, submission, resources, gate)
     except slurm.OverLimitError as error:
         ledger.settle(number, Job(job_id=None, note=str(error)))
         raise
@@ -80,6 +82,7 @@ def submit(run: Run, ledger: Ledger, state: State, batch: Batch) -> bool:
         slurm.cancel(ids)
         return False
     slurm.release(ids)
+    ledger.note_released(number)
     return True
 
 
@@ -89,9 +92,13 @@ def _newest(state: State) -> int:
 
 
 def _sbatch(
-    run: Run, ledger: Ledger, submission: Submission, resources: Resources, limits: Slurm
+    run: Run,
+    ledger: Ledger,
+    submission: Submission,
+    resources: Resources,
+    gate: Resources | None,
 ) -> list[str]:
-    """Submit the array and its gate, both held. Returns their ids."""
+    """Submit the array and its gate, if it has one, both held. Returns their ids."""
     from kdhpc.cluster.batch_script import batch_script  # submitit loads only where it is needed
 
     folder = ledger.log_path(submission.number, 0).parent
@@ -105,23 +112,36 @@ def _sbatch(
     )
     path = run.path / "submissions" / f"{submission.number:04d}.sh"
     path.write_text(text)
+    _check(path, text)
+    if gate is None:
+        return [slurm.submit_held(path, submission.name, folder / "%a.log")]
+    words = ["kdhpc.cluster.gate", str(run.path)]
+    command = _command(run, submission.code, words, ())  # Slurm's programs are outside the prefix
+
+    def gate_script(resources: Resources) -> str:
+        name = submission.gate_name
+        return batch_script(name=name, command=command, num_tasks=None, resources=resources)
+
+    gate_path = path.with_suffix(".gate.sh")
+    _check(gate_path, gate_script(gate))
     ids = [slurm.submit_held(path, submission.name, folder / "%a.log")]
-    if limits.advance_from == "gate":
-        gate = ["kdhpc.cluster.gate", str(run.path)]
-        text = batch_script(
-            name=submission.gate_name,
-            command=_command(run, submission.code, gate, limits.prefix),
-            num_tasks=None,
-            resources=gate_resources(limits, ids[0]),
-        )
-        path = path.with_suffix(".gate.sh")
-        path.write_text(text)
-        try:
-            ids.append(slurm.submit_held(path, submission.gate_name, folder / "gate.log"))
-        except ClusterError:
-            slurm.cancel(ids)
-            raise
+    gate_path.write_text(gate_script(replace(gate, dependency=f"afterany:{ids[0]}")))
+    try:
+        ids.append(slurm.submit_held(gate_path, submission.gate_name, folder / "gate.log"))
+    except ClusterError:
+        slurm.cancel(ids)
+        raise
     return ids
+
+
+def _check(path: Path, text: str) -> None:
+    """Refuse a script whose jobs could never start.
+
+    Raises:
+        RefusedError: if Slurm says so.
+    """
+    if objection := slurm.check_script(text):
+        raise slurm.RefusedError(f"sbatch refused {path}: {objection}")
 
 
 def _command(run: Run, code: str, words: list[str], prefix: Sequence[str]) -> str:

@@ -90,7 +90,7 @@ class Slurm:
     """Largest number of jobs of this run in the queue, each array task counted as one. It is at
     least 2, a task and its gate; no limit if not given."""
     task_min: Positive = 10.0
-    """Count of work that are packed into one task, by measured or estimated speed."""
+    """Minutes of work that are packed into one task, by measured or estimated speed."""
     canary: Whole = 2
     """Number of tasks of a large stage that are tried first. If they all fail the same way, the
     rest is not started."""

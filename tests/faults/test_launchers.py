@@ -110,8 +110,11 @@ def test_a_controller_that_forgot_the_jobs_is_made_good_by_sweep(scenario: Scena
 
 
 DEATHS = {
-    "before-sbatch": ("sbatch", 'die; exec $real "$@"'),
-    "after-sbatch": ("sbatch", '$real "$@"; code=$?; die; exit $code'),
+    "before-sbatch": ("sbatch", 'case "$*" in *--hold*) die;; esac; exec $real "$@"'),
+    "after-sbatch": (
+        "sbatch",
+        '$real "$@"; code=$?; case "$*" in *--hold*) die;; esac; exit $code',
+    ),
     "after-the-gates-sbatch": (
         "sbatch",
         '$real "$@"; code=$?; case "$*" in *.gate.sh) die;; esac; exit $code',
