@@ -175,7 +175,8 @@ def decoding_step(num_layers: int) -> Ops:
     model = llama_of(small_model(257, 128, shape=shape).to(META, torch.bfloat16))
     decoder = LlamaDecoder(model, rows=4, length=128)
     ids = torch.zeros(4, dtype=torch.int64, device=META)
-    with Ops() as ops:
+    ops = Ops()
+    with ops:
         logits = decoder.step(ids, torch.zeros(1, dtype=torch.int64, device=META), 64)
     assert (logits.shape, logits.dtype) == ((4, 257), torch.float32)
     return ops
