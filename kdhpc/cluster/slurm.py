@@ -279,13 +279,6 @@ def check_script(text: str) -> str | None:
     return None if answer.returncode == 0 else _all_lines(answer.stderr)
 
 
-def first_node_address(node_list: str) -> str:
-    """Return the NodeAddr of the first node in a list, which every node of the job can reach."""
-    first = _run(["scontrol", "show", "hostnames", node_list]).stdout.split()[0]
-    match = re.search(r"NodeAddr=(\S+)", _run(["scontrol", "show", "node", first]).stdout)
-    return match[1] if match else first
-
-
 def command_line(words: Sequence[str]) -> str:
     """Quote words and join them to shell text."""
     return " ".join(shlex.quote(word) for word in words)

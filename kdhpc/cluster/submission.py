@@ -107,10 +107,11 @@ def _sbatch(
     path.write_text(text)
     ids = [slurm.submit_held(path, submission.name, folder / "%a.log")]
     if limits.advance_from == "gate":
+        # The gate calls sbatch, which a container does not have, and needs nothing but this Python.
         gate = ["kdhpc.cluster.gate", str(run.path)]
         text = batch_script(
             name=submission.gate_name,
-            command=_command(run, submission.code, gate, limits.prefix),
+            command=_command(run, submission.code, gate, ()),
             num_tasks=None,
             resources=gate_resources(limits, ids[0]),
         )
