@@ -1,21 +1,28 @@
 """What is decided about GPUs, on a machine without one: torch is told how many it should see."""
 
+import contextlib
 import dataclasses
 import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models_for_tests import SHAPE, llama_of, small_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kdhpc.errors import InputError
 from kdhpc.models import attention, devices, huggingface
 from kdhpc.sampling.decoding import LlamaDecoder
+from kdhpc.sampling.sampler import Sampler, sample
+from kdhpc.scoring.counting import Counting
+from kdhpc.selection import Selection
 from kdhpc.training.engine import load_deepspeed
 from kdhpc.training.loss import summed_nll
 
@@ -188,3 +195,72 @@ def test_a_decoding_step_never_makes_the_host_wait_and_has_few_kernels() -> None
     three.assert_no_wait()
     of_a_layer = three.count - two.count
     assert 20 < sum(number for name, number in of_a_layer.items() if name not in VIEWS) <= 40
+
+
+class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A CUDA graph on the CPU: it keeps the operators and tensors of a step and calls them again.
+
+    As on a GPU, nothing has been computed when the capture ends, and a replay reads and writes the
+    tensors of the capture, whatever the variables of the program refer to by then.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.before: list[tuple[Tensor, Tensor]] = []
+        self.num_replays = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.before.append((value, value.clone()))
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    @contextlib.contextmanager
+    def captured(self, pool: Any) -> Iterator[None]:
+        with self:
+            yield
+        for tensor, value in reversed(self.before):
+            tensor.copy_(value)
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        for func, args, kwargs, recorded in self.calls:
+            result = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(recorded), tree_leaves(result), strict=True):
+                if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize("draw", ["inverse_cdf", "gumbel"])
+def test_replayed_steps_draw_what_eager_steps_draw(
+    monkeypatch: pytest.MonkeyPatch, draw: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph.captured(pool))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    drawn = []
+    for capture in (False, True):
+        sampler = Sampler(
+            llama_of(small_model(257, 40)),
+            prompt_ids=[2, 3],
+            length=40,
+            batch_rows=4,
+            selection=Selection(),
+            draw=draw,
+            counting=Counting(num_prompt=2, eos=0, count_eos=True),
+        )
+        decoder = sampler.decoder
+        assert isinstance(decoder, LlamaDecoder)
+        decoder.columns = False  # the cache and the attention of GPUs
+        decoder.keys, decoder.values = decoder._cache_views(40)
+        sampler.capture = capture
+        drawn.append(sample(sampler, rows=range(12), seed=0, stream="test"))
+        graphs: Any = sampler.graphs
+        assert {size: graph.num_replays > 10 for size, graph in graphs.items()} == (
+            dict.fromkeys((16, 32, 40), True) if capture else {}
+        )
+    for eager, replayed in zip(*(vars(samples).values() for samples in drawn), strict=True):
+        assert np.array_equal(eager, replayed)
