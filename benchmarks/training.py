@@ -173,9 +173,11 @@ def _trainer(
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments, training_args
 
+    from kdhpc.models.devices import pick_device
     from kdhpc.training.engine import load_deepspeed
 
-    load_deepspeed()  # without log lines, and without ops that are compiled in the background
+    # Load it without log lines, and without ops that are compiled in the background.
+    load_deepspeed(pick_device("auto"))
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(20000 + os.getpid() % 10000)
     # The Trainer requires a GPU for bfloat16; DeepSpeed itself does not.

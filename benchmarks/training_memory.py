@@ -121,7 +121,7 @@ def hold(name: str, changes: dict[str, Any]) -> None:
         rank=rank, world_size=world_size, address="127.0.0.1",
         port=int(os.environ["MASTER_PORT"]), device=cpu,
     )  # fmt: skip
-    load_deepspeed()
+    load_deepspeed(cpu)
     before = report.peak_bytes()
     recipe = dataclasses.replace(BASE, **changes)
     ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, (64, LENGTH)).astype(np.uint16)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -216,7 +217,6 @@ def test_after_a_cancel_only_what_was_asked_for_starts() -> None:
     ("error", "kind"),
     [
         (RuntimeError("gloo: Read error: Connection reset by peer"), "LOST"),
-        (RuntimeError("CUDA out of memory"), "OOM"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "OOM"),
         (OSError(12, "Cannot allocate memory"), "OOM"),
         (RuntimeError("Couldn't allocate memory"), "OOM"),
@@ -228,3 +228,154 @@ def test_after_a_cancel_only_what_was_asked_for_starts() -> None:
 )
 def test_exceptions_have_a_class(error: Exception, kind: str) -> None:
     assert of_exception(error)[0] == kind
+
+
+HINT = (
+    "Search for `{}' in https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html "
+    "for more information.\nCUDA kernel errors might be asynchronously reported at some other API "
+    "call, so the stacktrace below might be incorrect.\nFor debugging consider passing "
+    "CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+)
+"""What torch 2.13 adds to the message of a CUDA error (c10/cuda/CUDAException.cpp)."""
+
+
+def cuda_error(message: str, code: str) -> RuntimeError:
+    return torch.AcceleratorError(f"CUDA error: {message}\n{HINT.format(code)}")
+
+
+def nccl_error(summary: str, interpretation: str, last: str) -> RuntimeError:
+    """An error of NCCL as torch words it (torch/csrc/distributed/c10d/NCCLUtils.cpp)."""
+    return torch.distributed.DistBackendError(
+        "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3699, "
+        f"{summary}, NCCL version 2.27.7\n{interpretation}\nLast error:\n{last}"
+    )
+
+
+def cuda_in_nccl(last: str) -> RuntimeError:
+    return nccl_error(
+        "unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
+        "ncclUnhandledCudaError: Call to CUDA function failed.",
+        last,
+    )
+
+
+def inside_nccl(last: str) -> RuntimeError:
+    return nccl_error(
+        "internal error - please report this issue to the NCCL developers",
+        "ncclInternalError: Internal check failed.",
+        last,
+    )
+
+
+OUT_OF_MEMORY = (
+    "{} out of memory. Tried to allocate 1.69 GiB. GPU 0 has a total capacity of 79.11 GiB of "
+    "which 1.31 GiB is free. Including non-PyTorch memory, this process has 77.79 GiB memory in "
+    "use. Of the allocated memory 76.49 GiB is allocated by PyTorch, and 649.97 MiB is reserved by "
+    "PyTorch but unallocated. If reserved but unallocated memory is large try setting "
+    "PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
+)
+COUNT = (
+    "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling "
+    "NumCudaDevices() that might have already set an error? Error {}"
+)
+REMOTE = (
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting "
+    "prematurely."
+)
+SYSTEM = (
+    "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device "
+    "error. It can be also caused by unexpected exit of a remote peer."
+)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(OUT_OF_MEMORY.format("CUDA")),
+        torch.OutOfMemoryError(OUT_OF_MEMORY.format("HIP")),
+        cuda_error("out of memory", "cudaErrorMemoryAllocation"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError(COUNT.format("2: out of memory")),
+        cuda_in_nccl("Cuda failure 2 'out of memory'"),
+        cuda_in_nccl("Failed to CUDA calloc async 608 bytes: Cuda failure 'out of memory'"),
+    ],
+)
+def test_a_full_gpu_is_not_tried_again_with_more_memory_of_the_node(error: RuntimeError) -> None:
+    kind, _, fingerprint = of_exception(error)
+    assert kind == "GPU_OOM"
+    failures = {FIRST[0]: [failure(FIRST[0], kind, fingerprint)]}
+    decision = decide(PLAN, situation(failures=failures), POLICY)
+    assert FIRST[0] not in started(decision)
+    assert "batch_rows" in decision.blocked[FIRST[0]]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        cuda_error("uncorrectable ECC error encountered", "cudaErrorECCUncorrectable"),
+        cuda_error(
+            "uncorrectable NVLink error detected during the execution",
+            "cudaErrorNvlinkUncorrectable",
+        ),
+        cuda_error("unspecified launch failure", "cudaErrorLaunchFailure"),
+        cuda_error("hardware stack error", "cudaErrorHardwareStackError"),
+        cuda_error("unknown error", "cudaErrorUnknown"),
+        cuda_error("no CUDA-capable device is detected", "cudaErrorNoDevice"),
+        cuda_error(
+            "CUDA-capable device(s) is/are busy or unavailable", "cudaErrorDevicesUnavailable"
+        ),
+        torch.AcceleratorError("HIP error: no ROCm-capable device is detected"),
+        RuntimeError("CUDA driver initialization failed, you might not have a CUDA gpu."),
+        RuntimeError("No CUDA GPUs are available"),
+        RuntimeError(
+            "The NVIDIA driver on your system is too old (found version 11040). Please update your "
+            "GPU driver by downloading and installing a new version from the URL"
+        ),
+        RuntimeError(COUNT.format("802: system not yet initialized")),
+        RuntimeError(
+            COUNT.format("803: system has unsupported display driver / cuda driver combination")
+        ),
+        cuda_in_nccl("Cuda failure 999 'unknown error'"),
+        inside_nccl("Attribute busid of node nic not found"),
+    ],
+)
+def test_after_a_bad_gpu_another_node_is_taken(error: RuntimeError) -> None:
+    kind, _, fingerprint = of_exception(error)
+    assert kind == "GPU_BAD"
+    failures = {FIRST[0]: [failure(FIRST[0], kind, fingerprint, node="n3")]}
+    decision = decide(PLAN, situation(failures=failures), POLICY)
+    [changes] = [b.changes for b in decision.batches if FIRST[0] in {k for t in b.tasks for k in t}]
+    assert changes == Changes(avoid=("n3",))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        nccl_error(
+            "remote process exited or there was a network error",
+            REMOTE,
+            "socketPollConnect: connect returned Connection refused, exceeded error retry count",
+        ),
+        nccl_error("unhandled system error", SYSTEM, "socketStartConnect: Connect to 10.0.0.2"),
+        inside_nccl("Net : Connection closed by remote peer n2<50260>"),
+    ],
+)
+def test_a_rank_that_is_gone_is_no_bad_gpu(error: RuntimeError) -> None:
+    assert of_exception(error)[0] == "LOST"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        cuda_error("device-side assert triggered", "cudaErrorAssert"),
+        cuda_error("an illegal memory access was encountered", "cudaErrorIllegalAddress"),
+        cuda_error("invalid device ordinal", "cudaErrorInvalidDevice"),
+        nccl_error(
+            "invalid usage (run with NCCL_DEBUG=WARN for details)",
+            "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.",
+            "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 4000",
+        ),
+    ],
+)
+def test_errors_of_a_program_on_a_gpu_are_exceptions(error: RuntimeError) -> None:
+    assert of_exception(error)[0] == "EXCEPTION"

@@ -1,6 +1,8 @@
 """What other sites want and print: options, recorded lines, small programs instead of Slurm's."""
 
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from kdhpc.cluster import runs, slurm
 from kdhpc.cluster.batch_script import batch_script
 from kdhpc.cluster.decide import Batch
 from kdhpc.cluster.resources import array_resources, gate_resources
+from kdhpc.cluster.task import find_rank
 from kdhpc.errors import ClusterError, InputError
 
 BANNER = "-----\\n   Welcome to this machine. Submit host: ...OK\\n-----\\n"
@@ -173,3 +176,102 @@ def test_options_that_cannot_be_are_refused(words: str, named: str) -> None:
     with pytest.raises(InputError) as refused:
         runs.from_words(["tiny", words])
     assert str(refused.value).startswith(named)
+
+
+def setup_lines(num_nodes: int, *setup: str) -> str:
+    """The shell text that the batch script of an array runs before srun."""
+    _, config = runs.from_words(["tiny", f"slurm.setup=[{','.join(setup)}]"])
+    batch = Batch(stage="score", tasks=(("a",),), nodes=num_nodes, ranks_per_node=1)
+    resources = array_resources(config, batch, uses_device=True)
+    text = batch_script(name="x", command="true", num_tasks=1, resources=resources)
+    return text.partition("# setup")[2].partition("# command")[0]
+
+
+def master_addr(program: Path, text: str) -> str:
+    """The address that is set after setup lines, on a job of the nodes n1 and n2."""
+    environment = {"PATH": f"{program}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "n[1-2]"}
+    command = ["bash", "-c", f'{text}\necho "at ${{MASTER_ADDR-nowhere}}"']
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return shown.stdout.removeprefix("at ").rstrip("\n")
+
+
+def answer_for_nodes(program: Path, node: str) -> None:
+    """A scontrol that expands a list of nodes, and describes the first of them alone."""
+    (program / "scontrol").write_text(
+        '#!/bin/sh\n[ "$2 $3" = "hostnames n[1-2]" ] && printf "n1\\nn2\\n"\n'
+        f'[ "$2 $3" = "node n1" ] && printf "{node}"\n'
+    )
+    (program / "scontrol").chmod(0o755)
+
+
+def test_ranks_meet_at_the_address_of_the_first_node(program: Path) -> None:
+    answer_for_nodes(
+        program, "NodeName=n1 Arch=x86_64\\n   NodeAddr=10.1.2.3 NodeHostName=n1 Version=22.05\\n"
+    )
+    assert master_addr(program, setup_lines(2)) == "10.1.2.3"
+    assert master_addr(program, setup_lines(2, "export MASTER_ADDR=n1i")) == "n1i"
+    assert master_addr(program, setup_lines(1)) == "nowhere"
+    answer_for_nodes(program, "slurm_load_node error: Unable to contact slurm controller\\n")
+    assert master_addr(program, setup_lines(2)) == "n1"
+    install(program, "scontrol", code=1)
+    assert master_addr(program, setup_lines(2)) == ""
+
+
+@pytest.fixture
+def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """Environment of the last of eight ranks on two nodes, in a container without Slurm."""
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in {
+        "PROCID": "7", "NTASKS": "8", "LOCALID": "3", "JOB_ID": "1000", "JOB_NUM_NODES": "2",
+        "JOB_NODELIST": "n[1-2]",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return monkeypatch
+
+
+def test_ranks_find_each_other_without_scontrol(step: pytest.MonkeyPatch) -> None:
+    step.setenv("MASTER_ADDR", "10.1.2.3")
+    assert find_rank() == (7, 8)
+    first = os.environ["MASTER_PORT"]
+    assert (os.environ["MASTER_ADDR"], os.environ["LOCAL_RANK"]) == ("10.1.2.3", "3")
+    assert 10000 <= int(first) < 30000
+    step.delenv("MASTER_PORT")
+    step.setenv("SLURM_RESTART_COUNT", "1")
+    find_rank()
+    assert os.environ["MASTER_PORT"] != first, "a requeued attempt needs another port"
+    step.setenv("MASTER_PORT", "29500")
+    find_rank()
+    assert os.environ["MASTER_PORT"] == "29500"
+
+
+def test_ranks_of_one_node_need_no_address(step: pytest.MonkeyPatch) -> None:
+    step.setenv("SLURM_JOB_NUM_NODES", "1")
+    assert find_rank() == (7, 8)
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("address", [None, ""])
+def test_ranks_without_an_address_say_so_in_one_line(
+    step: pytest.MonkeyPatch, address: str | None
+) -> None:
+    if address is not None:
+        step.setenv("MASTER_ADDR", address)
+    with pytest.raises(ClusterError, match=r"rank 7 of 8: MASTER_ADDR .* slurm\.setup") as refused:
+        find_rank()
+    assert "\n" not in str(refused.value)
+
+
+def test_a_rank_alone_takes_the_gpu_of_its_place_on_the_node(step: pytest.MonkeyPatch) -> None:
+    step.setenv("SLURM_NTASKS", "1")
+    step.setenv("SLURM_PROCID", "0")
+    step.setenv("SLURM_LOCALID", "2")
+    assert find_rank() == (0, 1)
+    assert os.environ["LOCAL_RANK"] == "2"
+    assert "MASTER_ADDR" not in os.environ
+    step.setenv("LOCAL_RANK", "1")  # as processes that share a task are given it
+    find_rank()
+    assert os.environ["LOCAL_RANK"] == "1"

@@ -81,9 +81,31 @@ def test_the_mixture_gives_the_same_digest_as_local_processes(tmp_path: Path) ->
     assert logical_digest(one / name) == logical_digest(two / name)
 
 
-def test_the_teacher_trains_over_two_nodes(tiny_run: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def container(tmp_path: Path) -> str:
+    """Words before a command that hide Slurm's programs from it, as a container does."""
+    (tmp_path / "programs").mkdir()
+    hidden = {"sbatch", "srun", "scontrol", "squeue", "sacct", "scancel", "sinfo"}
+    programs = {
+        path.name: path for folder in ("/bin", "/usr/bin") for path in Path(folder).iterdir()
+    }
+    for name in programs.keys() - hidden:
+        (tmp_path / "programs" / name).symlink_to(programs[name])
+    return f"slurm.prefix=[env, 'PATH={tmp_path}/programs']"
+
+
+def test_gates_run_outside_the_container_of_the_tasks(tmp_path: Path, container: str) -> None:
+    run = sweep_light(tmp_path, container)
+    wait_for_end(run)
+    assert_light_complete(run, 6)
+    for path in (run / "submissions").glob("*.sh"):
+        assert ("/programs" in path.read_text()) == ("gate" not in path.name)
+
+
+def test_the_teacher_trains_over_two_nodes(tiny_run: Path, tmp_path: Path, container: str) -> None:
     launch(
         "sweep", "tiny", "slurm.mem_gb=1.5", "slurm.gate.mem_gb=0.2", f"runs_dir={tmp_path}",
+        container,
         "teacher.training.nodes=2", "teacher.training.micro_batch_sequences=16",
     )  # fmt: skip
     run = tmp_path / "tiny"

@@ -200,6 +200,7 @@ def test_two_nodes_train_the_same_model_and_go_on_from_one(long: Trained, tmp_pa
             DEVCLUSTER, "run", "--nodes", "2", "--", "bash", "-ec",
             f"{srun} {fresh_out} {stages}; {srun} {resumed_out} {stages} --states {states}",
         ],
+        env=os.environ | {"MASTER_ADDR": "127.0.0.1"},
         check=True,
     )  # fmt: skip
     for stage in range(4):

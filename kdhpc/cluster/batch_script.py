@@ -7,6 +7,14 @@ from submitit import SlurmExecutor
 from kdhpc.cluster.resources import Resources
 from kdhpc.cluster.slurm import command_line
 
+RENDEZVOUS = (
+    'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+    r"""address=$(scontrol show node "${first:?}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')""",
+    'export MASTER_ADDR="${MASTER_ADDR:-${address:-$first}}"',
+)
+"""Shell lines that set MASTER_ADDR, if it is not set, to the NodeAddr of the first node, which
+every node of a job can reach. They run outside the prefix, because containers have no scontrol."""
+
 
 def batch_script(*, name: str, command: str, num_tasks: int | None, resources: Resources) -> str:
     """Return the batch script of an array or a gate; the same arguments give the same text.
@@ -37,7 +45,7 @@ def batch_script(*, name: str, command: str, num_tasks: int | None, resources: R
         "dependency": resources.dependency,
         "array_parallelism": resources.max_parallel,
         "signal_delay_s": resources.signal_s,
-        "setup": [*resources.setup, *scratch] or None,
+        "setup": [*resources.setup, *scratch, *(RENDEZVOUS if resources.nodes > 1 else ())] or None,
         "stderr_to_stdout": True,
         "wckey": None,
         "use_srun": False,  # submitit's srun would give each step logs of its own

@@ -59,10 +59,22 @@ REMEDIES = {
         advice="rerun.py RUN slurm.exclude=NODE",
     ),
     "OOM": Remedy(
-        means="it ran out of memory, as reported by Slurm, Python or the GPU",
+        means="it ran out of the node's memory, as reported by Slurm, Python or torch",
         retry=True,
         mem_factor=1.5,
         advice="give it more memory: rerun.py RUN slurm.mem_gb=...",
+    ),
+    "GPU_OOM": Remedy(
+        means="it ran out of the GPU's memory",
+        retry=False,
+        advice="use fewer batch_rows (sampling, scoring) or a smaller "
+        "training.micro_batch_sequences, or ask for a GPU with more memory; then rerun.py RUN",
+    ),
+    "GPU_BAD": Remedy(
+        means="its GPU, the driver, or NCCL's access to the GPU failed",
+        retry=True,
+        avoid_node=True,
+        advice="rerun.py RUN slurm.exclude=NODE, and tell the administrators",
     ),
     "LOST": Remedy(
         means="it was killed, or ended without a message",
@@ -120,7 +132,29 @@ RANK_GONE = re.compile(
 NO_MEMORY = re.compile(
     r"out of memory|(can't|cannot|couldn't|could not) allocate memory", re.IGNORECASE
 )
-"""Messages of torch on GPUs, of torch on CPUs, and of the operating system."""
+"""Messages of torch on CPUs, and of the operating system."""
+GPU_NO_MEMORY = re.compile(
+    r"(CUDA|HIP) out of memory|(CUDA|HIP) error: out of memory|Cuda failure.{0,8}'out of memory'|"
+    r"cudaGetDeviceCount.*Error 2: out of memory|_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
+)
+"""Messages of torch's allocator, of the CUDA and HIP runtimes, of NCCL, and of their libraries."""
+GPU_FAILED = re.compile(
+    r"uncorrectable (ECC|NVLink) error|hardware stack error|unspecified launch failure|"
+    r"(Cuda failure.{0,8}'|(CUDA|HIP) error: )unknown error|GPU is lost|fallen off the bus|"
+    r"no (CUDA|ROCm)-capable device is detected|No (CUDA|HIP) GPUs are available|"
+    r"device\(s\) is/are busy or unavailable|(CUDA|HIP) error: initialization error|"
+    r"CUDA driver initialization failed|cudaGetDeviceCount\(\)|system not yet initialized|"
+    r"driver version is insufficient|NVIDIA driver on your system is too old|"
+    r"Found no NVIDIA driver|unsupported display driver|ncclUnhandledCudaError|ncclInternalError",
+    re.IGNORECASE,
+)
+"""Messages of CUDA, HIP, torch and NCCL about a GPU or driver that another node may have in order.
+
+An illegal memory access and a device-side assert are not among them. They name an address or an
+index that is wrong, which is an error of the program far more often than of the hardware, so they
+are exceptions, and the second one is shown to a person. An unspecified launch failure names nothing
+of the program. If it is a bug nevertheless, it ends after `slurm.max_attempts` nodes."""
 KILLED = {code: n for n in (9, 15) for code in (f"0:{n}", f"{n}:0", f"{128 + n}:0")}
 """Signal that killed a task, SIGKILL (9) or SIGTERM (15), by the task's ExitCode in sacct, which is
 `exit code:signal`. Signal 9 is `0:9` if Slurm reports the signal itself, `9:0` if srun 22.05 ended
@@ -139,12 +173,16 @@ def of_exception(error: BaseException) -> tuple[str, str, str]:
         in the code, not values, so that the same bug in a thousand shards counts as one.
     """
     kind = "EXCEPTION"
-    if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+    if type(error).__name__ == "OutOfMemoryError" or GPU_NO_MEMORY.search(str(error)):
+        kind = "GPU_OOM"  # torch.OutOfMemoryError, which only accelerators raise
+    elif isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
         kind = "OOM"
     elif isinstance(error, FloatingPointError):
         kind = "DIVERGED"
     elif RANK_GONE.search(str(error)):
         kind = "LOST"  # the other ranks see a lost connection when one rank is killed
+    elif GPU_FAILED.search(str(error)):
+        kind = "GPU_BAD"
     elif isinstance(error, InputError):
         kind = "REFUSED"
     elif isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:

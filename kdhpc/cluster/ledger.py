@@ -3,7 +3,7 @@
 requests/0001.json          what somebody typed (sweep, rerun or cancel): config, code, shards
 submissions/0001.json       the intent to submit: shards of each task; the first writer claims it
 submissions/0001.job.json   the outcome of that: job ids, or that it was given up
-submissions/0001.released.json  that its jobs were let go; a job that is held later was by somebody
+submissions/0001.released   an empty file, made when its jobs were released
 attempts/0001/3.jsonl       a line for each event of an attempt in task 3
 attempts/0001/3.0.jsonl     the same for process 0 of a packed task
 attempts/0001/3.claims/0/   shards that the processes of a packed task took and have not published,
@@ -208,14 +208,13 @@ class Ledger:
 
     def note_released(self, number: int) -> None:
         """Note that the jobs of a submission were released; an unwritable disk is ignored."""
-        path = self.path / f"submissions/{number:04d}.released.json"
         with contextlib.suppress(OSError):
-            write_once(path, {"time": time.time()})
+            (self.path / f"submissions/{number:04d}.released").touch()
 
-    def released(self) -> set[int]:
-        """Return the numbers of the submissions whose jobs were released."""
-        files = os.listdir(self.path / "submissions")
-        return {int(name.partition(".")[0]) for name in files if name.endswith(".released.json")}
+    def released_at(self) -> dict[int, float]:
+        """Return when the jobs of each submission were last released, by submission number."""
+        paths = (self.path / "submissions").glob("*.released")
+        return {int(path.stem): path.stat().st_mtime for path in paths}
 
     def add_failure(self, failure: Failure) -> bool:
         """Record a failure; the first failure of a shard in a submission is kept."""

@@ -19,6 +19,11 @@ from kdhpc.storage.run_folder import Scan
 from kdhpc.types import Json
 
 
+FORGETS_S = 600.0
+"""A controller that starts again may have lost what it did so many seconds before, at most: its
+time to save its state and the time that it was down."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class State:
     """What was observed of a run at one moment, and what was decided from it."""
@@ -90,7 +95,7 @@ def observe(
     uses_slurm |= with_queue and requests[-1].executor == "slurm"
     job_names = {name for submission in submissions for name in submission.job_names}
     queued = tuple(task for task in slurm.queue() if task.name in job_names) if uses_slurm else ()
-    to_release, held_by_user = _held(submissions, jobs, queued, ledger.released())
+    to_release, held_by_user = _held(submissions, jobs, queued, ledger.released_at())
     scan = _only_this_plan(run.scan(), plan)
     done = _done(run, plan, scan)
     counted_failures = _counted(plan, requests, submissions, ledger.failures(), done)
@@ -176,9 +181,12 @@ def _held(
     submissions: Sequence[Submission],
     jobs: Mapping[int, Job],
     queued: Sequence[slurm.Queued],
-    released: set[int],
+    released_at: Mapping[int, float],
 ) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the ids of held jobs: those to release, and those that somebody has held."""
+    """Return the ids of held jobs: those to release, and those that somebody has held.
+
+    A job that was released is held by somebody, unless the controller has forgotten its release.
+    """
     numbers = {
         name: submission.number
         for submission in submissions
@@ -189,7 +197,9 @@ def _held(
     by_user: set[str] = set()
     for task in queued:
         if task.name in numbers and task.reason == slurm.HELD_BY_USER:
-            (by_user if numbers[task.name] in released else to_release).add(task.job_id)
+            released = released_at.get(numbers[task.name])
+            forgotten = released is None or 0 < slurm.boot_time() - released < FORGETS_S
+            (to_release if forgotten else by_user).add(task.job_id)
         elif task.name in numbers and task.reason in slurm.HELD_BY_SLURM:
             to_release.add(task.job_id)
     return frozenset(to_release), frozenset(by_user)

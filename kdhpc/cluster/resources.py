@@ -36,7 +36,7 @@ class Resources:
     setup: tuple[str, ...] = ()
     """Shell lines that run before the command."""
     prefix: tuple[str, ...] = ()
-    """Words in front of the command, such as a container runtime."""
+    """Words in front of the command, such as a container runtime; a gate has none."""
     scratch: str | None = None
     """Folder on the node's own disk."""
     sbatch: Mapping[str, str | None] = field(default_factory=dict)

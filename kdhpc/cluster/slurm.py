@@ -4,6 +4,7 @@ Nothing here decides. Every call of a Slurm program goes through `_run`, which s
 removes the variables of a surrounding job, such as a gate, because sbatch would pass them on.
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -170,6 +171,15 @@ def max_array_size() -> int:
 
 
 @functools.cache
+def boot_time() -> float:
+    """Return when the controller started, as a Unix time; 0 if it does not say."""
+    match = re.search(r"BOOT_TIME\s*=\s*(\S+)", _run(["scontrol", "show", "config"]).stdout)
+    with contextlib.suppress(ValueError):
+        return time.mktime(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S")) if match else 0.0
+    return 0.0
+
+
+@functools.cache
 def partitions() -> dict[str, float]:
     """Return the time limit in minutes of every partition, of the default one also under ''."""
     limits = {}
@@ -298,13 +308,6 @@ def check_script(text: str) -> str | None:
 def ignored_variables() -> list[str]:
     """Return the names of the environment variables that sbatch would read and kdhpc removes."""
     return sorted(name for name in os.environ if name.startswith("SBATCH_"))
-
-
-def first_node_address(node_list: str) -> str:
-    """Return the NodeAddr of the first node in a list, which every node of the job can reach."""
-    first = _run(["scontrol", "show", "hostnames", node_list]).stdout.split()[0]
-    match = re.search(r"NodeAddr=(\S+)", _run(["scontrol", "show", "node", first]).stdout)
-    return match[1] if match else first
 
 
 def command_line(words: Sequence[str]) -> str:

@@ -116,7 +116,7 @@ def _sbatch(
     if gate is None:
         return [slurm.submit_held(path, submission.name, folder / "%a.log")]
     words = ["kdhpc.cluster.gate", str(run.path)]
-    command = _command(run, submission.code, words, ())  # Slurm's programs are outside the prefix
+    command = _command(run, submission.code, words, ())  # a container has no sbatch
 
     def gate_script(resources: Resources) -> str:
         name = submission.gate_name

@@ -29,7 +29,7 @@ from kdhpc.cluster.ledger import AttemptEvent, Failure, Ledger, Submission
 from kdhpc.cluster.runs import Run
 from kdhpc.config import presets
 from kdhpc.config.run import RunConfig
-from kdhpc.errors import KdhpcError
+from kdhpc.errors import ClusterError, KdhpcError
 from kdhpc.plan.shards import Plan, Shard
 from kdhpc.storage.files import disk_errors
 from kdhpc.storage.work import Work
@@ -95,15 +95,29 @@ def shards_of(place: _Place, run: Run, ledger: Ledger) -> Iterator[str]:
 def find_rank() -> tuple[int, int]:
     """Return rank and world size, as srun or the local executor set them.
 
-    Under srun, also set the variables by which torch.distributed finds the other ranks.
+    Under srun, also set the other variables that ranks need. LOCAL_RANK is the index of this
+    process on its node. MASTER_ADDR and MASTER_PORT are where the ranks meet; if they are set, by
+    the batch script or by a site's own setup lines, they stay.
+
+    Raises:
+        ClusterError: if there are several nodes and nothing says at which address they meet.
     """
     rank = int(os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0")))
     world_size = int(os.environ.get("SLURM_NTASKS", os.environ.get("WORLD_SIZE", "1")))
-    if world_size > 1 and "SLURM_PROCID" in os.environ:
-        from kdhpc.cluster import slurm
-
-        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-        os.environ["MASTER_ADDR"] = slurm.first_node_address(os.environ["SLURM_JOB_NODELIST"])
+    if "SLURM_PROCID" not in os.environ:
+        return rank, world_size
+    if world_size == 1:
+        os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])
+        return rank, world_size
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    if not os.environ.get("MASTER_ADDR"):
+        if os.environ.get("SLURM_JOB_NUM_NODES") != "1":
+            raise ClusterError(
+                f"rank {rank} of {world_size}: MASTER_ADDR is not set; expected the batch script "
+                "to ask scontrol for the address of the first node; export it in slurm.setup"
+            )
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    if not os.environ.get("MASTER_PORT"):
         # The port is below the ephemeral range, and differs for a requeued attempt.
         seed = int(os.environ["SLURM_JOB_ID"]) * 7 + int(os.environ.get("SLURM_RESTART_COUNT", 0))
         os.environ["MASTER_PORT"] = str(10000 + seed % 20000)

@@ -101,7 +101,8 @@ class Slurm:
     setup: tuple[str, ...] = ()
     """Shell lines to run before the work, such as those that load modules or activate conda."""
     prefix: tuple[str, ...] = ()
-    """Words to put before the command, such as [apptainer, exec, --nv, image.sif]."""
+    """Words to put before the command of a task, such as [apptainer, exec, --nv, image.sif]. Gates
+    run without them, with the Python of the launch."""
     scratch: str | None = None
     """Node-local folder for copies of models and for just-in-time caches. If it is not given,
     models are read where they are and caches go to the system's temporary folder."""

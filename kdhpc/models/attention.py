@@ -1,4 +1,4 @@
-"""Causal attention over whole rows: torch's kernels on GPUs, blocks of queries on CPUs.
+"""Attention: torch's fused kernels on GPUs, blocks of queries on CPUs.
 
 torch's CPU kernel takes a quarter of a training step and runs at a fraction of the matrix rate.
 Computing the same sums as batched matrix products, 64 queries at a time against the keys before
@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kdhpc.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NAME = "kdhpc_blocks"
+NAME = "kdhpc_causal"
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+"""Kernels of torch that may be used on GPUs. The plain one is left out because it writes all scores
+to memory, and torch would fall back to it without a word; cuDNN's because it makes a plan for every
+shape."""
 BLOCK = 64
 """Number of queries in a block, small enough that the scores of a block stay in the cache."""
 
@@ -88,27 +95,58 @@ def _probabilities(q: Tensor, k: Tensor, start: int, stop: int, dtype: torch.dty
     return scores.softmax(-1, dtype=dtype)
 
 
-def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
     """Attend from every position to itself and the positions before it.
 
     Args:
         query: [B, H, L, D].
         key: [B, H_kv, L, D]; H is a multiple of H_kv.
         value: [B, H_kv, L, D].
+        scale: factor of the scores; 1 / sqrt(D) if None.
 
     Returns:
         [B, H, L, D].
+
+    Raises:
+        InputError: if a GPU has no fused kernel for these tensors.
     """
     if query.device.type == "cpu":
-        attended: Tensor = _Attend.apply(query, key, value, query.shape[-1] ** -0.5)  # type: ignore[no-untyped-call]
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        attended: Tensor = _Attend.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
         return attended
     groups = query.shape[1] // key.shape[1]
     # In float32, torch's memory-efficient kernel does not accept grouped heads.
     if query.dtype == torch.float32:
         key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
-    return functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=groups > 1
-    )
+    return fused(query, key, value, is_causal=True, scale=scale, enable_gqa=groups > 1)
+
+
+def fused(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Call torch's attention, but only its fused kernels.
+
+    Args:
+        query: [B, H, L, D].
+        key: [B, H_kv, S, D].
+        value: [B, H_kv, S, D].
+        options: further arguments of `torch.nn.functional.scaled_dot_product_attention`.
+
+    Returns:
+        [B, H, L, D].
+
+    Raises:
+        InputError: if no fused kernel accepts these tensors; torch's warnings say why.
+    """
+    try:
+        with sdpa_kernel(FUSED):
+            return functional.scaled_dot_product_attention(query, key, value, **options)
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
+        raise InputError(
+            f"attention of heads of size {query.shape[-1]} in {query.dtype} on {query.device}: "
+            "torch has no fused kernel for it; expected a size that is a multiple of 8 and at most "
+            "256, or device=cpu"
+        ) from error
 
 
 def attend(
@@ -120,7 +158,7 @@ def attend(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """Compute causal attention in blocks, with the signature that transformers calls.
+    """Compute causal attention with the signature that transformers calls.
 
     Rows must be padded on the right or not at all.
 
@@ -138,21 +176,24 @@ def attend(
 
     Raises:
         ValueError: if there is a mask, or the numbers of keys and queries differ.
+        InputError: if a GPU has no fused kernel for these tensors.
     """
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         raise ValueError(
-            "block attention is causal over whole rows; expected no attention mask and no cache, "
+            "attention is causal over whole rows; expected no attention mask and no cache, "
             f"got {'a mask' if attention_mask is not None else 'a cache'}"
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out: Tensor = _Attend.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
-    return out.transpose(1, 2), None
+    return causal(query, key, value, scaling).transpose(1, 2), None
 
 
-def use_blocks(model: "PreTrainedModel") -> None:
-    """Make a transformers Llama on a CPU attend in blocks; leave every other model unchanged."""
+def use_causal(model: "PreTrainedModel") -> None:
+    """Make a transformers Llama attend by `causal`; leave every other model unchanged.
+
+    transformers 5.23 makes no mask for a name that it does not know. For the names that it knows,
+    it first looks for packed rows, and a GPU then waits for the host in every forward pass.
+    """
     from transformers import AttentionInterface
 
-    if model.device.type == "cpu" and model.config.model_type == "llama":
+    if model.config.model_type == "llama":
         AttentionInterface.register(NAME, attend)
         model.set_attn_implementation(NAME)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def pick_device(device: str) -> torch.device:
     """Return the device to run on: `cpu`, `cuda`, or for `auto` a GPU if this process sees one.
 
+    The environment's LOCAL_RANK is the index of this process among those of its node (see
+    `kdhpc.cluster.task.find_rank`). If this process sees several GPUs, it takes the one with that
+    ordinal. Where Slurm or a wrapper shows each process a GPU of its own, that is always number 0.
+
     Raises:
         InputError: if `cuda` is asked for and this process sees no GPU, or too few for its rank.
     """
@@ -28,12 +33,11 @@ def pick_device(device: str) -> torch.device:
         raise InputError("device=cuda: no GPU is visible to this process; expected auto or cpu")
     if device == "cpu":
         return torch.device("cpu")
-    # If Slurm binds one GPU to each task, every process sees its own GPU as number 0.
     index = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0
     if index >= torch.cuda.device_count():
         raise InputError(
             f"local rank {index} sees {torch.cuda.device_count()} GPUs; expected one for each "
-            "process of the node (slurm.gpus_per_node)"
+            "process of the node (slurm.gpus_per_node), or exactly one that is its own"
         )
     return torch.device("cuda", index)
 
@@ -122,7 +126,7 @@ def frozen_head(weight: Tensor) -> Linear:
         A function from [N, H] in the dtype of `weight` to [N, V] float32.
     """
     if weight.device.type == "cuda" and weight.dtype != torch.float32:
-        return lambda x: torch.mm(x, weight.T, out_dtype=torch.float32)
+        return widening_head(weight)
     if weight.dtype != torch.bfloat16:
         wide = frozen_linear(weight.float())
         return lambda x: wide(x.float())
@@ -135,6 +139,30 @@ def frozen_head(weight: Tensor) -> Linear:
             return wide(x.float())
 
     return head
+
+
+def widening_head(weight: Tensor) -> Linear:
+    """Return a product with a 16-bit weight [V, H] whose sums and results are float32.
+
+    Where torch cannot widen in the product itself, the factors are widened before it. The results
+    are as exact, since products of 16-bit numbers are exact in float32 and in TF32, but the weight
+    is kept a second time.
+    """
+    if _products_widen(weight.device.type, weight.dtype):
+        return lambda x: torch.mm(x, weight.T, out_dtype=torch.float32)
+    wide = weight.float()
+    return lambda x: functional.linear(x.float(), wide)
+
+
+@functools.cache
+def _products_widen(device: str, dtype: torch.dtype) -> bool:
+    """Try once whether torch multiplies 16-bit matrices into float32; some ROCm builds do not."""
+    factor = torch.ones((16, 16), dtype=dtype, device=device)
+    try:
+        torch.mm(factor, factor, out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

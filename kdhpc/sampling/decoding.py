@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kdhpc.models import attention
 from kdhpc.models.devices import Linear
 from kdhpc.models.llama import Llama, turn
 from kdhpc.models.loading import LanguageModel
@@ -137,7 +138,7 @@ class LlamaDecoder:
         """
         if not self.columns:
             num_keys = len(mask)
-            return functional.scaled_dot_product_attention(
+            return attention.fused(
                 query,
                 keys[:, :, :num_keys],
                 values[:, :, :num_keys],

@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, get_wsd_schedule
 
 from kdhpc.config.model import Training
+from kdhpc.errors import InputError
 from kdhpc.models import attention
 from kdhpc.models.devices import DTYPES
 from kdhpc.models.sizes import BUCKET
@@ -86,12 +87,32 @@ def deepspeed_config(settings: Training) -> dict[str, object]:
     return config
 
 
-def load_deepspeed() -> Any:
-    """Import DeepSpeed without log lines and without its shared-memory op, which compiles C++."""
+def load_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed for a device, without log lines.
+
+    DeepSpeed takes the ordinal of its GPU from LOCAL_RANK, and the kind of its device from
+    DS_ACCELERATOR or, if that is not set, from what the node has. Both are made to say what
+    `devices.pick_device` picked. A DS_ACCELERATOR that was set is kept, because vendors whose
+    devices appear as `cuda` in torch have names of their own there.
+
+    Raises:
+        InputError: if DS_ACCELERATOR was set to a kind of device that was not picked.
+    """
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    accelerator = os.environ.get("DS_ACCELERATOR")
+    if accelerator is not None and (accelerator == "cpu") != (device.type == "cpu"):
+        raise InputError(
+            f"DS_ACCELERATOR={accelerator}: the training runs on {device.type}; unset the variable "
+            "or change the config's device"
+        )
     import deepspeed
 
     deepspeed.logger.setLevel(logging.ERROR)
-    # DeepSpeed 0.19 builds `ShareMemCommBuilder` only if this table allows it.
+    # DeepSpeed 0.19 builds `ShareMemCommBuilder`, which compiles C++, only if this table allows it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
@@ -109,13 +130,15 @@ class Engine:
             settings: optimizer, batch, ranks and dtype.
             schedule: steps of the learning-rate schedule.
             device: device of this rank.
+
+        Raises:
+            InputError: if the environment sends DeepSpeed to another kind of device.
         """
-        self.deepspeed = load_deepspeed()
+        self.deepspeed = load_deepspeed(device)
         self.settings, self.device = settings, device
         self.linear = functional.linear  # to be restored: ZeRO-3 replaces it in the whole process
         rank = distributed.get_rank()
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(distributed.get_world_size()))
-        os.environ.setdefault("LOCAL_RANK", "0")
         self.deepspeed.init_distributed(dist_backend=distributed.get_backend())
         model = model.to(device).train()
         # Keep the buffers, because DeepSpeed casts them too. Rotary frequencies in bfloat16 would
@@ -123,7 +146,7 @@ class Engine:
         # the saved model.
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         model.to(DTYPES[settings.dtype])
-        attention.use_blocks(model)
+        attention.use_causal(model)
         if settings.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         for layer in model.base_model.layers if settings.compile else ():

@@ -1,0 +1,266 @@
+"""What is decided about GPUs, on a machine without one: torch is told how many it should see."""
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models_for_tests import SHAPE, llama_of, small_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kdhpc.errors import InputError
+from kdhpc.models import attention, devices, huggingface
+from kdhpc.sampling.decoding import LlamaDecoder
+from kdhpc.sampling.sampler import Sampler, sample
+from kdhpc.scoring.counting import Counting
+from kdhpc.selection import Selection
+from kdhpc.training.engine import load_deepspeed
+from kdhpc.training.loss import summed_nll
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+WAITING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
+"""Operators after which the host waits for a GPU."""
+VIEWS = (
+    "_unsafe_view", "expand", "permute", "select", "slice", "split", "t", "transpose", "unbind",
+    "unsqueeze", "view",
+)  # fmt: skip
+"""Operators that start no kernel."""
+
+
+def show_gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Environment without a local rank and an accelerator; what a test sets is taken back."""
+    for name in ("LOCAL_RANK", "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+@pytest.mark.parametrize(
+    ("num_visible", "local_rank", "ordinal"),
+    [(1, None, 0), (1, "0", 0), (1, "3", 0), (4, None, 0), (4, "0", 0), (4, "1", 1), (4, "3", 3)],
+)
+def test_deepspeed_gets_the_ordinal_of_the_gpu_that_was_picked(
+    environment: pytest.MonkeyPatch,
+    device: str,
+    num_visible: int,
+    local_rank: str | None,
+    ordinal: int,
+) -> None:
+    show_gpus(environment, num_visible)
+    if local_rank is not None:
+        environment.setenv("LOCAL_RANK", local_rank)
+    picked = devices.pick_device(device)
+    assert picked == torch.device("cuda", ordinal)
+    load_deepspeed(picked)
+    assert os.environ["LOCAL_RANK"] == str(ordinal)
+    assert devices.pick_device(device) == picked, "the next shard of the task moved"
+
+
+def test_a_local_rank_without_a_gpu_is_refused_in_one_line(environment: pytest.MonkeyPatch) -> None:
+    show_gpus(environment, 4)
+    environment.setenv("LOCAL_RANK", "4")
+    with pytest.raises(InputError, match=r"local rank 4 sees 4 GPUs; .*gpus_per_node") as refused:
+        devices.pick_device("auto")
+    assert "\n" not in str(refused.value)
+    assert devices.pick_device("cpu") == CPU
+    show_gpus(environment, 0)
+    assert devices.pick_device("auto") == CPU
+    with pytest.raises(InputError, match="no GPU is visible"):
+        devices.pick_device("cuda")
+
+
+def test_on_a_node_with_gpus_deepspeed_takes_the_cpu_if_the_config_says_so() -> None:
+    """A fresh interpreter is needed, because DeepSpeed chooses once, when it is imported."""
+    code = """
+import torch
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 4
+from kdhpc.models.devices import pick_device
+from kdhpc.training.engine import load_deepspeed
+print("CHOSE", load_deepspeed(pick_device("cpu")).accelerator.get_accelerator()._name)
+"""
+    environment = {name: v for name, v in os.environ.items() if name != "DS_ACCELERATOR"}
+    command = [sys.executable, "-c", code]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert "CHOSE cpu" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "device"), [("cuda", "cpu"), ("klxpu", "cpu"), ("cpu", "cuda")]
+)
+def test_an_accelerator_that_contradicts_the_device_is_refused(
+    environment: pytest.MonkeyPatch, accelerator: str, device: str
+) -> None:
+    environment.setenv("DS_ACCELERATOR", accelerator)
+    with pytest.raises(InputError, match=f"DS_ACCELERATOR={accelerator}: .* runs on {device}"):
+        load_deepspeed(torch.device(device))
+    environment.setenv("DS_ACCELERATOR", device)
+    load_deepspeed(torch.device(device))
+    assert os.environ["DS_ACCELERATOR"] == device
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_where_products_cannot_widen_their_factors_are_widened(dtype: torch.dtype) -> None:
+    """torch 2.13 has `mm` with an `out_dtype` for meta tensors, and none for the CPU."""
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(50, 16).to(dtype), torch.randn(3, 16).to(dtype)
+    with pytest.raises(NotImplementedError):
+        torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    logits = devices.widening_head(weight)(hidden)
+    exact = hidden.double() @ weight.double().T
+    assert logits.dtype == torch.float32
+    assert (logits - exact).abs().max() < 1e-6 * exact.abs().max()
+    head, there = devices.widening_head(weight.to(META)), hidden.to(META)
+    with Ops() as ops:
+        assert (head(there).dtype, head(there).shape) == (torch.float32, logits.shape)
+    assert (ops.count["mm"], ops.count["_to_copy"]) == (2, 0)
+
+
+@pytest.mark.filterwarnings("ignore:Flash attention")  # torch says why it cannot use a kernel
+def test_attention_without_a_fused_kernel_is_refused_instead_of_slow() -> None:
+    """On CPUs torch's fused kernel takes no values of another size; its plain one does."""
+    query, value = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 6)
+    assert torch.nn.functional.scaled_dot_product_attention(query, query, value).shape[-1] == 6
+    with pytest.raises(InputError, match=r"size 8 in torch\.float32 on cpu: .*no fused") as refused:
+        attention.fused(query, query, value)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        attention.fused(query, query.double(), query)
+
+
+class Ops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operators that are called, by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+    def assert_no_wait(self) -> None:
+        assert self.count
+        assert not [name for name in WAITING if self.count[name]]
+
+
+@pytest.mark.parametrize("device", [CPU, META])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_training_step_never_makes_the_host_wait(
+    device: torch.device, dtype: torch.dtype
+) -> None:
+    """On meta tensors the code is that of GPUs, but reading a value raises."""
+    model = huggingface.new_model(SHAPE, vocab_size=257, length=72, eos=0, seed=1)
+    model = model.to(device, dtype).train()
+    attention.use_causal(model)
+    ids = torch.zeros((2, 72), dtype=torch.int64, device=device)
+    with Ops() as ops:
+        hidden: Tensor = model.base_model(ids, use_cache=False).last_hidden_state
+        head = model.get_output_embeddings().weight
+        summed_nll(hidden.flatten(0, 1), head, ids.flatten(), head_tokens=32).backward()  # type: ignore[no-untyped-call]
+    ops.assert_no_wait()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def decoding_step(num_layers: int) -> Ops:
+    shape = dataclasses.replace(SHAPE, layers=num_layers)
+    model = llama_of(small_model(257, 128, shape=shape).to(META, torch.bfloat16))
+    decoder = LlamaDecoder(model, rows=4, length=128)
+    ids = torch.zeros(4, dtype=torch.int64, device=META)
+    ops = Ops()
+    with ops:
+        logits = decoder.step(ids, torch.zeros(1, dtype=torch.int64, device=META), 64)
+    assert (logits.shape, logits.dtype) == ((4, 257), torch.float32)
+    return ops
+
+
+def test_a_decoding_step_never_makes_the_host_wait_and_has_few_kernels() -> None:
+    """Small models spend their time in launches; here the parts of attention count one by one."""
+    two, three = decoding_step(2), decoding_step(3)
+    three.assert_no_wait()
+    of_a_layer = three.count - two.count
+    assert 20 < sum(number for name, number in of_a_layer.items() if name not in VIEWS) <= 40
+
+
+class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A CUDA graph on the CPU: it keeps the operators and tensors of a step and calls them again.
+
+    As on a GPU, nothing has been computed when the capture ends, and a replay reads and writes the
+    tensors of the capture, whatever the variables of the program refer to by then.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.before: list[tuple[Tensor, Tensor]] = []
+        self.num_replays = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.before.append((value, value.clone()))
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    @contextlib.contextmanager
+    def captured(self, pool: Any) -> Iterator[None]:
+        with self:
+            yield
+        for tensor, value in reversed(self.before):
+            tensor.copy_(value)
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        for func, args, kwargs, recorded in self.calls:
+            result = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(recorded), tree_leaves(result), strict=True):
+                if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize("draw", ["inverse_cdf", "gumbel"])
+def test_replayed_steps_draw_what_eager_steps_draw(
+    monkeypatch: pytest.MonkeyPatch, draw: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph.captured(pool))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    drawn = []
+    for capture in (False, True):
+        sampler = Sampler(
+            llama_of(small_model(257, 40)),
+            prompt_ids=[2, 3],
+            length=40,
+            batch_rows=4,
+            selection=Selection(),
+            draw=draw,
+            counting=Counting(num_prompt=2, eos=0, count_eos=True),
+        )
+        decoder = sampler.decoder
+        assert isinstance(decoder, LlamaDecoder)
+        decoder.columns = False  # the cache and the attention of GPUs
+        decoder.keys, decoder.values = decoder._cache_views(40)
+        sampler.capture = capture
+        drawn.append(sample(sampler, rows=range(12), seed=0, stream="test"))
+        graphs: Any = sampler.graphs
+        assert {size: graph.num_replays > 10 for size, graph in graphs.items()} == (
+            dict.fromkeys((16, 32, 40), True) if capture else {}
+        )
+    for eager, replayed in zip(*(vars(samples).values() for samples in drawn), strict=True):
+        assert np.array_equal(eager, replayed)
