@@ -13,9 +13,7 @@ from commands import ROOT, launch, need
 
 DEVCLUSTER = str(ROOT / "slurm" / "devcluster")
 SMALL = ["slurm.mem_gb=0.3", "slurm.gate.mem_gb=0.2"]
-PACKED = ["slurm.pack=2", "slurm.sbatch.overcommit=true", "slurm.srun=[--overcommit]"]
-"""Two processes on a node, although it has one CPU."""
-PATIENCE_S = 600
+PATIENCE_S = float(os.environ.get("KDHPC_PATIENCE_S", "600"))
 """Seconds after which a test gives up waiting; far more than anything takes."""
 
 
@@ -26,10 +24,14 @@ def need_slurm() -> None:
 
 @contextlib.contextmanager
 def running_cluster(*options: str) -> Iterator[Path]:
-    """Start four nodes of one CPU each; Slurm's programs find them by SLURM_CONF."""
+    """Start four nodes of one CPU each; Slurm's programs find them by SLURM_CONF.
+
+    A cluster inside another hides it for a while.
+    """
     need_slurm()
+    before = os.environ.get("SLURM_CONF")
     # Socket paths must be short, so the folder is not inside pytest's own.
-    path = Path(f"/tmp/kdhpc-test-{os.getpid()}")  # noqa: S108
+    path = Path(f"/tmp/kdhpc-test-{os.getpid()}{'-inner' if before else ''}")  # noqa: S108
     subprocess.run([DEVCLUSTER, "up", str(path), "--max-array", "11", *options], check=True)
     os.environ["SLURM_CONF"] = str(path / "slurm.conf")
     try:
@@ -37,6 +39,8 @@ def running_cluster(*options: str) -> Iterator[Path]:
     finally:
         subprocess.run([DEVCLUSTER, "down", str(path)], check=True)
         del os.environ["SLURM_CONF"]
+        if before:
+            os.environ["SLURM_CONF"] = before
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:

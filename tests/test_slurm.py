@@ -21,7 +21,6 @@ from own_pipeline import (
     write_texts,
 )
 from real_slurm import (
-    PACKED,
     SMALL,
     assert_submitted_once,
     jobs_of,
@@ -39,7 +38,7 @@ from kdhpc.storage.results import logical_digest
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[Path]:
-    with running_cluster() as path:
+    with running_cluster("--cpus-per-node", "2") as path:
         yield path
 
 
@@ -178,18 +177,34 @@ def test_typed_twice_nothing_is_submitted_twice(tmp_path: Path) -> None:
 
 def test_what_slurm_refuses_is_named_and_can_be_fixed(tmp_path: Path) -> None:
     run = sweep_light(tmp_path, "slurm.qos=nope", code=2)
+    assert not run.exists()
+    sweep_light(tmp_path, "until=make")
+    wait_for_end(run)
+    sweep_light(tmp_path, "slurm.stages.merge.qos=nope", code=2)
+    assert len(list((run / "requests").iterdir())) == 1
     assert queue() == []
+    stuck = trouble(tmp_path, "square-00000", "hang")
+    sweep_light(tmp_path, "slurm.gate.time_min=2:00")
+    wait_for(lambda: "square/arm/00000" in (tmp_path / "trace").read_text(), "the shard to start")
+    limit = ["sacctmgr", "-i", "modify", "qos", "normal", "set"]
+    subprocess.run([*limit, "MaxWall=00:05:00", "Flags=DenyOnLimit"], check=True)
+    try:
+        stuck.unlink()
+        wait_for_end(run)
+    finally:
+        subprocess.run([*limit, "MaxWall=-1", "Flags=-1"], check=True)
     [cause] = status(run, code=1)["causes"]
-    assert (cause["kind"], len(cause["shards"])) == ("LAUNCH", 6)
-    assert "qos" in cause["message"].lower()
-    sweep_light(tmp_path)
+    assert (cause["kind"], len(cause["shards"])) == ("LAUNCH", 1)
+    assert "QOSMaxWallDurationPerJobLimit" in cause["message"]
+    assert len(list((run / "failures").rglob("*merge*.json"))) == 1
+    launch("rerun", str(run))
     wait_for_end(run)
     assert_light_complete(run, 6)
 
 
 def test_the_processes_of_a_packed_task_share_its_shards_and_none_idles(tmp_path: Path) -> None:
     stuck = trouble(tmp_path, "make-00000", "hang")
-    run = sweep_light(tmp_path, *PACKED, "slurm.task_min=10")
+    run = sweep_light(tmp_path, "slurm.pack=2", "slurm.task_min=10")
     others = [run / "1-make" / "arm" / f"{i:05d}.json" for i in range(1, 6)]
     wait_for(lambda: all(path.exists() for path in others), "the other process to do the rest")
     stuck.unlink()
@@ -214,7 +229,7 @@ def test_the_processes_of_a_packed_task_share_its_shards_and_none_idles(tmp_path
 def test_a_process_of_a_packed_task_that_dies_leaves_the_others_alone(tmp_path: Path) -> None:
     trouble(tmp_path, "make-00000", "once kill")
     stuck = trouble(tmp_path, "make-00001", "hang")
-    run = sweep_light(tmp_path, *PACKED, "slurm.task_min=10", "num_shards=4")
+    run = sweep_light(tmp_path, "slurm.pack=2", "slurm.task_min=10", "num_shards=4")
     others = [run / "1-make" / "arm" / f"{i:05d}.json" for i in (2, 3)]
     wait_for(lambda: (tmp_path / "trouble" / "make-00000.taken").exists(), "a process to die")
     assert not any(path.exists() for path in others)
@@ -224,11 +239,12 @@ def test_a_process_of_a_packed_task_that_dies_leaves_the_others_alone(tmp_path: 
     starts = [line.split()[0] for line in (tmp_path / "trace").read_text().splitlines()]
     assert starts.count("make/arm/00000") == 2
     assert len(starts) == 4 + 4 + 1 + 1
+    assert len(set(starts)) == 4 + 4 + 1
 
 
 def test_a_signal_reaches_every_process_of_a_packed_task(tmp_path: Path) -> None:
     stuck = [trouble(tmp_path, f"make-{i:05d}", "hang") for i in range(2)]
-    run = sweep_light(tmp_path, *PACKED, "slurm.task_min=10")
+    run = sweep_light(tmp_path, "slurm.pack=2", "slurm.task_min=10")
     trace = tmp_path / "trace"
     wait_for(lambda: trace.exists() and len(trace.read_text().splitlines()) == 2, "two processes")
     subprocess.run(["scancel", "--signal=USR2", jobs_of(run)[0]["job_id"]], check=True)

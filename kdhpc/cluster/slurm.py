@@ -170,7 +170,6 @@ def max_array_size() -> int:
     return int(match[1]) if match else 1001
 
 
-@functools.cache
 def boot_time() -> float:
     """Return when the controller started, as a Unix time; 0 if it does not say."""
     match = re.search(r"BOOT_TIME\s*=\s*(\S+)", _run(["scontrol", "show", "config"]).stdout)

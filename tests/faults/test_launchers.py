@@ -18,7 +18,7 @@ from real_slurm import (
 )
 
 from faults.scenario import Scenario, sum_of
-from kdhpc.cluster.slurm import HELD_BY_SLURM
+from kdhpc.cluster.slurm import HELD_BY_SLURM, HELD_BY_USER
 
 A_TASK_EACH = "slurm.task_min=0.0001"
 """A task length shorter than a shard takes, even after that has been measured."""
@@ -95,7 +95,7 @@ def test_a_controller_that_forgot_the_jobs_is_made_good_by_sweep(scenario: Scena
 
     def quiet() -> bool:
         reasons = set(queue("%r"))
-        return not reasons or bool(reasons & HELD_BY_SLURM)
+        return not reasons or bool(reasons & {*HELD_BY_SLURM, HELD_BY_USER})
 
     def complete() -> bool:
         wait_for(quiet, "nothing to run")
