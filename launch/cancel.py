@@ -7,11 +7,12 @@ Published results are kept; sweep.py or rerun.py continue the run later.
 """
 
 import argparse
+import sys
 
 from kdhpc.cluster import runs, slurm
 from kdhpc.cluster.display import command
 from kdhpc.cluster.ledger import Ledger
-from kdhpc.errors import BusyError
+from kdhpc.errors import BusyError, DamagedError
 
 
 def main(arguments: list[str]) -> int:
@@ -33,7 +34,10 @@ def main(arguments: list[str]) -> int:
             print("nothing is running")
             return 0
     # The request comes first, so that a gate that starts meanwhile sees it and submits nothing.
-    runs.add_request(run, config, kind="cancel", executor=executor)
+    try:
+        runs.add_request(run, config, kind="cancel", executor=executor)
+    except DamagedError as error:
+        print(f"warning: not recorded, so a gate may go on: {error}", file=sys.stderr)
     job_names = {name for submission in ledger.submissions() for name in submission.job_names}
     job_ids = {task.job_id for task in slurm.queue() if task.name in job_names}
     slurm.cancel(sorted(job_ids))

@@ -229,10 +229,10 @@ def add_request(
     keys: tuple[str, ...] | None = None,
     resources: Mapping[str, Json] | None = None,
 ) -> Request:
-    """Write a request, after a snapshot of the code that will do it."""
+    """Write a request, after a snapshot of the code that will do it; a cancel needs none."""
     ledger = ledgers.make(run.path)
     with disk_errors(run.path):
-        code = snapshot(run)
+        code = ledger.requests()[-1].code if kind == "cancel" else snapshot(run)
         while True:
             request = Request(
                 number=max((r.number for r in ledger.requests()), default=0) + 1,

@@ -206,9 +206,23 @@ def _stalled(run: Run, state: State) -> Iterator[str]:
     if not ready:
         return
     parts = [f"{len(ready)} shards could start (first: {ready[0]}), but nothing is queued"]
+    parts += _gate_that_ended(run, state)
     if shutil.disk_usage(run.path).free < DISK_FULL_BYTES:
         parts.append("DISK_FULL: there is no space left to record why; free some")
     yield "; ".join([*parts, "run sweep.py again"])
+
+
+def _gate_that_ended(run: Run, state: State) -> Iterator[str]:
+    """Yield the last words of the newest gate, which should have started what could start."""
+    numbers = [number for number, job in state.jobs.items() if job.gate_id]
+    if not numbers:
+        return
+    log = Ledger(run.path).log_path(max(numbers), 0).with_name("gate.log")
+    lines = _last_lines(log)
+    if lines:
+        yield f"the last gate said: {lines[-1]} ({log})"
+    else:
+        yield f"the last gate said nothing: sacct -j {state.jobs[max(numbers)].gate_id} says why"
 
 
 def _waiting(state: State) -> dict[str, int]:

@@ -50,9 +50,8 @@ MUTATIONS: dict[str, tuple[list[Edit], str]] = {
         [
             (
                 "kdhpc/cluster/batch_script.py",
-                "    text = _without(executor.script(command, num_tasks), resources)\n",
-                "    text = _without(executor.script(command, num_tasks), resources)\n"
-                '    text = text.replace("--open-mode=append", "--open-mode=truncate")\n',
+                '            "propagate": "NONE",\n',
+                '            "propagate": "NONE",\n            "open-mode": "truncate",\n',
             )
         ],
         "test_a_requeued_task_keeps_the_log_of_its_first_try",
