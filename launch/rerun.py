@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
         )
     executor = Ledger(run.path).requests()[-1].executor
     request = {"kind": "rerun", "executor": executor, "stage": options.stage, "keys": keys}
-    for key in run.scan().damaged:
+    for key in look(run).situation.damaged:  # also what was made with other settings
         if keys is None or key in keys:
             run.quarantine(key)
     if executor == "local":
