@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("run")
     parser.add_argument("words", nargs="*", metavar="slurm.key=value")
-    parser.add_argument("--runs-dir", default="runs")
+    parser.add_argument("--runs-dir", help="look for RUN only in this folder")
     parser.add_argument("--stage", help="only this stage")
     parser.add_argument("--shards", help="only these shards of --stage, such as 3,17-20")
     parser.add_argument("--partial", action="store_true", help="merge the results published so far")

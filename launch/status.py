@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("run")
-    parser.add_argument("--runs-dir", default="runs")
+    parser.add_argument("--runs-dir", help="look for RUN only in this folder")
     parser.add_argument(
         "--watch", action="store_true", help="stay until nothing is queued or running"
     )

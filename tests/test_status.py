@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, launch, status
+from commands import ROOT, begin, launch, status
 from light import PIPELINE, LightConfig
 
 from kdhpc.cluster import runs
-from kdhpc.cluster.ledger import Job, Ledger, Submission
+from kdhpc.cluster.ledger import Job, Ledger
 from kdhpc.cluster.logs import own_part
 from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import look, status_of
@@ -40,29 +40,6 @@ def run(config: LightConfig) -> Run:
     run = runs.open_for(config, PIPELINE.plan(config))
     runs.add_request(run, config, kind="sweep", executor="local")
     return run
-
-
-def begin(run: Run, number: int, keys: list[str]) -> subprocess.Popen[bytes]:
-    """Start one task with these shards as a launcher does that is still alive: this process."""
-    ledger = Ledger(run.path)
-    submission = Submission(
-        number=number, request=1, name=f"make.light-{number}", stage="make", tasks=(tuple(keys),),
-        resources={}, code="", time=time.time(), host=socket.gethostname(), pid=os.getpid(),
-    )  # fmt: skip
-    assert ledger.claim(submission)
-    log = ledger.log_path(number, 0)
-    log.parent.mkdir()
-    with log.open("wb") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "kdhpc.cluster.task", str(run.path), str(number)],
-            stdout=file,
-            stderr=file,
-            env={
-                **os.environ,
-                "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
-                "SLURM_ARRAY_TASK_ID": "0",
-            },
-        )
 
 
 def finish(run: Run, number: int, keys: list[str]) -> None:

@@ -15,7 +15,7 @@ class LogPart:
     """Lines of a log that one attempt wrote."""
 
     path: Path
-    """The whole log of the task."""
+    """The whole log."""
     begin: int
     """Index of the first of these lines in the log; it tells attempts in one log apart."""
     lines: tuple[str, ...]
@@ -34,7 +34,8 @@ def tasks_of(state: State, key: str) -> list[tuple[Submission, int]]:
 def last_part(run: Run, state: State, shard: Shard) -> LogPart | None:
     """Return what a shard's last attempt wrote; None if the shard was never tried."""
     for submission, index in reversed(tasks_of(state, shard.key)):
-        part = own_part(Ledger(run.path).log_path(submission.number, index), shard)
+        path = Ledger(run.path).log_of(submission.number, index, shard.key)
+        part = own_part(path, shard)
         if part is not None:
             return part
     return None

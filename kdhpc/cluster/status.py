@@ -256,7 +256,7 @@ def _log_of(run: Run, state: State, failure: Failure) -> tuple[str, tuple[str, .
         for submission, index in tasks_of(state, failure.key)
         if submission.number == failure.submission
     ]
-    path = Ledger(run.path).log_path(number, index)
+    path = Ledger(run.path).log_of(number, index, failure.key)
     part = own_part(path, state.plan.shards[failure.key])
     lines = [line for line in part.lines if line.strip()] if part else []
     return str(path), tuple(lines[-LOG_LINES:])
@@ -286,8 +286,8 @@ def _live(run: Run, state: State) -> tuple[str, ...]:
             continue
         shard = state.plan.shards.get(str(progress.get("key")))
         if shard and shard.key in active and age_s < LIVE_S:
-            number, _, index = path.stem.partition("-")
-            if ledger.last_events(int(number), int(index)).get(shard.key) != "started":
+            number, task = path.stem.partition(".")[0].split("-")
+            if ledger.last_events(int(number), int(task)).get(shard.key) != "started":
                 continue  # it has failed, and its task goes on with other shards
             stage = run.pipeline.stage(shard.stage)
             percent = f"{float(progress.get('fraction', 0)):.0%}"
