@@ -128,6 +128,20 @@ def test_a_task_makes_no_run_where_its_run_was(tmp_path: Path) -> None:
     assert "Traceback" not in log
 
 
+def test_a_gate_makes_no_run_where_its_run_was(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "kdhpc.cluster.gate", f"{tmp_path}/gone"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        f"error: {tmp_path}/gone: no run here; expected a folder that sweep.py made\n"
+    )
+    assert not (tmp_path / "gone").exists()
+
+
 def test_a_moved_run_goes_on_in_its_new_place(project: Path, tmp_path: Path) -> None:
     trouble = tmp_path / "trouble"
     trouble.mkdir()

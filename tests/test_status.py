@@ -15,7 +15,7 @@ from light import PIPELINE, LightConfig
 
 from kdhpc.cluster import runs
 from kdhpc.cluster.ledger import Job, Ledger
-from kdhpc.cluster.logs import own_part
+from kdhpc.cluster.logs import last_part, own_part
 from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import look, status_of
 from kdhpc.storage.results import logical_digest
@@ -93,13 +93,23 @@ def test_of_several_ranks_and_attempts_the_last_attempt_is_shown_whole(
     log.write_text("\n".join([*old, *new, f"{second.key}: started", "other"]))
     part = own_part(log, shard)
     assert part is not None
-    assert part.lines == tuple(new)
+    assert part.text.splitlines() == new
     third = PIPELINE.plan(config).stage("make")[2]
     assert own_part(log, third) is None
     log.write_text("environment.sh: no such module\n")
     part = own_part(log, third)
     assert part is not None
-    assert part.lines == ("environment.sh: no such module",)
+    assert part.text == "environment.sh: no such module\n"
+
+
+def test_a_process_of_a_packed_task_has_a_log_of_its_own(run: Run, config: LightConfig) -> None:
+    finish(run, 1, KEYS[:2])
+    ledger, shard = Ledger(run.path), PIPELINE.plan(config).shards[KEYS[1]]
+    ledger.note_attempt(1, 0, shard.key, "started", process=1)
+    ledger.log_path(1, 0, process=1).write_text(f"{shard.key}: started\nmine\n")
+    part = last_part(run, look(run), shard)
+    assert part is not None
+    assert part.text == f"{shard.key}: started\nmine\n"
 
 
 def test_only_the_shard_that_a_task_works_on_is_live(run: Run, config: LightConfig) -> None:

@@ -3,7 +3,6 @@
 import difflib
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from kdhpc.cluster.failures import REMEDIES
 from kdhpc.cluster.ledger import AttemptEvent, Failure, Ledger, Submission
@@ -130,22 +129,15 @@ def show_log(run: Run, shard: Shard, *, follow: bool) -> int:
     Returns:
         The exit code: 0 if the shard is published, else 1.
     """
-    num_printed, waits = 0, ""
-    last: tuple[Path | None, int] = (None, 0)
+    printed = ""
     while True:
-        state = look(run)  # before the log is read, so that the last lines of an ended attempt are
-        part = last_part(run, state, shard)
-        if part is None:
-            now = f"{shard.key}: was never tried; {_state_of(state, shard.key)}"
-            if now != waits:
-                print(now, flush=True)
-            waits = now
-        else:
-            if (part.path, part.begin) != last:
-                num_printed, last = 0, (part.path, part.begin)
-            for line in part.lines[num_printed:]:
-                print(line, flush=True)
-            num_printed = len(part.lines)
+        state = look(run)
+        part = last_part(run, state, shard)  # after `look`: has all that an ended attempt wrote
+        never = f"{shard.key}: was never tried; {_state_of(state, shard.key)}\n"
+        text = part.text if part else never
+        # Another attempt, or the first, is printed from its beginning.
+        print(text.removeprefix(printed), end="", flush=True)
+        printed = text
         if not follow or _has_ended(state, shard.key):
             return 0 if shard.key in state.situation.done else 1
         time.sleep(FOLLOW_EVERY_S)
@@ -237,8 +229,7 @@ def _end_of(part: LogPart | None) -> list[str]:
     """Return the path of a log and the last lines of a part of it."""
     if part is None:
         return []
-    lines = [line for line in part.lines if line.strip()][-LOG_LINES:]
-    return [f"log: {part.path}", *(f"    {line}" for line in lines)]
+    return [f"log: {part.path}", *(f"    {line}" for line in part.last_lines(LOG_LINES))]
 
 
 def _outcome(failure: Failure | None, note: str) -> str:

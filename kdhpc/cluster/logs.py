@@ -12,13 +12,15 @@ from kdhpc.plan.shards import Shard
 
 @dataclass(frozen=True, kw_only=True)
 class LogPart:
-    """Lines of a log that one attempt wrote."""
+    """The lines of a log that one attempt wrote."""
 
     path: Path
     """The whole log."""
-    begin: int
-    """Index of the first of these lines in the log; it tells attempts in one log apart."""
-    lines: tuple[str, ...]
+    text: str
+
+    def last_lines(self, count: int) -> tuple[str, ...]:
+        """Return the last lines that are not empty, at most `count`."""
+        return tuple(line for line in self.text.splitlines() if line.strip())[-count:]
 
 
 def tasks_of(state: State, key: str) -> list[tuple[Submission, int]]:
@@ -50,16 +52,16 @@ def own_part(path: Path, shard: Shard) -> LogPart | None:
         The part; None if there is no log, or only other shards were started in it.
     """
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
     except OSError:
         return None
-    starts = [i for i, line in enumerate(lines) if line.endswith(STARTED)]
-    own = [i for i in starts if lines[i] == f"{shard.key}{STARTED}"]
+    starts = [i for i, line in enumerate(lines) if line.rstrip().endswith(STARTED)]
+    own = [i for i in starts if lines[i].rstrip() == f"{shard.key}{STARTED}"]
     if not starts:
-        return LogPart(path=path, begin=0, lines=tuple(lines)) if lines else None
+        return LogPart(path=path, text="".join(lines)) if lines else None
     if not own:
         return None
     # Every rank says that it has started.
     begin = own[-shard.arm.nodes * shard.arm.ranks_per_node :][0]
     end = next((i for i in starts if i > own[-1]), len(lines))
-    return LogPart(path=path, begin=begin, lines=tuple(lines[begin:end]))
+    return LogPart(path=path, text="".join(lines[begin:end]))

@@ -258,8 +258,7 @@ def _log_of(run: Run, state: State, failure: Failure) -> tuple[str, tuple[str, .
     ]
     path = Ledger(run.path).log_of(number, index, failure.key)
     part = own_part(path, state.plan.shards[failure.key])
-    lines = [line for line in part.lines if line.strip()] if part else []
-    return str(path), tuple(lines[-LOG_LINES:])
+    return str(path), part.last_lines(LOG_LINES) if part else ()
 
 
 def _eta(stages: Sequence[StageStatus], state: State) -> float | None:
