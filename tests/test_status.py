@@ -201,7 +201,7 @@ def test_a_complete_run_shows_the_digest_of_its_results(tiny_run: Path) -> None:
     assert digest in launch("status", str(tiny_run)).stdout
 
 
-def test_results_of_other_settings_are_made_again_by_rerun(tmp_path: Path) -> None:
+def test_results_of_other_settings_are_taken_back_or_made_again(tmp_path: Path) -> None:
     """As if an older launcher had changed the settings; sweep.py refuses to."""
     words = ["pipeline=light:PIPELINE", "cluster=local", f"runs_dir={tmp_path}", "name=light"]
     launch("sweep", *words)
@@ -211,9 +211,14 @@ def test_results_of_other_settings_are_made_again_by_rerun(tmp_path: Path) -> No
     runs.add_request(run, changed, kind="sweep", executor="local")
     shown = launch("status", str(run.path), code=1).stdout
     assert shown.count("made with other settings") == 12
-    assert "rerun.py puts it aside and makes it again" in shown
+    assert "sweep.py takes if they are typed again; rerun.py RUN --put-aside makes it" in shown
     assert status(run.path)["logical_digest"] == ""
     launch("sweep", *words, "seed=5", code=2)
-    launch("rerun", str(run.path))
+    launch("rerun", str(run.path), code=1)
+    assert len(status(run.path, code=1)["damaged"]) == 12
+    launch("sweep", *words)
+    assert status(run.path, code=0)["damaged"] == {}
+    runs.add_request(run, changed, kind="sweep", executor="local")
+    launch("rerun", str(run.path), "--put-aside")
     assert status(run.path, code=0)["damaged"] == {}
     assert len(list((run.path / "1-make/arm").glob("*.json.damaged-*"))) == 6

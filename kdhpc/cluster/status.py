@@ -23,7 +23,7 @@ DISK_FULL_BYTES = 2**20
 """A disk with fewer free bytes counts as full."""
 LIVE_S = 120.0
 """Age in seconds up to which a note of progress is shown."""
-DAMAGE_ADVICE = "rerun.py puts it aside and makes it again"
+DAMAGE_ADVICE = "rerun.py RUN --put-aside makes it again"
 
 
 @dataclass(frozen=True, kw_only=True)
