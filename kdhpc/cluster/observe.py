@@ -18,7 +18,6 @@ from kdhpc.storage.files import stands_for
 from kdhpc.storage.run_folder import Scan
 from kdhpc.types import Json
 
-
 FORGETS_S = 600.0
 """A controller that starts again may have lost what it did so many seconds before, at most: its
 time to save its state and the time that it was down."""
