@@ -2,15 +2,19 @@
 
 import argparse
 import csv
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from rich.table import Table
 
+from kdhpc.cluster import places
 from kdhpc.errors import InputError
 from kdhpc.pipeline import MIXTURE
 from kdhpc.plan.stages import Pipeline
@@ -25,14 +29,55 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     new_parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
-    new_parser.add_argument("run", type=Path, help=f"folder of a run, or a {RESULTS} file")
+    new_parser.add_argument("run", help=f"a run's name or folder, or a file such as {RESULTS}")
     new_parser.add_argument(
         "--out", type=Path, help=f"folder to write to (default: the folder of {RESULTS})"
     )
     return new_parser
 
 
-def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> tuple[Results, Path, Path]:
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """The results of a run, and where their tables and figures go.
+
+    Those of partial results have names of their own, so that they never replace those of complete
+    results.
+    """
+
+    results: Results
+    path: Path
+    """File of the results."""
+    out: Path
+    """Folder to write to."""
+
+    def titled(self, table: Table) -> Table:
+        """Say in a table's title if the results are partial; return the table."""
+        if not self.results.complete:
+            table.title = f"partial results; {table.title}"
+        return table
+
+    def save_csv(self, rows: Sequence[Mapping[str, Any]], name: str) -> Path:
+        """Write rows as CSV with all digits and a column for every key; return the path."""
+        path = self._named(f"{name}.csv")
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        return path
+
+    def save_figure(self, figure: Figure, name: str) -> list[Path]:
+        """Write a figure as PNG and PDF and close it; return both paths."""
+        paths = [self._named(f"{name}.png"), self._named(f"{name}.pdf")]
+        for path in paths:
+            figure.savefig(path, dpi=150)
+        plt.close(figure)
+        return paths
+
+    def _named(self, file_name: str) -> Path:
+        return self.out / (file_name if self.results.complete else f"partial-{file_name}")
+
+
+def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> Analysis:
     """Read the results of a run.
 
     Args:
@@ -40,15 +85,18 @@ def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> tuple[Results,
         pipeline: the pipeline that made the run.
 
     Returns:
-        The results, the path of their file, and the folder to write to, which exists.
+        The results, and the folder to write to, which exists.
 
     Raises:
-        InputError: if there are no results, or they are those of another pipeline.
+        InputError: if there is no such run or it has no results, or they are those of another
+            pipeline.
         DamagedError: if the results cannot be read.
     """
-    path: Path = (
-        options.run / pipeline.folders["merge"] / RESULTS if options.run.is_dir() else options.run
-    )
+    path = Path(options.run)
+    if os.sep not in options.run and not path.exists():
+        path = places.locate(options.run)
+    if path.is_dir():
+        path = path / pipeline.folders["merge"] / RESULTS
     if not path.is_file():
         raise InputError(
             f"{path}: no results here; expected the file that a run writes at its end, so let "
@@ -64,22 +112,4 @@ def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> tuple[Results,
         print("warning: some planned shards are missing from these results", file=sys.stderr)
     out: Path = options.out or path.parent
     out.mkdir(parents=True, exist_ok=True)
-    return results, path, out
-
-
-def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Write rows as CSV with all digits and a column for every key; return the path."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def save_figure(figure: Figure, out: Path, name: str) -> list[Path]:
-    """Write a figure as PNG and PDF and close it; return both paths."""
-    paths = [out / f"{name}.png", out / f"{name}.pdf"]
-    for path in paths:
-        figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return paths
+    return Analysis(results=results, path=path, out=out)

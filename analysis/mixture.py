@@ -3,7 +3,8 @@
 
     python analysis/mixture.py RUN [--setting NAME] [--out FOLDER]
 
-Files are written next to results.h5, or to FOLDER. Tables (CSV):
+RUN is a run's name or folder, or a file of results. Files are written next to the results, or to
+FOLDER; the names of those of partial results begin with partial-. Tables (CSV):
     students   every quantity of every arm, mean and 95 % interval over seeds
     terms      the parts of J in one setting, if its students have one component
     effects    for each setting, the change from the smallest to the largest beta, paired by seed
@@ -165,22 +166,22 @@ def main(arguments: list[str]) -> int:
     parser = files.parser(__doc__)
     parser.add_argument("--setting", help="setting of the figures (default: the paper's)")
     options = parser.parse_args(arguments)
-    results, path, out = files.read(options, MIXTURE)
+    analysis = files.read(options, MIXTURE)
+    results = analysis.results
     names = settings(results)
     if options.setting not in {None, *names}:
         raise InputError(f"--setting {options.setting}: expected one of {', '.join(names)}")
     arms, all_effects = Arms(results, options.setting or names[0]), effects(results)
 
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(published_table(arms))
-    console.print(curve_table(arms))
-    console.print(effect_table(all_effects))
+    for table in (published_table(arms), curve_table(arms), effect_table(all_effects)):
+        console.print(analysis.titled(table))
     seconds = float(json.loads(results.provenance["seconds"]))
     print(f"measured cost: {seconds:.0f} core-seconds")
 
-    print(path)
-    print(files.save_csv(list(student_rows(results)), out / "students.csv"))
-    print(files.save_csv([effect.row for effect in all_effects], out / "effects.csv"))
+    print(analysis.path)
+    print(analysis.save_csv(list(student_rows(results)), "students"))
+    print(analysis.save_csv([effect.row for effect in all_effects], "effects"))
     figures = {
         "against_beta": mixture_figures.against_beta(arms),
         "precision_recall": mixture_figures.precision_recall(arms),
@@ -190,12 +191,12 @@ def main(arguments: list[str]) -> int:
         figures["panels"] = mixture_figures.panels(arms)
     if arms.facts["student_components"] == 1:
         figures["terms"] = mixture_figures.terms(arms)
-        print(files.save_csv(list(term_rows(arms)), out / "terms.csv"))
+        print(analysis.save_csv(list(term_rows(arms)), "terms"))
     if len(all_effects) > 1:
         figures["effect_size"] = mixture_figures.effect_size(all_effects)
         figures["effect_settings"] = mixture_figures.effect_settings(all_effects)
     for name, figure in figures.items():
-        for written in files.save_figure(figure, out, name):
+        for written in analysis.save_figure(figure, name):
             print(written)
     return 0
 

@@ -3,9 +3,12 @@
 
     python analysis/precision_recall.py RUN [--out FOLDER]
 
-Writes precision_recall.csv, .png and .pdf next to results.h5, or to FOLDER. Intervals are 95 %: for
-one seed by bootstrap over sequences, for several by Student's t over the seeds' means. Students
-that lack a score, as in a partial merge, are left out and counted.
+RUN is a run's name or folder, or a file of results, such as that of `rerun.py RUN --partial`.
+
+Writes precision_recall.csv, .png and .pdf next to the results, or to FOLDER; the names of those of
+partial results begin with partial-. Intervals are 95 %: for one seed by bootstrap over sequences,
+for several by Student's t over the seeds' means. Students that lack a score, as in a partial merge,
+are left out and counted.
 """
 
 import math
@@ -175,24 +178,26 @@ def _bars(row: Row, name: str) -> tuple[float, float]:
 def main(arguments: list[str]) -> int:
     """Read results.h5, print and save the table, and draw the figure."""
     options = files.parser(__doc__).parse_args(arguments)
-    results, path, out = files.read(options, LANGUAGE)
+    analysis = files.read(options, LANGUAGE)
+    results = analysis.results
     scored, unscored = students(results)
     if not scored:
         raise InputError(
-            f"{path}: no student has both of its scores ({len(unscored)} are trained); expected at "
-            "least one; let launch/sweep.py go on, then merge again"
+            f"{analysis.path}: no student has both of its scores ({len(unscored)} are trained); "
+            "expected at least one; let launch/sweep.py go on, then merge again"
         )
     all_rows = rows(results, scored)
     Console(width=None if sys.stdout.isatty() else 100).print(
-        table(all_rows, results.provenance.get("python", "?"))
+        analysis.titled(table(all_rows, results.provenance.get("python", "?")))
     )
     if unscored:
         print(
             f"{len(unscored)} of {len(scored) + len(unscored)} trained students are left out, "
             f"because a score is missing: {', '.join(unscored)}"
         )
-    saved = files.save_csv([asdict(row) for row in all_rows], out / "precision_recall.csv")
-    for written in (path, saved, *files.save_figure(draw(all_rows), out, "precision_recall")):
+    print(analysis.path)
+    print(analysis.save_csv([asdict(row) for row in all_rows], "precision_recall"))
+    for written in analysis.save_figure(draw(all_rows), "precision_recall"):
         print(written)
     return 0
 

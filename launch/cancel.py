@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("run")
-    parser.add_argument("--runs-dir", default="runs")
+    parser.add_argument("--runs-dir", help="look for RUN only in this folder")
     options = parser.parse_args(arguments)
     run = runs.find(options.run, options.runs_dir)
     _, config, _ = runs.current(run)

@@ -1,12 +1,14 @@
 #!/usr/bin/env python
 """Run failed and missing shards again, with other resources if given.
 
-    python launch/rerun.py RUN [--stage S] [--shards 3,17-20] [slurm.mem_gb=64 ...]
+    python launch/rerun.py RUN [--stage S] [--shards 3,17-20] [--put-aside] [slurm.mem_gb=64 ...]
 
     python launch/rerun.py RUN --partial
 
 --partial runs no shard; it merges the published results into 8-merge/partial.h5, marked incomplete.
-Shards are numbered from 0 within their stage, in the order of the plan. Published results are kept.
+Shards are numbered from 0 within their stage, in the order of the plan. Published results are kept,
+except that --put-aside renames the records of what was made with other settings than the run has
+now.
 """
 
 import argparse
@@ -31,9 +33,14 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("run")
     parser.add_argument("words", nargs="*", metavar="slurm.key=value")
-    parser.add_argument("--runs-dir", default="runs")
+    parser.add_argument("--runs-dir", help="look for RUN only in this folder")
     parser.add_argument("--stage", help="only this stage")
     parser.add_argument("--shards", help="only these shards of --stage, such as 3,17-20")
+    parser.add_argument(
+        "--put-aside",
+        action="store_true",
+        help="make again what was made with other settings, too",
+    )
     parser.add_argument("--partial", action="store_true", help="merge the results published so far")
     options = parser.parse_intermixed_args(arguments)
     run = runs.find(options.run, options.runs_dir)
@@ -49,7 +56,8 @@ def main(arguments: list[str]) -> int:
         )
     executor = Ledger(run.path).requests()[-1].executor
     request = {"kind": "rerun", "executor": executor, "stage": options.stage, "keys": keys}
-    for key in run.scan().damaged:
+    damaged = look(run).situation.damaged if options.put_aside else run.scan().damaged
+    for key in damaged:
         if keys is None or key in keys:
             run.quarantine(key)
     if executor == "local":

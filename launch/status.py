@@ -2,9 +2,14 @@
 """Show the state of a run: counts for each stage, causes of failures, time left.
 
     python launch/status.py RUN [--watch] [--json]
-    python launch/status.py RUN --explain STAGE/ARM/NAME    explain the state of this shard
+    python launch/status.py RUN --list STAGE         a line for each shard of this stage
+    python launch/status.py RUN --explain SHARD      why this shard is where it is, what to do
+    python launch/status.py RUN --log SHARD          what its last attempt wrote to its task's log
+    python launch/status.py RUN --log SHARD --follow until it is published or failed
 
-RUN is a name in runs/ or a path. The exit code is 0 if the run (or that shard) is complete, else 1.
+RUN is a name or a path. SHARD is STAGE/ARM/NAME, as --list shows it; --list says published,
+running, queued, waiting, damaged, cancelled, or failed and the kind of failure. The exit code is 0
+if the run (or that shard or stage) is complete, else 1.
 Works without accounting, and without Slurm.
 """
 
@@ -15,8 +20,9 @@ from rich.live import Live
 
 from kdhpc.cluster import runs
 from kdhpc.cluster.display import command, console, status_view
-from kdhpc.cluster.explain import explain
+from kdhpc.cluster.explain import explain, list_stage, planned_shard, show_log
 from kdhpc.cluster.status import look, status_of
+from kdhpc.errors import InputError
 
 
 def main(arguments: list[str]) -> int:
@@ -25,18 +31,29 @@ def main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("run")
-    parser.add_argument("--runs-dir", default="runs")
+    parser.add_argument("--runs-dir", help="look for RUN only in this folder")
     parser.add_argument(
         "--watch", action="store_true", help="stay until nothing is queued or running"
     )
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--list", metavar="STAGE", help="list the shards of this stage")
     parser.add_argument("--explain", metavar="SHARD", help="explain the state of this shard")
+    parser.add_argument("--log", metavar="SHARD", help="print the log of its last attempt")
+    parser.add_argument("--follow", action="store_true", help="with --log: stay until it has ended")
     options = parser.parse_args(arguments)
     run = runs.find(options.run, options.runs_dir)
     state = look(run)
+    if options.follow and not options.log:
+        raise InputError("--follow: expected --log SHARD too")
+    if options.list:
+        print("\n".join(list_stage(run, state, options.list)))
+        return 0 if state.situation.done >= {s.key for s in state.plan.stage(options.list)} else 1
     if options.explain:
-        print("\n".join(explain(run, state, options.explain)))
-        return 0 if options.explain in state.situation.done else 1
+        shard = planned_shard(state, options.explain, "--explain")
+        print("\n".join(explain(run, state, shard)))
+        return 0 if shard.key in state.situation.done else 1
+    if options.log:
+        return show_log(run, planned_shard(state, options.log, "--log"), follow=options.follow)
     status = status_of(run, state)
     if options.json:
         print(status.as_json())

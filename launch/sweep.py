@@ -61,6 +61,8 @@ def main(arguments: list[str]) -> int:
         return 0
 
     executor = runs.pick_executor(config, slurm_here)
+    if not any(word.startswith("runs_dir=") for word in options.words):
+        runs.check_place(config)
     if executor == "slurm":
         planning.check_partitions(config)
     config = pipeline.prepare(config)
@@ -72,6 +74,8 @@ def main(arguments: list[str]) -> int:
     if executor == "slurm":
         wait_for_cancelled(run)
     planning.check_active(run, plan)
+    if note := planning.left_out(run, plan):
+        print(note)
     if executor == "local":
         with runs.launcher_lock(run):
             return _local(run, config, plan)

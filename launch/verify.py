@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("run")
-    parser.add_argument("--runs-dir", default="runs")
+    parser.add_argument("--runs-dir", help="look for RUN only in this folder")
     parser.add_argument(
         "--put-aside", action="store_true", help="let the next sweep.py make damaged shards again"
     )

@@ -2,14 +2,18 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from light import expected
 
+from kdhpc.cluster.ledger import Ledger, Submission
+from kdhpc.cluster.runs import Run
 from kdhpc.storage.results import read_results
 
 LIGHT_RESULTS = "3-merge/results.h5"
@@ -30,6 +34,29 @@ def launch(
     )
     assert code is None or finished.returncode == code, f"{finished.stdout}\n{finished.stderr}"
     return finished
+
+
+def begin(run: Run, number: int, keys: list[str]) -> subprocess.Popen[bytes]:
+    """Start a task of light shards in the name of this process, a launcher that is alive."""
+    ledger = Ledger(run.path)
+    submission = Submission(
+        number=number, request=1, name=f"make.light-{number}", stage="make", tasks=(tuple(keys),),
+        resources={}, code="", time=time.time(), host=socket.gethostname(), pid=os.getpid(),
+    )  # fmt: skip
+    assert ledger.claim(submission)
+    log = ledger.log_path(number, 0)
+    log.parent.mkdir()
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "kdhpc.cluster.task", str(run.path), str(number)],
+            stdout=file,
+            stderr=file,
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
+                "SLURM_ARRAY_TASK_ID": "0",
+            },
+        )
 
 
 def need(there: bool, reason: str) -> None:

@@ -2,6 +2,8 @@
 
 import csv
 import importlib
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT
+from commands import ROOT, launch
 
 from kdhpc.storage.results import ScorePieces, read_results, write_results
 
@@ -47,11 +49,13 @@ def partial(
     return path
 
 
-def analyse(path: Path) -> subprocess.CompletedProcess[str]:
+def analyse(path: Path | str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, ROOT / "analysis" / "precision_recall.py", path],
         capture_output=True,
         text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 
 
@@ -63,10 +67,11 @@ def test_students_without_both_scores_are_left_out_and_counted(tmp_path: Path) -
     )
     done = analyse(path)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("partial results; nats per token")
     assert "2 of 3 trained students are left out" in done.stdout
     assert no_recall in done.stdout
     assert no_precision in done.stdout
-    with (tmp_path / "precision_recall.csv").open() as file:
+    with (tmp_path / "partial-precision_recall.csv").open() as file:
         assert [row["tau"] for row in csv.DictReader(file)] == ["1"]
 
 
@@ -99,3 +104,26 @@ def test_a_student_with_one_seed_is_drawn_beside_means_and_in_the_order_of_tau(
     ]
     [axes] = analysis.draw(rows).axes
     assert [text.get_text() for text in axes.texts] == ["τ=1", "τ=0.8", "τ=0.6", "τ=0.4"]
+
+
+def test_a_run_is_analysed_by_name_folder_or_file_and_a_partial_look_replaces_nothing(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # where `tiny_run` is not noted
+    run = tmp_path / "runs" / "tiny"
+    shutil.copytree(tiny_run, run)
+    merged = run / "8-merge"
+    whole = [merged / f"precision_recall.{suffix}" for suffix in ("csv", "png", "pdf")]
+    printed = {analyse(name, tmp_path).stdout for name in ("tiny", run, merged / "results.h5")}
+    assert len(printed) == 1
+    assert str(whole[0]) in printed.pop()
+    before = [path.read_bytes() for path in whole]
+    shutil.rmtree(run / "7-score" / "truth-under-teacher-s0")
+    launch("rerun", str(run), "--partial")
+    shown = analyse(merged / "partial.h5")
+    assert shown.stdout.splitlines()[0].startswith("partial results;"), shown.stderr
+    assert [path.read_bytes() for path in whole] == before
+    assert all(path.with_name(f"partial-{path.name}").stat().st_size for path in whole)
+    refused = analyse("tinny", tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr == ("error: tinny: no run of this name in runs/; expected one of tiny\n")

@@ -95,6 +95,7 @@ def test_clean_keeps_the_data_of_records_that_were_made_with_other_settings(
 def save(run: RunFolder, step: int, *, for_good: bool = False) -> tuple[Path, Path]:
     """Make a checkpoint of the shard; return the paths of its record and its data."""
     folder = run.scratch_path(SHARD.key) / "0123456789ab"
+    run.make_folder(folder.parent)
     checkpoints.save(
         folder,
         step=step,

@@ -201,6 +201,7 @@ def run_here(path: Path, *words: str) -> Path:
     """Run all shards in this process, in the order of the plan."""
     config = LANGUAGE.checked(presets.build(LanguageConfig, presets.compose(["tiny", *words])))
     plan = LANGUAGE.plan(config)
+    path.mkdir()
     run = Run(path, LANGUAGE)
     for shard in plan.shards.values():
         work = Work(run, config, plan)

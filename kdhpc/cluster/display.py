@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdhpc.cluster import slurm
-from kdhpc.cluster.status import Status
+from kdhpc.cluster.status import DAMAGE_ADVICE, Status
 from kdhpc.config.run import RunConfig
 from kdhpc.errors import KdhpcError
 from kdhpc.plan.shards import Plan
@@ -107,6 +107,8 @@ def status_view(status: Status) -> Group:
             style=style,
         )
     parts: list[Any] = [table]
+    if status.logical_digest:
+        parts.append(Text(f"logical digest of the results: {status.logical_digest}"))
     parts += [Text(f"  {line}", style="cyan") for line in status.live]
     if status.eta_s is not None:
         parts.append(Text(f"about {duration(status.eta_s)} left at this pace"))
@@ -121,7 +123,7 @@ def status_view(status: Status) -> Group:
         parts += [Text(f"    {line}", style="dim") for line in cause.last_lines]
         parts.append(Text(f"  log: {cause.log}\n  what to do: {cause.advice}"))
     for key, reason in status.damaged.items():
-        parts.append(Text(f"DAMAGED {key}: {reason}; run sweep.py again to remake it", style="red"))
+        parts.append(Text(f"DAMAGED {key}: {reason}; {DAMAGE_ADVICE}", style="red"))
     return Group(*parts)
 
 

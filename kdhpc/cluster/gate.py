@@ -15,6 +15,7 @@ from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.observe import State
 from kdhpc.cluster.runs import Run
 from kdhpc.errors import BusyError, ClusterError, KdhpcError
+from kdhpc.storage.run_folder import check_run_folder
 
 PATIENCE_S = 8 * 60.0
 """How long to try again while Slurm does not answer; below the gate's time limit of 10 minutes."""
@@ -24,6 +25,7 @@ RETRY_S = 15.0
 def main() -> None:
     """Advance the run, and tell the user if nothing of it is queued or running any more."""
     path = Path(sys.argv[1])
+    check_run_folder(path)  # it may have been moved since the gate was submitted
     _use_newest_code(path)
     state = patiently(runs.open_run(path))
     print(f"{len(state.situation.done)} of {len(state.plan.shards)} shards are done", flush=True)

@@ -237,7 +237,7 @@ class Ledger:
         path = self._attempts_dir(number) / f"{_process_name(task, process)}.jsonl"
         line = json.dumps({"key": key, "event": event, "time": round(time.time(), 3)})
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             with path.open("a") as file:
                 file.write(f"{line}\n")
 
@@ -263,7 +263,8 @@ class Ledger:
         """
         path = self._claim_path(number, task, start, index)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            for folder in reversed(path.parents[:3]):  # not the run folder, which may have moved
+                folder.mkdir(exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
@@ -330,9 +331,9 @@ def _process_name(task: int, process: int | None) -> str:
 
 
 def make(path: Path) -> Ledger:
-    """Create the folders of a run's ledger and return the ledger."""
+    """Create the folders of a run's ledger in the run folder, and return the ledger."""
     for name in ("requests", "submissions", "attempts", "failures", "logs", "code", "progress"):
-        (path / name).mkdir(parents=True, exist_ok=True)
+        (path / name).mkdir(exist_ok=True)
     return Ledger(path)
 
 

@@ -134,7 +134,8 @@ def observe(
 def _only_this_plan(scan: Scan, plan: Plan) -> Scan:
     """Treat records that were made with other settings than the plan's as damaged."""
     others = {
-        key: f"{record.data}: made with other settings (recipe {record.recipe[:12]})"
+        key: f"{record.data}: made with other settings (recipe {record.recipe[:12]}), which "
+        "sweep.py takes if they are typed again"
         for key, record in scan.records.items()
         if key in plan.shards and record.recipe != plan.shards[key].recipe
     }

@@ -1,5 +1,6 @@
 """Preview and check a launch: tasks, resources, and what Slurm says about the scripts."""
 
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 
 from kdhpc.cluster import runs, slurm
@@ -145,6 +146,29 @@ def check_active(run: Run, plan: Plan) -> None:
                 f"{key}: is in the queue with other settings; cancel.py {run.path.name} first, or "
                 "choose another name"
             )
+
+
+def left_out(run: Run, plan: Plan) -> str:
+    """Name the shards of the last request that a new plan does not have; empty if there are none.
+
+    A narrower plan is allowed, and a tau that was forgotten looks the same. The output of a stage
+    with a fixed name, which is made anew whenever the plan changes, does not count.
+    """
+    if not Ledger(run.path).requests():
+        return ""
+    arms = Counter(
+        f"{shard.stage}/{shard.arm.name}"
+        for key, shard in runs.current(run)[2].shards.items()
+        if key not in plan.shards and run.alias_path(shard.stage) is None
+    )
+    if not arms:
+        return ""
+    more = f" and {len(arms) - 3} more" if len(arms) > 3 else ""
+    return (
+        f"note: {arms.total()} shards of the last request are not in this one: "
+        f"{', '.join(list(arms)[:3])}{more}; what is published of them stays, and typing the wider "
+        "settings takes them up again"
+    )
 
 
 def resource_overrides(words: list[str], config: RunConfig) -> dict[str, Json]:

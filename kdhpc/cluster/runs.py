@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kdhpc.cluster import ledger as ledgers
+from kdhpc.cluster import places
 from kdhpc.cluster.ledger import Request
 from kdhpc.config import presets
 from kdhpc.config.run import RunConfig
@@ -84,20 +86,13 @@ def _manifest(path: Path) -> dict[str, Json]:
     return manifest
 
 
-def find(name: str, runs_dir: str = "runs") -> Run:
-    """Open a run by its name in the runs folder, or by its path.
+def find(name: str, runs_dir: str | None = None) -> Run:
+    """Open a run by its name or its path, as `places.locate` finds it.
 
     Raises:
-        InputError: if there is no such run.
+        InputError: if there is no such run, or runs in several places have this name.
     """
-    path = Path(name)
-    if not path.is_dir():
-        path = Path(runs_dir) / name
-    if not path.is_dir():
-        names = sorted(p.parent.name for p in Path(runs_dir).glob("*/run.json"))
-        expected = f"one of {', '.join(names)}" if names else "the path of a run"
-        raise InputError(f"{name}: no run of this name in {runs_dir}/; expected {expected}")
-    return open_run(path.resolve())
+    return open_run(places.locate(name, runs_dir))
 
 
 def current(run: Run) -> tuple[int, RunConfig, Plan]:
@@ -175,7 +170,7 @@ def open_for(config: RunConfig, plan: Plan) -> Run:
             run of another pipeline.
         DamagedError: if the folder cannot be written.
     """
-    path = (Path(config.runs_dir) / config.name).expanduser().resolve()
+    path = _place(config)
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
             raise InputError(
@@ -201,7 +196,36 @@ def open_for(config: RunConfig, plan: Plan) -> Run:
         )
     run = open_run(path)
     check_unchanged(run, config, plan)
+    places.note(path)
     return run
+
+
+def _place(config: RunConfig) -> Path:
+    """Return the absolute path of the run's folder."""
+    return (Path(config.runs_dir) / config.name).expanduser().resolve()
+
+
+def check_place(config: RunConfig) -> None:
+    """Refuse to work in runs/ while a run of this name is elsewhere.
+
+    Somebody who types a preset again without `cluster=` does not mean a second run in the default
+    place. With `runs_dir=` typed, or in the cluster's YAML, the place is meant.
+
+    Raises:
+        InputError: if such a run exists; the message says what to type.
+    """
+    here = _place(config)
+    others = [path for path in places.named(config.name) if path != here]
+    if config.runs_dir != places.DEFAULT_DIR or not others:
+        return
+    requests = ledgers.Ledger(others[0]).requests()
+    cluster = requests[-1].config["cluster"] if requests else "auto"
+    words = [f"cluster={cluster}"] if cluster not in {"auto", config.cluster} else []
+    words.append(shlex.quote(f"runs_dir={others[0].parent}"))
+    raise InputError(
+        f"name={config.name}: a run of this name is in {others[0]}; type {' '.join(words)} to go "
+        f"on with it, or runs_dir={places.DEFAULT_DIR} if you mean {here}"
+    )
 
 
 def check_unchanged(run: Run, config: RunConfig, plan: Plan) -> None:
@@ -230,8 +254,8 @@ def add_request(
     resources: Mapping[str, Json] | None = None,
 ) -> Request:
     """Write a request, after a snapshot of the code that will do it; a cancel needs none."""
-    ledger = ledgers.make(run.path)
     with disk_errors(run.path):
+        ledger = ledgers.make(run.path)
         code = ledger.requests()[-1].code if kind == "cancel" else snapshot(run)
         while True:
             request = Request(

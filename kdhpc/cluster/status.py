@@ -6,22 +6,24 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from kdhpc.cluster import runs, slurm
 from kdhpc.cluster.decide import Policy
 from kdhpc.cluster.failures import REMEDIES
 from kdhpc.cluster.ledger import Failure, Ledger
+from kdhpc.cluster.logs import own_part, tasks_of
 from kdhpc.cluster.observe import State, observe
 from kdhpc.cluster.runs import Run
 from kdhpc.errors import ClusterError
-from kdhpc.plan.shards import Plan
 
 LOG_LINES = 6
 """Lines of a log that are shown for each cause."""
 DISK_FULL_BYTES = 2**20
 """A disk with fewer free bytes counts as full."""
+LIVE_S = 120.0
+"""Age in seconds up to which a note of progress is shown."""
+DAMAGE_ADVICE = "rerun.py RUN --put-aside makes it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,9 @@ class Cause:
     shards: tuple[str, ...]
     advice: str
     log: str
+    """Log of the task in which the first of these shards failed."""
     last_lines: tuple[str, ...]
+    """The last lines that the first shard's failed attempt wrote there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,9 @@ class Status:
     eta_s: float | None
     """Seconds until the end at the present pace; None if nothing is running or nothing is left."""
     live: tuple[str, ...]
-    """Lines about the progress of running tasks."""
+    """Lines about the progress of the shards that tasks are working on."""
+    logical_digest: str = ""
+    """Logical digest of the merged results; empty until every planned shard is done."""
     queue_unknown: bool = False
     """Whether Slurm did not answer, so that everything comes from the disk."""
 
@@ -117,12 +123,13 @@ def status_of(run: Run, state: State) -> Status:
         run=str(run.path),
         executor=state.request.executor,
         stages=stages,
-        causes=_causes(failures, state.plan),
+        causes=_causes(run, state, failures),
         damaged=situation.damaged,
         waiting=_waiting(state),
         notes=tuple(_notes(run, state, failures)),
         eta_s=_eta(stages, state),
         live=_live(run, state),
+        logical_digest=_logical_digest(run, state),
         queue_unknown=bool(state.queue_error),
     )
 
@@ -235,33 +242,37 @@ def _waiting(state: State) -> dict[str, int]:
     return dict(reasons)  # `asdict` would count the items of a Counter
 
 
-def _causes(failures: Mapping[str, Failure], plan: Plan) -> tuple[Cause, ...]:
+def _causes(run: Run, state: State, failures: Mapping[str, Failure]) -> tuple[Cause, ...]:
     grouped: dict[tuple[str, str, str], list[Failure]] = {}
     for key, failure in failures.items():
-        stage = plan.shards[key].stage
+        stage = state.plan.shards[key].stage
         grouped.setdefault((stage, failure.kind, failure.fingerprint), []).append(failure)
-    return tuple(
-        Cause(
+    causes = []
+    for (stage, kind, _), alike in grouped.items():
+        log, last_lines = _log_of(run, state, alike[0])
+        cause = Cause(
             stage=stage,
             kind=kind,
             message=alike[0].message,
             shards=tuple(failure.key for failure in alike),
             advice=REMEDIES[kind].advice,
-            log=alike[0].log,
-            last_lines=_last_lines(Path(alike[0].log)),
+            log=log,
+            last_lines=last_lines,
         )
-        for (stage, kind, _), alike in grouped.items()
-    )
+        causes.append(cause)
+    return tuple(causes)
 
 
-def _last_lines(path: Path) -> tuple[str, ...]:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 8192))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return ()
-    return tuple(line for line in lines if line.strip())[-LOG_LINES:]
+def _log_of(run: Run, state: State, failure: Failure) -> tuple[str, tuple[str, ...]]:
+    """Return the log in which a shard failed, and the last lines of that attempt."""
+    [(number, index)] = [
+        (submission.number, index)
+        for submission, index in tasks_of(state, failure.key)
+        if submission.number == failure.submission
+    ]
+    path = Ledger(run.path).log_of(number, index, failure.key)
+    part = own_part(path, state.plan.shards[failure.key])
+    return str(path), part.last_lines(LOG_LINES) if part else ()
 
 
 def _eta(stages: Sequence[StageStatus], state: State) -> float | None:
@@ -279,6 +290,7 @@ def _eta(stages: Sequence[StageStatus], state: State) -> float | None:
 
 def _live(run: Run, state: State) -> tuple[str, ...]:
     lines = []
+    ledger, active = Ledger(run.path), state.situation.active - state.situation.done
     for path in sorted((run.path / "progress").glob("*.json")):
         try:
             progress: dict[str, Any] = json.loads(path.read_text())
@@ -286,9 +298,22 @@ def _live(run: Run, state: State) -> tuple[str, ...]:
         except (OSError, ValueError):
             continue
         shard = state.plan.shards.get(str(progress.get("key")))
-        if shard and shard.key in state.situation.active and age_s < 120:
+        if shard and shard.key in active and age_s < LIVE_S:
+            number, task = path.stem.partition(".")[0].split("-")
+            if ledger.last_events(int(number), int(task)).get(shard.key) != "started":
+                continue  # it has failed, and its task goes on with other shards
             stage = run.pipeline.stage(shard.stage)
             percent = f"{float(progress.get('fraction', 0)):.0%}"
             words = (shard.key, percent, stage.progress(run.scratch_path(shard.key)))
             lines.append(" ".join(filter(None, words)))
     return tuple(lines)
+
+
+def _logical_digest(run: Run, state: State) -> str:
+    """Return the digest that the merge noted in its record, if the run is complete."""
+    if state.missing:
+        return ""
+    stats = [
+        state.scan.records[s.key].stats for s in state.plan.stage(run.pipeline.stages[-1].name)
+    ]
+    return next((str(s["logical_digest"]) for s in stats if "logical_digest" in s), "")

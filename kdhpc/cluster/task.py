@@ -214,10 +214,11 @@ def _attempt(
         if work.rank == 0:
             ledger.note_attempt(number, place.task, shard.key, event, place.process)
 
+    run.check_there()
     print(f"{shard.key}{failures.STARTED}", flush=True)
     note("started")
     try:
-        with disk_errors(run.record_path(shard.key)):
+        with disk_errors(run.path):
             written = run.pipeline.stage(shard.stage).run(shard, work)
             if written is None:
                 if work.rank > 0:
@@ -227,6 +228,7 @@ def _attempt(
                 return failures.STOPPED_EXIT_CODE
             won = work.publish(shard, written, started)
     except Exception as error:
+        run.check_there()
         traceback.print_exc()
         work.discard()
         kind, message, fingerprint = failures.of_exception(error)

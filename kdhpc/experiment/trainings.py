@@ -149,6 +149,7 @@ def train_shard(
         )
 
     folder = work.run.scratch_path(shard.key)
+    work.run.make_folder(folder)
     # The folder is named after the recipe, so that a training with other settings after a cancel
     # does not find the checkpoints of the old settings.
     resumable = states_recipe(shard.arm)

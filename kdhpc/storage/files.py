@@ -60,7 +60,7 @@ def digest_of(path: Path) -> str:
 
 
 def write_once(path: Path, value: Mapping[str, object]) -> bool:
-    """Create a JSON file that must not exist yet; the first writer wins.
+    """Create a JSON file that must not exist yet, and its folder; the first writer wins.
 
     The file is written and synced under another name, then linked, so that nobody ever sees half of
     it. Its last field is a digest of the rest, which `read_once` checks.
@@ -71,7 +71,7 @@ def write_once(path: Path, value: Mapping[str, object]) -> bool:
     """
     text = json.dumps({**value, SEAL: ""}, indent=1)
     text = f"{text[:-3]}{hashlib.sha256(text.encode()).hexdigest()}{text[-3:]}"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         _write_synced(temporary, text, "x")
@@ -180,10 +180,14 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turn the errors of a full or unwritable disk into a `DamagedError` of one line."""
+    """Turn the errors of a full, unwritable or moved folder into a `DamagedError` of one line."""
     try:
         yield
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and not where.exists():
+            raise DamagedError(
+                f"{where}: was moved or deleted while it was in use; go on in its new place"
+            ) from error
         if error.errno in DISK_FULL_ERRNOS:
             raise DamagedError(
                 f"{where}: the disk is full; free some space and run again"

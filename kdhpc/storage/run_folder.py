@@ -104,6 +104,27 @@ class RunFolder:
         stage, arm, name = key.split("/")
         return self.stage_dir(stage) / arm / f"{name}.checkpoints"
 
+    def make_folder(self, folder: Path) -> None:
+        """Create a folder inside the run, but never the run folder, which may have been moved.
+
+        Raises:
+            FileNotFoundError: if there is no run folder here.
+        """
+        for part in reversed([folder, *folder.parents]):
+            if part.is_relative_to(self.path) and part != self.path:
+                part.mkdir(exist_ok=True)
+
+    def check_there(self) -> None:
+        """Check that the run folder has not been moved or deleted meanwhile.
+
+        Raises:
+            DamagedError: if there is no run folder here any more.
+        """
+        if not (self.path / "run.json").exists():
+            raise DamagedError(
+                f"{self.path}: was moved or deleted while it was in use; go on in its new place"
+            )
+
     def checkpoint_since(self, key: str, time_s: float) -> bool:
         """Return whether a shard has a checkpoint newer than `time_s` (seconds since the epoch)."""
         newest = 0.0

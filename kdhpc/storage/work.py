@@ -203,7 +203,7 @@ class Work(Generic[C]):
     def new_path(self, shard: Shard, suffix: str = "") -> Path:
         """Return a path that only this attempt uses, in the folder of the shard's record."""
         record_path = self.run.record_path(shard.key)
-        record_path.parent.mkdir(parents=True, exist_ok=True)
+        self.run.make_folder(record_path.parent)
         path = record_path.with_name(f"{shard.name}.{secrets.token_hex(4)}{suffix}")
         self._unpublished.append(path)
         return path

@@ -31,7 +31,7 @@ def save(
     """Publish a checkpoint, then delete those that are neither kept for good nor among the newest.
 
     Args:
-        folder: folder of the checkpoints.
+        folder: folder of the checkpoints, which is created in an existing one.
         step: number of steps done.
         tensors: weights and moments, by name.
         recipe: recipe that a training must have to resume from this checkpoint.
@@ -43,7 +43,7 @@ def save(
     """
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     data = folder / f"{step:09d}.{secrets.token_hex(4)}.safetensors"
     save_file(dict(tensors), data)
     sync_tree(data)

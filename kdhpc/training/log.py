@@ -29,7 +29,6 @@ class TrainingLog(contextlib.AbstractContextManager["TrainingLog"]):
 
     def write(self, facts: Mapping[str, Json]) -> None:
         """Add the facts of a step, which must include `step`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / FILE).open("a") as log:
             log.write(json.dumps({"time": round(time.time(), 3), **facts}) + "\n")
         if self._open_events is None:

@@ -1,0 +1,98 @@
+"""Where runs are: in runs/, or where `runs_dir` has put them.
+
+The cluster's YAML or the command line says where a new run goes, and neither is typed again with a
+run's name. Runs outside runs/ are therefore noted in a file of the user, a path on each line. It is
+a convenience: if it cannot be written, such a run is found by its path only.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+from kdhpc.config.run import RunConfig
+from kdhpc.errors import InputError
+
+DEFAULT_DIR = RunConfig.runs_dir
+
+
+def notes_path() -> Path | None:
+    """Return the file of noted runs; None for a user without a home."""
+    with contextlib.suppress(RuntimeError):
+        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        return Path(state) / "kdhpc" / "runs"
+    return None
+
+
+def note(run_dir: Path) -> None:
+    """Remember where a run is, unless it is in runs/; an unwritable disk is ignored.
+
+    Args:
+        run_dir: absolute path of the run folder.
+    """
+    line, path = os.fsencode(run_dir), notes_path()
+    is_default = run_dir.parent == Path(DEFAULT_DIR).resolve()
+    if path is None or is_default or b"\n" in line or run_dir in _noted():
+        return
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(line + b"\n")
+
+
+def named(name: str) -> list[Path]:
+    """Return the absolute folders of all runs of this name, the one in runs/ first."""
+    return _of_name(name, _known())
+
+
+def locate(name: str, runs_dir: str | None = None) -> Path:
+    """Find the folder of a run.
+
+    Args:
+        name: name of the run, or a path.
+        runs_dir: folder that has the run; None to look in runs/ and where runs are noted.
+
+    Returns:
+        The absolute path of a folder.
+
+    Raises:
+        InputError: if there is no such run, or runs in several places have this name.
+    """
+    if Path(name).is_dir():
+        return Path(name).resolve()
+    known = _known() if runs_dir is None else _runs_in(Path(runs_dir))
+    paths = _of_name(name, known)
+    if not paths:
+        names = ", ".join(sorted({path.name for path in known}))
+        expected = f"one of {names}" if names else "the path of a run"
+        raise InputError(
+            f"{name}: no run of this name in {runs_dir or DEFAULT_DIR}/; expected {expected}"
+        )
+    if len(paths) > 1:
+        raise InputError(
+            f"{name}: runs in several places have this name; expected the path of one: "
+            f"{', '.join(map(str, paths))}"
+        )
+    return paths[0]
+
+
+def _known() -> list[Path]:
+    """Return the folders of all runs in runs/, then of those that are noted and still there."""
+    noted = [path for path in _noted() if os.path.isfile(path / "run.json")]
+    return [*_runs_in(Path(DEFAULT_DIR)), *noted]
+
+
+def _runs_in(runs_dir: Path) -> list[Path]:
+    return [path.parent for path in sorted(runs_dir.glob("*/run.json"))]
+
+
+def _of_name(name: str, paths: list[Path]) -> list[Path]:
+    """Return the paths that end with this name, absolute and each once."""
+    return list(dict.fromkeys(path.resolve() for path in paths if path.name == name))
+
+
+def _noted() -> list[Path]:
+    path = notes_path()
+    with contextlib.suppress(OSError):
+        if path is not None:
+            return [Path(os.fsdecode(line)) for line in path.read_bytes().splitlines()]
+    return []
