@@ -225,9 +225,9 @@ def _gate_that_ended(run: Run, state: State) -> Iterator[str]:
     if not numbers:
         return
     log = Ledger(run.path).log_path(max(numbers), 0).with_name("gate.log")
-    lines = _last_lines(log)
-    if lines:
-        yield f"the last gate said: {lines[-1]} ({log})"
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    if said := [line.strip() for line in lines if line.strip()]:
+        yield f"the last gate said: {said[-1]} ({log})"
     else:
         yield f"the last gate said nothing: sacct -j {state.jobs[max(numbers)].gate_id} says why"
 
