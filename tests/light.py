@@ -7,6 +7,7 @@ misbehaves when all its data is written and nothing is published. The content of
 raise          raises an exception
 kill           sends itself SIGKILL
 hang [...]     waits until the file is gone, then does the rest
+obey           waits until it is told to stop, and stops, as a training does
 sleep SECONDS  takes longer
 oom            asks for more memory than it may have
 flood BYTES    writes so many bytes into its file
@@ -73,8 +74,10 @@ def begin(shard: Shard, work: Work[LightConfig]) -> str:
     return "merge" if shard.stage == "merge" else f"{shard.stage}-{shard.name}"
 
 
-def write(shard: Shard, work: Work[LightConfig], value: int) -> Written:
+def write(shard: Shard, work: Work[LightConfig], value: int) -> Written | None:
     name = begin(shard, work)
+    if obeys(name, work):
+        return None
     path = work.new_path(shard, ".txt")
     text = json.dumps(value)
     with path.open("w") as file:
@@ -85,6 +88,16 @@ def write(shard: Shard, work: Work[LightConfig], value: int) -> Written:
         file.write(text[1:])
     misbehave(f"{name}-written", work)
     return Written(path=path, num_rows=1)
+
+
+def obeys(name: str, work: Work[LightConfig]) -> bool:
+    """Wait until this shard is told to stop, if it is to; return whether it was."""
+    path = Path(work.config.trouble) / name
+    while work.config.trouble and path.is_file() and path.read_text() == "obey":
+        if work.should_stop():
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def misbehave(name: str, work: Work[LightConfig], data: Path | None = None) -> None:
@@ -111,11 +124,11 @@ def misbehave(name: str, work: Work[LightConfig], data: Path | None = None) -> N
         data.write_bytes(bytes(int(what[1])))
 
 
-def run_make(shard: Shard, work: Work[LightConfig]) -> Written:
+def run_make(shard: Shard, work: Work[LightConfig]) -> Written | None:
     return write(shard, work, int(shard.name) + work.config.seed)
 
 
-def run_square(shard: Shard, work: Work[LightConfig]) -> Written:
+def run_square(shard: Shard, work: Work[LightConfig]) -> Written | None:
     return write(shard, work, json.loads(work.input(shard.reads[0]).read_text()) ** 2)
 
 

@@ -1,4 +1,4 @@
-"""Play twenty random faults on one `tiny` run with many shards, on the real cluster.
+"""Play twenty random faults on one `tiny` run of many packed shards, on the real cluster.
 
     make chaos SEED=1      # PYTHONPATH=tests python -m faults.chaos 1
 
@@ -33,7 +33,7 @@ WORDS = [
 ]  # fmt: skip
 ON_SLURM = [
     "cluster=slurm", *SMALL, "slurm.mem_gb=1.3", "slurm.task_min=0.25", "slurm.canary=0",
-    "slurm.partition=low", "slurm.max_parallel=4",
+    "slurm.partition=low", "slurm.max_parallel=2", "slurm.pack=2",
 ]  # fmt: skip
 NODES = ("n1", "n2", "n3", "n4")
 
@@ -246,7 +246,8 @@ def main() -> int:
         folder = Path(name)
         launch("sweep", *WORDS, "cluster=local", "local_workers=1", f"runs_dir={folder}/whole")
         expected = logical_digest(folder / "whole/tiny" / RESULTS)
-        with running_cluster("--min-job-age", "5", "--memory-mb", "1800") as cluster:
+        options = ("--min-job-age", "5", "--memory-mb", "1800", "--cpus-per-node", "2")
+        with running_cluster(*options) as cluster:
             started = time.monotonic()
             chaos = Chaos(seed, folder, cluster)
             num_faults = chaos.play()

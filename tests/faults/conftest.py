@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import ROOT
+from commands import ROOT, need
 from real_slurm import DEVCLUSTER, queue, running_cluster, wait_for
 
 from faults.scenario import Row, Scenario, write_table
@@ -65,6 +65,18 @@ def resume_nodes() -> None:
     subprocess.run(words, capture_output=True)
     usable = {"idle", "mixed", "allocated", "completing"}
     wait_for(lambda: len(states()) == 4 and set(states()) <= usable, "four nodes")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a disk of 3 MB at tmp_path/small."""
+    path = tmp_path / "small"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(path)]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    need(mounted.returncode == 0, f"no disk can be mounted here: {mounted.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,29 +2,15 @@
 
 import os
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
 import pytest
-from commands import LIGHT_RESULTS, launch, need, status
+from commands import LIGHT_RESULTS, launch, status
 from real_slurm import queue, wait_for
 
 from faults.scenario import Scenario
 from kdhpc.storage.results import read_results
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a disk of 3 MB at tmp_path/small."""
-    path = tmp_path / "small"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(path)]
-    mounted = subprocess.run(command, capture_output=True, text=True)
-    need(mounted.returncode == 0, f"no disk can be mounted here: {mounted.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 def fill(path: Path, *, leave: int) -> Path:

@@ -44,7 +44,7 @@ def test_a_lost_answer_of_sbatch_makes_no_second_job(scenario: Scenario) -> None
     pid = scenario.daemon_pid("slurmctld")
     answer = scenario.folder / "answer"
     script = f"""
-if mkdir {scenario.folder}/stopped 2> /dev/null; then
+if [[ "$*" == *--hold* ]] && mkdir {scenario.folder}/stopped 2> /dev/null; then
     kill -STOP {pid}; $real "$@" 2> {answer}; code=$?; kill -CONT {pid}
     cat {answer} >&2; exit $code
 fi
