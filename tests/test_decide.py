@@ -202,6 +202,45 @@ def test_a_shard_that_failed_takes_no_others_along() -> None:
     assert task == (FIRST[0],)
 
 
+@given(pack=st.integers(1, 5), task_s=st.floats(0.5, 20))
+def test_every_packed_task_but_the_last_has_work_for_all_its_processes(
+    pack: int, task_s: float
+) -> None:
+    policy = dataclasses.replace(POLICY, pack=pack, task_s=task_s)
+    [batch] = decide(PLAN, situation(), policy).batches
+    assert batch.pack == min(pack, max(map(len, batch.tasks)))
+    assert all(len(task) >= pack for task in batch.tasks[:-1])
+    assert all(len(task) <= max(pack, task_s * pack) for task in batch.tasks)
+    assert started(decide(PLAN, situation(), policy)) == FIRST
+
+
+def test_shards_that_failed_are_packed_with_a_process_each() -> None:
+    failures = {key: [failure(key, "LOST")] for key in FIRST[:3]}
+    policy = dataclasses.replace(POLICY, pack=2, task_s=100.0)
+    [batch] = decide(PLAN, situation(failures=failures), policy).batches
+    assert batch.tasks == ((FIRST[0], FIRST[1]), (FIRST[2],), tuple(FIRST[3:]))
+
+
+def test_a_stage_and_a_rerun_may_pack_otherwise_and_ranks_are_never_packed() -> None:
+    policy = dataclasses.replace(POLICY, pack=4, pack_by_stage={"second": 2}, task_s=0.5)
+    assert [len(t) for t in decide(PLAN, situation(), policy).batches[0].tasks] == [4, 4, 4]
+    done = situation(done=frozenset(FIRST))
+    assert [b.pack for b in decide(PLAN, done, policy).batches] == [1, 1]  # an arm has one shard
+    one = situation(overrides={key: {"pack": 1} for key in FIRST})
+    assert [len(t) for t in decide(PLAN, one, policy).batches[0].tasks] == [1] * NUM
+    arm = Arm(stage="first", name="a", fields={}, inputs={}, ranks_per_node=2)
+    plan = Plan()
+    plan.add(Shard(arm=arm, name=f"{i:05d}") for i in range(4))
+    [batch] = decide(plan, situation(), policy).batches
+    assert (batch.pack, [len(task) for task in batch.tasks]) == (1, [1] * 4)
+
+
+def test_stages_after_the_last_one_that_is_asked_for_do_not_start() -> None:
+    done = situation(done=frozenset(FIRST))
+    assert started(decide(PLAN, done, dataclasses.replace(POLICY, until="first"))) == []
+    assert len(started(decide(PLAN, done, dataclasses.replace(POLICY, until="second")))) == 2
+
+
 def test_a_stage_that_cannot_be_launched_is_not_tried_shard_by_shard() -> None:
     failures = {key: [failure(key, "LAUNCH", fingerprint="refused")] for key in FIRST[:2]}
     decision = decide(PLAN, situation(failures=failures), POLICY)

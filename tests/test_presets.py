@@ -63,6 +63,31 @@ def test_a_value_of_another_type_is_refused(words: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("90", 90),
+        ("1:30:00", 90),
+        ("0-1:30", 90),
+        ("2-0", 2880),
+        ("1-02:03:04", 1564),
+        ("24:00:00", 1440),
+        ("2:00", 2),
+        ("0:30", 1),
+    ],
+)
+def test_a_time_is_in_minutes_or_as_sbatch_has_it(text: str, minutes: int) -> None:
+    config = built(f"slurm.time_min={text}", f"slurm.gate.time_min='{text}'")
+    assert (config.slurm.time_min, config.slurm.gate.time_min) == (minutes, minutes)
+    assert built(f"slurm.task_min={text}").slurm.task_min == minutes
+
+
+@pytest.mark.parametrize("text", ["2h", "1:99", "2-24", "1:2:3:4", "1.5", ":30", "-"])
+def test_a_time_that_sbatch_would_not_take_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"slurm\.time_min"):
+        built(f"slurm.time_min={text}")
+
+
 def test_a_cluster_file_keeps_texts_and_refuses_a_key_that_is_given_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import launch, need
+from commands import assert_light_complete, launch, need, status
 from light import PIPELINE, LightConfig
 
 from kdhpc.cluster import runs, slurm
 from kdhpc.cluster.advance import _failures_of, advance
+from kdhpc.cluster.display import note_ignored_variables
 from kdhpc.cluster.gate import tell
-from kdhpc.cluster.ledger import Ledger, Submission
-from kdhpc.cluster.observe import observe
+from kdhpc.cluster.ledger import Job, Ledger, Submission
+from kdhpc.cluster.observe import _held, observe
+from kdhpc.cluster.resources import gate_resources
 from kdhpc.cluster.runs import Run
+from kdhpc.cluster.status import status_of
 
 
 @pytest.fixture
@@ -27,6 +30,13 @@ def config(tmp_path: Path) -> LightConfig:
 @pytest.fixture
 def run(config: LightConfig) -> Run:
     return runs.open_for(config, PIPELINE.plan(config))
+
+
+def submitted(tasks: tuple[tuple[str, ...], ...], pack: int = 1) -> Submission:
+    return Submission(
+        number=1, request=1, name="make.light-0001", stage="make", tasks=tasks,
+        resources={"pack": pack}, code="", time=time.time(), host="", pid=0,
+    )  # fmt: skip
 
 
 def resources_of(run: Run, key: str) -> Any:
@@ -87,16 +97,157 @@ def test_a_cancel_by_the_user_is_one_whatever_the_task_said_last(
 ) -> None:
     runs.add_request(run, config, kind="sweep", executor="slurm")
     ledger, key = Ledger(run.path), "make/arm/00000"
-    submission = Submission(
-        number=1, request=1, name="make.light-0001", stage="make", tasks=((key,),),
-        resources={}, code="", time=time.time(), host="", pid=0,
-    )  # fmt: skip
+    submission = submitted(((key,),))
     for event in ("started", "stopped"):
         ledger.note_attempt(1, 0, key, event)
     for state, kind in (("CANCELLED by 1000", "CANCELLED"), ("FAILED", "STOPPED")):
         ended = slurm.Ended(state=state, exit_code="0:15", node="n1")
         [failure] = _failures_of(run, ledger, submission, 0, [key], ended)
         assert (failure.key, failure.kind) == (key, kind)
+
+
+def test_a_gate_follows_a_rerun_to_another_partition_but_keeps_its_size(
+    config: LightConfig,
+) -> None:
+    asked = {"partition": "other", "account": "me", "mem_gb": 64.0, "time_min": 600, "pack": 4}
+    gate = gate_resources(config.slurm, asked)
+    assert (gate.partition, gate.account) == ("other", "me")
+    assert (gate.mem_gb, gate.time_min, gate.pack) == (1.0, 10, 1)
+    own = dataclasses.replace(config.slurm.gate, partition="cpu")
+    gate = gate_resources(dataclasses.replace(config.slurm, gate=own), asked)
+    assert (gate.partition, gate.account) == ("cpu", "me")
+
+
+@pytest.mark.parametrize(
+    ("released_ago_s", "booted_ago_s", "to_release"),
+    [
+        (None, 1e6, True),  # its launcher died before it released the job
+        (100.0, 1e6, False),  # somebody has held it since
+        (100.0, 50.0, True),  # the controller started again and forgot the release
+        (5000.0, 50.0, False),  # a hold from before the controller started again
+    ],
+)
+def test_a_hold_by_a_user_is_told_from_a_job_that_was_never_released(
+    released_ago_s: float | None,
+    booted_ago_s: float,
+    to_release: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scontrol = tmp_path / "scontrol"
+    booted = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() - booted_ago_s))
+    scontrol.write_text(f"#!/bin/sh\necho 'BOOT_TIME               = {booted}'\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    queued = slurm.Queued(
+        job_id="7", index=0, state="PENDING", reason="JobHeldUser", name="make.light-0001"
+    )
+    jobs = {1: Job(job_id="7")}
+    released = {} if released_ago_s is None else {1: time.time() - released_ago_s}
+    held = _held([submitted((("make/arm/00000",),))], jobs, [queued], released)
+    assert held == ((frozenset("7"), frozenset()) if to_release else (frozenset(), frozenset("7")))
+
+
+def test_each_shard_of_a_packed_task_is_taken_once_in_each_start_of_the_task(run: Run) -> None:
+    ledger = Ledger(run.path)
+    taken = [ledger.claim_shard(1, 0, start, index) for start in (0, 1) for index in (0, 1, 0)]
+    assert taken == [True, True, False] * 2
+    ledger.forget_claim(1, 0, 0, 0)
+    assert ledger.claim_shard(1, 0, 0, 0)
+    shutil.rmtree(run.path / "attempts")
+    (run.path / "attempts").write_text("")
+    assert ledger.claim_shard(1, 0, 0, 0) is None
+
+
+def test_of_a_packed_task_every_process_that_ended_early_loses_its_own_shard(
+    run: Run, config: LightConfig
+) -> None:
+    runs.add_request(run, config, kind="sweep", executor="slurm")
+    ledger, keys = Ledger(run.path), [f"make/arm/{i:05d}" for i in range(5)]
+    submission = submitted((tuple(keys),), pack=3)
+    for process, key, events in (
+        (0, keys[0], ["started", "ended"]),
+        (1, keys[1], ["started"]),
+        (2, keys[2], ["started", "stopped"]),
+        (0, keys[3], ["started"]),
+    ):
+        for event in events:
+            ledger.note_attempt(1, 0, key, event, process)  # type: ignore[arg-type]
+    ended = slurm.Ended(state="FAILED", exit_code="137:0", node="n1")
+    failures = {f.key: f for f in _failures_of(run, ledger, submission, 0, keys[1:], ended)}
+    assert {key: failure.kind for key, failure in failures.items()} == {
+        keys[1]: "LOST",
+        keys[2]: "STOPPED",
+        keys[3]: "LOST",
+    }
+    logs = [Path(failures[key].log).name for key in keys[1:4]]
+    assert logs == ["0.1.log", "0.2.log", "0.0.log"]
+
+
+def test_a_local_run_ends_after_the_stage_that_was_asked_for(tmp_path: Path) -> None:
+    words = ["pipeline=light:PIPELINE", "cluster=local", f"runs_dir={tmp_path}", "name=x"]
+    refused = launch("sweep", *words, "until=nope", code=2)
+    assert "until=nope: no such stage; expected one of make, square, merge" in refused.stderr
+    launch("sweep", *words, "until=make")
+    assert [stage["done"] for stage in status(tmp_path / "x", code=1)["stages"]] == [6, 0, 0]
+    launch("rerun", str(tmp_path / "x"))
+    assert [stage["done"] for stage in status(tmp_path / "x", code=1)["stages"]] == [6, 0, 0]
+    launch("sweep", *words)
+    assert_light_complete(tmp_path / "x", 6)
+
+
+def test_the_words_of_a_gate_that_died_are_shown(run: Run, config: LightConfig) -> None:
+    runs.add_request(run, config, kind="sweep", executor="slurm")
+    ledger = Ledger(run.path)
+    ledger.claim(submitted((("make/arm/00000",),)))
+    ledger.settle(1, Job(job_id="7", gate_id="8"))
+    log = ledger.log_path(1, 0).with_name("gate.log")
+    log.parent.mkdir()
+    state = observe(run, config, PIPELINE.plan(config), with_queue=False)
+    [note] = [note for note in status_of(run, state).notes if "could start" in note]
+    assert "the last gate said nothing: sacct -j 8 says why" in note
+    log.write_text("error: sbatch did not answer in 120 s\n\n")
+    [note] = [note for note in status_of(run, state).notes if "could start" in note]
+    assert f"the last gate said: error: sbatch did not answer in 120 s ({log})" in note
+
+
+@pytest.mark.parametrize(
+    ("reason", "never"),
+    [
+        ("PartitionTimeLimit", True),
+        ("BadConstraints", True),
+        ("QOSMaxWallDurationPerJobLimit", True),
+        ("AssocMaxNodePerJobLimit", True),
+        ("InvalidQOS", True),
+        ("Priority", False),
+        ("Resources", False),
+        ("QOSMaxJobsPerUserLimit", False),
+        ("AssocGrpCpuLimit", False),
+        ("ReqNodeNotAvail, Reserved for maintenance", False),
+    ],
+)
+def test_a_job_that_can_never_start_is_named_with_what_to_do(
+    reason: str, never: bool, run: Run, config: LightConfig
+) -> None:
+    runs.add_request(run, config, kind="sweep", executor="slurm")
+    state = observe(run, config, PIPELINE.plan(config), with_queue=False)
+    task = slurm.Queued(job_id="7", index=0, state="PENDING", reason=reason, name="x")
+    notes = status_of(run, dataclasses.replace(state, queued=(task,))).notes
+    said = [note for note in notes if f"1 jobs can never start ({reason})" in note]
+    assert len(said) == never
+    assert all("rerun.py RUN" in note for note in said)
+
+
+def test_variables_that_sbatch_would_read_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in slurm.ignored_variables():
+        monkeypatch.delenv(name)
+    note_ignored_variables()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("SBATCH_ACCOUNT", "me")
+    note_ignored_variables()
+    assert "SBATCH_ACCOUNT: not used" in capsys.readouterr().err
 
 
 def test_a_file_system_without_locks_is_named(tmp_path: Path) -> None:
