@@ -45,7 +45,7 @@ test: $(VENV)/installed-dev  ## All tests; with CI=true on a real Slurm that it 
 	@if [ "$$CI" = true ]; then slurm/devcluster install; fi
 	@if [ "$$CI" = true ] && ! command -v c++ > /dev/null; then apt-get update -qq && apt-get install -y -qq g++; fi
 	@if command -v c++ > /dev/null; then $(BIN)/python -m kdhpc.sampling.native; fi
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 faults: $(VENV)/installed-dev  ## The fault suite on a real Slurm; FAULTS=all: the long ones too
 	@if [ "$$CI" = true ]; then slurm/devcluster install; fi

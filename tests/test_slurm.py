@@ -50,11 +50,13 @@ def empty_queue() -> Iterator[None]:
 
 
 def test_tiny_gives_the_same_digest_as_local_processes(tiny_run: Path, tmp_path: Path) -> None:
-    launch("sweep", "tiny", "slurm.mem_gb=1.5", "slurm.gate.mem_gb=0.2", f"runs_dir={tmp_path}")
+    words = ["slurm.mem_gb=1.5", "slurm.gate.mem_gb=0.2", "slurm.pack=2"]
+    launch("sweep", "tiny", *words, f"runs_dir={tmp_path}")
     run = tmp_path / "tiny"
     assert status(run)["executor"] == "slurm"
     wait_for_end(run)
     assert status(run, code=0)["complete"]
+    assert list((run / "attempts").rglob("0.1.jsonl")), "no task was packed"
     name = "8-merge/results.h5"
     assert logical_digest(run / name) == logical_digest(tiny_run / name)
 

@@ -23,7 +23,7 @@ MUTATIONS: dict[str, tuple[list[Edit], str]] = {
         "test_of_two_live_writers_the_first_wins",
     ),
     "the gate waits with afterok": (
-        [("kdhpc/cluster/resources.py", "afterany:", "afterok:")],
+        [("kdhpc/cluster/submission.py", "afterany:", "afterok:")],
         "test_a_process_killed_before_it_publishes_is_tried_again",
     ),
     "the map is rewritten on relaunch": (
@@ -45,6 +45,14 @@ MUTATIONS: dict[str, tuple[list[Edit], str]] = {
     "the merge verifies nothing": (
         [("kdhpc/storage/work.py", "            self._verify(record)\n", "")],
         "test_damage_found_by_the_merge_is_not_merged",
+    ),
+    "a death ends the whole packed task": (
+        [("kdhpc/cluster/batch_script.py", "--kill-on-bad-exit=0", "--kill-on-bad-exit=1")],
+        "test_a_process_of_a_packed_task_dies_alone",
+    ),
+    "a user's hold is released": (
+        [("kdhpc/cluster/observe.py", "released is None or", "True or")],
+        "test_what_a_user_holds_stays_held",
     ),
     "--open-mode=append goes": (
         [

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -149,9 +150,13 @@ def test_a_run_that_is_moved_away_is_not_made_anew_and_goes_on(scenario: Scenari
 def test_a_process_of_a_packed_task_dies_alone(scenario: Scenario) -> None:
     """The others go on with the shards of the task, and the shard that it had is tried again."""
     with running_cluster("--cpus-per-node", "2"):
+        stuck = scenario.trouble("make-00000", "hang")
         scenario.trouble("make-00002", "once kill")
         scenario.inject("kill -9 of one of two processes of a packed task")
         scenario.sweep("slurm.pack=2", "slurm.task_min=10")
+        scenario.taken("make-00002")
+        time.sleep(2)  # srun would end the other process within a second
+        stuck.unlink()
         scenario.wait()
         assert scenario.failure_kinds() == {KEY: ["LOST"]}
         scenario.assert_whole(reruns=1)
