@@ -4,7 +4,7 @@ It has two stages and a merge. While the file `trouble/<stage>-<shard>` (`troubl
 shard misbehaves in the middle of writing. While `trouble/<stage>-<shard>-written` exists, it
 misbehaves when all its data is written and nothing is published. The content of the file says how:
 
-raise          raises an exception
+raise [WORDS]  raises an exception with this message
 kill           sends itself SIGKILL
 hang [...]     waits until the file is gone, then does the rest
 obey           waits until it is told to stop, and stops, as a training does
@@ -112,7 +112,7 @@ def misbehave(name: str, work: Work[LightConfig], data: Path | None = None) -> N
         time.sleep(0.1)
     what = what[1:] if what[0] == "hang" and what[1:] else what
     if what[0] == "raise":
-        raise RuntimeError("trouble was asked for")
+        raise RuntimeError(" ".join(what[1:]) or "trouble was asked for")
     if what[0] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if what[0] == "sleep":

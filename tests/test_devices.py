@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kdhpc.errors import InputError
+from kdhpc.cluster import failures
+from kdhpc.errors import ClusterError, InputError
 from kdhpc.models import attention, devices, huggingface
 from kdhpc.sampling.decoding import LlamaDecoder
 from kdhpc.sampling.sampler import Sampler, sample
@@ -44,7 +45,7 @@ def show_gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Environment without a local rank and an accelerator; what a test sets is taken back."""
-    for name in ("LOCAL_RANK", "DS_ACCELERATOR"):
+    for name in ("LOCAL_RANK", "DS_ACCELERATOR", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return monkeypatch
@@ -83,6 +84,18 @@ def test_a_local_rank_without_a_gpu_is_refused_in_one_line(environment: pytest.M
     assert devices.pick_device("auto") == CPU
     with pytest.raises(InputError, match="no GPU is visible"):
         devices.pick_device("cuda")
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_gpu_that_slurm_gave_and_torch_does_not_see_is_the_nodes_fault(
+    device: str, environment: pytest.MonkeyPatch
+) -> None:
+    show_gpus(environment, 0)
+    environment.setenv("SLURM_JOB_GPUS", "2,3")
+    with pytest.raises(ClusterError, match="Slurm gave this task GPU 2,3") as raised:
+        devices.pick_device(device)
+    assert failures.of_exception(raised.value)[0] == "GPU_BAD"
+    assert devices.pick_device("cpu").type == "cpu"
 
 
 def test_on_a_node_with_gpus_deepspeed_takes_the_cpu_if_the_config_says_so() -> None:

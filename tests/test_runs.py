@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import subprocess
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from commands import assert_light_complete, launch, need, status
 from light import PIPELINE, LightConfig
 
-from kdhpc.cluster import runs, slurm
+from kdhpc.cluster import local, runs, slurm
 from kdhpc.cluster.advance import _failures_of, advance
+from kdhpc.cluster.decide import Batch
 from kdhpc.cluster.display import note_ignored_variables
 from kdhpc.cluster.gate import tell
 from kdhpc.cluster.ledger import Job, Ledger, Submission
@@ -194,6 +196,49 @@ def test_a_local_run_ends_after_the_stage_that_was_asked_for(tmp_path: Path) -> 
     assert [stage["done"] for stage in status(tmp_path / "x", code=1)["stages"]] == [6, 0, 0]
     launch("sweep", *words)
     assert_light_complete(tmp_path / "x", 6)
+
+
+def test_after_a_fault_of_its_gpu_a_process_starts_nothing_more(tmp_path: Path) -> None:
+    (tmp_path / "trouble").mkdir()
+    trouble = tmp_path / "trouble" / "make-00001"
+    trouble.write_text("once raise CUDA error: unspecified launch failure")
+    words = ["pipeline=light:PIPELINE", "cluster=local", f"runs_dir={tmp_path}", "name=x"]
+    words += ["local_workers=1", f"trouble={tmp_path}/trouble", f"trace={tmp_path}/trace"]
+    launch("sweep", *words)
+    assert_light_complete(tmp_path / "x", 6)
+    [failure] = Ledger(tmp_path / "x").failures()
+    assert (failure.key, failure.kind) == ("make/arm/00001", "GPU_BAD")
+    starts = [line.split() for line in (tmp_path / "trace").read_text().splitlines()]
+    assert len(starts) == 6 + 6 + 1 + 1
+    broken = next(pid for key, _, pid in starts if key == "make/arm/00001")
+    assert [key for key, _, pid in starts if pid == broken][-1] == "make/arm/00001"
+
+
+@pytest.mark.parametrize(("asked_for", "num_gpus", "workers"), [(0, 4, 4), (2, 4, 2), (3, 0, 3)])
+def test_there_are_as_many_local_workers_as_gpus(
+    asked_for: int, num_gpus: int, workers: int, config: LightConfig
+) -> None:
+    config = dataclasses.replace(config, local_workers=asked_for)
+    assert local.num_workers(config, num_gpus) == workers
+
+
+def test_every_local_process_has_a_gpu_of_its_own(run: Run, config: LightConfig) -> None:
+    """A worker is any object with a slot here; no process is started."""
+    pool = local._Pool(run, dataclasses.replace(config, local_workers=4), Ledger(run.path))
+    pool.num_gpus = 4
+    batch = Batch(stage="make", tasks=(("a",),), nodes=1, ranks_per_node=3)
+
+    def task(*slots: int) -> local._Task:
+        workers: Any = [types.SimpleNamespace(slot=slot) for slot in slots]
+        return local._Task(submission=submitted((("a",),)), workers=workers, codes={})
+
+    assert (pool.num_free, pool.fits(batch), pool._free_slots(3)) == (4, True, [0, 1, 2])
+    pool.tasks = [task(1)]
+    assert (pool.num_free, pool.fits(batch), pool._free_slots(3)) == (3, True, [0, 2, 3])
+    pool.tasks = [task(1), task(0)]
+    assert (pool.num_free, pool.fits(batch), pool._free_slots(1)) == (2, False, [2])
+    pool.tasks = [task(0, 2, 3)]
+    assert (pool.num_free, pool._free_slots(1)) == (1, [1])
 
 
 def test_the_words_of_a_gate_that_died_are_shown(run: Run, config: LightConfig) -> None:

@@ -161,6 +161,8 @@ KILLED = {code: n for n in (9, 15) for code in (f"0:{n}", f"{n}:0", f"{128 + n}:
 with the signal as its exit code, and `137:0` if a later srun ended with 128 + signal."""
 STARTED = ": started"
 """End of the line that begins a shard's attempt in the log of its task."""
+BROKEN_EXIT_CODE = 76
+"""Exit code of a task whose process cannot use its GPU any more."""
 STOPPED_EXIT_CODE = 75
 """Exit code of a task that was told to stop and did so between shards or at a checkpoint."""
 
@@ -196,6 +198,12 @@ def of_exception(error: BaseException) -> tuple[str, str, str]:
     text = "\n".join([type(error).__name__, *places])
     message = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
     return kind, message, hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def breaks_process(error: BaseException) -> bool:
+    """Return whether every later use of the GPU in the same process fails too."""
+    text = str(error)
+    return bool(re.search(r"(CUDA|HIP|NCCL) error", text) or GPU_FAILED.search(text))
 
 
 def of_slurm(state: str, exit_code: str, *, started: bool) -> tuple[str, str]:

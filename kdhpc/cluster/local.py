@@ -181,7 +181,8 @@ class _Pool:
         for task in [task for task in self.tasks if task.ended()]:
             self.tasks.remove(task)
             _finish(task, self.run, self.ledger)
-            if len(task.workers) == 1 and task.workers[0].process.poll() is None:
+            broken = failures.BROKEN_EXIT_CODE in task.codes.values()
+            if len(task.workers) == 1 and task.workers[0].process.poll() is None and not broken:
                 self.spare += task.workers
             else:
                 for worker in task.workers:
@@ -289,8 +290,11 @@ def _finish(task: _Task, run: Run, ledger: Ledger) -> None:
     number = task.submission.number
     exit_code = next((code for code in task.codes.values() if code), 0)
     known = {(failure.submission, failure.key) for failure in ledger.failures()}
+    begun = ledger.last_events(number, 0)
     for key in task.submission.keys:
         if run.record_path(key).exists() or (number, key) in known:
+            continue
+        if exit_code == failures.BROKEN_EXIT_CODE and key not in begun:
             continue
         kind, message = "LOST", f"its process ended with exit code {exit_code}"
         if exit_code == failures.STOPPED_EXIT_CODE or exit_code == -signal.SIGTERM:

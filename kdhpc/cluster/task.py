@@ -152,7 +152,8 @@ def run_task(path: Path, number: int, index: int) -> int:
         index: index of the task in its array.
 
     Returns:
-        The exit code: 0, 1 if a shard failed, 75 if the task stopped when told to.
+        The exit code: 0, 1 if a shard failed, 75 if the task stopped when told to, 76 if the GPU
+        cannot be used any more.
     """
     ledger = Ledger(path)
     place = find_place(ledger.submission(number), index)
@@ -185,7 +186,7 @@ def run_task(path: Path, number: int, index: int) -> int:
             work.progress = progress(key)
         result = _attempt(run, plan.shards[key], work, ledger, place)
         code = result or code
-        if result == failures.STOPPED_EXIT_CODE:
+        if result in {failures.STOPPED_EXIT_CODE, failures.BROKEN_EXIT_CODE}:
             return result
     return code
 
@@ -247,7 +248,7 @@ def _attempt(
             ledger.add_failure(failure)
         print(f"{shard.key}: failed: {message}", flush=True)
         note("ended")
-        return 1
+        return failures.BROKEN_EXIT_CODE if failures.breaks_process(error) else 1
     outcome = "published" if won else "another attempt published first"
     print(f"{shard.key}: {outcome} after {time.time() - started:.1f} s", flush=True)
     note("ended")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdhpc.errors import InputError
+from kdhpc.errors import ClusterError, InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,7 +26,14 @@ def pick_device(device: str) -> torch.device:
 
     Raises:
         InputError: if `cuda` is asked for and this process sees no GPU, or too few for its rank.
+        ClusterError: if Slurm gave this process a GPU and torch does not see it.
     """
+    given = os.environ.get("SLURM_JOB_GPUS") or os.environ.get("SLURM_STEP_GPUS")
+    if given and device != "cpu" and not torch.cuda.is_available():
+        raise ClusterError(
+            f"No CUDA GPUs are available, although Slurm gave this task GPU {given}; check the "
+            "driver of the node and the build of torch, or use device=cpu"
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
