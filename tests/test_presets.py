@@ -106,6 +106,13 @@ def test_a_cluster_file_keeps_texts_and_refuses_a_key_that_is_given_twice(
         built("cluster=site")
 
 
+def test_a_cluster_file_is_found_in_a_folder_but_not_outside_of_configs_cluster() -> None:
+    assert built("cluster=sites/lumi").slurm.partition == "standard-g"
+    for name in ("../tiny", "sites/../slurm", "lumi", "sites", "/etc/hosts"):
+        with pytest.raises(InputError, match=r"one of local, sites/alps, .*, slurm$"):
+            built(f"cluster={name}")
+
+
 def texts_in(part: Any, kind: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Paths of all fields of text, also of optional ones."""
     paths = []

@@ -11,7 +11,7 @@ import pytest
 from kdhpc.cluster import runs
 from kdhpc.cluster.batch_script import batch_script
 from kdhpc.cluster.decide import Batch
-from kdhpc.cluster.resources import array_resources
+from kdhpc.cluster.resources import array_resources, gate_resources
 from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
 from kdhpc.pipeline import LANGUAGE, MIXTURE
@@ -39,7 +39,7 @@ def golden(name: str, text: str) -> None:
 
     path = GOLDENS / name
     if os.environ.get("UPDATE_GOLDENS"):
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert text == path.read_text(), f"{name} changed; if on purpose: UPDATE_GOLDENS=1 make test"
 
@@ -78,6 +78,53 @@ def test_the_batch_script_is_the_golden_one() -> None:
         resources=array_resources(config, batch, uses_device=True),
     )
     golden("score.sbatch", text)
+
+
+SITES = [name for name in presets.cluster_names() if name.startswith("sites/")]
+TRAININGS = {"sites/lumi": (1, 8), "sites/vista": (8, 1)}
+"""Nodes and ranks on each for a training, where the preset's two nodes of four do not fit."""
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_the_batch_scripts_of_a_site_are_the_golden_ones(name: str) -> None:
+    _, config = runs.from_words(["paper", f"cluster={name}", "slurm.account=my_account"])
+    nodes, ranks_per_node = TRAININGS.get(name, (2, 4))
+    batches = {
+        ".score": Batch(
+            stage="score",
+            tasks=(("a",), ("b",)),
+            nodes=1,
+            ranks_per_node=1,
+            pack=config.slurm.pack,
+        ),
+        ".train": Batch(
+            stage="train-on-truth",
+            tasks=(("c",),),
+            nodes=nodes,
+            ranks_per_node=ranks_per_node,
+        ),
+    }
+    for part, batch in batches.items():
+        text = batch_script(
+            name=f"{batch.stage}.paper.3f9a-0007",
+            command="bash environment.sh code python -m kdhpc.cluster.task run 7",
+            num_tasks=len(batch.tasks),
+            resources=array_resources(config, batch, uses_device=True),
+        )
+        golden(f"{name}{part}.sbatch", text)
+    gate = batch_script(
+        name="gate-score.paper.3f9a-0007",
+        command="bash environment.sh code python -m kdhpc.cluster.gate run",
+        num_tasks=None,
+        resources=gate_resources(config.slurm, {}),
+    )
+    golden(f"{name}.gate.sbatch", gate)
+
+
+def test_no_site_comes_with_an_account() -> None:
+    assert len(SITES) >= 10
+    for name in SITES:
+        assert runs.from_words(["paper", f"cluster={name}"])[1].slurm.account is None
 
 
 def test_a_warning_that_comes_before_python_listens_kills_no_task() -> None:

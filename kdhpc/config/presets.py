@@ -41,7 +41,10 @@ def preset_names() -> list[str]:
 
 
 def cluster_names() -> list[str]:
-    return sorted(path.stem for path in (CONFIGS_DIR / "cluster").glob("*.yaml"))
+    """List the files in configs/cluster/ and its folders, such as `slurm` and `sites/lumi`."""
+    folder = CONFIGS_DIR / "cluster"
+    paths = folder.rglob("*.yaml")
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in paths)
 
 
 def compose(words: list[str]) -> dict[str, Json]:

@@ -129,8 +129,8 @@ class RunConfig:
     runs_dir: str = "runs"
     """Folder that holds the runs; on a cluster it must be on a file system that all nodes share."""
     cluster: str = "auto"
-    """Name of a YAML file in configs/cluster/, such as `local` or `slurm`, or `auto`, which chooses
-    Slurm if `sbatch` works."""
+    """Name of a YAML file in configs/cluster/, such as `local`, `slurm` or `sites/lumi`, or `auto`,
+    which chooses Slurm if `sbatch` works."""
     executor: Literal["auto", "local", "slurm"] = "auto"
     """What runs the tasks; the cluster's YAML sets it."""
     until: str | None = None
