@@ -109,7 +109,7 @@ def test_a_cluster_file_keeps_texts_and_refuses_a_key_that_is_given_twice(
 def test_a_cluster_file_is_found_in_a_folder_but_not_outside_of_configs_cluster() -> None:
     assert built("cluster=sites/lumi").slurm.partition == "standard-g"
     for name in ("../tiny", "sites/../slurm", "lumi", "sites", "/etc/hosts"):
-        with pytest.raises(InputError, match=r"one of local, sites/alps, .*, slurm$"):
+        with pytest.raises(InputError, match=r"one of local, slurm, sites/alps, "):
             built(f"cluster={name}")
 
 

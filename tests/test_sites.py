@@ -3,6 +3,8 @@
 import os
 import shutil
 import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -275,3 +277,99 @@ def test_a_rank_alone_takes_the_gpu_of_its_place_on_the_node(step: pytest.Monkey
     step.setenv("LOCAL_RANK", "1")  # as processes that share a task are given it
     find_rank()
     assert os.environ["LOCAL_RANK"] == "1"
+
+
+VERSIONS = Path(__file__).parent / "data" / "slurm"
+
+
+def play(folder: Path, version: str) -> None:
+    """Let Slurm's programs print what they print in a version (see tests/data/slurm/README.md)."""
+    shutil.copytree(VERSIONS / version, folder / version)
+    for name in ("squeue", "sacct", "sbatch", "scontrol"):
+        what = "-$last" if name == "scontrol" else ""  # it shows a partition, or the config
+        path = folder / version / f"{name}{what}.txt"
+        (folder / name).write_text(f"#!/bin/sh\nfor last; do :; done\nexec cat {path}\n")
+        (folder / name).chmod(0o755)
+
+
+@pytest.fixture(params=["22.05", "23.11", "24.05", "25.05"])
+def version(program: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each version of Slurm in turn; its programs come first on PATH."""
+    play(program, request.param)
+    for cached in (slurm.partitions, slurm.max_array_size):
+        cached.cache_clear()
+    yield request.param
+    for cached in (slurm.partitions, slurm.max_array_size):
+        cached.cache_clear()
+
+
+def test_the_queue_is_read_in_every_version(version: str) -> None:
+    tasks = [task for task in slurm.queue() if ".run.3f9a-" in task.name]
+    shown = {(task.job_id, task.index): (task.state, task.reason) for task in tasks}
+    assert shown == {
+        ("30", 0): ("RUNNING", "None"),
+        ("30", 1): ("COMPLETING", "None"),
+        ("30", 2): ("PENDING", "launch failed requeued held"),
+        ("30", 3): ("PENDING", "JobArrayTaskLimit"),
+        ("30", 4): ("PENDING", "JobArrayTaskLimit"),
+        ("34", None): ("PENDING", "Dependency"),
+        ("35", 0): ("PENDING", slurm.HELD_BY_USER),
+    }
+    assert shown["30", 2][1] in slurm.HELD_BY_SLURM
+
+
+def test_accounting_is_read_in_every_version(version: str) -> None:
+    ends = {
+        index: (end.state, end.exit_code) for (_, index), end in slurm.accounting(["30"]).items()
+    }
+    assert ends == {
+        0: ("COMPLETED", "0:0"),
+        1: ("COMPLETED", "0:0"),
+        2: ("OUT_OF_MEMORY", "0:125"),
+        3: ("FAILED", "0:9"),
+        4: ("FAILED", "9:0"),
+        5: ("CANCELLED by 1000", "0:0"),
+        6: ("CANCELLED by 1000", "0:0"),
+        7: ("TIMEOUT", "0:0"),
+        8: ("CANCELLED by 1000", "0:0"),
+        9: ("PREEMPTED", "0:15"),
+        10: ("CANCELLED by 1000", "0:15"),
+        11: ("BOOT_FAIL", "0:0"),
+    }
+    assert slurm.accounting(["30"])["30", 1].node == "n2"
+
+
+def test_the_cluster_is_described_in_every_version(version: str) -> None:
+    inf = float("inf")
+    assert slurm.partitions() == {"batch": 1440.0, "": 1440.0, "secret": 120.0, "long": inf}
+    assert slurm.time_limit_min("secret,batch") == 1440.0
+    assert slurm.max_array_size() == 4001
+    booted = time.strptime("2026-11-02 08:15", "%Y-%m-%d %H:%M")
+    assert slurm.boot_time() == time.mktime(booted)
+
+
+def test_the_job_id_is_read_in_every_version(version: str, program: Path, tmp_path: Path) -> None:
+    assert submit(tmp_path) == "30"
+    shutil.copy(program / version / "sbatch-clusters.txt", program / version / "sbatch.txt")
+    assert submit(tmp_path) == "30"
+
+
+REFUSALS = {
+    "queue-is-full": slurm.OverLimitError,
+    "too-long": slurm.RefusedError,
+    "no-such-time": slurm.RefusedError,
+    "no-such-account": slurm.RefusedError,
+    "no-such-node": slurm.RefusedError,
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in VERSIONS.glob("refusals/*")))
+def test_refusals_are_told_apart(program: Path, tmp_path: Path, name: str) -> None:
+    said = VERSIONS / "refusals" / f"{name}.txt"
+    (program / "sbatch").write_text(f"#!/bin/sh\ncat {said} >&2\nexit 1\n")
+    (program / "sbatch").chmod(0o755)
+    with pytest.raises(REFUSALS[name]) as refused:
+        submit(tmp_path)
+    assert str(refused.value).count("Batch job submission failed: ") == 1
+    assert "\n" not in str(refused.value)
+    assert (slurm.check_script("") is None) == (REFUSALS[name] is slurm.OverLimitError)

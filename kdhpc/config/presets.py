@@ -41,10 +41,11 @@ def preset_names() -> list[str]:
 
 
 def cluster_names() -> list[str]:
-    """List the files in configs/cluster/ and its folders, such as `slurm` and `sites/lumi`."""
+    """List the files in configs/cluster/, then those in its folders, such as `sites/lumi`."""
     folder = CONFIGS_DIR / "cluster"
-    paths = folder.rglob("*.yaml")
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in paths)
+    paths = [path.relative_to(folder) for path in folder.rglob("*.yaml")]
+    paths.sort(key=lambda path: (len(path.parts), path))
+    return [path.with_suffix("").as_posix() for path in paths]
 
 
 def compose(words: list[str]) -> dict[str, Json]:
