@@ -14,6 +14,7 @@ from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
 from kdhpc.config.run import Slurm
 from kdhpc.errors import InputError
+from kdhpc.pipeline import LANGUAGE
 
 BASE = presets.build(LanguageConfig, presets.compose(["tiny", "slurm.stages.score.partition=p"]))
 LOOKALIKES = [
@@ -104,6 +105,35 @@ def test_a_cluster_file_keeps_texts_and_refuses_a_key_that_is_given_twice(
     site.write_text("slurm:\n  account: a\n  account: b\n")
     with pytest.raises(InputError, match="duplicate key account"):
         built("cluster=site")
+
+
+def test_the_path_of_a_corpus_is_absolute_before_it_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "corpora").mkdir()
+    corpus = tmp_path / "corpora" / "good.txt"
+    corpus.write_text("one\n\ntwo\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for typed in ("corpora/good.txt", "~/corpora/good.txt", str(corpus)):
+        prepared = LANGUAGE.prepare(built(f"truth.corpus={typed}"))
+        assert prepared.truth.corpus == str(corpus)
+
+
+def test_the_path_of_a_model_is_absolute_before_it_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    bpe = {"type": "BPE", "vocab": {"T": 0, "h": 1, "e": 2}, "merges": []}
+    (model / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": bpe}))
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for typed in ("model", "./model", "~/model"):
+        config = built(f"truth.model={typed}", "truth.tokenizer=model")
+        assert LANGUAGE.prepare(config).truth.model == str(model)
 
 
 def test_a_cluster_file_is_found_in_a_folder_but_not_outside_of_configs_cluster() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import ROOT, launch, status
 
 from kdhpc.cluster import runs, slurm
 from kdhpc.cluster.batch_script import batch_script
@@ -373,3 +374,67 @@ def test_refusals_are_told_apart(program: Path, tmp_path: Path, name: str) -> No
     assert str(refused.value).count("Batch job submission failed: ") == 1
     assert "\n" not in str(refused.value)
     assert (slurm.check_script("") is None) == (REFUSALS[name] is slurm.OverLimitError)
+
+
+@pytest.fixture
+def stand_in(program: Path) -> Path:
+    """Programs that queue every job and start none; srun runs its command in its own place.
+
+    The file `queue` is what squeue prints.
+    """
+    (program / "queue").touch()
+    for name, text in {
+        "sbatch": f"""
+            case "$*" in *--test-only*) exit;; esac
+            for script; do :; done
+            name=$(sed -n 's/^#SBATCH --job-name=//p' "$script")
+            case "$script" in *.gate.sh) index=N/A;; *) index=0;; esac
+            echo "$$|$$|$index|PENDING|Priority|$name" >> {program}/queue
+            echo $$""",
+        "squeue": f"cat {program}/queue",
+        "sacct": "",
+        "scontrol": "echo PartitionName=main Default=YES MaxTime=UNLIMITED",
+        "srun": 'while [ "${1#-}" != "$1" ]; do shift; done\nexec "$@"',
+    }.items():
+        (program / name).write_text(f"#!/bin/sh\n{text}\n")
+        (program / name).chmod(0o755)
+    return program
+
+
+SWEEP = ("sweep", "pipeline=light:PIPELINE", "cluster=slurm", "name=light", "num_shards=2")
+
+
+def test_the_scripts_of_a_project_in_a_folder_with_a_space_run(
+    stand_in: Path, tmp_path: Path
+) -> None:
+    project = tmp_path / "my 'new' project"
+    for name in ("kdhpc", "configs", "launch", "slurm"):
+        shutil.copytree(ROOT / name, project / name)
+    launch(*SWEEP, project=str(project))
+    run = project / "runs" / "light"
+    for script in ("0001.sh", "0001.gate.sh"):
+        assert not (run / "submissions" / "0002.sh").exists()
+        subprocess.run(
+            ["bash", str(run / "submissions" / script)],
+            check=True,
+            cwd=tmp_path,
+            env={
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": f"{ROOT}/tests",
+                "SLURM_ARRAY_TASK_ID": "0",
+            },
+        )
+        (stand_in / "queue").write_text("")
+    assert [stage["done"] for stage in status(run)["stages"]] == [2, 0, 0]
+    assert (run / "submissions" / "0002.sh").exists(), "the gate submits the next stage"
+
+
+def test_status_stays_while_only_a_gate_is_queued(stand_in: Path, tmp_path: Path) -> None:
+    launch(*SWEEP, f"runs_dir={tmp_path}")
+    [gate] = [line for line in (stand_in / "queue").read_text().split() if "|gate-" in line]
+    calls = stand_in / "calls"
+    (stand_in / "squeue").write_text(
+        f"#!/bin/sh\necho >> {calls}\n[ $(wc -l < {calls}) -gt 2 ] || echo '{gate}'\n"
+    )
+    launch("status", f"{tmp_path}/light", "--watch", code=1)
+    assert calls.read_text() == "\n" * 3
