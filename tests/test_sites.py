@@ -319,6 +319,15 @@ def test_the_queue_is_read_in_every_version(version: str) -> None:
     assert shown["30", 2][1] in slurm.HELD_BY_SLURM
 
 
+def test_the_holds_of_every_version_are_known(version: str) -> None:
+    """Slurm holds what it could not start; such a job is released, or named as one that stays."""
+    held = {task.reason for task in slurm.queue() if "requeued held" in task.reason}
+    to_release = held & slurm.HELD_BY_SLURM
+    assert "launch failed requeued held" in to_release
+    assert all(slurm.NEVER_STARTS.match(reason) for reason in held - to_release)
+    assert not any(slurm.NEVER_STARTS.match(reason) for reason in to_release)
+
+
 def test_accounting_is_read_in_every_version(version: str) -> None:
     ends = {
         index: (end.state, end.exit_code) for (_, index), end in slurm.accounting(["30"]).items()

@@ -31,11 +31,16 @@ _ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_ME
 """States without a process; a COMPLETING job still has one, or is about to be requeued."""
 HELD_BY_USER = "JobHeldUser"
 """Reason of a job that was submitted held and not released yet, or that somebody has held since."""
-HELD_BY_SLURM = {"launch failed requeued held", "launch_failed_requeued_held"}
+HELD_BY_SLURM = {
+    "launch failed requeued held",
+    "launch_failed_requeued_held",
+    "user env retrieval failed requeued held",  # since Slurm 25.05
+}
 """Reasons of jobs that Slurm could not start, for example after a restart of the controller."""
 NEVER_STARTS = re.compile(
     r"PartitionConfig|Partition(Time|Node)Limit|BadConstraints|Invalid(Account|QOS)"
     r"|DependencyNeverSatisfied|(QOS|Assoc)Max\w*PerJob(Limit)?|(QOS|Assoc)MaxWall\w*"
+    r"|launch failure limit exceeded"  # since Slurm 23.11, after five failed starts in a row
 )
 """Reasons of jobs that wait for what no other job's end can bring."""
 _GONE = re.compile(r"already finished|invalid job id", re.IGNORECASE)
