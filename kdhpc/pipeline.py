@@ -6,7 +6,7 @@ order with its shards, and the folders of a run are numbered in this order.
 
 from kdhpc.config.language import LanguageConfig
 from kdhpc.config.mixture import MixtureConfig, mixture_problems
-from kdhpc.experiment.estimates import batches_that_fit
+from kdhpc.experiment.estimates import estimates
 from kdhpc.experiment.inputs import prepare, problems
 from kdhpc.experiment.stages.merge import MERGE, run_partial
 from kdhpc.experiment.stages.mixture import FIT_STUDENTS, FIT_TEACHERS, MERGE_MIXTURE
@@ -31,7 +31,7 @@ LANGUAGE = Pipeline(
     ),
     check=problems,
     prepare=prepare,
-    estimate=batches_that_fit,
+    estimate=estimates,
     merge_partial=run_partial,
 )
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Plan and submit a run. Typed again, it submits only what is missing and not queued.
 
-    python launch/sweep.py [PRESET ...] [key=value ...] [--dry-run] [--watch]
+    python launch/sweep.py [PRESET ...] [key=value ...] [--dry-run [--verbose]] [--watch]
 
 Without a preset it runs `demo`. Examples:
 
@@ -21,7 +21,8 @@ from kdhpc.cluster.display import (
     command,
     console,
     note_ignored_variables,
-    plan_table,
+    preview_view,
+    stages_table,
     status_view,
 )
 from kdhpc.cluster.gate import patiently, tell
@@ -45,6 +46,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--watch", action="store_true", help="stay until the end, with a live display"
     )
+    parser.add_argument(
+        "--verbose", action="store_true", help="with --dry-run: what each stage reads and writes"
+    )
     options = parser.parse_intermixed_args(arguments)
 
     pipeline, config = runs.from_words(options.words)
@@ -53,7 +57,9 @@ def main(arguments: list[str]) -> int:
         executor = "slurm" if slurm_here and config.executor != "local" else "local"
         plan = pipeline.plan(config)
         preview = planning.preview(pipeline, plan, config, executor)
-        console().print(plan_table(pipeline, plan, config, preview.num_tasks, preview.resources))
+        console().print(preview_view(preview, config, executor))
+        if options.verbose:
+            console().print(stages_table(pipeline))
         for line in pipeline.estimate(config):
             print(line)
         print(f"planned for {executor}, in {config.runs_dir}/{config.name}; nothing was written")

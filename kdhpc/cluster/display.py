@@ -1,7 +1,7 @@
 """Format what the launch scripts print: plans, status, and one line for an error."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from rich.console import Console, Group
@@ -9,11 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from kdhpc.cluster import slurm
+from kdhpc.cluster.planning import Preview
 from kdhpc.cluster.status import DAMAGE_ADVICE, Status
 from kdhpc.config.run import RunConfig
 from kdhpc.errors import KdhpcError
-from kdhpc.plan.shards import Plan
 from kdhpc.plan.stages import AnyPipeline
+
+WIDTH = 100
+"""Characters in a line of a table."""
 
 
 def command(main: Callable[[list[str]], int]) -> NoReturn:
@@ -56,39 +59,71 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
-def plan_table(
-    pipeline: AnyPipeline,
-    plan: Plan,
-    config: RunConfig,
-    num_tasks: dict[str, int],
-    resources: dict[str, str],
-) -> Table:
-    """Format the pipeline with its shards, tasks, hours and bytes."""
-    table = Table(title=f"{config.name}: {len(plan.shards)} shards", title_justify="left", box=None)
-    for name in ("stage", "reads", "writes"):
-        table.add_column(name, overflow="fold")
-    for name in ("shards", "tasks", "rank-hours", "on disk"):
+def preview_view(preview: Preview, config: RunConfig, executor: str) -> Group:
+    """Format what a launch would do: a line for each stage, the total, and what the times assume.
+
+    The table is at most `WIDTH` characters wide.
+    """
+    starting = [stage for stage in preview.stages if stage.starts]
+    num_shards = sum(stage.num_shards for stage in preview.stages)
+    table = Table(title=f"{config.name}: {num_shards} shards", title_justify="left", box=None)
+    table.add_column("stage", overflow="fold")
+    for name in ("shards", "tasks", "rank-hours", "disk", "wall time"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("a task asks for", overflow="fold")
-    all_hours = all_bytes = 0.0
-    for stage in pipeline.stages:
-        shards = plan.stage(stage.name)
-        hours = sum(s.work * s.arm.nodes * s.arm.ranks_per_node for s in shards)
-        hours /= stage.rate(config) * 3600
-        num_bytes = sum(s.num_bytes for s in shards)
-        all_hours, all_bytes = all_hours + hours, all_bytes + num_bytes
+    table.add_column("a task asks for")
+    for stage in preview.stages:
         table.add_row(
-            pipeline.folders[stage.name],
-            stage.reads,
-            stage.writes,
-            str(len(shards)),
-            str(num_tasks[stage.name]),
-            f"{hours:.3g}",
-            size(num_bytes),
-            resources[stage.name],
+            stage.folder,
+            str(stage.num_shards),
+            str(stage.num_tasks),
+            _hours(stage.rank_hours),
+            size(stage.num_bytes),
+            duration(stage.wall_s) if stage.starts else "not now",
+            "\n".join(stage.requests),
+            style="" if stage.starts else "dim",
         )
-    total = [str(len(plan.shards)), str(sum(num_tasks.values())), f"{all_hours:.3g}"]
-    table.add_row("total", "", "", *total, size(all_bytes), "a rank is one GPU or CPU process")
+    table.add_row(
+        "total" if config.until is None else f"until {config.until}",
+        str(sum(stage.num_shards for stage in starting)),
+        str(sum(stage.num_tasks for stage in starting)),
+        _hours(sum(stage.rank_hours for stage in starting)),
+        size(sum(stage.num_bytes for stage in starting)),
+        duration(sum(stage.wall_s for stage in starting)),
+        style="bold",
+    )
+    return Group(table, *(Text(line) for line in _assumptions(preview, config, executor)))
+
+
+def _assumptions(preview: Preview, config: RunConfig, executor: str) -> Iterator[str]:
+    """Yield lines that say what the numbers of a preview mean."""
+    if executor == "slurm":
+        yield "cores are for each rank, memory and GPUs for each node; 2x4: 2 nodes with 4 ranks"
+        yield (
+            f"wall time: an estimate for {preview.at_once} tasks at once (slurm.max_parallel), "
+            "without waiting"
+        )
+    else:
+        yield f"wall time: an estimate for {preview.at_once} tasks at once (local_workers)"
+    yield "in the total, stages run one after the other; where they overlap it takes less"
+    if config.until is not None:
+        yield f"until={config.until}: later stages start when sweep.py is typed without it"
+    if preview.num_accepted and not preview.refused:
+        yield f"sbatch --test-only passed for {preview.num_accepted} scripts of arrays and gates"
+
+
+def _hours(hours: float) -> str:
+    if hours < 0.01:
+        return "<0.01"
+    return f"{hours:.2f}" if hours < 10 else f"{hours:.0f}"
+
+
+def stages_table(pipeline: AnyPipeline) -> Table:
+    """Format what each stage reads and writes."""
+    table = Table(box=None)
+    for name in ("stage", "reads", "writes"):
+        table.add_column(name)
+    for stage in pipeline.stages:
+        table.add_row(pipeline.folders[stage.name], stage.reads, stage.writes)
     return table
 
 
@@ -128,6 +163,10 @@ def status_view(status: Status) -> Group:
 
 
 def console() -> Console:
-    """Return a console on standard output, 160 characters wide if that is not a terminal."""
+    """Return a console on standard output.
+
+    If that is not a terminal, tables are at most `WIDTH` characters wide, and no other line is
+    broken, so that a log can be searched for paths and messages.
+    """
     terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=160)
+    return terminal if terminal.is_terminal else Console(width=WIDTH, soft_wrap=True)

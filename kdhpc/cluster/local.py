@@ -248,12 +248,18 @@ def num_workers(config: RunConfig, num_gpus: int) -> int:
 
 def num_gpus(config: RunConfig) -> int:
     """Return the number of GPUs for workers; torch is loaded only where there is a driver."""
-    drivers = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd")]
-    if config.device == "cpu" or not drivers:
+    if not num_gpu_devices(config):
         return 0
     from kdhpc.models import devices
 
     return devices.num_gpus()
+
+
+def num_gpu_devices(config: RunConfig) -> int:
+    """Return how many GPUs the drivers show, without torch: for a plan, and to know whether any."""
+    if config.device == "cpu":
+        return 0
+    return len([*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd")])
 
 
 def _port(number: int) -> int:

@@ -1,9 +1,11 @@
 """Preview and check a launch: tasks, resources, and what Slurm says about the scripts."""
 
+import heapq
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 
-from kdhpc.cluster import runs, slurm
+from kdhpc.cluster import local, runs, slurm
 from kdhpc.cluster.decide import Batch, Policy, Situation, decide
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.observe import observe
@@ -18,45 +20,193 @@ from kdhpc.types import Json
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preview:
-    """What a launch would submit, by stage."""
+class StagePreview:
+    """What a launch would do for one stage."""
 
-    num_tasks: dict[str, int]
-    resources: dict[str, str]
+    folder: str
+    num_shards: int
+    num_tasks: int
+    rank_hours: float
+    """Hours of work of all ranks together."""
+    num_bytes: float
+    wall_s: float
+    """Seconds from the first task to the end of the last, without waiting in the queue."""
+    requests: tuple[str, ...]
+    """What a task asks for, in a few words; there are several if tasks differ in their ranks."""
+    starts: bool
+    """Whether the stage is asked for; those after `until` are planned and not started."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """What a launch would do."""
+
+    stages: tuple[StagePreview, ...]
+    at_once: int
+    """Most tasks that run at once: of a stage on Slurm, of all on this machine."""
+    num_accepted: int
+    """Number of scripts that passed `sbatch --test-only`."""
     refused: tuple[str, ...]
     """Objections of `sbatch --test-only` to the scripts."""
 
 
 def preview(pipeline: AnyPipeline, plan: Plan, config: RunConfig, executor: str) -> Preview:
-    """Pack every stage as if all stages before it were done; submit nothing."""
+    """Plan every stage as if all stages before it were done, and ask Slurm; submit nothing."""
+    if executor == "local":
+        num_gpus = local.num_gpu_devices(config)
+        at_once = local.num_workers(config, num_gpus)
+        batches = batches_by_stage(pipeline, plan, config, max_array=None)
+        stages = preview_stages(
+            pipeline, plan, config, batches, at_once=at_once, ranks_count=num_gpus > 0, asks=False
+        )
+        return Preview(stages=stages, at_once=at_once, num_accepted=0, refused=())
+    max_array = config.slurm.max_array or slurm.max_array_size()
+    batches = batches_by_stage(pipeline, plan, config, max_array)
+    at_once = config.slurm.max_parallel
+    stages = preview_stages(pipeline, plan, config, batches, at_once=at_once)
+    answers = [slurm.check_script(text) for text in _scripts(pipeline, config, batches)]
+    return Preview(
+        stages=stages,
+        at_once=at_once,
+        num_accepted=answers.count(""),
+        refused=tuple(dict.fromkeys(filter(None, answers))),
+    )
+
+
+def batches_by_stage(
+    pipeline: AnyPipeline, plan: Plan, config: RunConfig, max_array: int | None
+) -> dict[str, tuple[Batch, ...]]:
+    """Pack every stage as if all stages before it were done.
+
+    Args:
+        pipeline: the pipeline.
+        plan: plan of the config.
+        config: config of the run.
+        max_array: maximum number of tasks in one array; None for processes of this machine.
+    """
     rates = {stage.name: 1.0 / stage.rate(config) for stage in pipeline.stages}
-    on_slurm = executor == "slurm"
-    max_array = (config.slurm.max_array or slurm.max_array_size()) if on_slurm else None
     policy = Policy.unlimited(config, max_array)
-    num_tasks: dict[str, int] = {}
-    resources: dict[str, str] = {}
-    refused: dict[str | None, None] = {}
+    batches = {}
     done: set[str] = set()
     for stage in pipeline.stages:
         keys = {shard.key for shard in plan.stage(stage.name)}
         others = frozenset(plan.shards) - keys
         situation = Situation(done=frozenset(done), active=others - done, seconds_per_work=rates)
-        batches = decide(plan, situation, policy).batches
+        batches[stage.name] = decide(plan, situation, policy).batches
         done |= keys
-        num_tasks[stage.name] = sum(len(batch.tasks) for batch in batches)
-        if not batches:
-            resources[stage.name] = ""
-            continue
-        resources[stage.name] = (
-            _describe(batches[0], config, stage.uses_device)
-            if on_slurm
-            else (f"{config.threads} thread{'s' * (config.threads > 1)}")
+    return batches
+
+
+def preview_stages(
+    pipeline: AnyPipeline,
+    plan: Plan,
+    config: RunConfig,
+    batches: Mapping[str, Sequence[Batch]],
+    *,
+    at_once: int,
+    ranks_count: bool = False,
+    asks: bool = True,
+) -> tuple[StagePreview, ...]:
+    """Describe every stage; a pure function.
+
+    Args:
+        pipeline: the pipeline.
+        plan: plan of the config.
+        config: config of the run.
+        batches: arrays of each stage, from `batches_by_stage`.
+        at_once: most tasks of a stage that run at once.
+        ranks_count: whether a task with several ranks takes the places of as many tasks.
+        asks: whether tasks ask Slurm for resources; on this machine they do not.
+    """
+    asked_for = plan.stages_until(config.until)
+    rows = []
+    for stage in pipeline.stages:
+        shards, rate = plan.stage(stage.name), stage.rate(config)
+        requests = [f"{config.threads} thread{'s' * (config.threads > 1)}"] if shards else []
+        if asks:
+            of_batches = [
+                array_resources(config, batch, stage.uses_device) for batch in batches[stage.name]
+            ]
+            requests = [describe(resources) for resources in of_batches]
+        tasks = [
+            (
+                _seconds_until_end([(plan.shards[key].work / rate, 1) for key in keys], batch.pack),
+                batch.nodes * batch.ranks_per_node if ranks_count else 1,
+            )
+            for batch in batches[stage.name]
+            for keys in batch.tasks
+        ]
+        work = sum(shard.work * shard.arm.nodes * shard.arm.ranks_per_node for shard in shards)
+        row = StagePreview(
+            folder=pipeline.folders[stage.name],
+            num_shards=len(shards),
+            num_tasks=len(tasks),
+            rank_hours=work / rate / 3600,
+            num_bytes=sum(shard.num_bytes for shard in shards),
+            wall_s=_seconds_until_end(tasks, at_once),
+            requests=tuple(dict.fromkeys(requests)),
+            starts=stage.name in asked_for,
         )
-        if on_slurm:
-            refused[slurm.check_script(_script(batches[0], config, stage.uses_device))] = None
-    if on_slurm and config.slurm.advance_from == "gate":
-        refused[slurm.check_script(_gate_script(config))] = None
-    return Preview(num_tasks=num_tasks, resources=resources, refused=tuple(filter(None, refused)))
+        rows.append(row)
+    return tuple(rows)
+
+
+def _seconds_until_end(jobs: Sequence[tuple[float, int]], num_places: int) -> float:
+    """Return after how many seconds the last job ends if each starts, in turn, as soon as it can.
+
+    Args:
+        jobs: seconds that a job takes and the number of places that it needs; if there are fewer,
+            it takes all.
+        num_places: number of places.
+    """
+    free_at = [0.0] * min(num_places, sum(needed for _, needed in jobs))
+    for seconds, needed in jobs:
+        taken = [heapq.heappop(free_at) for _ in range(min(needed, len(free_at)))]
+        for _ in taken:
+            heapq.heappush(free_at, max(taken) + seconds)
+    return max(free_at, default=0.0)
+
+
+def describe(resources: Resources) -> str:
+    """Describe what a task asks Slurm for, such as `2x4: 8 cores 256 GB 4 GPUs 24 h`.
+
+    Cores are those of each rank; memory and GPUs are those of each of two nodes with four ranks.
+    Options of sbatch that the config gives replace the words for the same resources.
+    """
+    nodes, ranks, cores = resources.nodes, resources.ranks_per_node, resources.cpus_per_task
+    gpus, minutes = resources.gpus_per_node, resources.time_min
+    words: dict[str, str] = {
+        "nodes": f"{nodes}x{ranks}:" if nodes * ranks > 1 else "",
+        "ntasks-per-node": f"pack {resources.pack}:" if resources.pack > 1 else "",
+        "cpus-per-task": f"{cores} core{'s' * (cores > 1)}",
+        "mem": f"{resources.mem_gb:g} GB" if resources.mem_gb else "",
+        "gpus-per-node": f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else "",
+        "time": f"{minutes:g} min" if minutes % 60 else f"{minutes / 60:g} h",
+        "partition": f"on {resources.partition}" if resources.partition else "",
+    }
+    for option, value in resources.sbatch.items():
+        words[option] = f"{option}={value}" if value is not None else ""
+    return " ".join(filter(None, words.values()))
+
+
+def _scripts(
+    pipeline: AnyPipeline, config: RunConfig, batches: Mapping[str, Sequence[Batch]]
+) -> Iterable[str]:
+    """Yield a script for each kind of array of each stage, and that of the gate."""
+    from kdhpc.cluster.batch_script import batch_script  # submitit loads only where it is needed
+
+    for stage in pipeline.stages:
+        kinds = {(b.nodes, b.ranks_per_node, b.pack): b for b in reversed(batches[stage.name])}
+        for batch in kinds.values():
+            yield batch_script(
+                name=f"{batch.stage}.{config.name}.dry-run",
+                command="true",
+                num_tasks=min(len(batch.tasks), config.slurm.max_parallel),
+                resources=array_resources(config, batch, stage.uses_device),
+            )
+    if config.slurm.advance_from == "gate":
+        gate = gate_resources(config.slurm, {})
+        yield batch_script(name="gate.dry-run", command="true", num_tasks=None, resources=gate)
 
 
 def check_jobs(preview: Preview) -> None:
@@ -67,41 +217,6 @@ def check_jobs(preview: Preview) -> None:
     """
     if preview.refused:
         raise InputError(f"Slurm would refuse: {'; '.join(preview.refused)}")
-
-
-def _describe(batch: Batch, config: RunConfig, uses_device: bool) -> str:
-    """Describe the resources of an array to people."""
-    resources = array_resources(config, batch, uses_device)
-    words = [
-        f"{batch.nodes} x {batch.ranks_per_node} ranks"
-        if batch.nodes * batch.ranks_per_node > 1
-        else "",
-        f"{resources.cpus_per_task} cores",
-        f"{resources.gpus_per_node} GPUs a node" if resources.gpus_per_node else "",
-        f"{resources.mem_gb:g} GB" if resources.mem_gb else "",
-        f"{resources.time_min:g} min",
-        f"on {resources.partition}" if resources.partition else "",
-    ]
-    return ", ".join(word for word in words if word)
-
-
-def _script(batch: Batch, config: RunConfig, uses_device: bool) -> str:
-    from kdhpc.cluster.batch_script import batch_script  # submitit loads only where it is needed
-
-    first = replace(batch, tasks=batch.tasks[: config.slurm.max_parallel])
-    return batch_script(
-        name=f"{batch.stage}.{config.name}.dry-run",
-        command="true",
-        num_tasks=len(first.tasks),
-        resources=array_resources(config, batch, uses_device),
-    )
-
-
-def _gate_script(config: RunConfig) -> str:
-    from kdhpc.cluster.batch_script import batch_script
-
-    gate = gate_resources(config.slurm, {})
-    return batch_script(name="gate.dry-run", command="true", num_tasks=None, resources=gate)
 
 
 def check_partitions(config: RunConfig) -> None:

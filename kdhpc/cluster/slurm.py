@@ -294,17 +294,22 @@ def cancel(job_ids: Sequence[str]) -> None:
 
 
 def check_script(text: str) -> str | None:
-    """Return why Slurm could never start the jobs of a script, or None; no job is made.
+    """Ask Slurm whether it could start the jobs of a script; no job is made.
 
-    For a job that is submitted held, sbatch itself checks less. A full queue, and a controller that
-    does not answer, are no objections.
+    For a job that is submitted held, sbatch itself checks less.
+
+    Returns:
+        Slurm's objection; empty if it has none, and None if it did not say, because its controller
+        does not answer or the queue is full.
     """
     try:
         answer = _run(["sbatch", "--test-only"], text=text)
     except ClusterError:
         return None
+    if answer.returncode == 0:
+        return ""
     lost = any(text in answer.stderr.lower() for text in _LOST_ANSWERS)
-    if answer.returncode == 0 or lost or is_over_limit(answer.stderr):
+    if lost or is_over_limit(answer.stderr):
         return None
     return _all_lines(answer.stderr)
 

@@ -1,12 +1,21 @@
-"""Estimates that --dry-run prints for the language experiment: which batches fit into memory."""
+"""Estimates that --dry-run prints for the language experiment: speeds, and batches that fit."""
 
 from collections.abc import Iterator
 
-from kdhpc.config.language import LanguageConfig
+from kdhpc.config.language import TOKENS_PER_S, LanguageConfig
 from kdhpc.models.sizes import SamplingMemory
 
 OF_MEMORY = 0.9
 """Fraction of the memory that a batch may take; the process and fragmentation take the rest."""
+
+
+def estimates(config: LanguageConfig) -> Iterator[str]:
+    """Yield a line about the speeds that times come from, and one for each sampled model."""
+    yield (
+        "speeds are guesses until shards are done: throughput.STAGE, or "
+        f"{TOKENS_PER_S:g} tokens/s per rank"
+    )
+    yield from batches_that_fit(config)
 
 
 def batches_that_fit(config: LanguageConfig) -> Iterator[str]:
