@@ -58,12 +58,14 @@ def main(arguments: list[str]) -> int:
     if options.json:
         print(status.as_json())
     elif options.watch:
-        with Live(status_view(status), console=console(), refresh_per_second=1) as live:
+        out = console()
+        with Live(status_view(status), console=out, refresh_per_second=1, transient=True) as live:
             while state.situation.active or state.queued:
                 time.sleep(2)
                 state = look(run)
                 status = status_of(run, state)
                 live.update(status_view(status))
+        out.print(status_view(status))
     else:
         console().print(status_view(status))
     return 0 if status.complete else 1
