@@ -3,8 +3,11 @@
 import dataclasses
 import functools
 import math
+import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 import pytest
@@ -216,3 +219,16 @@ def test_fields_of_every_run_are_checked_first_and_can_be_checked_alone() -> Non
 def test_a_mark_that_no_check_knows_is_an_error() -> None:
     with pytest.raises(TypeError, match="no check knows"):
         list(out_of_bounds(3, Annotated[int, "even"], "key"))
+
+
+def test_the_cluster_file_of_the_first_day_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "first-day.md").read_text()
+    [text] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    configs = Path(shutil.copytree(presets.CONFIGS_DIR, tmp_path / "configs"))
+    (configs / "cluster" / "mysite.yaml").write_text(text)
+    monkeypatch.setattr(presets, "CONFIGS_DIR", configs)
+    config = presets.build(LanguageConfig, presets.compose(["tiny", "cluster=mysite"]))
+    slurm = LANGUAGE.checked(config).slurm
+    assert (slurm.time_min, slurm.stages["train-on-truth"].time_min) == (120, 1440)
