@@ -318,9 +318,13 @@ def test_a_partition_that_does_not_exist_is_refused_and_nothing_is_written(
 
 def test_a_dry_run_asks_slurm_and_creates_nothing(tmp_path: Path) -> None:
     words = [f"runs_dir={tmp_path}/r", "--dry-run"]
-    assert "8-merge" in launch("sweep", "tiny", "slurm.mem_gb=1", *words).stdout
+    planned = launch("sweep", "tiny", "slurm.mem_gb=1", *words).stdout
+    assert "8-merge" in planned
+    # Eight stages and the gate.
+    assert "sbatch --test-only passed for 9 scripts" in planned
     refused = launch("sweep", "tiny", "slurm.cpus_per_task=99", *words, code=2)
     assert "Slurm would refuse" in refused.stderr
+    assert "--test-only passed" not in refused.stdout
     assert not (tmp_path / "r").exists()
     assert queue() == []
 
