@@ -57,8 +57,9 @@ def main(arguments: list[str]) -> int:
     executor = Ledger(run.path).requests()[-1].executor
     request = {"kind": "rerun", "executor": executor, "stage": options.stage, "keys": keys}
     damaged = look(run).situation.damaged if options.put_aside else run.scan().damaged
+    stage = f"{options.stage}/" if options.stage else ""
     for key in damaged:
-        if keys is None or key in keys:
+        if (keys is None or key in keys) and key.startswith(stage):
             run.quarantine(key)
     if executor == "local":
         with runs.launcher_lock(run):
@@ -104,6 +105,8 @@ def chosen(run: Run, plan: Plan, stage: str | None, shards: str | None) -> tuple
             "--shards: expected --stage too, because shards are numbered within a stage"
         )
     planned = plan.stage(stage)
+    if not planned:
+        raise InputError(f"--stage {stage}: this run has no shards of that stage")
     keys = []
     for part in shards.split(","):
         first, _, last = part.partition("-")

@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
         out.print(status_view(status))
     else:
         console().print(status_view(status))
-    return 0 if status.complete else 1
+    return 0 if status.finished else 1
 
 
 if __name__ == "__main__":

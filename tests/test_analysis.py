@@ -126,4 +126,6 @@ def test_a_run_is_analysed_by_name_folder_or_file_and_a_partial_look_replaces_no
     assert all(path.with_name(f"partial-{path.name}").stat().st_size for path in whole)
     refused = analyse("tinny", tmp_path)
     assert refused.returncode == 2
-    assert refused.stderr == ("error: tinny: no run of this name in runs/; expected one of tiny\n")
+    assert refused.stderr == (
+        "error: tinny: no run of this name in runs/ or noted elsewhere; expected one of tiny\n"
+    )

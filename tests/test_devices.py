@@ -37,6 +37,14 @@ VIEWS = (
 """Operators that start no kernel."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _deepspeed_has_seen_this_machine() -> None:
+    """DeepSpeed looks for GPUs once in a process; let that be before a test pretends some."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator()
+
+
 def show_gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: number)

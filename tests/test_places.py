@@ -40,7 +40,10 @@ def test_every_command_finds_a_run_whose_place_the_clusters_yaml_says(
     launch("sweep", *words, project=str(project))
     assert (tmp_path / "state/kdhpc/runs").read_text() == f"{tmp_path}/scratch/light\n"
     refused = launch("status", "ligth", project=str(project), code=2)
-    assert refused.stderr == "error: ligth: no run of this name in runs/; expected one of light\n"
+    assert (
+        refused.stderr
+        == "error: ligth: no run of this name in runs/ or noted elsewhere; expected one of light\n"
+    )
 
 
 def test_a_forgotten_cluster_starts_no_second_run(project: Path, tmp_path: Path) -> None:

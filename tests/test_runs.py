@@ -12,16 +12,17 @@ import pytest
 from commands import assert_light_complete, launch, need, status
 from light import PIPELINE, LightConfig
 
-from kdhpc.cluster import local, runs, slurm
+from kdhpc.cluster import failures, local, planning, runs, slurm
 from kdhpc.cluster.advance import _failures_of, advance
-from kdhpc.cluster.decide import Batch
+from kdhpc.cluster.decide import Batch, Changes
 from kdhpc.cluster.display import note_ignored_variables
 from kdhpc.cluster.gate import tell
 from kdhpc.cluster.ledger import Job, Ledger, Submission
 from kdhpc.cluster.observe import _held, observe
-from kdhpc.cluster.resources import gate_resources
+from kdhpc.cluster.resources import array_resources, gate_resources
 from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import status_of
+from kdhpc.errors import InputError
 
 
 @pytest.fixture
@@ -108,6 +109,56 @@ def test_a_cancel_by_the_user_is_one_whatever_the_task_said_last(
         assert (failure.key, failure.kind) == (key, kind)
 
 
+def test_a_rerun_takes_a_resource_away_with_null(run: Run, config: LightConfig) -> None:
+    asked = planning.resource_overrides(["slurm.mem_gb=null", "slurm.partition=null"], config)
+    batch = Batch(
+        stage="make", tasks=(("a",),), nodes=1, ranks_per_node=1, changes=Changes(asked=asked)
+    )
+    slurm_ = dataclasses.replace(config.slurm, partition="p")
+    resources = array_resources(dataclasses.replace(config, slurm=slurm_), batch, False)
+    assert (resources.mem_gb, resources.partition) == (None, None)
+
+
+def test_a_task_that_cancel_ended_is_cancelled_even_without_accounting(
+    run: Run, config: LightConfig
+) -> None:
+    runs.add_request(run, config, kind="sweep", executor="slurm")
+    key = "make/arm/00000"
+    ended = slurm.Ended(state=failures.BY_CANCEL, exit_code="", node="")
+    [failure] = _failures_of(run, Ledger(run.path), submitted(((key,),)), 0, [key], ended)
+    assert (failure.kind, failure.message) == ("CANCELLED", "was cancelled by cancel.py")
+
+
+def test_only_the_stage_that_is_asked_for_is_put_aside(tmp_path: Path) -> None:
+    words = ["pipeline=light:PIPELINE", "cluster=local", f"runs_dir={tmp_path}", "name=x"]
+    launch("sweep", *words)
+    for name in ("1-make", "2-square"):
+        next((tmp_path / "x" / name / "arm").glob("00000.*.txt")).write_text("damage")
+    launch("rerun", str(tmp_path / "x"), "--stage", "square", code=1)
+    assert len(list((tmp_path / "x" / "2-square").rglob("*.damaged-*"))) == 1
+    assert not list((tmp_path / "x" / "1-make").rglob("*.damaged-*"))
+
+
+def test_more_processes_than_gpus_of_a_node_are_refused() -> None:
+    for words, named in (
+        (
+            ["slurm.pack=4", "slurm.gpus_per_node=2"],
+            "slurm.pack=4: expected at most",
+        ),
+        (["slurm.gpus_per_node=2", "slurm.stages.score.pack=3"], "slurm.stages.score.pack=3"),
+    ):
+        with pytest.raises(InputError, match=named):
+            runs.from_words(["tiny", *words])
+    runs.from_words(["tiny", "slurm.pack=4", "slurm.gpus_per_node=4"])
+    runs.from_words(["tiny", "slurm.pack=4"])
+
+
+def test_a_stage_of_another_pipeline_may_stand_in_the_file_of_a_cluster() -> None:
+    runs.from_words(["mixture", "cluster=sites/jean_zay"])
+    with pytest.raises(InputError, match=r"slurm\.stages\.nope: no such stage"):
+        runs.from_words(["mixture", "slurm.stages.nope.mem_gb=1"])
+
+
 def test_a_gate_follows_a_rerun_to_another_partition_but_keeps_its_size(
     config: LightConfig,
 ) -> None:
@@ -116,6 +167,10 @@ def test_a_gate_follows_a_rerun_to_another_partition_but_keeps_its_size(
     assert (gate.partition, gate.account) == ("other", "me")
     assert (gate.mem_gb, gate.time_min, gate.pack) == (1.0, 10, 1)
     own = dataclasses.replace(config.slurm.gate, partition="cpu")
+    left = dataclasses.replace(config.slurm, mem_gb=None)
+    assert gate_resources(left, {}).mem_gb is None
+    typed = dataclasses.replace(left, gate=dataclasses.replace(left.gate, mem_gb=0.2))
+    assert gate_resources(typed, {}).mem_gb == 0.2
     gate = gate_resources(dataclasses.replace(config.slurm, gate=own), asked)
     assert (gate.partition, gate.account) == ("cpu", "me")
 
@@ -176,13 +231,13 @@ def test_of_a_packed_task_every_process_that_ended_early_loses_its_own_shard(
         for event in events:
             ledger.note_attempt(1, 0, key, event, process)  # type: ignore[arg-type]
     ended = slurm.Ended(state="FAILED", exit_code="137:0", node="n1")
-    failures = {f.key: f for f in _failures_of(run, ledger, submission, 0, keys[1:], ended)}
-    assert {key: failure.kind for key, failure in failures.items()} == {
+    found = {f.key: f for f in _failures_of(run, ledger, submission, 0, keys[1:], ended)}
+    assert {key: failure.kind for key, failure in found.items()} == {
         keys[1]: "LOST",
         keys[2]: "STOPPED",
         keys[3]: "LOST",
     }
-    logs = [Path(failures[key].log).name for key in keys[1:4]]
+    logs = [Path(found[key].log).name for key in keys[1:4]]
     assert logs == ["0.1.log", "0.2.log", "0.0.log"]
 
 
@@ -191,9 +246,13 @@ def test_a_local_run_ends_after_the_stage_that_was_asked_for(tmp_path: Path) -> 
     refused = launch("sweep", *words, "until=nope", code=2)
     assert "until=nope: no such stage; expected one of make, square, merge" in refused.stderr
     launch("sweep", *words, "until=make")
-    assert [stage["done"] for stage in status(tmp_path / "x", code=1)["stages"]] == [6, 0, 0]
+    report = status(tmp_path / "x", code=0)
+    assert [stage["done"] for stage in report["stages"]] == [6, 0, 0]
+    assert (report["finished"], report["complete"]) == (True, False)
     launch("rerun", str(tmp_path / "x"))
-    assert [stage["done"] for stage in status(tmp_path / "x", code=1)["stages"]] == [6, 0, 0]
+    assert [stage["done"] for stage in status(tmp_path / "x", code=0)["stages"]] == [6, 0, 0]
+    explained = launch("status", str(tmp_path / "x"), "--explain", "square/arm/00000", code=1)
+    assert "run sweep.py without until=make" in explained.stdout
     launch("sweep", *words)
     assert_light_complete(tmp_path / "x", 6)
 
@@ -239,6 +298,10 @@ def test_every_local_process_has_a_gpu_of_its_own(run: Run, config: LightConfig)
     assert (pool.num_free, pool.fits(batch), pool._free_slots(1)) == (2, False, [2])
     pool.tasks = [task(0, 2, 3)]
     assert (pool.num_free, pool._free_slots(1)) == (1, [1])
+    pool.tasks, pool.broken = [], {0, 2}
+    assert (pool.num_free, pool._free_slots(3)) == (2, [1, 3, 0])
+    pool.broken = {0, 1, 2, 3}
+    assert (pool.num_free, pool.fits(batch)) == (1, True)
 
 
 def test_the_words_of_a_gate_that_died_are_shown(run: Run, config: LightConfig) -> None:

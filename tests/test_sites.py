@@ -95,6 +95,31 @@ def test_a_full_queue_is_told_from_a_request_that_can_never_run(
     assert isinstance(refused.value, slurm.RefusedError) != over_limit
 
 
+FULL = "Batch job submission failed: Resource temporarily unavailable"
+NO_NODE = "allocation failure: Requested node configuration is not available"
+
+
+@pytest.mark.parametrize(
+    ("said", "states", "objection"),
+    [
+        ("", "idle\\n", ""),
+        (NO_NODE, "idle\\nmixed\\nallocated\\n", NO_NODE),
+        (NO_NODE, "idle\\ndrained\\n", None),
+        (NO_NODE, "down*\\nidle\\n", None),
+        (NO_NODE, "idle*\\n", None),
+        (FULL, "idle\\n", None),
+        ("sbatch: error: Unable to contact slurm controller", "idle\\n", None),
+        ("sbatch: error: Invalid qos specification", "down\\n", "Invalid qos specification"),
+    ],
+)
+def test_what_may_pass_is_no_objection_to_a_script(
+    program: Path, said: str, states: str, objection: str | None
+) -> None:
+    install(program, "sbatch", err=f"{said}\\n", code=1 if said else 0)
+    install(program, "sinfo", out=states)
+    assert slurm.check_script("#!/bin/sh\n") == objection
+
+
 def test_everything_that_sbatch_said_is_shown(program: Path, tmp_path: Path) -> None:
     first = "sbatch: error: a memory request is not allowed here"
     last = "sbatch: error: Batch job submission failed: Memory specification invalid"

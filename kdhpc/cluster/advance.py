@@ -152,8 +152,12 @@ def _record_unexplained(run: Run, ledger: Ledger, state: State) -> bool:
         time.sleep(2.5)  # accounting lags behind the queue
         ended = slurm.accounting(job_ids)
     recorded = False
+    last_cancel = max((r.number for r in ledger.requests() if r.kind == "cancel"), default=0)
     for (job_id, index), (submission, keys) in unexplained.items():
-        task_end = ended.get((job_id, index), slurm.Ended(state="", exit_code="", node=""))
+        # Accounting may be late to tell of a cancel, or absent.
+        word = failures.BY_CANCEL if submission.request < last_cancel else ""
+        unknown = slurm.Ended(state=word, exit_code="", node="")
+        task_end = ended.get((job_id, index), unknown)
         for failure in _failures_of(run, ledger, submission, index, keys, task_end):
             recorded |= ledger.add_failure(failure)
     return recorded

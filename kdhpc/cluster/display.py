@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console, Group
@@ -156,7 +157,9 @@ def status_view(status: Status) -> Group:
         first = f" (first: {cause.shards[0]})" if len(cause.shards) > 1 else ""
         parts.append(Text(f"{cause.kind} in {count}{first}: {cause.message}", style="red"))
         parts += [Text(f"    {line}", style="dim") for line in cause.last_lines]
-        parts.append(Text(f"  log: {cause.log}\n  what to do: {cause.advice}"))
+        if Path(cause.log).is_file():  # what Slurm refused has none
+            parts.append(Text(f"  log: {cause.log}"))
+        parts.append(Text(f"  what to do: {cause.advice}"))
     for key, reason in status.damaged.items():
         parts.append(Text(f"DAMAGED {key}: {reason}; {DAMAGE_ADVICE}", style="red"))
     return Group(*parts)

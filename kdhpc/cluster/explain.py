@@ -250,4 +250,8 @@ def _advice(state: State, key: str, failures: dict[int, Failure]) -> str:
     if state.situation.active:
         return "nothing: it starts by itself"
     missing = [read for read in state.plan.shards[key].reads if read not in state.situation.done]
-    return f"status.py RUN --explain {missing[0]}" if missing else "run sweep.py again"
+    if missing:
+        return f"status.py RUN --explain {missing[0]}"
+    until = state.config.until
+    later = state.plan.shards[key].stage not in state.plan.stages_until(until)
+    return f"run sweep.py without until={until}" if later else "run sweep.py again"

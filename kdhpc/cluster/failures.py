@@ -125,6 +125,8 @@ SLURM_STATES = {
     "REVOKED": "CANCELLED",
 }
 
+BY_CANCEL = "CANCELLED by cancel.py"
+"""State of a task that cancel.py has ended and of which accounting does not tell."""
 RANK_GONE = re.compile(
     r"connection (reset|closed) by|broken pipe|ncclRemoteError|ncclSystemError", re.IGNORECASE
 )
@@ -162,7 +164,7 @@ with the signal as its exit code, and `137:0` if a later srun ended with 128 + s
 STARTED = ": started"
 """End of the line that begins a shard's attempt in the log of its task."""
 BROKEN_EXIT_CODE = 76
-"""Exit code of a task whose process cannot use its GPU any more."""
+"""Exit code of a process that does no more, because its GPU failed or was refused to it."""
 STOPPED_EXIT_CODE = 75
 """Exit code of a task that was told to stop and did so between shards or at a checkpoint."""
 
@@ -218,6 +220,8 @@ def of_slurm(state: str, exit_code: str, *, started: bool) -> tuple[str, str]:
         Class and message.
     """
     word = re.split(r"[ +]", state)[0]
+    if state == BY_CANCEL:
+        return "CANCELLED", "was cancelled by cancel.py"
     if word in SLURM_STATES:
         return SLURM_STATES[word], f"Slurm says {state}"
     if exit_code.startswith(f"{STOPPED_EXIT_CODE}:"):

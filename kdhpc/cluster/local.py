@@ -136,6 +136,8 @@ class _Pool:
         self.run, self.config, self.ledger = run, config, ledger
         self.num_gpus = num_gpus(config)
         self.size = num_workers(config, self.num_gpus)
+        self.broken: set[int] = set()
+        """Slots whose GPU has failed."""
         self.tasks: list[_Task] = []
         self.spare: list[_Worker] = []
 
@@ -158,7 +160,8 @@ class _Pool:
     def num_free(self) -> int:
         """How many more tasks of one rank may run now."""
         used = [worker for task in self.tasks for worker in task.workers]
-        return self.size - len(used if self.num_gpus else self.tasks)
+        size = max(1, self.size - len(self.broken))
+        return size - len(used if self.num_gpus else self.tasks)
 
     def fits(self, batch: Batch) -> bool:
         """Return whether a task of this array can start now; if nothing runs, any can."""
@@ -170,7 +173,9 @@ class _Pool:
         if not self.num_gpus:
             return list(range(count))
         busy = {worker.slot for task in self.tasks for worker in task.workers}
-        slots = [slot for slot in range(len(busy) + count) if slot not in busy][:count]
+        free = [slot for slot in range(self.size + count) if slot not in busy]
+        # The GPUs of broken slots come last; more processes than GPUs share them.
+        slots = sorted(free, key=lambda s: (s >= self.size, s in self.broken, s))[:count]
         for worker in [worker for worker in self.spare if worker.slot in slots]:
             self.spare.remove(worker)
             worker.close()
@@ -182,6 +187,8 @@ class _Pool:
             self.tasks.remove(task)
             _finish(task, self.run, self.ledger)
             broken = failures.BROKEN_EXIT_CODE in task.codes.values()
+            if broken and self.num_gpus:
+                self.broken |= {worker.slot for worker in task.workers}
             if len(task.workers) == 1 and task.workers[0].process.poll() is None and not broken:
                 self.spare += task.workers
             else:

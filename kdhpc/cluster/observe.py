@@ -195,10 +195,13 @@ def _held(
     }
     to_release: set[str] = set()
     by_user: set[str] = set()
+    booted: float | None = None
     for task in queued:
         if task.name in numbers and task.reason == slurm.HELD_BY_USER:
             released = released_at.get(numbers[task.name])
-            forgotten = released is None or 0 < slurm.boot_time() - released < FORGETS_S
+            if released is not None and booted is None:
+                booted = slurm.boot_time()
+            forgotten = released is None or 0 < (booted or 0.0) - released < FORGETS_S
             (to_release if forgotten else by_user).add(task.job_id)
         elif task.name in numbers and task.reason in slurm.HELD_BY_SLURM:
             to_release.add(task.job_id)

@@ -57,16 +57,18 @@ def locate(name: str, runs_dir: str | None = None) -> Path:
     Raises:
         InputError: if there is no such run, or runs in several places have this name.
     """
-    if Path(name).is_dir():
+    is_path = Path(name).is_dir() and (os.sep in name or (Path(name) / "run.json").is_file())
+    if is_path and (runs_dir is None or os.sep in name):
         return Path(name).resolve()
     known = _known() if runs_dir is None else _runs_in(Path(runs_dir))
     paths = _of_name(name, known)
     if not paths:
         names = ", ".join(sorted({path.name for path in known}))
         expected = f"one of {names}" if names else "the path of a run"
-        raise InputError(
-            f"{name}: no run of this name in {runs_dir or DEFAULT_DIR}/; expected {expected}"
-        )
+        if os.sep in name:
+            raise InputError(f"{name}: no such folder; expected {expected}")
+        where = f"{runs_dir}/" if runs_dir else f"{DEFAULT_DIR}/ or noted elsewhere"
+        raise InputError(f"{name}: no run of this name in {where}; expected {expected}")
     if len(paths) > 1:
         raise InputError(
             f"{name}: runs in several places have this name; expected the path of one: "

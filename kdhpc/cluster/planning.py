@@ -64,12 +64,13 @@ def preview(pipeline: AnyPipeline, plan: Plan, config: RunConfig, executor: str)
     batches = batches_by_stage(pipeline, plan, config, max_array)
     at_once = config.slurm.max_parallel
     stages = preview_stages(pipeline, plan, config, batches, at_once=at_once)
-    answers = [slurm.check_script(text) for text in _scripts(pipeline, config, batches)]
+    scripts = _scripts(pipeline, plan, config, batches)
+    answers = [(what, slurm.check_script(text)) for what, text in scripts]
     return Preview(
         stages=stages,
         at_once=at_once,
-        num_accepted=answers.count(""),
-        refused=tuple(dict.fromkeys(filter(None, answers))),
+        num_accepted=sum(answer == "" for _, answer in answers),
+        refused=tuple(f"{what}: {answer}" for what, answer in answers if answer),
     )
 
 
@@ -190,23 +191,26 @@ def describe(resources: Resources) -> str:
 
 
 def _scripts(
-    pipeline: AnyPipeline, config: RunConfig, batches: Mapping[str, Sequence[Batch]]
-) -> Iterable[str]:
-    """Yield a script for each kind of array of each stage, and that of the gate."""
+    pipeline: AnyPipeline, plan: Plan, config: RunConfig, batches: Mapping[str, Sequence[Batch]]
+) -> Iterable[tuple[str, str]]:
+    """Yield what is asked for and its script: each kind of array that starts, and the gate."""
     from kdhpc.cluster.batch_script import batch_script  # submitit loads only where it is needed
 
-    for stage in pipeline.stages:
+    for stage in map(pipeline.stage, plan.stages_until(config.until)):
         kinds = {(b.nodes, b.ranks_per_node, b.pack): b for b in reversed(batches[stage.name])}
         for batch in kinds.values():
-            yield batch_script(
+            resources = array_resources(config, batch, stage.uses_device)
+            text = batch_script(
                 name=f"{batch.stage}.{config.name}.dry-run",
                 command="true",
                 num_tasks=min(len(batch.tasks), config.slurm.max_parallel),
-                resources=array_resources(config, batch, stage.uses_device),
+                resources=resources,
             )
+            yield f"{stage.name} ({describe(resources)})", text
     if config.slurm.advance_from == "gate":
         gate = gate_resources(config.slurm, {})
-        yield batch_script(name="gate.dry-run", command="true", num_tasks=None, resources=gate)
+        text = batch_script(name="gate.dry-run", command="true", num_tasks=None, resources=gate)
+        yield f"gate ({describe(gate)})", text
 
 
 def check_jobs(preview: Preview) -> None:
@@ -216,7 +220,11 @@ def check_jobs(preview: Preview) -> None:
         InputError: if there are any; the message has Slurm's words.
     """
     if preview.refused:
-        raise InputError(f"Slurm would refuse: {'; '.join(preview.refused)}")
+        more = f"; and {len(preview.refused) - 1} more" if len(preview.refused) > 1 else ""
+        raise InputError(
+            f"Slurm would refuse {preview.refused[0]}{more}; change slurm, slurm.stages or "
+            "slurm.gate"
+        )
 
 
 def check_partitions(config: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from kdhpc.cluster import slurm
 from kdhpc.cluster.decide import Batch
@@ -73,6 +74,9 @@ def array_resources(config: RunConfig, batch: Batch, uses_device: bool) -> Resou
     asked = dict(changes.asked)
     exclude = (resources.exclude, asked.pop("exclude", None), *changes.avoid)
     resources = _with(resources, asked)
+    # What rerun takes away with null, such as memory, is left to the site.
+    nothing: dict[str, Any] = {name: None for name, value in asked.items() if value is None}
+    resources = replace(resources, **nothing)
     time_min, mem_gb = resources.time_min, resources.mem_gb
     if changes.time_factor > 1:
         limit_min = slurm.time_limit_min(resources.partition)
@@ -100,7 +104,7 @@ def gate_resources(limits: Slurm, asked: Mapping[str, Json]) -> Resources:
     """
     resources = Resources(
         time_min=10,
-        mem_gb=1.0,
+        mem_gb=None if limits.mem_gb is None else 1.0,
         cpus_per_task=1,
         account=limits.account,
         partition=limits.partition,
@@ -115,8 +119,7 @@ def gate_resources(limits: Slurm, asked: Mapping[str, Json]) -> Resources:
     )
     kept = {"time_min", "mem_gb", "cpus_per_task", "gpus_per_node", "pack"}
     resources = _with(resources, {k: v for k, v in asked.items() if k not in kept})
-    resources = replace(_with(resources, vars(limits.gate)), pack=1)
-    return replace(resources, mem_gb=None) if limits.mem_gb is None else resources
+    return replace(_with(resources, vars(limits.gate)), pack=1)
 
 
 def _with(resources: Resources, changes: Mapping[str, Json]) -> Resources:

@@ -25,6 +25,8 @@ _LIMIT_REASON = re.compile(r"\b(?:QOS|Assoc|Max)\w*(?:Limit|PerUser|PerAccount)\
 """Name of the limit that a request exceeds, which sbatch prints before its last line."""
 _POLICY_VIOLATED = "job violates accounting/qos policy"
 """What sbatch says of every limit, of a full queue and of a request that can never run."""
+_CONTROLLER_FULL = ("resource temporarily unavailable", "temporarily unable to accept")
+"""What sbatch says while the whole cluster has as many jobs as it may."""
 _QUEUE_FORMAT = "%A|%F|%K|%T|%r|%j"
 """Fields of squeue: job id, id of the array, index, state, reason, name."""
 _ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
@@ -252,7 +254,7 @@ def is_over_limit(message: str) -> bool:
     """
     if reason := _LIMIT_REASON.search(message):
         return "submit" in reason[0].lower()
-    return _POLICY_VIOLATED in message.lower()
+    return any(text in message.lower() for text in (_POLICY_VIOLATED, *_CONTROLLER_FULL))
 
 
 _FOUND_ID = re.compile(r"^(\d+)(?:_\S+)?\s*$", re.MULTILINE)
@@ -296,11 +298,12 @@ def cancel(job_ids: Sequence[str]) -> None:
 def check_script(text: str) -> str | None:
     """Ask Slurm whether it could start the jobs of a script; no job is made.
 
-    For a job that is submitted held, sbatch itself checks less.
+    For a job that is submitted held, sbatch itself checks less. That no node fits may be because
+    nodes are down or drained, so it is an objection only while all nodes are in use.
 
     Returns:
         Slurm's objection; empty if it has none, and None if it did not say, because its controller
-        does not answer or the queue is full.
+        does not answer, the queue is full, or nodes are missing.
     """
     try:
         answer = _run(["sbatch", "--test-only"], text=text)
@@ -311,7 +314,19 @@ def check_script(text: str) -> str | None:
     lost = any(text in answer.stderr.lower() for text in _LOST_ANSWERS)
     if lost or is_over_limit(answer.stderr):
         return None
+    if "not available" in answer.stderr and _nodes_are_missing():
+        return None
     return _all_lines(answer.stderr)
+
+
+def _nodes_are_missing() -> bool:
+    """Return whether any node is in a state in which Slurm starts no jobs on it."""
+    states = _run(["sinfo", "--all", "--noheader", "--format=%T"]).stdout.lower().split()
+    return any(not state.startswith(_STATES_IN_USE) or state.endswith("*") for state in states)
+
+
+_STATES_IN_USE = ("idle", "mix", "alloc", "comp", "plan", "resv", "reserved")
+"""First letters of the states of nodes in use; a `*` at the end says that the node is silent."""
 
 
 def ignored_variables() -> list[str]:

@@ -74,6 +74,8 @@ class Status:
     """Seconds until the end at the present pace; None if nothing is running or nothing is left."""
     live: tuple[str, ...]
     """Lines about the progress of the shards that tasks are working on."""
+    finished: bool = False
+    """Whether everything that is asked for is done: all stages, or those up to `until`."""
     logical_digest: str = ""
     """Logical digest of the merged results; empty until every planned shard is done."""
     queue_unknown: bool = False
@@ -129,6 +131,7 @@ def status_of(run: Run, state: State) -> Status:
         notes=tuple(_notes(run, state, failures)),
         eta_s=_eta(stages, state),
         live=_live(run, state),
+        finished=state.finished,
         logical_digest=_logical_digest(run, state),
         queue_unknown=bool(state.queue_error),
     )
@@ -206,6 +209,7 @@ def _stalled(run: Run, state: State) -> Iterator[str]:
         key
         for key, shard in state.plan.shards.items()
         if shard.stage in asked_for
+        and (situation.only is None or key in situation.only)
         and key not in situation.done
         and key not in state.decision.blocked
         and all(read in situation.done for read in shard.reads)
@@ -276,7 +280,8 @@ def _log_of(run: Run, state: State, failure: Failure) -> tuple[str, tuple[str, .
 
 
 def _eta(stages: Sequence[StageStatus], state: State) -> float | None:
-    left = sum(stage.seconds_left for stage in stages)
+    asked_for = len(state.plan.stages_until(state.config.until))
+    left = sum(stage.seconds_left for stage in [s for s in stages if s.planned][:asked_for])
     if not left or not state.running:
         return None
     if state.request.executor == "local":

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from kdhpc.cluster import slurm
 from kdhpc.cluster.decide import Batch
@@ -19,6 +18,7 @@ from kdhpc.cluster.ledger import Failure, Job, Ledger, Submission
 from kdhpc.cluster.observe import State
 from kdhpc.cluster.resources import Resources, array_resources, gate_resources
 from kdhpc.cluster.runs import Run
+from kdhpc.config.run import RunConfig
 from kdhpc.errors import ClusterError
 
 
@@ -35,7 +35,7 @@ def submit(run: Run, ledger: Ledger, state: State, batch: Batch) -> bool:
     """
     limits = state.config.slurm
     uses_device = run.pipeline.stage(batch.stage).uses_device
-    resources = array_resources(state.config, batch, uses_device)
+    resources = _possible_resources(state.config, batch, uses_device)
     with_gate = limits.advance_from == "gate"
     gate = gate_resources(limits, batch.changes.asked) if with_gate else None
     number = max((s.number for s in ledger.submissions()), default=0) + 1
@@ -81,9 +81,34 @@ def submit(run: Run, ledger: Ledger, state: State, batch: Batch) -> bool:
     if not ledger.settle(number, Job(job_id=ids[0], gate_id=ids[1] if ids[1:] else None)):
         slurm.cancel(ids)
         return False
+    if ledger.requests()[-1].kind == "cancel":  # typed meanwhile: it has not seen these jobs
+        slurm.cancel(ids)
+        return False
     slurm.release(ids)
     ledger.note_released(number)
     return True
+
+
+def _possible_resources(config: RunConfig, batch: Batch, uses_device: bool) -> Resources:
+    """Return the resources of an array, without the remedies if no node has what they ask for.
+
+    Otherwise the array would wait for ever, and what went wrong before would be forgotten.
+    """
+    from kdhpc.cluster.batch_script import batch_script
+
+    resources = array_resources(config, batch, uses_device)
+    changes = batch.changes
+    if changes.time_factor == changes.mem_factor == 1 and not changes.avoid:
+        return resources
+    text = batch_script(
+        name="test", command="true", num_tasks=len(batch.tasks), resources=resources
+    )
+    objection = slurm.check_script(text)
+    if not objection:
+        return resources
+    print(f"{batch.stage}: without its remedies, because of {objection}", file=sys.stderr)
+    same = replace(changes, time_factor=1.0, mem_factor=1.0, avoid=())
+    return array_resources(config, replace(batch, changes=same), uses_device)
 
 
 def _newest(state: State) -> int:
@@ -112,7 +137,6 @@ def _sbatch(
     )
     path = run.path / "submissions" / f"{submission.number:04d}.sh"
     path.write_text(text)
-    _check(path, text)
     if gate is None:
         return [slurm.submit_held(path, submission.name, folder / "%a.log")]
     words = ["kdhpc.cluster.gate", str(run.path)]
@@ -123,7 +147,6 @@ def _sbatch(
         return batch_script(name=name, command=command, num_tasks=None, resources=resources)
 
     gate_path = path.with_suffix(".gate.sh")
-    _check(gate_path, gate_script(gate))
     ids = [slurm.submit_held(path, submission.name, folder / "%a.log")]
     gate_path.write_text(gate_script(replace(gate, dependency=f"afterany:{ids[0]}")))
     try:
@@ -132,16 +155,6 @@ def _sbatch(
         slurm.cancel(ids)
         raise
     return ids
-
-
-def _check(path: Path, text: str) -> None:
-    """Refuse a script whose jobs could never start.
-
-    Raises:
-        RefusedError: if Slurm says so.
-    """
-    if objection := slurm.check_script(text):
-        raise slurm.RefusedError(f"sbatch refused {path}: {objection}")
 
 
 def _command(run: Run, code: str, words: list[str], prefix: Sequence[str]) -> str:

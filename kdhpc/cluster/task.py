@@ -248,7 +248,10 @@ def _attempt(
             ledger.add_failure(failure)
         print(f"{shard.key}: failed: {message}", flush=True)
         note("ended")
-        return failures.BROKEN_EXIT_CODE if failures.breaks_process(error) else 1
+        # What one process of a packed task is refused, such as its GPU, it would be refused again.
+        broken = kind == "REFUSED" and place.process is not None
+        broken |= failures.breaks_process(error)
+        return failures.BROKEN_EXIT_CODE if broken else 1
     outcome = "published" if won else "another attempt published first"
     print(f"{shard.key}: {outcome} after {time.time() - started:.1f} s", flush=True)
     note("ended")

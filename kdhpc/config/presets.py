@@ -92,28 +92,43 @@ def build(config_class: type[T], values: dict[str, Json]) -> T:
     return cast(T, built)
 
 
-def _with_minutes(values: dict[str, Json]) -> dict[str, Json]:
-    """Return the same values with every time of a key `..._min` in minutes."""
+def _with_minutes(values: dict[str, Json], key: str = "") -> dict[str, Json]:
+    """Return the same values with every time of a key `..._min` in minutes.
+
+    Args:
+        values: a part of a config.
+        key: key of the part, with a dot at its end; empty for a whole config.
+    """
     return {
-        name: _with_minutes(value)
+        name: _with_minutes(value, f"{key}{name}.")
         if isinstance(value, dict)
-        else _minutes(value)
+        else _minutes(f"{key}{name}", value)
         if isinstance(value, str) and name.endswith("_min")
         else value
         for name, value in values.items()
     }
 
 
-def _minutes(text: str) -> Json:
-    """Convert a time as sbatch has it to minutes, rounded up; return any other text as it is."""
+def _minutes(name: str, text: str) -> Json:
+    """Convert a time as sbatch has it to minutes, rounded up; return a number as it is.
+
+    Raises:
+        InputError: if it is neither.
+    """
     found = DAYS.fullmatch(text) or CLOCK.fullmatch(text)
     if found is None:
-        return text
+        if NUMBER.fullmatch(text):
+            return text
+        raise InputError(
+            f"{name}={text}: expected minutes, or a time as sbatch has it, such as 90, 1:30:00 or "
+            "2-0 (two days)"
+        )
     parts = {unit: int(part or 0) for unit, part in found.groupdict().items()}
     seconds = sum(SECONDS[unit] * number for unit, number in parts.items())
     return math.ceil(seconds / 60)
 
 
+NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|[-+]?(inf|nan)", re.IGNORECASE)
 DAYS = re.compile(
     r"(?P<days>\d+)-(?P<hours>[01]?\d|2[0-3])(:(?P<minutes>[0-5]?\d))?(:(?P<s>[0-5]?\d))?"
 )

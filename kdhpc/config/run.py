@@ -77,8 +77,9 @@ class Slurm:
     """Any options of srun, such as [--gpu-bind=none]."""
     stages: dict[str, StageResources] = field(default_factory=dict)
     """Resources by stage name; they override the fields above."""
-    gate: StageResources = field(default_factory=lambda: StageResources(time_min=10, mem_gb=1.0))
-    """Resources of the gate, the small job after each array that submits what has become ready."""
+    gate: StageResources = field(default_factory=lambda: StageResources(time_min=10))
+    """Resources of the gate, the small job after each array that submits what has become ready. It
+    gets 1 GB of memory, if `mem_gb` is given at all."""
     max_parallel: Count = 64
     """Largest number of tasks of one array that run at once."""
     max_array: Count | None = None
@@ -168,6 +169,7 @@ def run_problems(config: RunConfig) -> Iterator[str]:
     if len(name.encode(errors="surrogateescape")) > MAX_NAME_BYTES:
         yield f"name={name!r}: expected at most {MAX_NAME_BYTES} bytes"
     yield from _sbatch_problems(config.slurm)
+    yield from _pack_problems(config.slurm)
 
 
 def _sbatch_problems(slurm: Slurm) -> Iterator[str]:
@@ -183,6 +185,17 @@ def _sbatch_problems(slurm: Slurm) -> Iterator[str]:
                     f"{owner}.sbatch.{name}: expected the long name of an option without its "
                     "hyphens, such as reservation"
                 )
+
+
+def _pack_problems(slurm: Slurm) -> Iterator[str]:
+    """Yield where more processes than GPUs would share a node with several GPUs."""
+    packs = {"slurm": (slurm.pack, slurm.gpus_per_node)}
+    for name, stage in slurm.stages.items():
+        gpus = slurm.gpus_per_node if stage.gpus_per_node is None else stage.gpus_per_node
+        packs[f"slurm.stages.{name}"] = stage.pack or 1, gpus
+    for key, (pack, gpus) in packs.items():
+        if pack > gpus > 1:
+            yield f"{key}.pack={pack}: expected at most gpus_per_node={gpus}, one for each process"
 
 
 def check_run(config: RunConfig) -> None:

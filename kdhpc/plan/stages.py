@@ -103,7 +103,8 @@ class Pipeline(Generic[C]):
         if config.until is not None:
             stages[f"until={config.until}"] = config.until
         for key, stage in stages.items():
-            if stage not in self.folders:
+            # A cluster's file serves all pipelines.
+            if stage not in self.folders and (key.startswith("until") or stage not in _known()):
                 names = ", ".join(self.folders)
                 raise InputError(f"{key}: no such stage; expected one of {names}")
         refuse(out_of_bounds(config, self.config))
@@ -126,6 +127,15 @@ class Pipeline(Generic[C]):
 
 AnyPipeline: TypeAlias = Pipeline[Any]
 """A pipeline whose class of config its user does not need to know."""
+
+
+def _known() -> set[str]:
+    """Return the names of all stages of kdhpc's own pipelines; they may be absent."""
+    try:
+        pipelines = importlib.import_module(HOME).PIPELINES.values()
+    except ImportError:
+        return set()
+    return {stage.name for pipeline in pipelines for stage in pipeline.stages}
 
 
 def find_pipeline(name: str) -> AnyPipeline:

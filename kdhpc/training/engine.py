@@ -91,9 +91,10 @@ def load_deepspeed(device: torch.device) -> Any:
     """Import DeepSpeed for a device, without log lines.
 
     DeepSpeed takes the ordinal of its GPU from LOCAL_RANK, and the kind of its device from
-    DS_ACCELERATOR or, if that is not set, from what the node has. Both are made to say what
-    `devices.pick_device` picked. A DS_ACCELERATOR that was set is kept, because vendors whose
-    devices appear as `cuda` in torch have names of their own there.
+    DS_ACCELERATOR or, if that is not set, from what the node has. LOCAL_RANK is made to say what
+    `devices.pick_device` picked, and DS_ACCELERATOR if that is the CPU. A DS_ACCELERATOR that was
+    set is kept, because vendors whose devices appear as `cuda` in torch have names of their own
+    there.
 
     Raises:
         InputError: if DS_ACCELERATOR was set to a kind of device that was not picked.

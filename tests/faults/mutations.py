@@ -51,7 +51,7 @@ MUTATIONS: dict[str, tuple[list[Edit], str]] = {
         "test_a_process_of_a_packed_task_dies_alone",
     ),
     "a user's hold is released": (
-        [("kdhpc/cluster/observe.py", "released is None or", "True or")],
+        [("kdhpc/cluster/observe.py", "forgotten = released is None or", "forgotten = True or")],
         "test_what_a_user_holds_stays_held",
     ),
     "--open-mode=append goes": (

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -89,6 +90,24 @@ def test_a_rerun_right_after_a_cancel_goes_on(scenario: Scenario) -> None:
     scenario.rerun()
     scenario.wait()
     scenario.assert_whole(reruns=1, least=0)
+
+
+@pytest.mark.scenario(22)
+def test_a_cancel_while_sbatch_is_slow_leaves_nothing_running(scenario: Scenario) -> None:
+    begun = scenario.folder / "begun"
+    script = f'case "$*" in *--hold*) touch {begun}; sleep 4;; esac; exec $real "$@"'
+    path = wrapper(scenario.folder / "bin", "sbatch", script)
+    scenario.inject("cancel.py while sbatch is at work; then rerun.py")
+    sweep = threading.Thread(target=scenario.sweep, kwargs={"PATH": path})
+    sweep.start()
+    wait_for(begun.exists, "sbatch to begin")
+    launch("cancel", str(scenario.run))
+    sweep.join()
+    wait_for(lambda: not queue(), "the end of what was submitted")
+    assert not scenario.starts()
+    scenario.rerun()
+    scenario.wait()
+    scenario.assert_whole(reruns=0)
 
 
 @pytest.mark.scenario(22)
