@@ -332,7 +332,7 @@ TYPED_FOR_MIXTURE: dict[str, Case] = {
         f"{SETTING}.fit_points=100",
         "multiple of modes=8",
     ),
-    "unknown stage": ("slurm.stages.score.mem_gb=3", "slurm.stages.score", "fit-students"),
+    "unknown stage": ("slurm.stages.fit.mem_gb=3", "slurm.stages.fit", "fit-students"),
 }
 
 
