@@ -19,7 +19,14 @@ from kdhpc.storage.files import Digest, digest_of
 from kdhpc.storage.hdf5 import read_pieces
 from kdhpc.storage.results import ScorePieces, logical_digest, read_results, write_results
 from kdhpc.storage.score_shards import Scores, read_scores, write_scores
-from kdhpc.storage.token_shards import ROW_COLUMNS, Samples, read_samples, write_samples
+from kdhpc.storage.token_shards import (
+    ROW_COLUMNS,
+    Samples,
+    id_type,
+    map_token_rows,
+    read_samples,
+    write_samples,
+)
 
 
 def samples(num_rows: int = 7, width: int = 5) -> Samples:
@@ -51,6 +58,28 @@ def test_token_shards_open_in_datasets_alone(tmp_path: Path) -> None:
     )
     assert np.array_equal(np.array(dataset["ids"]), written.ids)
     assert np.array_equal(dataset["length"], written.length)
+
+
+def test_ids_of_a_large_vocabulary_are_kept_whole(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, 2**18, (7, 5)).astype(np.uint32)
+    for name in ("a", "b"):
+        write_samples(tmp_path / f"{name}.arrow", replace(samples(), ids=ids), {})
+    paths = [tmp_path / "a.arrow", tmp_path / "b.arrow"]
+    assert np.array_equal(read_samples(paths).ids, np.concatenate([ids, ids]))
+    rows = map_token_rows(paths)[np.array([8, 0])]
+    assert rows.dtype == np.uint32
+    assert np.array_equal(rows, ids[[1, 0]])
+    with pa.memory_map(str(paths[0])) as source:
+        assert pa.ipc.open_stream(source).schema.field("ids").type.value_type == pa.uint32()
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"), [(257, np.uint16), (65536, np.uint16), (65537, np.uint32)]
+)
+def test_ids_have_the_smallest_type_that_holds_the_vocabulary(size: int, kind: type) -> None:
+    assert id_type(size) is kind
+    assert np.iinfo(kind).max >= size - 1
 
 
 def test_shards_are_joined_in_order(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from kdhpc.sampling.draws import DRAWS, Gumbel, InverseCdf, philox, select
 from kdhpc.sampling.native import NativeDecoder
 from kdhpc.sampling.sampler import Sampler, sample
 from kdhpc.scoring.counting import Counting
+from kdhpc.scoring.scorer import score
 from kdhpc.selection import Selection
 
 CPU = torch.device("cpu")
@@ -67,6 +68,16 @@ DECODERS: dict[str, Any] = {
     "native": lambda model, *sizes: NativeDecoder(llama_of(model), *sizes),
     "transformers": lambda model, *sizes: TransformersDecoder(TransformersModel(model), *sizes),
 }
+
+
+def test_ids_beyond_16_bits_are_drawn_and_scored() -> None:
+    model = small_model(70_000, 6, shape=replace(SHAPE, hidden=16, init_std=0.02))
+    drawn = draw(model, length=6)
+    assert drawn.ids.dtype == np.uint32
+    assert drawn.ids.max() > 2**16
+    counting = Counting(num_prompt=2, eos=0, count_eos=True)
+    scored = score(llama_of(model), drawn, counting=counting, batch_rows=32, head_tokens=64)
+    assert np.allclose(scored.log_prob_sum, drawn.log_prob_sum, atol=1e-3)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

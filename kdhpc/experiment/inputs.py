@@ -5,7 +5,6 @@ Files are found and fetched on the login node, so that compute nodes need no net
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,30 +86,12 @@ def local_fingerprint(source: Path, name: str) -> str:
             f"truth.model={name}: expected a folder with config.json, tokenizer.json "
             "and *.safetensors"
         )
-    if source.is_dir():
-        _check_vocabulary(source / "config.json", name)
     total = hashlib.sha256()
     for file in files:
         if file.suffix in {".json", ".safetensors", ".gguf"}:
             with file.open("rb") as opened:
                 total.update(hashlib.file_digest(opened, "sha256").digest())
     return total.hexdigest()
-
-
-def _check_vocabulary(path: Path, name: str) -> None:
-    from kdhpc.storage.token_shards import MAX_VOCAB_SIZE
-
-    try:
-        vocab_size = int(json.loads(path.read_text()).get("vocab_size", 0))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"truth.model={name}: its config.json is not readable ({error})"
-        ) from error
-    if vocab_size > MAX_VOCAB_SIZE:
-        raise InputError(
-            f"truth.model={name}: has {vocab_size} token ids; token shards hold ids below "
-            f"{MAX_VOCAB_SIZE}"
-        )
 
 
 def _fetch(model: str, revision: str) -> str:
@@ -126,7 +107,6 @@ def _fetch(model: str, revision: str) -> str:
             f"truth.model={model}: not in the cache and cannot be fetched "
             f"({' '.join(str(error).split())[:200]}); expected a hub id that this node can reach"
         ) from error
-    _check_vocabulary(Path(path) / "config.json", model)
     return f"commit:{Path(path).name}"
 
 

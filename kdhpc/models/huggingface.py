@@ -65,6 +65,7 @@ class TransformersModel:
         self.model = model.eval().requires_grad_(False)
         self.kind = str(model.config.model_type)
         self.device, self.dtype = model.device, model.dtype
+        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
 
     @classmethod
     def load(cls, path: Path, *, dtype: str, device: torch.device) -> "TransformersModel":

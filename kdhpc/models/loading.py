@@ -23,6 +23,8 @@ class LanguageModel(Protocol):
     """The model type, as transformers names it; `llama` for kdhpc's own Llama."""
     device: torch.device
     dtype: torch.dtype
+    vocab_size: int
+    """Number of ids, V."""
 
     @property
     def head(self) -> Linear:

@@ -8,7 +8,7 @@ captured once for each bucket of positions and then replayed.
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from kdhpc.sampling.decoding import Decoder, bucket_of, decoder_for
 from kdhpc.sampling.draws import DRAWS, Draw
 from kdhpc.scoring.counting import Counting
 from kdhpc.selection import Selection
-from kdhpc.storage.token_shards import Samples
+from kdhpc.storage.token_shards import Ids, Samples, id_type
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Sampler:
         """
         self.device = device = model.device
         self.prompt, self.batch_rows = torch.tensor(prompt_ids, device=device), batch_rows
-        self.counting = counting
+        self.counting, self.id_type = counting, id_type(model.vocab_size)
         self.decoder, self.draw = _parts(model, batch_rows, length, selection, draw, engine)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.ids = torch.zeros((length, batch_rows), dtype=torch.int64, device=device)
@@ -93,7 +93,7 @@ class Sampler:
                     break
                 self._replay(bucket_of(position, self.device, length))
         return Samples(
-            ids=self.ids.T.cpu().numpy().astype(np.uint16),
+            ids=cast(Ids, self.ids.T.cpu().numpy().astype(self.id_type)),
             length=self.length.cpu().numpy().copy(),
             log_prob_sum=self.log_prob.cpu().numpy().copy(),
             log_prob_tau_sum=self.log_prob_tau.cpu().numpy().copy(),

@@ -7,15 +7,16 @@ A token shard opens without this project:
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdhpc.errors import DamagedError
 
-MAX_VOCAB_SIZE = 2**16
-"""Token ids are stored as uint16."""
+Ids: TypeAlias = NDArray[np.uint16] | NDArray[np.uint32]
+"""Token ids, in the smallest of the two types that holds every id of the vocabulary."""
+ID_TYPES = (np.uint16, np.uint32)
 ROW_COLUMNS = {"length": np.int32, "log_prob_sum": np.float64, "log_prob_tau_sum": np.float64}
 
 
@@ -23,7 +24,7 @@ ROW_COLUMNS = {"length": np.int32, "log_prob_sum": np.float64, "log_prob_tau_sum
 class Samples:
     """Sequences and their log-probabilities under their sampler."""
 
-    ids: NDArray[np.uint16]
+    ids: Ids
     """[N, L] token ids, the prompt first; values beyond a row's length are undefined."""
     length: NDArray[np.int32]
     """[N] number of tokens: the prompt, the drawn tokens, and the end token if it was drawn."""
@@ -38,6 +39,11 @@ class Samples:
     def __getitem__(self, rows: slice) -> "Samples":
         """Return some of the sequences as views, without copying."""
         return Samples(**{name: array[rows] for name, array in vars(self).items()})
+
+
+def id_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
+    """Return the type in which the ids of a vocabulary are stored."""
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
 def write_samples(path: Path, samples: Samples, metadata: Mapping[str, str]) -> None:
@@ -81,7 +87,7 @@ def read_samples(paths: Sequence[Path]) -> Samples:
 class TokenRows:
     """Token ids of several shards as one array [N, L], mapped into memory, never copied whole."""
 
-    parts: tuple[NDArray[np.uint16], ...]
+    parts: tuple[Ids, ...]
     """Token ids [n_i, L] of each shard."""
     length: NDArray[np.int32]
     """[N] number of tokens in each row."""
@@ -89,11 +95,11 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.length)
 
-    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.uint16]:
+    def __getitem__(self, rows: NDArray[np.int64]) -> Ids:
         """Copy the rows with the given indices [n] into an array [n, L]."""
         ends = np.cumsum([len(part) for part in self.parts])
         part_index = np.searchsorted(ends, rows, side="right")
-        ids = np.empty((len(rows), self.parts[0].shape[1]), np.uint16)
+        ids = np.empty((len(rows), self.parts[0].shape[1]), self.parts[0].dtype)
         for index in np.unique(part_index):
             part = self.parts[index]
             start = ends[index] - len(part)
@@ -120,7 +126,7 @@ def _read_sample_shard(path: Path) -> Samples:
     try:
         with pa.memory_map(str(path)) as source:
             table = pa.ipc.open_stream(source).read_all()
-        ids = _numbers(_contiguous(table["ids"]).values, np.uint16)
+        ids = _numbers(_contiguous(table["ids"]).values, *ID_TYPES)
         rows: dict[str, Any] = {
             name: _numbers(_contiguous(table[name]), dtype) for name, dtype in ROW_COLUMNS.items()
         }
@@ -134,11 +140,14 @@ def _contiguous(column: Any) -> Any:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def _numbers(array: Any, dtype: type) -> NDArray[Any]:
+def _numbers(array: Any, *dtypes: type) -> NDArray[Any]:
     """View an Arrow array of numbers without copying; Arrow's own `to_numpy` imports pandas."""
     import pyarrow as pa
 
-    if array.type != pa.from_numpy_dtype(dtype) or array.null_count:
-        raise ValueError(f"expected {np.dtype(dtype)}, found {array.type}")
+    fitting = [dtype for dtype in dtypes if array.type == pa.from_numpy_dtype(dtype)]
+    if not fitting or array.null_count:
+        expected = " or ".join(str(np.dtype(dtype)) for dtype in dtypes)
+        raise ValueError(f"expected {expected}, found {array.type}")
+    [dtype] = fitting
     start = array.offset * np.dtype(dtype).itemsize
     return np.frombuffer(array.buffers()[1], dtype, len(array), start)

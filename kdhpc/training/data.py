@@ -14,13 +14,14 @@ from torch import Tensor, distributed
 from kdhpc import seeding
 from kdhpc.config.model import Training
 from kdhpc.scoring.counting import Counting
+from kdhpc.storage.token_shards import Ids
 from kdhpc.training.schedule import Schedule
 
 
 class Rows(Protocol):
     """Token ids [N, L] that can be read by row: an array, or shards mapped into memory."""
 
-    def __getitem__(self, rows: NDArray[np.int64], /) -> NDArray[np.uint16]: ...
+    def __getitem__(self, rows: NDArray[np.int64], /) -> Ids: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
 """The stages that sample sequences from a model.
 
 reads   a model checkpoint
-writes  token shards: ids [N, L] uint16, length [N] int32, log_prob_sum [N] float64 (nats, at
-        temperature 1) and log_prob_tau_sum [N] float64 (nats, under the distribution that was
-        drawn from)
+writes  token shards: ids [N, L] uint16 (uint32 if the model has more than 65,536 of them),
+        length [N] int32, log_prob_sum [N] float64 (nats, at temperature 1) and log_prob_tau_sum [N]
+        float64 (nats, under the distribution that was drawn from)
 """
 
 import functools
@@ -16,7 +16,7 @@ from kdhpc.plan.stages import Stage
 from kdhpc.selection import Selection
 from kdhpc.storage.work import Work, Written
 
-WRITES = "token shards: ids [N, L] uint16, length [N], log-probability sums [N] in nats"
+WRITES = "token shards: ids [N, L] uint16 or uint32, length [N], log-probability sums [N] in nats"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,8 +83,6 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
 def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
     """Train p* on a corpus, or convert or copy a finished model into the run."""
     from kdhpc.models import devices, huggingface, loading
-    from kdhpc.models.tokenizer import Tokenizer
-    from kdhpc.storage.token_shards import MAX_VOCAB_SIZE
 
     truth, model = work.config.truth, _trained_truth(work.config)
     if model is not None:
@@ -110,12 +108,6 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
         huggingface.convert_gguf(Path(source), path, dtype=dtype)
     else:
         huggingface.copy_model(source, commit or truth.revision, path, dtype=dtype)
-    vocab_size = Tokenizer(path).size
-    if vocab_size > MAX_VOCAB_SIZE:
-        raise InputError(
-            f"truth.model={truth.model}: has {vocab_size} token ids; token shards hold ids below "
-            f"{MAX_VOCAB_SIZE}"
-        )
     return Written(path=path, num_rows=1, stats={"parameters": loading.count_parameters(path)})
 
 
