@@ -9,9 +9,7 @@ import torch
 from commands import need
 from models_for_tests import SHAPE, llama_of, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from kdhpc.errors import InputError
 from kdhpc.models.huggingface import TransformersModel
 from kdhpc.sampling import native
 from kdhpc.sampling.sampler import Sampler, sample
@@ -67,18 +65,6 @@ def test_memory_does_not_grow_with_vocabulary_times_length() -> None:
     with Look():  # type: ignore[no-untyped-call]
         token_log_probs(model, ids, head_tokens=10**6)
     assert 64 * 3000 < largest <= CPU_HEAD_TOKENS * 3000
-
-
-def test_a_model_with_capped_logits_is_refused() -> None:
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
-    model = Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=300, num_attention_heads=4, num_key_value_heads=2,
-            final_logit_softcapping=30.0, **shape,
-        )
-    )  # fmt: skip
-    with pytest.raises(InputError, match="gemma2: its logits are not"):
-        token_log_probs(TransformersModel(model), torch.randint(0, 300, (2, 8)), head_tokens=8)
 
 
 def test_padding_changes_no_score() -> None:

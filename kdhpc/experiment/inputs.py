@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kdhpc.config.language import LanguageConfig, Truth, language_problems
 from kdhpc.errors import DamagedError, InputError
-from kdhpc.experiment import arms
+from kdhpc.experiment import arms, given
 
 
 def problems(config: LanguageConfig) -> Iterator[str]:
@@ -42,13 +42,17 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
         source = Path(resolve_model(truth.model))
         if source.suffix == ".gguf" or source.is_dir():
             fingerprint = local_fingerprint(source, truth.model)
+            if source.is_dir():
+                given.check_folder(source, f"truth.model={truth.model}", length=config.length)
         elif str(source).startswith((".", "/", "~")) or truth.model.count("/") != 1:
             raise InputError(
                 f"truth.model={truth.model}: no such file or folder, and not a hub id; expected "
                 "one of these, or truth.model=train"
             )
         else:
-            fingerprint = _fetch(truth.model, truth.revision)
+            folder = _fetch(truth.model, truth.revision)
+            given.check_folder(folder, f"truth.model={truth.model}", length=config.length)
+            fingerprint = f"commit:{folder.name}"
     if truth.fingerprint and truth.fingerprint != fingerprint:
         raise InputError(
             f"truth.fingerprint={truth.fingerprint[:12]}: the fingerprint is now "
@@ -94,8 +98,8 @@ def local_fingerprint(source: Path, name: str) -> str:
     return total.hexdigest()
 
 
-def _fetch(model: str, revision: str) -> str:
-    """Download a model from the hub, show progress, and return its commit."""
+def _fetch(model: str, revision: str) -> Path:
+    """Download a model from the hub, show progress, and return its folder, named by its commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -107,7 +111,7 @@ def _fetch(model: str, revision: str) -> str:
             f"truth.model={model}: not in the cache and cannot be fetched "
             f"({' '.join(str(error).split())[:200]}); expected a hub id that this node can reach"
         ) from error
-    return f"commit:{Path(path).name}"
+    return Path(path)
 
 
 def resolve_model(model: str) -> str:

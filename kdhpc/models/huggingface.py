@@ -54,10 +54,6 @@ def new_model(
         return LlamaForCausalLM(config)
 
 
-MORE_THAN_A_PRODUCT = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Fields of transformers' configs by which some architectures cap or scale their logits."""
-
-
 class TransformersModel:
     """Adapts any causal language model of transformers to `kdhpc.models.loading.LanguageModel`."""
 
@@ -87,27 +83,46 @@ class TransformersModel:
         """Function from hidden states [N, H] to float32 logits [N, V].
 
         Raises:
-            InputError: if the model adds a bias to its logits, or caps or scales them.
+            InputError: if the model computes its logits in a way that is not known here.
         """
-        weight = self.model.get_output_embeddings().weight
-        config = self.model.config
-        extras = [
-            name for name in MORE_THAN_A_PRODUCT if getattr(config, name, None) not in (None, 1.0)
-        ]
-        ids = torch.arange(8, device=self.device)[None] % config.vocab_size
-        products = self.hidden(ids).double() @ weight.double().T
-        logits = self.model(ids, use_cache=False).logits.double()
-        if extras or (logits - products).abs().max() > 0.02 * products.abs().max():
+        head = _logits_of(self.model)
+        ids = torch.arange(8, device=self.device)[None] % self.vocab_size
+        own = self.model(ids, use_cache=False).logits.float()
+        largest = own.abs().max()
+        if (own - head(self.hidden(ids)[0])).abs().max() > 0.02 * largest:
             raise InputError(
-                f"model type {self.kind}: its logits are not the product of its hidden states and "
-                "its head; expected an architecture without logit bias, cap or scale"
+                f"model type {self.kind}: its logits are not what kdhpc computes from its hidden "
+                "states; expected a product with the head, and a bias, factor or soft cap"
             )
-        return frozen_head(weight)
+        return head
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Return the last hidden states [B, L, H] under causal attention over ids [B, L]."""
         states: Tensor = self.model.base_model(ids, use_cache=False).last_hidden_state
         return states
+
+
+def _logits_of(model: PreTrainedModel) -> Linear:
+    """Return the function from hidden states [N, H] to float32 logits [N, V].
+
+    Besides the product with the head, some architectures have a bias (GPT-J, Phi), divide or
+    multiply by a constant (Granite, Cohere), or cap the logits softly (Gemma 2).
+    """
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    product, bias = frozen_head(layer.weight), getattr(layer, "bias", None)
+    factor = getattr(config, "logit_scale", None) or 1.0
+    factor /= getattr(config, "logits_scaling", None) or 1.0
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def logits(x: Tensor) -> Tensor:
+        out = product(x)
+        if bias is not None:
+            out = out + bias.float()
+        if factor != 1.0:
+            out = out * factor
+        return out if cap is None else torch.tanh(out / cap) * cap
+
+    return logits
 
 
 def save_model(model: PreTrainedModel, tokenizer_path: Path, path: Path) -> None:
@@ -131,33 +146,85 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     )
 
 
-def convert_gguf(path: Path, out: Path, *, dtype: str) -> None:
-    """Dequantise a GGUF file and save it as an ordinary checkpoint folder with its tokenizer."""
-    from transformers import GgufConfig
+def take_model(source: str, revision: str, out: Path, *, dtype: str, key: str) -> None:
+    """Save a finished model and its tokenizer as an ordinary checkpoint folder.
 
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=DTYPES[dtype],
-    )
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
+    Rows of the embedding and of the head beyond the tokenizer's ids are cut off: no text has such
+    an id, so it must have no probability.
 
-
-def copy_model(source: str, revision: str, out: Path, *, dtype: str) -> None:
-    """Save a model from a Hugging Face folder or an already fetched hub id as a checkpoint folder.
+    Args:
+        source: a Hugging Face folder, an already fetched hub id, or a GGUF file, which is
+            dequantised.
+        revision: revision of a hub id.
+        out: the new folder.
+        dtype: dtype in which the weights are stored.
+        key: key of the config that names the model, for errors.
 
     Raises:
-        InputError: if the source is not a model with a tokenizer.
+        InputError: if it is not a model with a tokenizer, or not a whole one; names what is wrong.
     """
     options: dict[str, Any] = {"revision": revision, "local_files_only": True}
+    weights: dict[str, Any] = {"use_safetensors": True}
+    place = source
+    if source.endswith(".gguf"):
+        from transformers import GgufConfig
+
+        place, options = str(Path(source).parent), {"gguf_file": Path(source).name}
+        weights = {"quantization_config": GgufConfig(dequantize=True)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], use_safetensors=True, **options
+        model, report = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=DTYPES[dtype],
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the report names them
+            **options,
+            **weights,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"truth.model={source}: not a model with a tokenizer ({error})") from error
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        message = " ".join(str(error).split())
+        raise InputError(f"{key}={source}: not a model with a tokenizer ({message})") from error
+    _check_whole(f"{key}={source}", dict(report))
+    _cut_to_tokenizer(f"{key}={source}", model, tokenizer)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def _check_whole(name: str, report: dict[str, Any]) -> None:
+    """Refuse a checkpoint that lacks tensors, which would be filled at random, or has others.
+
+    Args:
+        name: what names the model in the config.
+        report: what transformers says about loading it.
+
+    Raises:
+        InputError: names the first tensor and how many there are.
+    """
+    for kind, what in {
+        "missing_keys": "has no tensor",
+        "unexpected_keys": "has a tensor that its architecture does not have:",
+        "mismatched_keys": "has a tensor of another shape than its config.json says:",
+    }.items():
+        found = report.get(kind) or ()
+        if names := sorted(name if isinstance(name, str) else name[0] for name in found):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise InputError(f"{name}: {what} {names[0]}{more}; expected a whole checkpoint")
+
+
+def _cut_to_tokenizer(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Cut the rows of embedding and head that no id of the tokenizer has.
+
+    Raises:
+        InputError: if the tokenizer has ids without such a row.
+    """
+    num_ids = max(tokenizer.get_vocab().values()) + 1
+    num_rows = model.get_output_embeddings().weight.shape[0]
+    if num_rows < num_ids:
+        raise InputError(
+            f"{name}: its tokenizer has {num_ids} ids, and the model {num_rows} rows of logits; "
+            "expected a model with a row for every id"
+        )
+    if num_rows > num_ids:
+        model.resize_token_embeddings(num_ids)

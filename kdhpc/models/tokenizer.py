@@ -76,8 +76,8 @@ class Tokenizer:
             )
         self.eos: int = eos
         """Id of the end-of-sequence token."""
-        self.size: int = self._tokenizer.get_vocab_size()
-        """Number of ids."""
+        self.size: int = max(self._tokenizer.get_vocab().values()) + 1
+        """Number of ids; one more than the largest, as some tokenizers leave ids out."""
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return the ids of the prompt, without special tokens.

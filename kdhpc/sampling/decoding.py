@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdhpc.models import attention
-from kdhpc.models.devices import Linear
+from kdhpc.models.devices import Linear, exact_matmuls
 from kdhpc.models.llama import Llama, turn
 from kdhpc.models.loading import LanguageModel
+from kdhpc.scoring.likelihood import token_log_probs
 
 if TYPE_CHECKING:
     from kdhpc.models.huggingface import TransformersModel
@@ -157,17 +158,16 @@ class TransformersDecoder:
     capturable = False
 
     def __init__(self, model: "TransformersModel", rows: int, length: int) -> None:
-        self.model = model.model
+        self.body, self.head = model.model.base_model, model.head
         self.past: object | None = None
 
     def restart(self) -> None:
         self.past = None
 
     def step(self, ids: Tensor, position: Tensor, num_keys: int) -> Tensor:
-        out = self.model(ids[:, None], past_key_values=self.past, use_cache=True)
+        out = self.body(ids[:, None], past_key_values=self.past, use_cache=True)
         self.past = out.past_key_values
-        logits: Tensor = out.logits[:, -1].float()
-        return logits
+        return self.head(out.last_hidden_state[:, -1])
 
 
 def decoder_for(model: LanguageModel, rows: int, length: int) -> Decoder:
@@ -175,3 +175,31 @@ def decoder_for(model: LanguageModel, rows: int, length: int) -> Decoder:
     if isinstance(model, Llama):
         return LlamaDecoder(model, rows, length)
     return TransformersDecoder(cast("TransformersModel", model), rows, length)
+
+
+@torch.inference_mode()
+def difference_of_steps(model: LanguageModel, length: int) -> float:
+    """Return by how many nats a token's log-probability differs between steps and whole rows.
+
+    Args:
+        model: a causal language model.
+        length: number of positions of the two rows of random ids that are compared.
+
+    Returns:
+        The mean over all tokens but the first of each row; NaN if the model gives NaN.
+    """
+    rows = 2
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.vocab_size, (rows, length), generator=generator).to(model.device)
+    decoder = decoder_for(model, rows, length)
+    decoder.restart()
+    position = torch.zeros(1, dtype=torch.int64, device=model.device)
+    steps = []
+    with exact_matmuls():
+        for index in range(length - 1):
+            keys = bucket_of(index, model.device, length)
+            logits = decoder.step(ids[:, index], position, keys)
+            steps.append(logits.log_softmax(1).gather(1, ids[:, index + 1, None]))
+            position += 1
+    [whole] = token_log_probs(model, ids, head_tokens=1024)
+    return float((torch.cat(steps, 1) - whole[:, 1:]).abs().mean())

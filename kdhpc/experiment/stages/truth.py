@@ -82,6 +82,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
 
 def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
     """Train p* on a corpus, or convert or copy a finished model into the run."""
+    from kdhpc.experiment import given
     from kdhpc.models import devices, huggingface, loading
 
     truth, model = work.config.truth, _trained_truth(work.config)
@@ -104,10 +105,9 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
             f"truth.model={truth.model}: has changed since the run was submitted; expected the "
             f"files with fingerprint {truth.fingerprint[:12]}"
         )
-    if source.endswith(".gguf"):
-        huggingface.convert_gguf(Path(source), path, dtype=dtype)
-    else:
-        huggingface.copy_model(source, commit or truth.revision, path, dtype=dtype)
+    revision = commit or truth.revision
+    huggingface.take_model(source, revision, path, dtype=dtype, key="truth.model")
+    given.check_taken(path, work.config, dtype=dtype, name=f"truth.model={truth.model}")
     return Written(path=path, num_rows=1, stats={"parameters": loading.count_parameters(path)})
 
 
