@@ -21,7 +21,8 @@ def read_corpus(source: str, text_column: str) -> list[str]:
         text_column: name of the column that holds the text.
 
     Raises:
-        InputError: if the corpus cannot be read or has no such column.
+        InputError: if the corpus cannot be read, has no such column, or has no text in it. The
+            message names the first bad line.
     """
     import datasets
 
@@ -42,14 +43,58 @@ def read_corpus(source: str, text_column: str) -> list[str]:
             )
         else:
             dataset = datasets.load_dataset(source, split="train")
+        has_column = text_column in dataset.column_names
+        texts = [text for text in dataset[text_column] if text] if has_column else []
     except Exception as error:  # datasets raises its own errors, and those of pyarrow and the hub
-        raise InputError(f"truth.corpus={source}: cannot be read ({error})") from error
-    if text_column not in dataset.column_names:
+        cause = _bad_line(path) or " ".join(str(error.__cause__ or error).split())
+        raise InputError(f"truth.corpus={source}: {cause}") from error
+    if not has_column:
         raise InputError(
             f"truth.text_column={text_column}: {source} has the columns "
             f"{', '.join(dataset.column_names)}"
         )
-    return [str(text) for text in dataset[text_column] if text]
+    for text in texts:
+        if not isinstance(text, str):
+            raise InputError(
+                f"truth.text_column={text_column}: {source} holds {_kind_of(text)} there; expected "
+                "text, such as messages that were put through a chat template"
+            )
+    if not texts:
+        raise InputError(
+            f"truth.corpus={source}: none of its {len(dataset)} rows has text in the column "
+            f"{text_column}; expected documents"
+        )
+    return texts
+
+
+def _kind_of(value: object) -> str:
+    """Describe a value that is no text: lists of messages, lists, numbers."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return f"lists of {' and '.join(value[0])}"
+    return {list: "lists", dict: "keys and values", int: "numbers", float: "numbers"}.get(
+        type(value), type(value).__name__
+    )
+
+
+def _bad_line(path: Path) -> str:
+    """Describe the first line of a text or JSONL file that cannot be read; empty if all can."""
+    if path.suffix not in {".txt", ".jsonl"} or not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                return (
+                    f"line {number} is not UTF-8 (byte 0x{line[error.start]:02x} at column "
+                    f"{error.start + 1}); convert the file, for example with iconv"
+                )
+            try:
+                if path.suffix == ".jsonl" and text.strip():
+                    json.loads(text)
+            except ValueError as error:
+                return f"line {number} is not JSON, or is cut short ({error})"
+    return ""
 
 
 def _paragraphs(text: str) -> list[str]:
@@ -67,7 +112,7 @@ def _columns(path: Path) -> list[str] | None:
             return list(pyarrow.parquet.read_schema(path).names)
         except (OSError, ValueError) as error:
             raise InputError(f"truth.corpus={path}: not a Parquet file ({error})") from error
-    with path.open() as file:
+    with path.open("rb") as file:
         try:
             first = json.loads(file.readline())
         except ValueError:

@@ -132,6 +132,12 @@ def _text_corpus(truth: Truth, length: int, tokenizer: "PreTrainedTokenizerBase"
     for text in read_corpus(truth.corpus, truth.text_column):
         ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
         rows += [ids[start : start + length] for start in range(0, len(ids), length)]
+    batch = truth.training.batch_sequences if truth.training else 1
+    if len(rows) < batch:
+        raise InputError(
+            f"truth.corpus={truth.corpus}: makes {len(rows)} rows of {length} tokens; expected at "
+            f"least truth.training.batch_sequences={batch}"
+        )
     padded = np.zeros((len(rows), length), np.uint16)
     for row, ids in zip(padded, rows, strict=True):
         row[: len(ids)] = ids
