@@ -100,7 +100,7 @@ def take(source: Path, out: Path, *words: str) -> Path:
     )
     name = f"truth.model={source}"
     given.check_folder(source, name, length=config.length)
-    huggingface.take_model(str(source), "main", out, dtype="float32", key="truth.model")
+    given.take("truth", str(source), "main", "", out, dtype="float32")
     given.check_taken(out, config, dtype="float32", name=name)
     return out
 

@@ -131,12 +131,26 @@ WATCHING = (
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model that the run trains."""
+    """A teacher or student: trained by the run, from new weights or from a finished model's."""
 
-    shape: Shape
-    """Architecture of the model."""
-    training: Training
-    """How the model is trained."""
+    model: str | None = None
+    """Finished model to start from, in the form of `truth.model`; its tokenizer must have the ids
+    of the truth's. The weights are new if it is not given."""
+    revision: str = "main"
+    """Branch, tag or commit to fetch if `model` is a hub id."""
+    fingerprint: str = ""
+    """Identity of `model`, as `truth.fingerprint`."""
+    shape: Shape | None = None
+    """Architecture of a model with new weights."""
+    training: Training | None = None
+    """How the model is trained. A teacher with a `model` and without this is taken as it is."""
+    dtype: Dtype = "float32"
+    """Dtype in which a teacher that is taken as it is is stored and sampled."""
+
+    @property
+    def sampled_dtype(self) -> Dtype:
+        """Dtype in which the finished model is stored and sampled."""
+        return self.training.dtype if self.training else self.dtype
 
 
 def model_problems(
@@ -150,8 +164,19 @@ def model_problems(
         device: device that the model is trained on.
         num_sequences: number of sequences that the model is trained on; None if it is not known.
     """
+    if model.model is None and model.shape is None:
+        yield f"{key}.shape: expected an architecture, or {key}.model to start from"
+    if model.shape is not None:
+        yield from _shape_problems(f"{key}.shape", model.shape)
     training = model.training
-    yield from _shape_problems(f"{key}.shape", model.shape)
+    if training is None:
+        if model.model is None:
+            yield f"{key}.training: expected settings, because its weights are new"
+        elif key != "teacher":
+            yield f"{key}.training: expected settings; only a teacher is taken as it is"
+        return
+    if model.model is not None and training.compile:
+        yield f"{key}.training.compile=true: expected false, because it starts from {key}.model"
     yield from _schedule_problems(f"{key}.training", training)
     yield from _layout_problems(f"{key}.training", training, device)
     if num_sequences is not None and training.batch_sequences > num_sequences:

@@ -43,7 +43,7 @@ def selections(config: LanguageConfig) -> Iterator[Selection]:
 
 @dataclass(frozen=True, kw_only=True)
 class Trainee:
-    """A model that the run trains on samples."""
+    """A teacher or student, which the run trains on samples; a teacher may be taken as it is."""
 
     kind: Literal["teacher", "student"]
     seed: int
@@ -137,7 +137,7 @@ def sample_sets(config: LanguageConfig) -> Iterator[SampleSet]:
                 arm=trainee.name,
                 stream=f"student/s{trainee.seed}/{trainee.size}/{trainee.arm}/eval",
                 model=(trainee.stage, trainee.name),
-                dtype=trainee.model.training.dtype,
+                dtype=trainee.model.sampled_dtype,
                 selection=Selection(),
                 evaluation=True,
             )
@@ -152,7 +152,7 @@ def _teacher_samples(
         arm=f"{name}-{selection.name}" if evaluation else f"s{seed}-{selection.name}",
         stream=f"teacher/s{seed}/{selection.name}/{use}",
         model=(TRAIN_ON_TRUTH, name),
-        dtype=config.teacher.training.dtype,
+        dtype=config.teacher.sampled_dtype,
         selection=selection,
         evaluation=evaluation,
     )

@@ -31,7 +31,11 @@ def batches_that_fit(config: LanguageConfig) -> Iterator[str]:
         return
     rows = config.sampling.batch_rows
     sampled = {"teacher": config.teacher, **config.students}
-    shapes = {name: (model.shape, model.training.dtype) for name, model in sampled.items()}
+    shapes = {
+        name: (model.shape, model.sampled_dtype)
+        for name, model in sampled.items()
+        if model.shape and not model.model
+    }
     if config.truth.shape:
         shapes = {"truth": (config.truth.shape, config.truth.dtype)} | shapes
     for name, (shape, dtype) in shapes.items():

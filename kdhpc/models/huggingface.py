@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -52,6 +53,34 @@ def new_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
+
+
+def model_to_train(path: Path) -> PreTrainedModel:
+    """Load a checkpoint folder to train it further: in float32 on the CPU, and without dropout.
+
+    Dropout would draw numbers that depend on the ranks.
+
+    Raises:
+        InputError: if its logits are more than the product of hidden states and head.
+    """
+    config = AutoConfig.from_pretrained(path)
+    for name in vars(config.get_text_config()):
+        if name.endswith(("dropout", "pdrop", "dropout_prob", "dropout_rate")):
+            setattr(config.get_text_config(), name, 0.0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=torch.float32, local_files_only=True
+    )
+    with torch.no_grad():
+        ids = torch.arange(8)[None] % model.get_output_embeddings().weight.shape[0]
+        own = model(ids, use_cache=False).logits
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state
+        product = hidden @ model.get_output_embeddings().weight.T
+    if (own - product).abs().max() > 1e-3 * own.abs().max():
+        raise InputError(
+            f"model type {model.config.model_type}: cannot be trained, because its logits are more "
+            "than the product of its hidden states and its head"
+        )
+    return model
 
 
 class TransformersModel:

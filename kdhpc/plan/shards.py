@@ -41,10 +41,11 @@ def fields_of(settings: object) -> dict[str, Json]:
 def settings_of(fields: Mapping[str, Json], settings_class: type[S]) -> S:
     """Convert the fields of an arm back to settings; missing fields take their defaults."""
     types = typing.get_type_hints(settings_class)
-    values = {
-        name: settings_of(value, types[name]) if dataclasses.is_dataclass(types[name]) else value
-        for name, value in fields.items()
-    }
+    values = {}
+    for name, value in fields.items():
+        kinds = [types[name], *typing.get_args(types[name])]  # `Shape | None` holds `Shape`
+        nested = [k for k in kinds if isinstance(k, type) and dataclasses.is_dataclass(k)]
+        values[name] = settings_of(value, nested[0]) if nested and value is not None else value
     return settings_class(**values)
 
 

@@ -157,15 +157,15 @@ def _models(work: Work[LanguageConfig], present: frozenset[str]) -> dict[str, di
         [shard] = work.plan.arm(trainee.stage, trainee.name)
         if shard.key in present:
             stats = work.record(shard.key).stats
+            # A teacher that was taken as it is has done no steps.
+            facts = {n: stats[n] for n in ("parameters", "steps", "final_loss_nats") if n in stats}
             models[trainee.name] = {
                 "kind": trainee.kind,
                 "seed": trainee.seed,
                 "size": trainee.size,
                 "arm": trainee.arm,
                 "tau": trainee.tau,
-                "parameters": stats["parameters"],
-                "steps": stats["steps"],
-                "final_loss_nats": stats["final_loss_nats"],
+                **facts,
                 "recipe": shard.recipe,
             }
     return models

@@ -4,13 +4,20 @@ reads   token shards
 writes  Hugging Face checkpoint folders: config.json, model.safetensors, tokenizer
 """
 
+import contextlib
+import dataclasses
 import functools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
 
 from kdhpc.config.language import LanguageConfig, tokens_per_s
-from kdhpc.experiment import arms
+from kdhpc.config.model import Model
+from kdhpc.experiment import arms, given
 from kdhpc.experiment.trainings import TrainSettings, join_ranks, progress, train_shard
 from kdhpc.models.sizes import num_parameters
-from kdhpc.plan.shards import Arm, Plan, Shard
+from kdhpc.plan.shards import Arm, Plan, Shard, fields_of
 from kdhpc.plan.stages import Stage
 from kdhpc.storage.work import Work, Written
 
@@ -24,8 +31,11 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
     for trainee in arms.trainees(config):
         if trainee.stage != stage:
             continue
-        data = before.arm(*trainee.data)
         training = trainee.model.training
+        if training is None:
+            shards.append(_taken(trainee, truth))
+            continue
+        data = before.arm(*trainee.data)
         sequences = config.sampling.train_sequences
         steps = (training.stop_after_epochs or training.epochs) * (
             sequences // training.batch_sequences
@@ -33,7 +43,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
         validation = before.arm(*arms.TRUTH_EVAL) if training.validate_every_steps else []
         stream = f"{trainee.kind}/s{trainee.seed}/{trainee.size}"
         settings = TrainSettings.of(
-            trainee.model, config, stream=stream, prompt=config.prompt, eos=config.eos
+            trainee.model, training, config, stream=stream, prompt=config.prompt, eos=config.eos
         )
         arm = Arm(
             stage=stage,
@@ -49,22 +59,70 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
                 name="00000",
                 reads=(truth.key, *(shard.key for shard in (*data, *validation))),
                 work=steps * training.batch_sequences * config.length / training.world_size,
-                num_bytes=4.0 * num_parameters(trainee.model.shape, 49152),
+                num_bytes=4.0 * num_parameters(trainee.model.shape, 49152)
+                if trainee.model.shape
+                else 0.0,
             )
         )
     return shards
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TakenSettings:
+    """Settings that determine a teacher that is taken as it is."""
+
+    kind: Literal["given"]
+    fingerprint: str
+    """Identity of the model; where it is kept determines nothing."""
+    dtype: str
+
+
+def _taken(trainee: arms.Trainee, truth: Shard) -> Shard:
+    """Plan the shard of a teacher that is taken as it is."""
+    model = trainee.model
+    settings = TakenSettings(kind="given", fingerprint=model.fingerprint, dtype=model.dtype)
+    arm = Arm(
+        stage=trainee.stage,
+        name=trainee.name,
+        fields=fields_of(settings),
+        inputs={"tokenizer": truth.recipe},
+    )
+    return Shard(arm=arm, name="00000", reads=(truth.key,))
+
+
+def _take(shard: Shard, model: Model, tokenizer_path: Path, work: Work[LanguageConfig]) -> Written:
+    """Take a teacher into the run as it is."""
+    from kdhpc.models import devices, loading
+
+    devices.set_threads(work.config.threads)
+    path, dtype = work.new_path(shard), shard.arm.fields["dtype"]
+    place, name = model.model or "", f"teacher.model={model.model}"
+    given.take(
+        "teacher",
+        place,
+        model.revision,
+        model.fingerprint,
+        path,
+        dtype=dtype,
+        tokenizer_path=tokenizer_path,
+    )
+    given.check_taken(path, work.config, dtype=dtype, name=name)
+    return Written(path=path, num_rows=1, stats={"parameters": loading.count_parameters(path)})
+
+
 def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
-    """Train one model on token shards."""
+    """Train one model on token shards, or take a teacher as it is."""
     from kdhpc.models.tokenizer import Tokenizer
     from kdhpc.scoring.counting import Counting
     from kdhpc.storage.token_shards import map_token_rows
     from kdhpc.training.data import Corpus
 
     trainee = next(t for t in arms.trainees(work.config) if t.name == shard.arm.name)
-    join_ranks(trainee.model, work)
     [truth] = work.plan.arm(*arms.TRUTH_MODEL)
+    training = trainee.model.training
+    if training is None:
+        return _take(shard, trainee.model, work.input(truth.key), work)
+    join_ranks(training, work)
     tokenizer_path = work.input(truth.key)
     tokenizer = Tokenizer(tokenizer_path)
     fields = shard.arm.fields
@@ -78,10 +136,39 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
         rows = map_token_rows([work.input(s.key) for s in work.plan.arm(stage, arm)])
         return Corpus(ids=rows, length=rows.length, counting=counting)
 
-    training = trainee.model.training
     validation = corpus(*arms.TRUTH_EVAL) if training.validate_every_steps else None
     data = corpus(*trainee.data)
-    return train_shard(shard, work, training, data, tokenizer_path, validation=validation)
+    with _start(trainee, tokenizer_path) as start_path:
+        return train_shard(
+            shard,
+            work,
+            training,
+            data,
+            tokenizer_path,
+            start_path=start_path,
+            validation=validation,
+        )
+
+
+@contextlib.contextmanager
+def _start(trainee: arms.Trainee, tokenizer_path: Path) -> Iterator[Path | None]:
+    """Provide a folder with the weights that a training starts from; None for new weights."""
+    model = trainee.model
+    if model.model is None:
+        yield None
+        return
+    key = "teacher" if trainee.kind == "teacher" else f"students.{trainee.size}"
+    with tempfile.TemporaryDirectory() as folder:
+        given.take(
+            key,
+            model.model,
+            model.revision,
+            model.fingerprint,
+            Path(folder),
+            dtype="float32",
+            tokenizer_path=tokenizer_path,
+        )
+        yield Path(folder)
 
 
 TRAIN_ON_TRUTH = Stage(

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from kdhpc.config.language import LanguageConfig, Truth, tokens_per_s
-from kdhpc.config.model import Model
+from kdhpc.config.model import Model, Training
 from kdhpc.errors import InputError
-from kdhpc.experiment import arms
-from kdhpc.experiment.inputs import local_fingerprint, resolve_model
+from kdhpc.experiment import arms, given
 from kdhpc.experiment.trainings import TrainSettings, join_ranks, progress, train_shard
 from kdhpc.models.sizes import num_parameters
 from kdhpc.plan.shards import Arm, Plan, Shard, fields_of
@@ -44,26 +43,23 @@ class TruthSettings:
     """In which a given model is stored; None for a trained one, whose training says it."""
 
 
-def _trained_truth(config: LanguageConfig) -> Model | None:
-    """Return the model of a truth that the run trains; None if the truth is a given model."""
-    truth = config.truth
-    if truth.model != "train" or truth.shape is None or truth.training is None:
-        return None
-    return Model(shape=truth.shape, training=truth.training)
+def _training(config: LanguageConfig) -> Training | None:
+    """Return how the run trains the truth; None if the truth is a given model."""
+    return config.truth.training if config.truth.model == "train" else None
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
     """Plan one shard: p* as a checkpoint folder; the work of a training is a guess in tokens."""
-    truth, model = config.truth, _trained_truth(config)
+    truth, training = config.truth, _training(config)
     fields = fields_of(
         TruthSettings(
-            kind="trained" if model else "given",
+            kind="trained" if training else "given",
             fingerprint=truth.fingerprint,
-            text_column=truth.text_column if model else None,
-            dtype=None if model else truth.dtype,
+            text_column=truth.text_column if training else None,
+            dtype=None if training else truth.dtype,
         )
     )
-    if model is None:
+    if training is None or truth.shape is None:
         arm = Arm(stage=arms.TRUTH, name="truth", fields=fields, inputs={})
         return [Shard(arm=arm, name="00000")]
     arm = Arm(
@@ -71,43 +67,34 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
         name="truth",
         # The end of a text is always learnt.
         fields=fields
-        | TrainSettings.of(model, config, stream="truth", prompt="", eos="learn").fields,
+        | TrainSettings.of(
+            Model(shape=truth.shape), training, config, stream="truth", prompt="", eos="learn"
+        ).fields,
         inputs={},
-        nodes=model.training.nodes,
-        ranks_per_node=model.training.ranks_per_node,
+        nodes=training.nodes,
+        ranks_per_node=training.ranks_per_node,
     )
-    num_bytes = 4.0 * num_parameters(model.shape, BYTE_VOCAB_SIZE)
+    num_bytes = 4.0 * num_parameters(truth.shape, BYTE_VOCAB_SIZE)
     return [Shard(arm=arm, name="00000", work=1e7, num_bytes=num_bytes)]
 
 
 def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
     """Train p* on a corpus, or convert or copy a finished model into the run."""
-    from kdhpc.experiment import given
     from kdhpc.models import devices, huggingface, loading
 
-    truth, model = work.config.truth, _trained_truth(work.config)
-    if model is not None:
-        join_ranks(model, work)
+    truth, training = work.config.truth, _training(work.config)
+    if training is not None:
+        join_ranks(training, work)
         tokenizer = huggingface.byte_tokenizer()
         with tempfile.TemporaryDirectory() as tokenizer_dir:
             tokenizer.save_pretrained(tokenizer_dir)
             corpus = _text_corpus(truth, work.config.length, tokenizer)
-            return train_shard(shard, work, model.training, corpus, Path(tokenizer_dir))
+            return train_shard(shard, work, training, corpus, Path(tokenizer_dir))
     devices.set_threads(work.config.threads)
     path = work.new_path(shard)
-    source, dtype = resolve_model(truth.model), shard.arm.fields["dtype"]
-    _, is_commit, commit = truth.fingerprint.partition("commit:")
-    if not is_commit and truth.fingerprint not in {
-        "",
-        local_fingerprint(Path(source), truth.model),
-    }:
-        raise InputError(
-            f"truth.model={truth.model}: has changed since the run was submitted; expected the "
-            f"files with fingerprint {truth.fingerprint[:12]}"
-        )
-    revision = commit or truth.revision
-    huggingface.take_model(source, revision, path, dtype=dtype, key="truth.model")
-    given.check_taken(path, work.config, dtype=dtype, name=f"truth.model={truth.model}")
+    dtype, name = shard.arm.fields["dtype"], f"truth.model={truth.model}"
+    given.take("truth", truth.model, truth.revision, truth.fingerprint, path, dtype=dtype)
+    given.check_taken(path, work.config, dtype=dtype, name=name)
     return Written(path=path, num_rows=1, stats={"parameters": loading.count_parameters(path)})
 
 
