@@ -245,6 +245,28 @@ TYPED: dict[str, Case] = {
         "has 24 tokens; expected fewer than length=24",
         "fewer",
     ),
+    "teacher that is not there": ("teacher.model=IN/none", "teacher.model=/", "/none", "hub id"),
+    "student that is half a model": (
+        "students.small.model=IN/bare",
+        "students.small.model=/",
+        "/bare",
+        "tokenizer.json",
+    ),
+    "new teacher without training": (
+        "teacher.training=null",
+        "teacher.training",
+        "weights are new",
+    ),
+    "new student without shape": (
+        "students.small.shape=null",
+        "students.small.shape",
+        "start from",
+    ),
+    "student that is not trained": (
+        "students.small.model=IN/model students.small.training=null",
+        "students.small.training",
+        "only a teacher",
+    ),
     "truth without shape": ("truth.shape=null", "truth.model=train", "truth.shape"),
     # corpora
     "no corpus": ("truth.corpus=IN/none.txt", "truth.corpus=/", "/none.txt", "no such file"),

@@ -1,14 +1,23 @@
 """A run may start from finished models: a teacher as it is, students from weights."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import launch, status
+from commands import launch
 from safetensors.torch import load_file
+from test_given_models import FAMILIES, save
 
+from kdhpc.cluster.ledger import Ledger
+from kdhpc.config import presets
+from kdhpc.config.language import LanguageConfig
+from kdhpc.errors import InputError
+from kdhpc.experiment import given
+from kdhpc.models import huggingface
+from kdhpc.pipeline import LANGUAGE
 from kdhpc.storage.results import read_results
 from kdhpc.storage.run_folder import RESULTS
 from kdhpc.training.log import read_log
@@ -35,24 +44,86 @@ def student(tiny_run: Path) -> Path:
     return model_of(tiny_run, "3-train-on-truth", "student-s0-small-direct")
 
 
-def test_a_teacher_is_taken_as_it_is_and_a_student_started_from_weights(
+def test_a_teacher_is_taken_as_it_is_and_students_start_from_weights_of_any_family(
     teacher: Path, student: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
-    words = ["tiny", "cluster=local", f"runs_dir={tmp_path}", f"teacher.model={teacher}"]
-    words += ["teacher.training=null", f"students.small.model={student}"]
-    words += ["students.small.training.learning_rate=1e-5"]
+    gpt2 = save(tmp_path / "gpt2", "GPT-2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
+    words = ["tiny", "cluster=local", f"runs_dir={tmp_path}", "taus=[1.0]"]
+    words += [f"teacher.model={teacher}", "teacher.training=null"]
+    words += [f"students.small.model={student}", "students.small.training.learning_rate=1e-5"]
+    words += [f"students.other.model={gpt2}", "students.other.training.batch_sequences=32"]
     launch("sweep", *words)
     run = tmp_path / "tiny"
-    assert status(run, code=0)["complete"]
     taken = model_of(run, "3-train-on-truth", "teacher-s0")
     for name, value in weights(teacher).items():
         assert torch.equal(weights(taken)[name], value)
-    log = "3-train-on-truth/student-s0-small-direct/00000.checkpoints"
-    first, fresh = (read_log(folder / log)[0]["loss"] for folder in (run, tiny_run))
+    log = "3-train-on-truth/student-s0-{}-direct/00000.checkpoints"
+    first, fresh = (read_log(folder / log.format("small"))[0]["loss"] for folder in (run, tiny_run))
     assert first < fresh - 0.5
-    models = read_results(run / "8-merge" / RESULTS).models
-    assert "steps" not in models["teacher-s0"]
-    assert models["student-s0-small-direct"]["steps"] > 0
+    other = model_of(run, "5-train-students", "student-s0-other-tau1")
+    assert json.loads((other / "config.json").read_text())["model_type"] == "gpt2"
+    losses = [facts["loss"] for facts in read_log(run / log.format("other"))]
+    assert losses[-1] < losses[0]
+    results = read_results(run / "8-merge" / RESULTS)
+    assert "steps" not in results.models["teacher-s0"]
+    assert results.models["student-s0-other-tau1"]["steps"] > 0
+    assert ("student-s0-other-tau1", "truth") in results.scores
     assert launch("verify", str(run)).stdout.endswith("0 damaged\n")
-    config = json.loads((run / "requests" / "0001.json").read_text())["config"]
-    assert len(config["teacher"]["fingerprint"]) == 64
+
+
+def test_where_a_model_is_kept_determines_nothing_and_what_it_is_everything() -> None:
+    def recipes(*words: str) -> dict[str, str]:
+        config = presets.build(LanguageConfig, presets.compose(["tiny", *words]))
+        return {key: shard.recipe for key, shard in LANGUAGE.plan(config).shards.items()}
+
+    place, print_ = "teacher.model={}", "teacher.fingerprint={}"
+    one = recipes(place.format("/a"), print_.format("f"), "teacher.training=null")
+    assert recipes(place.format("/b"), print_.format("f"), "teacher.training=null") == one
+    other = recipes(place.format("/a"), print_.format("g"), "teacher.training=null")
+    changed = {key for key in one if one[key] != other.get(key)}
+    assert "train-on-truth/teacher-s0/00000" in changed
+    assert "train-on-truth/student-s0-small-direct/00000" not in changed
+    assert recipes(place.format("/a"), print_.format("f")) != one
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_trained_without_dropout_or_refused_at_submission(
+    family: str, tmp_path: Path
+) -> None:
+    path = save(tmp_path / "model", family)
+    refused = ""
+    try:
+        given.check_folder(path, "students.s.model=x", length=24, trained=True)
+    except InputError as error:
+        refused = str(error)
+    assert bool(refused) == (family in {"Phi", "GPT-J", "Gemma 2", "Granite"})
+    if refused:
+        assert "trained" in refused
+        with pytest.raises(InputError, match="cannot be trained"):
+            huggingface.model_to_train(path)
+        return
+    model = huggingface.model_to_train(path).train()
+    one, two = (model(torch.arange(9)[None]).logits for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(
+    tiny_run: Path, teacher: Path, tmp_path: Path
+) -> None:
+    truth = model_of(tiny_run, "1-truth", "truth")
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    words = ["tiny", "cluster=local", f"runs_dir={tmp_path}", f"teacher.model={other}"]
+    words += ["teacher.training=null"]
+    given_truth = [f"truth.model={truth}", "truth.tokenizer=model"]
+    at_once = launch("sweep", *words, *given_truth, code=2).stderr
+    assert "its tokenizer is not the truth's; expected one with the same ids" in at_once
+    assert not (tmp_path / "tiny").exists()
+    later = launch("sweep", *words, "until=train-on-truth", code=1).stdout
+    assert "its tokenizer is not the truth's" in " ".join(later.split())
+    [failure] = Ledger(tmp_path / "tiny").failures()
+    assert (failure.key, failure.kind) == ("train-on-truth/teacher-s0/00000", "REFUSED")
