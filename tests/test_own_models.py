@@ -1,13 +1,17 @@
 """A run may start from finished models: a teacher as it is, students from weights."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import launch
+from commands import ROOT, launch
 from safetensors.torch import load_file
 from test_given_models import FAMILIES, save
 
@@ -127,3 +131,30 @@ def test_a_teacher_with_another_tokenizer_is_refused(
     assert "its tokenizer is not the truth's" in " ".join(later.split())
     [failure] = Ledger(tmp_path / "tiny").failures()
     assert (failure.key, failure.kind) == ("train-on-truth/teacher-s0/00000", "REFUSED")
+
+
+def test_two_folders_become_a_curve_with_the_commands_of_the_page(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    """At the size of `tiny`; both folders come from a run that trained them."""
+    large = model_of(tiny_run, "1-truth", "truth")
+    small = model_of(tiny_run, "3-train-on-truth", "student-s0-small-direct")
+    page = (ROOT / "docs" / "models.md").read_text().partition("## Distil your own models")[2]
+    block = page.partition("```\n")[2].partition("```")[0].replace("\\\n", " ")
+    commands = [line.split() for line in block.splitlines()]
+    assert len(commands) == 4
+    toy = {"demo": "tiny", "LARGE": str(large), "SMALL": str(small)}
+    for python, script, *words in commands:
+        words = [re.sub("demo|LARGE|SMALL", lambda found: toy[found[0]], word) for word in words]
+        if script == "launch/sweep.py":
+            words += ["cluster=local", f"runs_dir={tmp_path}"]
+        done = subprocess.run(
+            [python.replace("python", sys.executable), str(ROOT / script), *words],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "tau 0.6" in done.stdout
+    assert list((tmp_path / "mine").rglob("*.png"))
