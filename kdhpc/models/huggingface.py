@@ -1,6 +1,7 @@
 """Make, convert and save models with transformers, and infer with models other than Llama."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from kdhpc.config.model import Shape
 from kdhpc.errors import DamagedError, InputError
 from kdhpc.models.devices import DTYPES, Linear, frozen_head
+from kdhpc.models.tokenizer import read_vocabulary, write_vocabulary
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -158,6 +160,8 @@ def save_model(model: PreTrainedModel, tokenizer_path: Path, path: Path) -> None
     """Write a checkpoint folder with its tokenizer, which `from_pretrained` can read."""
     model.save_pretrained(path)
     AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True).save_pretrained(path)
+    if ids := read_vocabulary(tokenizer_path):
+        write_vocabulary(path, ids)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
@@ -214,9 +218,13 @@ def take_model(source: str, revision: str, out: Path, *, dtype: str, key: str) -
         message = " ".join(str(error).split())
         raise InputError(f"{key}={source}: not a model with a tokenizer ({message})") from error
     _check_whole(f"{key}={source}", dict(report))
-    _cut_to_tokenizer(f"{key}={source}", model, tokenizer)
+    vocabulary = read_vocabulary(Path(source))
+    num_ids = len(vocabulary or ()) or max(tokenizer.get_vocab().values()) + 1
+    _cut_to_tokenizer(f"{key}={source}", model, num_ids)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    if vocabulary:
+        write_vocabulary(out, vocabulary)
 
 
 def _check_whole(name: str, report: dict[str, Any]) -> None:
@@ -240,15 +248,12 @@ def _check_whole(name: str, report: dict[str, Any]) -> None:
             raise InputError(f"{name}: {what} {names[0]}{more}; expected a whole checkpoint")
 
 
-def _cut_to_tokenizer(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def _cut_to_tokenizer(name: str, model: PreTrainedModel, num_ids: int) -> None:
     """Cut the rows of embedding and head that no id of the tokenizer has.
 
     Raises:
         InputError: if the tokenizer has ids without such a row.
     """
-    num_ids = max(tokenizer.get_vocab().values()) + 1
     num_rows = model.get_output_embeddings().weight.shape[0]
     if num_rows < num_ids:
         raise InputError(
@@ -257,3 +262,58 @@ def _cut_to_tokenizer(
         )
     if num_rows > num_ids:
         model.resize_token_embeddings(num_ids)
+
+
+def cut_vocabulary(source: Path, ids: Sequence[int], out: Path) -> None:
+    """Save a checkpoint with some of its ids only; the model is renormalised over them.
+
+    Rows of the embedding and of the head, and entries of its bias, are kept for these ids. They are
+    numbered from 0 in the same order, and `kdhpc.models.tokenizer` maps them back.
+
+    Args:
+        source: checkpoint folder of the whole model; it may have been cut before.
+        ids: the ids of this model that are kept, increasing.
+        out: the new folder.
+
+    Raises:
+        InputError: if the logits of the kept ids come out differently.
+    """
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        source, dtype="auto", local_files_only=True
+    )
+    kept = torch.tensor(ids)
+    inputs = torch.arange(min(8, len(ids)))[None]
+    with torch.no_grad():
+        expected = model(kept[inputs], use_cache=False).logits[..., kept].float()
+        head = model.get_output_embeddings()
+        rows = [model.get_input_embeddings().weight[kept], head.weight[kept]]
+        bias = None if getattr(head, "bias", None) is None else head.bias[kept]
+        model.resize_token_embeddings(len(ids))
+        head = model.get_output_embeddings()
+        for layer, weight in zip((model.get_input_embeddings(), head), rows, strict=True):
+            layer.weight.copy_(weight)
+        if bias is not None:
+            head.bias.copy_(bias)
+        _renumber(model, ids)
+        logits = model(inputs, use_cache=False).logits.float()
+    if (logits - expected).abs().max() > 0.02 * expected.abs().max():
+        raise InputError(
+            f"model type {model.config.model_type}: its vocabulary cannot be cut, because its "
+            "logits depend on more than the rows of embedding and head; expected another model"
+        )
+    save_model(model, source, out)
+    before = read_vocabulary(source)
+    write_vocabulary(out, [before[i] for i in ids] if before else ids)
+
+
+def _renumber(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Renumber the special ids in the configs of a model; those that are cut are forgotten."""
+    new_ids = {old: new for new, old in enumerate(ids)}
+    configs = (model.config, model.config.get_text_config(), model.generation_config)
+    for config in {id(config): config for config in configs}.values():  # the first two may be one
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            old = getattr(config, name, None)
+            if isinstance(old, list):
+                setattr(config, name, [new_ids[i] for i in old if i in new_ids] or None)
+            elif old is not None:
+                setattr(config, name, new_ids.get(old))

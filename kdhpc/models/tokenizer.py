@@ -1,17 +1,24 @@
-"""The part of a tokenizer that a run needs: ids of the prompt and the end-of-sequence id.
+"""The part of a tokenizer that a run needs: ids of the prompt and the end, and text of ids.
 
 It uses the tokenizers library directly, which is imported in a hundredth of the time of
 transformers.
 """
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdhpc.errors import DamagedError, InputError
+from kdhpc.types import Json
 
 if TYPE_CHECKING:
     import tokenizers
+
+
+VOCABULARY = "vocabulary.json"
+"""Name of the file in a checkpoint folder whose vocabulary is cut: a list of the id in
+tokenizer.json of each id of the model, in increasing order."""
 
 
 def read(path: Path) -> "tokenizers.Tokenizer":
@@ -52,8 +59,34 @@ def prompt_ids(tokenizer: "tokenizers.Tokenizer", prompt: str) -> list[int]:
     return ids
 
 
+def read_vocabulary(path: Path) -> list[int] | None:
+    """Return the id in tokenizer.json of each id of a model; None if its vocabulary is not cut.
+
+    Raises:
+        DamagedError: if the file is not a list of increasing ids.
+    """
+    file = path / VOCABULARY
+    if not file.exists():
+        return None
+    try:
+        ids: list[int] = json.loads(file.read_bytes())
+        if not ids or any(type(i) is not int for i in ids) or ids != sorted({*ids}) or ids[0] < 0:
+            raise ValueError("not a list of increasing ids")
+    except (OSError, ValueError, TypeError) as error:
+        raise DamagedError(f"{file}: not a readable vocabulary ({error})") from error
+    return ids
+
+
+def write_vocabulary(path: Path, ids: Sequence[int]) -> None:
+    """Write the ids in tokenizer.json, increasing, of the model in a checkpoint folder."""
+    (path / VOCABULARY).write_text(json.dumps([int(i) for i in ids]))
+
+
 class Tokenizer:
-    """The tokenizer inside a checkpoint folder, as transformers writes it."""
+    """The tokenizer inside a checkpoint folder, as transformers writes it.
+
+    If the model's vocabulary is cut, ids are those of the model; tokenizer.json has the whole one.
+    """
 
     def __init__(self, path: Path) -> None:
         """Read the tokenizer of a checkpoint folder.
@@ -63,12 +96,14 @@ class Tokenizer:
             InputError: if there is no tokenizer.json, or no end-of-sequence token.
         """
         self._tokenizer = read(path)
+        self._whole_ids = read_vocabulary(path)
+        """Id in tokenizer.json of each id of the model; None if they are the same."""
+        self._new_ids = {whole: new for new, whole in enumerate(self._whole_ids or ())}
         try:
-            token = json.loads((path / "tokenizer_config.json").read_bytes()).get("eos_token")
+            config = json.loads((path / "tokenizer_config.json").read_bytes())
+            eos, begin = (self._special_id(config.get(f"{name}_token")) for name in ("eos", "bos"))
         except (OSError, ValueError, AttributeError) as error:
             raise DamagedError(f"{path}: no readable tokenizer_config.json ({error})") from error
-        text = token.get("content") if isinstance(token, dict) else token
-        eos = self._tokenizer.token_to_id(text) if isinstance(text, str) else None
         if eos is None:
             raise InputError(
                 f"{path}: its tokenizer has no end-of-sequence token; expected a model whose "
@@ -76,13 +111,41 @@ class Tokenizer:
             )
         self.eos: int = eos
         """Id of the end-of-sequence token."""
-        self.size: int = max(self._tokenizer.get_vocab().values()) + 1
+        self.begin: int | None = begin
+        """Id of the token that may begin a sequence; None if the tokenizer has none."""
+        self.size: int = (
+            max(self._tokenizer.get_vocab().values()) + 1
+            if self._whole_ids is None
+            else len(self._whole_ids)
+        )
         """Number of ids; one more than the largest, as some tokenizers leave ids out."""
+
+    def _special_id(self, token: Json) -> int | None:
+        """Return the id of a special token of tokenizer_config.json; None if it has none."""
+        text = token.get("content") if isinstance(token, dict) else token
+        whole = self._tokenizer.token_to_id(text) if isinstance(text, str) else None
+        return whole if self._whole_ids is None or whole is None else self._new_ids.get(whole)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return the ids of the prompt, without special tokens.
 
         Raises:
-            InputError: if the prompt has no tokens.
+            InputError: if the prompt has no tokens, or one that is not in the vocabulary.
         """
-        return prompt_ids(self._tokenizer, prompt)
+        ids = prompt_ids(self._tokenizer, prompt)
+        if self._whole_ids is None:
+            return ids
+        for whole in ids:
+            if whole not in self._new_ids:
+                raise InputError(
+                    f"prompt={prompt!r}: its token {self._tokenizer.id_to_token(whole)!r} is not "
+                    f"in the vocabulary of {self.size} ids; expected a prompt of tokens that are"
+                )
+        return [self._new_ids[whole] for whole in ids]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids of the model, special tokens included."""
+        whole = self._whole_ids
+        whole_ids = [int(i) if whole is None else whole[i] for i in ids]
+        text: str = self._tokenizer.decode(whole_ids, skip_special_tokens=False)
+        return text
