@@ -34,6 +34,14 @@ class Truth:
     """Training settings of p*; required by `model: train`."""
     dtype: Dtype = "float32"
     """Dtype in which p* is stored and sampled."""
+    vocabulary: Count | None = None
+    """Number of ids that a given p* is cut to and renormalised over: those that are likeliest on
+    average over its own samples, and always those of the prompt, the end and the begin token. None
+    keeps all. A `vocabulary_file` fills it in when a run is submitted."""
+    vocabulary_file: str | None = None
+    """File of the ids that a given p* is cut to, one integer a line, instead of the likeliest."""
+    vocabulary_fingerprint: str = ""
+    """Digest of the ids in `vocabulary_file`, as `fingerprint`."""
     fingerprint: str = ""
     """Identity of the model or corpus (sha256 or commit). It is filled in when a run is submitted;
     if it is given, a model or corpus with another identity is refused."""
@@ -186,6 +194,12 @@ def _scoring_problems(scoring: Scoring) -> Iterator[str]:
 
 def _truth_problems(truth: Truth) -> Iterator[str]:
     if truth.model == "train":
+        for field_name in ("vocabulary", "vocabulary_file"):
+            if (value := getattr(truth, field_name)) is not None:
+                yield (
+                    f"truth.{field_name}={value}: truth.model=train trains on bytes, which are not "
+                    "cut; expected a finished truth.model, or null"
+                )
         if truth.shape is None or truth.training is None:
             yield "truth.model=train: expected truth.shape and truth.training to be given too"
         if truth.tokenizer != "bytes":

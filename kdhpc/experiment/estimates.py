@@ -41,7 +41,8 @@ def batches_that_fit(config: LanguageConfig) -> Iterator[str]:
     for name, (shape, dtype) in shapes.items():
         memory = SamplingMemory(
             shape=shape,
-            vocab_size=257 if config.truth.tokenizer == "bytes" else 2**16,
+            vocab_size=config.truth.vocabulary
+            or (257 if config.truth.tokenizer == "bytes" else 2**16),
             length=config.length,
             dtype=dtype,
             on_gpu=on_gpu,

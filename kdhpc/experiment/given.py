@@ -6,6 +6,7 @@ when the model is taken into the run, before anything is sampled from it.
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -257,14 +258,14 @@ def take(
         fingerprint: identity that the model had when the run was submitted; empty for none.
         out: the new folder.
         dtype: dtype in which the weights are stored.
-        tokenizer_path: folder of the truth's tokenizer, which the model's must be; None for the
-            truth itself.
+        tokenizer_path: folder of the truth, whose tokenizer the model's must be, and to whose ids
+            it is cut if the truth's vocabulary is; None for the truth itself.
 
     Raises:
         InputError: if the model has changed, cannot be read whole, or has another tokenizer.
     """
     from kdhpc.models import huggingface
-    from kdhpc.models.tokenizer import read
+    from kdhpc.models.tokenizer import read, read_vocabulary
 
     source, name = resolve(key, model), f"{key}.model={model}"
     _, is_commit, commit = fingerprint.partition("commit:")
@@ -273,9 +274,21 @@ def take(
             f"{name}: has changed since the run was submitted; expected the files with fingerprint "
             f"{fingerprint[:12]}"
         )
-    huggingface.take_model(source, commit or revision, out, dtype=dtype, key=f"{key}.model")
-    if tokenizer_path and read(out).get_vocab() != read(tokenizer_path).get_vocab():
-        raise InputError(_other_tokenizer(name))
+    own = read_vocabulary(Path(source))
+    vocabulary = read_vocabulary(tokenizer_path) if tokenizer_path else None
+    if tokenizer_path and own is not None and own != vocabulary:
+        raise InputError(
+            f"{name}: its vocabulary is cut to other ids than the truth's; expected the same ids, "
+            "or a model with the whole vocabulary"
+        )
+    must_cut = vocabulary is not None and own is None
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) if must_cut else out
+        huggingface.take_model(source, commit or revision, whole, dtype=dtype, key=f"{key}.model")
+        if tokenizer_path and read(whole).get_vocab() != read(tokenizer_path).get_vocab():
+            raise InputError(_other_tokenizer(name))
+        if vocabulary is not None and must_cut:
+            huggingface.cut_vocabulary(whole, vocabulary, out)
 
 
 def check_taken(path: Path, config: LanguageConfig, *, dtype: str, name: str) -> None:

@@ -47,13 +47,48 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
         fingerprint = given.identify(
             "truth", truth.model, truth.revision, truth.fingerprint, length=config.length
         )
-    truth = dataclasses.replace(truth, fingerprint=fingerprint)
+    truth = _with_vocabulary(dataclasses.replace(truth, fingerprint=fingerprint), config.prompt)
     students = {
         size: _identified(f"students.{size}", model, truth, config.length)
         for size, model in config.students.items()
     }
     teacher = _identified("teacher", config.teacher, truth, config.length)
     return dataclasses.replace(config, truth=truth, teacher=teacher, students=students)
+
+
+def _with_vocabulary(truth: Truth, prompt: str) -> Truth:
+    """Check to what the truth's vocabulary is cut, as far as its files are here, and identify it.
+
+    Raises:
+        InputError: if the file of ids has changed or is not readable, or ids are missing.
+    """
+    from kdhpc.experiment import vocabulary
+    from kdhpc.models.tokenizer import Tokenizer
+
+    ids = None
+    if truth.vocabulary_file is not None:
+        ids = vocabulary.read_ids(truth.vocabulary_file)
+        if truth.vocabulary not in {None, len(ids)}:
+            raise InputError(
+                f"truth.vocabulary={truth.vocabulary}: truth.vocabulary_file has {len(ids)} ids; "
+                "expected the same number, or one of the two alone"
+            )
+        fingerprint = vocabulary.fingerprint_of(ids)
+        if truth.vocabulary_fingerprint not in {"", fingerprint}:
+            raise InputError(
+                vocabulary.changed(truth.vocabulary_file, truth.vocabulary_fingerprint)
+            )
+        truth = dataclasses.replace(
+            truth,
+            vocabulary=len(ids),
+            vocabulary_file=_whole_path(truth.vocabulary_file),
+            vocabulary_fingerprint=fingerprint,
+        )
+    folder = Path(given.resolve("truth", truth.model))
+    names = ("tokenizer.json", "tokenizer_config.json")
+    if truth.vocabulary is not None and all((folder / name).is_file() for name in names):
+        vocabulary.check(Tokenizer(folder), truth.vocabulary, ids, prompt)
+    return truth
 
 
 def _identified(key: str, model: Model, truth: Truth, length: int) -> Model:

@@ -59,7 +59,8 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
                 name="00000",
                 reads=(truth.key, *(shard.key for shard in (*data, *validation))),
                 work=steps * training.batch_sequences * config.length / training.world_size,
-                num_bytes=4.0 * num_parameters(trainee.model.shape, 49152)
+                num_bytes=4.0
+                * num_parameters(trainee.model.shape, config.truth.vocabulary or 49152)
                 if trainee.model.shape
                 else 0.0,
             )

@@ -15,10 +15,12 @@ from kdhpc.config.model import Model, Training
 from kdhpc.errors import InputError
 from kdhpc.experiment import arms, given
 from kdhpc.experiment.trainings import TrainSettings, join_ranks, progress, train_shard
+from kdhpc.experiment.vocabulary import Cut
 from kdhpc.models.sizes import num_parameters
-from kdhpc.plan.shards import Arm, Plan, Shard, fields_of
+from kdhpc.plan.shards import ADDED, Arm, Plan, Shard, fields_of, settings_of
 from kdhpc.plan.stages import Stage
 from kdhpc.storage.work import Work, Written
+from kdhpc.types import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +43,8 @@ class TruthSettings:
     """Column of the corpus that holds the text; None for a given model."""
     dtype: str | None
     """In which a given model is stored; None for a trained one, whose training says it."""
+    vocabulary: Cut | None = dataclasses.field(default=None, metadata=ADDED)
+    """How the vocabulary of a given model is cut; None if it is kept whole."""
 
 
 def _training(config: LanguageConfig) -> Training | None:
@@ -57,6 +61,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
             fingerprint=truth.fingerprint,
             text_column=truth.text_column if training else None,
             dtype=None if training else truth.dtype,
+            vocabulary=Cut.of(config),
         )
     )
     if training is None or truth.shape is None:
@@ -80,7 +85,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
 
 def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
     """Train p* on a corpus, or convert or copy a finished model into the run."""
-    from kdhpc.models import devices, huggingface, loading
+    from kdhpc.models import devices, huggingface
 
     truth, training = work.config.truth, _training(work.config)
     if training is not None:
@@ -91,11 +96,34 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
             corpus = _text_corpus(truth, work.config.length, tokenizer)
             return train_shard(shard, work, training, corpus, Path(tokenizer_dir))
     devices.set_threads(work.config.threads)
-    path = work.new_path(shard)
-    dtype, name = shard.arm.fields["dtype"], f"truth.model={truth.model}"
-    given.take("truth", truth.model, truth.revision, truth.fingerprint, path, dtype=dtype)
-    given.check_taken(path, work.config, dtype=dtype, name=name)
-    return Written(path=path, num_rows=1, stats={"parameters": loading.count_parameters(path)})
+    return _take(shard, work)
+
+
+def _take(shard: Shard, work: Work[LanguageConfig]) -> Written:
+    """Convert or copy a finished model into the run, and cut its vocabulary if that is asked."""
+    from kdhpc.experiment import vocabulary
+    from kdhpc.models import loading
+
+    truth, path = work.config.truth, work.new_path(shard)
+    settings = settings_of(shard.arm.fields, TruthSettings)
+    dtype, name = truth.dtype, f"truth.model={truth.model}"
+    stats: dict[str, Json] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) if settings.vocabulary else path
+        given.take("truth", truth.model, truth.revision, truth.fingerprint, whole, dtype=dtype)
+        given.check_taken(whole, work.config, dtype=dtype, name=name)
+        if settings.vocabulary:
+            stats |= vocabulary.cut(
+                whole,
+                path,
+                settings.vocabulary,
+                ids_file=truth.vocabulary_file,
+                dtype=dtype,
+                device=work.config.device,
+            )
+            given.check_taken(path, work.config, dtype=dtype, name=name)
+    stats["parameters"] = loading.count_parameters(path)
+    return Written(path=path, num_rows=1, stats=stats)
 
 
 def _text_corpus(truth: Truth, length: int, tokenizer: "PreTrainedTokenizerBase") -> "Corpus":
