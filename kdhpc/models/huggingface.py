@@ -1,6 +1,7 @@
 """Make, convert and save models with transformers, and infer with models other than Llama."""
 
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from kdhpc.config.model import Shape
 from kdhpc.errors import DamagedError, InputError
 from kdhpc.models.devices import DTYPES, Linear, frozen_head
-from kdhpc.models.tokenizer import read_vocabulary, write_vocabulary
+from kdhpc.models.tokenizer import Tokenizer, read_ends, read_vocabulary, write_vocabulary
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -159,9 +160,19 @@ def _logits_of(model: PreTrainedModel) -> Linear:
 def save_model(model: PreTrainedModel, tokenizer_path: Path, path: Path) -> None:
     """Write a checkpoint folder with its tokenizer, which `from_pretrained` can read."""
     model.save_pretrained(path)
+    set_tokenizer(path, tokenizer_path)
+
+
+def set_tokenizer(path: Path, tokenizer_path: Path) -> None:
+    """Give a checkpoint the tokenizer, the vocabulary and the ends of sequences of another."""
     AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True).save_pretrained(path)
-    if ids := read_vocabulary(tokenizer_path):
-        write_vocabulary(path, ids)
+    if vocabulary := read_vocabulary(tokenizer_path):
+        write_vocabulary(path, vocabulary)
+    file = path / "generation_config.json"
+    if (ends := read_ends(tokenizer_path)) != read_ends(path):
+        config = json.loads(file.read_bytes()) if file.exists() else {}
+        config["eos_token_id"] = ends or Tokenizer(tokenizer_path).eos
+        file.write_text(json.dumps(config, indent=2))
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
@@ -301,7 +312,8 @@ def cut_vocabulary(source: Path, ids: Sequence[int], out: Path) -> None:
             f"model type {model.config.model_type}: its vocabulary cannot be cut, because its "
             "logits depend on more than the rows of embedding and head; expected another model"
         )
-    save_model(model, source, out)
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(out)
     before = read_vocabulary(source)
     write_vocabulary(out, [before[i] for i in ids] if before else ids)
 

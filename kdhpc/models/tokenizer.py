@@ -82,6 +82,19 @@ def write_vocabulary(path: Path, ids: Sequence[int]) -> None:
     (path / VOCABULARY).write_text(json.dumps([int(i) for i in ids]))
 
 
+def read_ends(path: Path) -> list[int]:
+    """Return the ids that end a sequence, if generation_config.json has a list of them; else [].
+
+    A single id there is not read: the tokenizer has its own.
+
+    Raises:
+        OSError, ValueError, AttributeError: if the file is there and not readable.
+    """
+    file = path / "generation_config.json"
+    ends = json.loads(file.read_bytes()).get("eos_token_id") if file.exists() else None
+    return [int(i) for i in ends] if isinstance(ends, list) else []
+
+
 class Tokenizer:
     """The tokenizer inside a checkpoint folder, as transformers writes it.
 
@@ -96,14 +109,16 @@ class Tokenizer:
             InputError: if there is no tokenizer.json, or no end-of-sequence token.
         """
         self._tokenizer = read(path)
+        self._path = path
         self._whole_ids = read_vocabulary(path)
         """Id in tokenizer.json of each id of the model; None if they are the same."""
         self._new_ids = {whole: new for new, whole in enumerate(self._whole_ids or ())}
         try:
             config = json.loads((path / "tokenizer_config.json").read_bytes())
             eos, begin = (self._special_id(config.get(f"{name}_token")) for name in ("eos", "bos"))
+            ends = read_ends(path)
         except (OSError, ValueError, AttributeError) as error:
-            raise DamagedError(f"{path}: no readable tokenizer_config.json ({error})") from error
+            raise DamagedError(f"{path}: its special tokens are not readable ({error})") from error
         if eos is None:
             raise InputError(
                 f"{path}: its tokenizer has no end-of-sequence token; expected a model whose "
@@ -119,6 +134,10 @@ class Tokenizer:
             else len(self._whole_ids)
         )
         """Number of ids; one more than the largest, as some tokenizers leave ids out."""
+        self.other_ends: tuple[int, ...] = tuple(
+            end for end in ends if end != eos and end < self.size
+        )
+        """Other ids that end a sequence as well, from a list in generation_config.json."""
 
     def _special_id(self, token: Json) -> int | None:
         """Return the id of a special token of tokenizer_config.json; None if it has none."""
@@ -126,13 +145,23 @@ class Tokenizer:
         whole = self._tokenizer.token_to_id(text) if isinstance(text, str) else None
         return whole if self._whole_ids is None or whole is None else self._new_ids.get(whole)
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """Return the ids of the prompt, without special tokens.
+    def prompt_ids(self, prompt: str, begin: str = "tokenizer") -> list[int]:
+        """Return the ids of the prompt; special tokens in its text are tokens of it.
+
+        Args:
+            prompt: the text.
+            begin: whether the begin token comes first: `tokenizer` if the tokenizer puts it before
+                a text by itself, `always`, or `never`. It is not put before a prompt that starts
+                with it.
 
         Raises:
-            InputError: if the prompt has no tokens, or one that is not in the vocabulary.
+            InputError: if the prompt has no tokens, or one that is not in the vocabulary, or if
+                there is no begin token to put first.
         """
         ids = prompt_ids(self._tokenizer, prompt)
+        first = self._begin_ids(prompt, begin)
+        if ids[: len(first)] != first:
+            ids = first + ids
         if self._whole_ids is None:
             return ids
         for whole in ids:
@@ -143,9 +172,25 @@ class Tokenizer:
                 )
         return [self._new_ids[whole] for whole in ids]
 
+    def _begin_ids(self, prompt: str, begin: str) -> list[int]:
+        """Return the id in tokenizer.json of the begin token if it comes first; else nothing."""
+        whole = None if self.begin is None else self._whole(self.begin)
+        if begin == "always" and whole is None:
+            raise InputError(
+                f"begin=always: the tokenizer in {self._path} has no begin token; expected "
+                "begin=tokenizer or begin=never"
+            )
+        if whole is None or begin == "never":
+            return []
+        by_itself: list[int] = self._tokenizer.encode(prompt).ids[:1]
+        return [whole] if begin == "always" or by_itself == [whole] else []
+
+    def _whole(self, new_id: int) -> int:
+        """Return the id in tokenizer.json of an id of the model."""
+        return int(new_id) if self._whole_ids is None else self._whole_ids[new_id]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids of the model, special tokens included."""
-        whole = self._whole_ids
-        whole_ids = [int(i) if whole is None else whole[i] for i in ids]
+        whole_ids = [self._whole(i) for i in ids]
         text: str = self._tokenizer.decode(whole_ids, skip_special_tokens=False)
         return text

@@ -106,7 +106,7 @@ class Sampler:
         )
         self.position += 1
         token, log_prob_tau, log_prob = self.draw(logits, self.position)
-        ended = token == self.counting.eos
+        ended = self.counting.ends(token)
         self.length += self.alive
         counts = self.counting.at(self.position, self.length, ended)
         self.log_prob += log_prob.masked_fill(~counts, 0.0)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdhpc.models.tokenizer import Tokenizer
+
 
 @dataclass(frozen=True, kw_only=True)
 class Counting:
@@ -18,8 +20,27 @@ class Counting:
     """Number of tokens of the prompt at the start of each row."""
     eos: int
     """Id of the end-of-sequence token."""
+    other_ends: tuple[int, ...] = ()
+    """Other ids that end a sequence as well."""
     count_eos: bool
     """Whether the end-of-sequence token counts at the end of a row."""
+
+    @staticmethod
+    def with_tokenizer(tokenizer: Tokenizer, *, num_prompt: int, count_eos: bool) -> "Counting":
+        """Return the rule for sequences that end as a tokenizer says."""
+        return Counting(
+            num_prompt=num_prompt,
+            eos=tokenizer.eos,
+            other_ends=tokenizer.other_ends,
+            count_eos=count_eos,
+        )
+
+    def ends(self, token: Tensor) -> Tensor:
+        """Return which tokens end a sequence: bool, in the shape of the int64 ids `token`."""
+        ended = token == self.eos
+        for end in self.other_ends:
+            ended = ended | (token == end)
+        return ended
 
     def at(self, position: Tensor, length: Tensor, ended: Tensor) -> Tensor:
         """Return whether the tokens at a position count.
@@ -47,4 +68,4 @@ class Counting:
         """
         last = ids.gather(1, (length.long() - 1).clamp(min=0)[:, None])
         position = torch.arange(ids.shape[1], device=ids.device)
-        return self.at(position, length[:, None], last == self.eos)
+        return self.at(position, length[:, None], self.ends(last))
