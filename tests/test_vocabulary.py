@@ -196,7 +196,7 @@ def test_a_vocabulary_that_cannot_be_is_refused_in_one_line(
 ) -> None:
     tokenizer = Tokenizer(save(tmp_path / "whole", "Llama"))
     with pytest.raises(InputError) as refused:
-        vocabulary.check(tokenizer, num_ids, ids, PROMPT)
+        vocabulary.check(tokenizer, num_ids, ids, tokenizer.prompt_ids(PROMPT))
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -312,6 +312,10 @@ def test_smollm2_with_8192_ids_is_exact(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     whole, path = tmp_path / "whole", tmp_path / "cut"
     given.take("truth", GGUF, "main", "", whole, dtype="float32")
+    tokenizer = Tokenizer(whole)
+    assert tokenizer.prompt_ids("The") == tokenizer.prompt_ids("The", "never")
+    assert tokenizer.prompt_ids("<|im_start|>user")[0] == tokenizer.begin
+    assert tokenizer.other_ends == ()
     stats = cut(whole, path, 8192, length=8)
     assert all(0.8 < stats[name] < 1 for name in ("mass_kept", "mass_kept_own"))
     assert largest_difference(whole, path, 16, 8) < 1e-5

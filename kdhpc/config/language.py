@@ -102,7 +102,11 @@ class LanguageConfig(RunConfig):
     taus: tuple[Positive, ...]
     """Temperatures at which the teacher is sampled; each of them gets students of its own."""
     prompt: str = "The"
-    """Text that every sequence starts with; its tokens are never trained on or scored."""
+    """Text that every sequence starts with; its tokens are never trained on or scored. It may hold
+    special tokens, such as `<|im_start|>`."""
+    begin: Literal["tokenizer", "always", "never"] = "tokenizer"
+    """Whether the tokenizer's begin token comes first in every sequence, as part of the prompt:
+    `tokenizer` if the tokenizer puts it before a text by itself."""
     length: AtLeastTwo
     """Number of tokens of a sequence, the prompt included; the prompt must be shorter."""
     eos: Literal["learn", "mask"] = "learn"

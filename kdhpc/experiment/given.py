@@ -289,6 +289,8 @@ def take(
             raise InputError(_other_tokenizer(name))
         if vocabulary is not None and must_cut:
             huggingface.cut_vocabulary(whole, vocabulary, out)
+    if tokenizer_path:  # the same ids may have other ends, or another begin
+        huggingface.set_tokenizer(out, tokenizer_path)
 
 
 def check_taken(path: Path, config: LanguageConfig, *, dtype: str, name: str) -> None:

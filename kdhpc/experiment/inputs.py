@@ -47,7 +47,7 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
         fingerprint = given.identify(
             "truth", truth.model, truth.revision, truth.fingerprint, length=config.length
         )
-    truth = _with_vocabulary(dataclasses.replace(truth, fingerprint=fingerprint), config.prompt)
+    truth = _with_vocabulary(dataclasses.replace(truth, fingerprint=fingerprint), config)
     students = {
         size: _identified(f"students.{size}", model, truth, config.length)
         for size, model in config.students.items()
@@ -56,7 +56,7 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
     return dataclasses.replace(config, truth=truth, teacher=teacher, students=students)
 
 
-def _with_vocabulary(truth: Truth, prompt: str) -> Truth:
+def _with_vocabulary(truth: Truth, config: LanguageConfig) -> Truth:
     """Check to what the truth's vocabulary is cut, as far as its files are here, and identify it.
 
     Raises:
@@ -87,7 +87,9 @@ def _with_vocabulary(truth: Truth, prompt: str) -> Truth:
     folder = Path(given.resolve("truth", truth.model))
     names = ("tokenizer.json", "tokenizer_config.json")
     if truth.vocabulary is not None and all((folder / name).is_file() for name in names):
-        vocabulary.check(Tokenizer(folder), truth.vocabulary, ids, prompt)
+        tokenizer = Tokenizer(folder)
+        prompt = tokenizer.prompt_ids(config.prompt, config.begin)
+        vocabulary.check(tokenizer, truth.vocabulary, ids, prompt)
     return truth
 
 
@@ -132,10 +134,13 @@ def _check_prompt(config: LanguageConfig) -> None:
     if config.truth.tokenizer != "model":
         _compare_tokenizers(config.truth, own)
     if own.is_file():
-        from kdhpc.models.tokenizer import prompt_ids, read
+        from kdhpc.models.tokenizer import Tokenizer, prompt_ids, read
 
         try:
-            ids = prompt_ids(read(own.parent), config.prompt)
+            if (own.parent / "tokenizer_config.json").is_file():
+                ids = Tokenizer(own.parent).prompt_ids(config.prompt, config.begin)
+            else:
+                ids = prompt_ids(read(own.parent), config.prompt)
         except DamagedError as error:
             raise InputError(f"truth.model={config.truth.model}: {error}") from error
         if len(ids) >= config.length:

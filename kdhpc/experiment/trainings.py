@@ -41,6 +41,7 @@ class TrainSettings:
     threads: int
     start: str = dataclasses.field(default="", metadata=ADDED)
     """Fingerprint of the model whose weights the training starts from; empty for new weights."""
+    begin: str = dataclasses.field(default="tokenizer", metadata=ADDED)
 
     @staticmethod
     def of(
@@ -51,6 +52,7 @@ class TrainSettings:
         stream: str,
         prompt: str,
         eos: str,
+        begin: str = "tokenizer",
     ) -> "TrainSettings":
         return TrainSettings(
             seed=config.seed,
@@ -61,6 +63,7 @@ class TrainSettings:
             length=config.length,
             prompt=prompt,
             eos=eos,
+            begin=begin,
             threads=config.threads,
         )
 

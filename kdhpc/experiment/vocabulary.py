@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kdhpc.config.language import LanguageConfig
 from kdhpc.errors import InputError
-from kdhpc.plan.shards import digest
+from kdhpc.plan.shards import ADDED, digest
 from kdhpc.types import Json
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Cut:
     length: int
     """Number of tokens of each sample, the prompt included."""
     threads: int
+    begin: str = dataclasses.field(default="tokenizer", metadata=ADDED)
 
     @staticmethod
     def of(config: LanguageConfig) -> "Cut | None":
@@ -60,6 +61,7 @@ class Cut:
             prompt=config.prompt,
             length=config.length,
             threads=config.threads,
+            begin=config.begin,
         )
 
 
@@ -92,14 +94,16 @@ def changed(file: str, fingerprint: str) -> str:
     )
 
 
-def check(tokenizer: "Tokenizer", num_ids: int, ids: Sequence[int] | None, prompt: str) -> None:
+def check(
+    tokenizer: "Tokenizer", num_ids: int, ids: Sequence[int] | None, prompt: Sequence[int]
+) -> None:
     """Check that a model can be cut to a number of ids, or to the ids of a file.
 
     Args:
         tokenizer: tokenizer of the whole model.
         num_ids: number of ids that are kept.
         ids: increasing ids of the file; None if the likeliest are kept.
-        prompt: prompt of the run.
+        prompt: ids of the prompt.
 
     Raises:
         InputError: if the model lacks an id, or one is missing that every run needs.
@@ -122,10 +126,15 @@ def check(tokenizer: "Tokenizer", num_ids: int, ids: Sequence[int] | None, promp
         )
 
 
-def _needed(tokenizer: "Tokenizer", prompt: str) -> set[int]:
-    """Return the ids that are always kept: of the prompt, of the end, of the begin if any."""
+def _needed(tokenizer: "Tokenizer", prompt: Sequence[int]) -> set[int]:
+    """Return the ids that are always kept: of the prompt, of all ends, of the begin if any."""
     begin = [] if tokenizer.begin is None else [tokenizer.begin]
-    return {*tokenizer.prompt_ids(prompt), tokenizer.eos, *begin}
+    return {*prompt, tokenizer.eos, *tokenizer.other_ends, *begin}
+
+
+def _prompt(tokenizer: "Tokenizer", settings: Cut) -> list[int]:
+    """Return the ids that every sequence starts with."""
+    return tokenizer.prompt_ids(settings.prompt, settings.begin)
 
 
 def cut(
@@ -182,13 +191,14 @@ def _choose(
     if ids_file is not None and ids is not None and fingerprint_of(ids) != settings.fingerprint:
         raise InputError(changed(ids_file, settings.fingerprint))
     tokenizer = Tokenizer(path)
-    check(tokenizer, settings.num_ids, ids, settings.prompt)
+    prompt = _prompt(tokenizer, settings)
+    check(tokenizer, settings.num_ids, ids, prompt)
     whole = loading.load(path, dtype, device)
     first = CHOOSE_ROWS if ids else 0
     samples = _sample(whole, settings, STREAM, range(first, CHOOSE_ROWS + MASS_ROWS))
     if ids is None:
         mean = _mean_probability(whole, samples[:CHOOSE_ROWS], settings)
-        ids = _likeliest(mean, settings.num_ids, _needed(tokenizer, settings.prompt))
+        ids = _likeliest(mean, settings.num_ids, _needed(tokenizer, prompt))
     return ids, _mass(whole, samples[-MASS_ROWS:], ids, settings), tokenizer.size
 
 
@@ -212,8 +222,8 @@ def _counting(loaded: "Loaded", settings: Cut) -> "Counting":
     """Return which tokens are measured: all after the prompt, the end of a sequence included."""
     from kdhpc.scoring.counting import Counting
 
-    num_prompt = len(loaded.tokenizer.prompt_ids(settings.prompt))
-    return Counting(num_prompt=num_prompt, eos=loaded.tokenizer.eos, count_eos=True)
+    num_prompt = len(_prompt(loaded.tokenizer, settings))
+    return Counting.with_tokenizer(loaded.tokenizer, num_prompt=num_prompt, count_eos=True)
 
 
 def _sample(loaded: "Loaded", settings: Cut, stream: str, rows: range) -> "Samples":
@@ -223,7 +233,7 @@ def _sample(loaded: "Loaded", settings: Cut, stream: str, rows: range) -> "Sampl
 
     sampler = Sampler(
         loaded.model,
-        prompt_ids=loaded.tokenizer.prompt_ids(settings.prompt),
+        prompt_ids=_prompt(loaded.tokenizer, settings),
         length=settings.length,
         batch_rows=BATCH_ROWS,
         selection=Selection(),

@@ -7,11 +7,11 @@ writes  token shards: ids [N, L] uint16 (uint32 if the model has more than 65,53
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kdhpc.config.language import LanguageConfig, tokens_per_s
 from kdhpc.experiment import arms
-from kdhpc.plan.shards import Arm, Plan, Shard, cut, fields_of, settings_of
+from kdhpc.plan.shards import ADDED, Arm, Plan, Shard, cut, fields_of, settings_of
 from kdhpc.plan.stages import Stage
 from kdhpc.selection import Selection
 from kdhpc.storage.work import Work, Written
@@ -34,6 +34,7 @@ class SampleSettings:
     engine: str
     threads: int
     selection: Selection
+    begin: str = field(default="tokenizer", metadata=ADDED)
 
 
 def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
@@ -55,6 +56,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
             engine=config.sampling.engine,
             threads=config.threads,
             selection=sample_set.selection,
+            begin=config.begin,
         )
         arm = Arm(
             stage=stage,
@@ -90,7 +92,7 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     devices.set_threads(settings.threads)
     devices.set_allocator(keep_freed=True)
     loaded = loading.load(model_path, settings.dtype, work.config.device)
-    prompt_ids = tuple(loaded.tokenizer.prompt_ids(settings.prompt))
+    prompt_ids = tuple(loaded.tokenizer.prompt_ids(settings.prompt, settings.begin))
     sampler = sampler_for(
         loaded,
         prompt_ids=prompt_ids,
@@ -98,10 +100,8 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
         batch_rows=settings.batch_rows,
         selection=settings.selection,
         draw=settings.draw,
-        counting=Counting(
-            num_prompt=len(prompt_ids),
-            eos=loaded.tokenizer.eos,
-            count_eos=settings.eos == "learn",
+        counting=Counting.with_tokenizer(
+            loaded.tokenizer, num_prompt=len(prompt_ids), count_eos=settings.eos == "learn"
         ),
         engine=settings.engine,
     )

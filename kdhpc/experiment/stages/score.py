@@ -6,12 +6,12 @@ writes  score shards: log_prob_sum [N] float64 in nats, num_tokens [N] int32, an
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kdhpc.config.language import LanguageConfig, tokens_per_s
 from kdhpc.experiment import arms
-from kdhpc.plan.shards import Arm, Plan, Shard, cut, fields_of, settings_of
+from kdhpc.plan.shards import ADDED, Arm, Plan, Shard, cut, fields_of, settings_of
 from kdhpc.plan.stages import Stage
 from kdhpc.storage.work import Work, Written
 
@@ -31,6 +31,7 @@ class ScoreSettings:
     engine: str
     per_token: bool
     threads: int
+    begin: str = field(default="tokenizer", metadata=ADDED)
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
@@ -46,6 +47,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
         engine=scoring.engine,
         per_token=scoring.per_token,
         threads=config.threads,
+        begin=config.begin,
     )
     for pair in arms.pairs(config):
         sources = before.arm(*pair.samples)
@@ -97,9 +99,9 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     scores = scorer.score(
         loaded.model,
         samples,
-        counting=Counting(
-            num_prompt=len(loaded.tokenizer.prompt_ids(settings.prompt)),
-            eos=loaded.tokenizer.eos,
+        counting=Counting.with_tokenizer(
+            loaded.tokenizer,
+            num_prompt=len(loaded.tokenizer.prompt_ids(settings.prompt, settings.begin)),
             count_eos=settings.eos == "learn",
         ),
         batch_rows=settings.batch_rows,

@@ -43,7 +43,13 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
         validation = before.arm(*arms.TRUTH_EVAL) if training.validate_every_steps else []
         stream = f"{trainee.kind}/s{trainee.seed}/{trainee.size}"
         settings = TrainSettings.of(
-            trainee.model, training, config, stream=stream, prompt=config.prompt, eos=config.eos
+            trainee.model,
+            training,
+            config,
+            stream=stream,
+            prompt=config.prompt,
+            begin=config.begin,
+            eos=config.eos,
         )
         arm = Arm(
             stage=stage,
@@ -127,9 +133,10 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
     tokenizer_path = work.input(truth.key)
     tokenizer = Tokenizer(tokenizer_path)
     fields = shard.arm.fields
-    counting = Counting(
-        num_prompt=len(tokenizer.prompt_ids(fields["prompt"])),
-        eos=tokenizer.eos,
+    begin = fields.get("begin", TrainSettings.begin)
+    counting = Counting.with_tokenizer(
+        tokenizer,
+        num_prompt=len(tokenizer.prompt_ids(fields["prompt"], begin)),
         count_eos=fields["eos"] == "learn",
     )
 
