@@ -47,7 +47,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bpe = {"type": "BPE", "vocab": {c: i for i, c in enumerate(vocabulary)}, "merges": []}
         (path / name).mkdir()
         (path / name / "config.json").write_text("{}")
-        (path / name / "model.safetensors").write_bytes(b"")
+        (path / name / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
         (path / name / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": bpe}))
     shutil.copytree(path / "model", path / "broken")
     (path / "broken" / "tokenizer.json").write_text("{")

@@ -128,7 +128,7 @@ def test_the_path_of_a_model_is_absolute_before_it_is_stored(
     bpe = {"type": "BPE", "vocab": {"T": 0, "h": 1, "e": 2}, "merges": []}
     (model / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": bpe}))
     (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"")
+    (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for typed in ("model", "./model", "~/model"):
