@@ -9,7 +9,7 @@
 
 RUN is a name or a path. SHARD is STAGE/ARM/NAME, as --list shows it; --list says published,
 running, queued, waiting, damaged, cancelled, or failed and the kind of failure. The exit code is 0
-if the run (or that shard or stage) is complete, else 1.
+if all that was asked for is done (a run up to its `until`, that shard, that stage), else 1.
 Works without accounting, and without Slurm.
 """
 
