@@ -41,6 +41,9 @@ def words_of(case: str, folder: Path) -> list[str]:
             f"truth.model={truth}", "truth.tokenizer=model", f"teacher.model={truth}",
             "teacher.training=null", f"students.small.model={student}",
         ]  # fmt: skip
+    if case == "a part of the vocabulary":
+        whole = model(folder / "whole")
+        return [f"truth.model={whole}", "truth.tokenizer=model", "truth.vocabulary=100"]
     large = model(folder / "large", num_ids=70_000)
     return [f"truth.model={large}", "truth.tokenizer=model"]
 
@@ -48,7 +51,11 @@ def words_of(case: str, folder: Path) -> list[str]:
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize(
     "case",
-    ["teacher and student", pytest.param("a vocabulary of 70,000", marks=pytest.mark.long)],
+    [
+        "teacher and student",
+        pytest.param("a part of the vocabulary", marks=pytest.mark.long),
+        pytest.param("a vocabulary of 70,000", marks=pytest.mark.long),
+    ],
 )
 def test_given_models_give_the_same_digest_on_slurm(case: str, tmp_path: Path) -> None:
     words = ["tiny", *SIZES, *words_of(case, tmp_path)]
