@@ -107,6 +107,7 @@ NO_NODE = "allocation failure: Requested node configuration is not available"
         (NO_NODE, "idle\\ndrained\\n", None),
         (NO_NODE, "down*\\nidle\\n", None),
         (NO_NODE, "idle*\\n", None),
+        (NO_NODE, "", None),
         (FULL, "idle\\n", None),
         ("sbatch: error: Unable to contact slurm controller", "idle\\n", None),
         ("sbatch: error: Invalid qos specification", "down\\n", "Invalid qos specification"),
@@ -403,6 +404,7 @@ def test_refusals_are_told_apart(program: Path, tmp_path: Path, name: str) -> No
     said = VERSIONS / "refusals" / f"{name}.txt"
     (program / "sbatch").write_text(f"#!/bin/sh\ncat {said} >&2\nexit 1\n")
     (program / "sbatch").chmod(0o755)
+    install(program, "sinfo", out="idle\\n")
     with pytest.raises(REFUSALS[name]) as refused:
         submit(tmp_path)
     assert str(refused.value).count("Batch job submission failed: ") == 1

@@ -320,9 +320,15 @@ def check_script(text: str) -> str | None:
 
 
 def _nodes_are_missing() -> bool:
-    """Return whether any node is in a state in which Slurm starts no jobs on it."""
-    states = _run(["sinfo", "--all", "--noheader", "--format=%T"]).stdout.lower().split()
-    return any(not state.startswith(_STATES_IN_USE) or state.endswith("*") for state in states)
+    """Return whether Slurm starts no jobs on any of its nodes, or does not say."""
+    try:
+        answer = _run(["sinfo", "--all", "--noheader", "--format=%T"])
+    except ClusterError:
+        return True
+    states = answer.stdout.lower().split()
+    return not states or any(
+        not state.startswith(_STATES_IN_USE) or state.endswith("*") for state in states
+    )
 
 
 _STATES_IN_USE = ("idle", "mix", "alloc", "comp", "plan", "resv", "reserved")
