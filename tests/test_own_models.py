@@ -158,3 +158,17 @@ def test_two_folders_become_a_curve_with_the_commands_of_the_page(
         assert done.returncode == 0, done.stdout + done.stderr
     assert "tau 0.6" in done.stdout
     assert list((tmp_path / "mine").rglob("*.png"))
+
+
+def test_the_vocabulary_of_a_given_truth_decides_estimates(tmp_path: Path) -> None:
+    words = ["tiny", "truth.tokenizer=model", f"truth.model={save(tmp_path / 'm', 'Llama')}"]
+    config = presets.build(LanguageConfig, presets.compose(words))
+    assert LANGUAGE.prepare(config).truth.num_ids == 257
+
+    def row_bytes(*more: str) -> float:
+        config = presets.build(LanguageConfig, presets.compose([*words, *more]))
+        shard = LANGUAGE.plan(config).stage("sample-truth")[0]
+        return shard.num_bytes / shard.num_rows
+
+    assert row_bytes("truth.num_ids=70000") - row_bytes() == 2 * config.length
+    assert row_bytes("truth.num_ids=70000", "truth.vocabulary=100") == row_bytes()

@@ -42,6 +42,9 @@ class Truth:
     """File of the ids that a given p* is cut to, one integer a line, instead of the likeliest."""
     vocabulary_fingerprint: str = ""
     """Digest of the ids in `vocabulary_file`, as `fingerprint`."""
+    num_ids: Count | None = None
+    """Number of ids of a given p*, for estimates of memory and disk only. It is filled in when a
+    run is submitted from a folder; without it, --dry-run reckons with 65,536."""
     fingerprint: str = ""
     """Identity of the model or corpus (sha256 or commit). It is filled in when a run is submitted;
     if it is given, a model or corpus with another identity is refused."""
@@ -127,6 +130,12 @@ class LanguageConfig(RunConfig):
     throughput: dict[str, Positive] = field(default_factory=dict)
     """Expected speed by stage name, in tokens per second per rank, for estimates of time. Measured
     speeds replace it as soon as there are any."""
+
+
+def num_ids(truth: Truth) -> int:
+    """Return the number of ids of all models of a run, as far as it is known before the run."""
+    bytes_only = 257 if truth.tokenizer == "bytes" else None
+    return truth.vocabulary or truth.num_ids or bytes_only or 2**16
 
 
 TOKENS_PER_S = 20000.0

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from kdhpc.config.language import TOKENS_PER_S, LanguageConfig
+from kdhpc.config.language import TOKENS_PER_S, LanguageConfig, num_ids
 from kdhpc.models.sizes import SamplingMemory
 
 OF_MEMORY = 0.9
@@ -41,8 +41,7 @@ def batches_that_fit(config: LanguageConfig) -> Iterator[str]:
     for name, (shape, dtype) in shapes.items():
         memory = SamplingMemory(
             shape=shape,
-            vocab_size=config.truth.vocabulary
-            or (257 if config.truth.tokenizer == "bytes" else 2**16),
+            vocab_size=num_ids(config.truth),
             length=config.length,
             dtype=dtype,
             on_gpu=on_gpu,

@@ -47,13 +47,24 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
         fingerprint = given.identify(
             "truth", truth.model, truth.revision, truth.fingerprint, length=config.length
         )
-    truth = _with_vocabulary(dataclasses.replace(truth, fingerprint=fingerprint), config)
+    truth = dataclasses.replace(truth, fingerprint=fingerprint, num_ids=_num_ids(truth))
+    truth = _with_vocabulary(truth, config)
     students = {
         size: _identified(f"students.{size}", model, truth, config.length)
         for size, model in config.students.items()
     }
     teacher = _identified("teacher", config.teacher, truth, config.length)
     return dataclasses.replace(config, truth=truth, teacher=teacher, students=students)
+
+
+def _num_ids(truth: Truth) -> int | None:
+    """Return the number of ids of a truth if its tokenizer is in a folder here."""
+    from kdhpc.models.tokenizer import read
+
+    folder = None if truth.model == "train" else Path(given.resolve("truth", truth.model))
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return truth.num_ids
+    return max(read(folder).get_vocab().values()) + 1
 
 
 def _with_vocabulary(truth: Truth, config: LanguageConfig) -> Truth:

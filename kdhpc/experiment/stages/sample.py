@@ -9,7 +9,7 @@ writes  token shards: ids [N, L] uint16 (uint32 if the model has more than 65,53
 import functools
 from dataclasses import dataclass, field
 
-from kdhpc.config.language import LanguageConfig, tokens_per_s
+from kdhpc.config.language import LanguageConfig, num_ids, tokens_per_s
 from kdhpc.experiment import arms
 from kdhpc.plan.shards import ADDED, Arm, Plan, Shard, cut, fields_of, settings_of
 from kdhpc.plan.stages import Stage
@@ -40,6 +40,7 @@ class SampleSettings:
 def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
     """Plan the shards of every sample set of one stage; work is in tokens of whole rows."""
     shards: list[Shard] = []
+    row_bytes = (2.0 if num_ids(config.truth) <= 2**16 else 4.0) * config.length + 20
     for sample_set in arms.sample_sets(config):
         if sample_set.stage != stage:
             continue
@@ -73,7 +74,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
                 row_range=row_range,
                 reads=(model.key,),
                 work=(row_range[1] - row_range[0]) * config.length,
-                num_bytes=(row_range[1] - row_range[0]) * (2.0 * config.length + 20),
+                num_bytes=(row_range[1] - row_range[0]) * row_bytes,
             )
             for name, row_range in cut(num_rows, sizes.shard_sequences)
         ]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from kdhpc.config.language import LanguageConfig, tokens_per_s
+from kdhpc.config.language import LanguageConfig, num_ids, tokens_per_s
 from kdhpc.config.model import Model
 from kdhpc.experiment import arms, given
 from kdhpc.experiment.trainings import TrainSettings, join_ranks, progress, train_shard
@@ -65,8 +65,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
                 name="00000",
                 reads=(truth.key, *(shard.key for shard in (*data, *validation))),
                 work=steps * training.batch_sequences * config.length / training.world_size,
-                num_bytes=4.0
-                * num_parameters(trainee.model.shape, config.truth.vocabulary or 49152)
+                num_bytes=4.0 * num_parameters(trainee.model.shape, num_ids(config.truth))
                 if trainee.model.shape
                 else 0.0,
             )
