@@ -45,8 +45,9 @@ NEVER_STARTS = re.compile(
     r"|launch failure limit exceeded"  # since Slurm 23.11, after five failed starts in a row
 )
 """Reasons of jobs that wait for what no other job's end can bring."""
-_GONE = re.compile(r"already finished|invalid job id", re.IGNORECASE)
-"""Messages of Slurm about a job that has ended, and about one that it has forgotten."""
+_GONE = re.compile(r"already finished|invalid job id|no error", re.IGNORECASE)
+"""Messages of Slurm about a job that has ended, about one that it has forgotten, and about an array
+element that was released although scontrol 22.05 counts it as failed."""
 _NOT_YET_KNOWN = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "RESIZING")
 """First words of states that do not tell how a task ended: it has not, or it is tried again."""
 
