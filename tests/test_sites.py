@@ -131,6 +131,14 @@ def test_everything_that_sbatch_said_is_shown(program: Path, tmp_path: Path) -> 
     assert "\n" not in str(refused.value)
 
 
+def test_what_scontrol_calls_no_error_is_none(program: Path) -> None:
+    install(program, "scontrol", err="71_1: No error\\n", code=1)
+    slurm.release(["71"])
+    install(program, "scontrol", err="71: Access denied\\n", code=1)
+    with pytest.raises(ClusterError, match="Access denied"):
+        slurm.release(["71"])
+
+
 def test_hidden_partitions_are_listed(program: Path) -> None:
     line = "PartitionName=secret Default=NO Hidden=YES MaxTime=02:00:00\\n"
     install(program, "scontrol", out=f"news\\n{line}")
