@@ -174,8 +174,9 @@ def test_a_process_of_a_packed_task_dies_alone(scenario: Scenario) -> None:
         scenario.inject("kill -9 of one of two processes of a packed task")
         scenario.sweep("slurm.pack=2", "slurm.task_min=10")
         scenario.taken("make-00002")
-        time.sleep(2)  # srun would end the other process within a second
+        time.sleep(2)  # srun would tell the other process to stop within a second
         stuck.unlink()
         scenario.wait()
+        assert "told to stop" not in scenario.logs()
         assert scenario.failure_kinds() == {KEY: ["LOST"]}
         scenario.assert_whole(reruns=1)
