@@ -174,3 +174,18 @@ def test_a_moved_run_goes_on_in_its_new_place(project: Path, tmp_path: Path) -> 
     launch("sweep", *LIGHT, f"runs_dir={tmp_path}/new", project=str(project))
     assert_light_complete(tmp_path / "new/light", 2)
     launch("verify", "light", project=str(project))
+
+
+def test_a_runs_dir_that_is_given_is_the_only_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("A/light", "B/light", "docs"):
+        (tmp_path / folder).mkdir(parents=True)
+    for folder in ("A/light", "B/light"):
+        (tmp_path / folder / "run.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "A")
+    assert places.locate("light") == tmp_path / "A" / "light"
+    assert places.locate("light", "../B") == tmp_path / "B" / "light"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="docs: no run of this name"):  # a folder, but no run
+        places.locate("docs")
