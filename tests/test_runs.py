@@ -12,7 +12,7 @@ import pytest
 from commands import assert_light_complete, launch, need, status
 from light import PIPELINE, LightConfig
 
-from kdhpc.cluster import failures, local, planning, runs, slurm
+from kdhpc.cluster import local, planning, runs, slurm
 from kdhpc.cluster.advance import _failures_of, advance
 from kdhpc.cluster.decide import Batch, Changes
 from kdhpc.cluster.display import note_ignored_variables
@@ -124,7 +124,8 @@ def test_a_task_that_cancel_ended_is_cancelled_even_without_accounting(
 ) -> None:
     runs.add_request(run, config, kind="sweep", executor="slurm")
     key = "make/arm/00000"
-    ended = slurm.Ended(state=failures.BY_CANCEL, exit_code="", node="")
+    runs.add_request(run, config, kind="cancel", executor="slurm")
+    ended = slurm.Ended(state="", exit_code="", node="")
     [failure] = _failures_of(run, Ledger(run.path), submitted(((key,),)), 0, [key], ended)
     assert (failure.kind, failure.message) == ("CANCELLED", "was cancelled by cancel.py")
 

@@ -152,12 +152,8 @@ def _record_unexplained(run: Run, ledger: Ledger, state: State) -> bool:
         time.sleep(2.5)  # accounting lags behind the queue
         ended = slurm.accounting(job_ids)
     recorded = False
-    last_cancel = max((r.number for r in ledger.requests() if r.kind == "cancel"), default=0)
     for (job_id, index), (submission, keys) in unexplained.items():
-        # Accounting may be late to tell of a cancel, or absent.
-        word = failures.BY_CANCEL if submission.request < last_cancel else ""
-        unknown = slurm.Ended(state=word, exit_code="", node="")
-        task_end = ended.get((job_id, index), unknown)
+        task_end = ended.get((job_id, index), slurm.Ended(state="", exit_code="", node=""))
         for failure in _failures_of(run, ledger, submission, index, keys, task_end):
             recorded |= ledger.add_failure(failure)
     return recorded
@@ -207,7 +203,15 @@ def _failures_of(
     between two shards. If the task was cancelled or never started, all its shards have.
     """
     events = ledger.last_events(submission.number, index)
-    kind, message = failures.of_slurm(task_end.state, task_end.exit_code, started=bool(events))
+    kind, message = failures.of_slurm(
+        task_end.state,
+        task_end.exit_code,
+        started=bool(events),
+        cancelled=any(
+            request.kind == "cancel" and request.number > submission.request
+            for request in ledger.requests()
+        ),
+    )
     begun = [key for key, event in events.items() if event != "ended"] or list(events)[-1:]
     for key in keys if kind in {"CANCELLED", "LAUNCH"} or not begun else begun:
         if key in keys:

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kdhpc.cluster.failures import REMEDIES
 from kdhpc.cluster.ledger import Failure
@@ -79,14 +79,8 @@ class Policy:
         """
         if max_array is None:
             return cls(task_s=LOCAL_TASK_S, max_array=sys.maxsize, max_tasks=sys.maxsize)
-        limits = config.slurm
-        return cls(
-            task_s=limits.task_min * 60,
-            max_array=max_array,
-            max_tasks=sys.maxsize,
-            pack=limits.pack,
-            pack_by_stage=_pack_by_stage(limits),
-        )
+        policy = cls.slurm(config, max_array=max_array, num_queued=0)
+        return replace(policy, max_tasks=sys.maxsize, canary=0, until=None)
 
     @classmethod
     def local(cls, config: RunConfig) -> "Policy":

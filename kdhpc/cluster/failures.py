@@ -125,8 +125,6 @@ SLURM_STATES = {
     "REVOKED": "CANCELLED",
 }
 
-BY_CANCEL = "CANCELLED by cancel.py"
-"""State of a task that cancel.py has ended and of which accounting does not tell."""
 RANK_GONE = re.compile(
     r"connection (reset|closed) by|broken pipe|ncclRemoteError|ncclSystemError", re.IGNORECASE
 )
@@ -208,20 +206,21 @@ def breaks_process(error: BaseException) -> bool:
     return bool(re.search(r"(CUDA|HIP|NCCL) error", text) or GPU_FAILED.search(text))
 
 
-def of_slurm(state: str, exit_code: str, *, started: bool) -> tuple[str, str]:
+def of_slurm(
+    state: str, exit_code: str, *, started: bool, cancelled: bool = False
+) -> tuple[str, str]:
     """Classify a task that left the queue without output.
 
     Args:
         state: sacct's State, such as `CANCELLED by 1000`; empty if accounting does not know it.
         exit_code: sacct's ExitCode, such as `0:9`.
         started: whether the task reached kdhpc's own code.
+        cancelled: whether cancel.py was typed after the task was submitted.
 
     Returns:
         Class and message.
     """
     word = re.split(r"[ +]", state)[0]
-    if state == BY_CANCEL:
-        return "CANCELLED", "was cancelled by cancel.py"
     if word in SLURM_STATES:
         return SLURM_STATES[word], f"Slurm says {state}"
     if exit_code.startswith(f"{STOPPED_EXIT_CODE}:"):
@@ -232,6 +231,8 @@ def of_slurm(state: str, exit_code: str, *, started: bool) -> tuple[str, str]:
         return "LAUNCH", f"never reached kdhpc's code (Slurm says {state}, exit code {exit_code})"
     if word:
         return "LOST", f"left no output (Slurm says {state}, exit code {exit_code})"
+    if cancelled:  # accounting may be late to tell of it, or absent
+        return "CANCELLED", "was cancelled by cancel.py"
     return "LOST", "left the queue without output; accounting says nothing of it"
 
 

@@ -218,7 +218,7 @@ def _fetch(name: str, model: str, revision: str) -> Path:
     return Path(path)
 
 
-def compare_tokenizers(key: str, model: str, revision: str, truth: Truth) -> None:
+def compare_tokenizers(key: str, model: str, truth: Truth) -> None:
     """Refuse a model whose tokenizer is not the truth's, where both can be read now.
 
     A tokenizer inside a GGUF file, and those of hub ids, are compared when the model is taken.

@@ -122,7 +122,7 @@ def _identified(key: str, model: Model, truth: Truth, length: int) -> Model:
         trained=model.training is not None,
     )
     if truth.model != "train":
-        given.compare_tokenizers(key, place, model.revision, truth)
+        given.compare_tokenizers(key, place, truth)
     return dataclasses.replace(model, model=place, fingerprint=fingerprint)
 
 

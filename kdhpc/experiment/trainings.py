@@ -155,8 +155,10 @@ def train_shard(
     tokenizer = Tokenizer(tokenizer_path)
 
     def new_model() -> "PreTrainedModel":
-        if start_path is not None or settings.shape is None:
-            return huggingface.model_to_train(start_path or Path())
+        if start_path is not None:
+            return huggingface.model_to_train(start_path)
+        if settings.shape is None:
+            raise ValueError(f"{shard.key}: has neither a shape nor a model to start from")
         return huggingface.new_model(
             settings.shape,
             vocab_size=tokenizer.size,
