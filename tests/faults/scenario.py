@@ -86,6 +86,14 @@ class Scenario:
     def rerun(self, *words: str) -> None:
         launch("rerun", str(self.run), *words)
 
+    def sweep_until_hung(self, key: str, *, trouble: str = "hang") -> Path:
+        """Sweep, a shard in each task, until this shard hangs; return the file that holds it."""
+        stage, _, name = key.split("/")
+        stuck = self.trouble(f"{stage}-{name}", trouble)
+        self.sweep("slurm.task_min=0.01")
+        wait_for(lambda: key in self.starts(), "the shard to start")
+        return stuck
+
     # What happens to the run.
 
     def trouble(self, shard: str, what: str) -> Path:

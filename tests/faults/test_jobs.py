@@ -20,9 +20,7 @@ def slurm(*words: str) -> None:
 
 @pytest.mark.scenario(1)
 def test_an_element_cancelled_while_it_writes_waits_for_the_user(scenario: Scenario) -> None:
-    stuck = scenario.trouble("make-00002", "hang")
-    scenario.sweep("slurm.task_min=0.01")
-    wait_for(lambda: KEY in scenario.starts(), "the shard to start")
+    stuck = scenario.sweep_until_hung(KEY)
     scenario.inject("scancel of one array element in the middle of its file")
     slurm("scancel", scenario.element(KEY))
     scenario.wait()

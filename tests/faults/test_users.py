@@ -64,9 +64,7 @@ def test_foreign_jobs_with_odd_names_hurt_nothing(scenario: Scenario) -> None:
 @pytest.mark.scenario(21)
 def test_a_cancelled_training_stays_cancelled(scenario: Scenario) -> None:
     """A training that is told to stop saves a checkpoint and says that it was told to."""
-    stuck = scenario.trouble("make-00002", "obey")
-    scenario.sweep("slurm.task_min=0.01")
-    wait_for(lambda: KEY in scenario.starts(), "the shard to start")
+    stuck = scenario.sweep_until_hung(KEY, trouble="obey")
     scenario.inject("scancel of a shard that stops when it is told to, as trainings do")
     slurm("scancel", scenario.element(KEY))
     scenario.wait()
@@ -81,9 +79,7 @@ def test_a_cancelled_training_stays_cancelled(scenario: Scenario) -> None:
 @pytest.mark.scenario(22)
 def test_a_rerun_right_after_a_cancel_goes_on(scenario: Scenario) -> None:
     """The cancelled tasks do not stop when they are told to, so they end seconds later."""
-    stuck = scenario.trouble("make-00002", "hang")
-    scenario.sweep("slurm.task_min=0.01")
-    wait_for(lambda: KEY in scenario.starts(), "the shard to start")
+    stuck = scenario.sweep_until_hung(KEY)
     scenario.inject("cancel.py, and rerun.py at once")
     launch("cancel", str(scenario.run))
     stuck.unlink()
@@ -113,9 +109,7 @@ def test_a_cancel_while_sbatch_is_slow_leaves_nothing_running(scenario: Scenario
 @pytest.mark.scenario(22)
 def test_a_cancel_works_on_a_full_disk(scenario: Scenario, small_disk: Path) -> None:
     scenario.use_disk(small_disk)
-    stuck = scenario.trouble("make-00002", "hang")
-    scenario.sweep("slurm.task_min=0.01")
-    wait_for(lambda: KEY in scenario.starts(), "the shard to start")
+    stuck = scenario.sweep_until_hung(KEY)
     scenario.inject("3 MB tmpfs, full; cancel.py, then rerun.py when there is space")
     filler = fill(small_disk, leave=0)
     cancelled = launch("cancel", str(scenario.run))
@@ -149,9 +143,7 @@ def test_what_a_user_holds_stays_held(scenario: Scenario) -> None:
 
 @pytest.mark.scenario(24)
 def test_a_run_that_is_moved_away_is_not_made_anew_and_goes_on(scenario: Scenario) -> None:
-    stuck = scenario.trouble("make-00002", "hang")
-    scenario.sweep("slurm.task_min=0.01")
-    wait_for(lambda: KEY in scenario.starts(), "the shard to start")
+    stuck = scenario.sweep_until_hung(KEY)
     scenario.inject("mv of the run folder while a task runs; sweep.py with the new runs_dir")
     old, new = scenario.run, scenario.folder / "moved"
     new.mkdir()
