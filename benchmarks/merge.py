@@ -135,10 +135,8 @@ def make_run(folder: Path, sequences: int, per_shard: int, length: int) -> tuple
         stats: dict[str, Any] = {}
         if shard.stage == arms.SCORE:
             path = work.new_path(shard, ".h5")
-            write_scores(
-                path,
-                Scores(log_prob_sum=sums, num_tokens=counts, token_log_prob=token_log_prob),
-            )
+            scores = Scores(log_prob_sum=sums, num_tokens=counts, token_log_prob=token_log_prob)
+            write_scores(path, {1.0: scores})
         elif shard.row_range:
             path = work.new_path(shard, ".arrow")
             samples = Samples(ids=ids, length=counts, log_prob_sum=sums, log_prob_tau_sum=sums)

@@ -129,7 +129,7 @@ def test_a_truncated_file_is_refused_by_name(tmp_path: Path, name: str, keep: in
     if name.endswith("arrow"):
         write_samples(path, samples(), {})
     else:
-        write_scores(path, scores())
+        write_scores(path, {1.0: scores()})
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(DamagedError, match=name):
         read_samples([path]) if name.endswith("arrow") else read_scores(path)
@@ -263,7 +263,7 @@ def test_the_merge_holds_a_piece_at_a_time(tmp_path: Path) -> None:
         num_tokens=np.zeros(4096, np.int32),
         token_log_prob=np.ones((4096, 512), np.float32),
     )
-    write_scores(tmp_path / "a.h5", shard)
+    write_scores(tmp_path / "a.h5", {1.0: shard})
     command = [sys.executable, "-c", PEAK, str(tmp_path), "32"]
     peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert (tmp_path / "large.h5").stat().st_size > 256e6
@@ -272,7 +272,7 @@ def test_the_merge_holds_a_piece_at_a_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("offset", [0, 3000, -1])
 def test_pieces_name_a_file_that_is_cut_off(tmp_path: Path, offset: int) -> None:
-    write_scores(tmp_path / "a.h5", scores())
+    write_scores(tmp_path / "a.h5", {1.0: scores()})
     raw = (tmp_path / "a.h5").read_bytes()
     (tmp_path / "a.h5").write_bytes(raw[:offset])
     with pytest.raises(DamagedError, match=r"a\.h5"):
@@ -281,12 +281,13 @@ def test_pieces_name_a_file_that_is_cut_off(tmp_path: Path, offset: int) -> None
 
 def test_pieces_feed_every_byte_to_the_digest(tmp_path: Path) -> None:
     path, whole_file = tmp_path / "a.h5", Digest()
-    write_scores(path, scores())
+    write_scores(path, {1.0: scores()})
     parts: dict[str, list[Any]] = {}
     for name, piece in read_pieces(path, whole_file):
         parts.setdefault(name, []).append(piece.copy())
     assert whole_file.hexdigest() == digest_of(path)
-    for name, array in vars(scores()).items():
+    assert parts.keys() == scores().arrays().keys()
+    for name, array in scores().arrays().items():
         assert np.array_equal(np.concatenate(parts[name]), array)
 
 

@@ -104,6 +104,11 @@ class LanguageConfig(RunConfig):
     teacher."""
     taus: tuple[Positive, ...]
     """Temperatures at which the teacher is sampled; each of them gets students of its own."""
+    decode_temperatures: tuple[Positive, ...] = ()
+    """Temperatures other than 1 at which finished students are sampled and scored too, as a
+    control for `taus`: direct students and those of tau 1 at each of them, the other distilled
+    students at those above 1. Recall is scored at each of them for every student, and at each tau
+    for the teachers."""
     prompt: str = "The"
     """Text that every sequence starts with; its tokens are never trained on or scored. It may hold
     special tokens, such as `<|im_start|>`."""
@@ -160,6 +165,10 @@ def models(config: LanguageConfig) -> dict[str, Model]:
 def language_problems(config: LanguageConfig) -> Iterator[str]:
     """Yield what is wrong with a language experiment whose values are within their bounds."""
     yield from list_problems("tau", config.taus, "[1.0,0.8]")
+    if config.decode_temperatures:
+        yield from list_problems("decode_temperature", config.decode_temperatures, "[0.9,0.8]")
+    if 1.0 in config.decode_temperatures:
+        yield "decode_temperatures: 1 is always scored; expected temperatures other than 1"
     yield from _sampling_problems(config.sampling)
     yield from _scoring_problems(config.scoring)
     yield from _truth_problems(config.truth)

@@ -1,11 +1,12 @@
 """The models and sample sets of the language experiment and their names, shared by all stages.
 
 A model is called `truth`, `teacher-s0`, `student-s0-small-direct` or `student-s0-small-tau0.8`. The
-evaluation set of a teacher at a temperature is called `teacher-s0-tau0.8`.
+evaluation set of a teacher at a temperature is called `teacher-s0-tau0.8`. A model at a temperature
+of evaluation other than 1 is called `student-s0-small-direct-T0.8`, as a sampler and as a scorer.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from kdhpc.config.language import LanguageConfig
@@ -86,6 +87,11 @@ def teacher_name(seed: int) -> str:
     return f"teacher-s{seed}"
 
 
+def at_temperature(name: str, temperature: float) -> str:
+    """Return the name of a model at a temperature of evaluation."""
+    return name if temperature == 1.0 else f"{name}-T{temperature:g}"
+
+
 def trainees(config: LanguageConfig) -> Iterator[Trainee]:
     """Yield teachers, direct students and distilled students, in pipeline order."""
     for seed in range(config.seeds):
@@ -132,15 +138,31 @@ def sample_sets(config: LanguageConfig) -> Iterator[SampleSet]:
                 yield _teacher_samples(config, seed, selection, evaluation)
     for trainee in trainees(config):
         if trainee.kind == "student":
-            yield SampleSet(
-                stage=SAMPLE_STUDENTS,
-                arm=trainee.name,
-                stream=f"student/s{trainee.seed}/{trainee.size}/{trainee.arm}/eval",
-                model=(trainee.stage, trainee.name),
-                dtype=trainee.model.sampled_dtype,
-                selection=Selection(),
-                evaluation=True,
-            )
+            model = f"student/s{trainee.seed}/{trainee.size}/{trainee.arm}"
+            for temperature in (1.0, *_sampled_temperatures(config, trainee)):
+                yield SampleSet(
+                    stage=SAMPLE_STUDENTS,
+                    arm=at_temperature(trainee.name, temperature),
+                    stream=at_temperature(model, temperature) + "/eval",
+                    model=(trainee.stage, trainee.name),
+                    dtype=trainee.model.sampled_dtype,
+                    selection=Selection(tau=temperature),
+                    evaluation=True,
+                )
+
+
+def _sampled_temperatures(config: LanguageConfig, student: Trainee) -> tuple[float, ...]:
+    """Return the temperatures other than 1 at which a finished student is sampled."""
+    learnt_all = student.selection is None or student.selection.keeps_all
+    return tuple(t for t in config.decode_temperatures if learnt_all or t > 1.0)
+
+
+def _scored_temperatures(config: LanguageConfig, trainee: Trainee) -> tuple[float, ...]:
+    """Return the temperatures other than 1 at which a model scores truth's samples."""
+    temperatures = set(config.decode_temperatures)
+    if temperatures and trainee.kind == "teacher":
+        temperatures |= {*config.taus}
+    return tuple(sorted(temperatures - {1.0}, reverse=True))
 
 
 def _teacher_samples(
@@ -166,16 +188,22 @@ class Pair:
     samples: ArmName
     scorer: str
     model: ArmName
+    temperatures: tuple[float, ...] = (1.0,)
+    """Temperatures of the scorer, which share one pass through it."""
 
     @property
     def arm(self) -> str:
-        return f"{self.sampler}-under-{self.scorer}"
+        name = f"{self.sampler}-under-{self.scorer}"
+        if self.temperatures == (1.0,):
+            return name
+        return f"{name}-T{'-'.join(f'{temperature:g}' for temperature in self.temperatures)}"
 
 
 def pairs(config: LanguageConfig) -> Iterator[Pair]:
     """Yield all pairs: samples of models under truth (precision), then of truth under models.
 
-    The latter give recall.
+    The latter give recall. Temperatures other than 1 are pairs of their own, so that a finished run
+    can be extended by them.
     """
     for sample_set in sample_sets(config):
         if sample_set.evaluation and sample_set.stage == SAMPLE_STUDENTS:
@@ -183,4 +211,7 @@ def pairs(config: LanguageConfig) -> Iterator[Pair]:
             yield Pair(sampler=sample_set.arm, samples=samples, scorer="truth", model=TRUTH_MODEL)
     for trainee in trainees(config):
         model = (trainee.stage, trainee.name)
-        yield Pair(sampler="truth", samples=TRUTH_EVAL, scorer=trainee.name, model=model)
+        pair = Pair(sampler="truth", samples=TRUTH_EVAL, scorer=trainee.name, model=model)
+        yield pair
+        if temperatures := _scored_temperatures(config, trainee):
+            yield replace(pair, temperatures=temperatures)

@@ -42,6 +42,7 @@ class Sampler:
         draw: str,
         counting: Counting,
         engine: str = "torch",
+        per_token: bool = False,
     ) -> None:
         """Allocate the buffers of a batch.
 
@@ -54,6 +55,7 @@ class Sampler:
             draw: `inverse_cdf` or `gumbel`.
             counting: which id ends a sequence, and which tokens the sums are over.
             engine: `torch`, or `native` for the extension if it can be used.
+            per_token: whether to keep the log-probability of every token besides the sums.
         """
         self.device = device = model.device
         self.prompt, self.batch_rows = torch.tensor(prompt_ids, device=device), batch_rows
@@ -62,8 +64,12 @@ class Sampler:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.ids = torch.zeros((length, batch_rows), dtype=torch.int64, device=device)
         self.length = torch.zeros(batch_rows, dtype=torch.int32, device=device)
-        self.log_prob = torch.zeros(batch_rows, dtype=torch.float64, device=device)
-        self.log_prob_tau = torch.zeros(batch_rows, dtype=torch.float64, device=device)
+        sums = torch.zeros((4, batch_rows), dtype=torch.float64, device=device)
+        self.sums = sums
+        self.log_prob, self.log_prob_tau, self.end_log_prob, self.end_log_prob_tau = sums
+        self.token_log_prob_tau = (
+            torch.full((length, batch_rows), torch.nan, device=device) if per_token else None
+        )
         self.alive = torch.ones(batch_rows, dtype=torch.bool, device=device)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         # All graphs share one memory pool, because the results of a step are in buffers outside it.
@@ -79,8 +85,10 @@ class Sampler:
         self.ids.zero_()
         self.ids[:num_prompt] = self.prompt[:, None]
         self.length.fill_(num_prompt)
-        for sums in (self.log_prob, self.log_prob_tau, self.position):
-            sums.zero_()
+        for numbers in (self.sums, self.position):
+            numbers.zero_()
+        if self.token_log_prob_tau is not None:
+            self.token_log_prob_tau.fill_(torch.nan)
         self.alive.fill_(True)
         with exact_matmuls():
             for position in range(num_prompt - 1):
@@ -97,6 +105,11 @@ class Sampler:
             length=self.length.cpu().numpy().copy(),
             log_prob_sum=self.log_prob.cpu().numpy().copy(),
             log_prob_tau_sum=self.log_prob_tau.cpu().numpy().copy(),
+            end_log_prob=self.end_log_prob.cpu().numpy().copy(),
+            end_log_prob_tau=self.end_log_prob_tau.cpu().numpy().copy(),
+            token_log_prob_tau=None
+            if self.token_log_prob_tau is None
+            else np.array(self.token_log_prob_tau.T.cpu().numpy(), order="C"),
         )
 
     def step(self, num_keys: int) -> None:
@@ -111,6 +124,12 @@ class Sampler:
         counts = self.counting.at(self.position, self.length, ended)
         self.log_prob += log_prob.masked_fill(~counts, 0.0)
         self.log_prob_tau += log_prob_tau.masked_fill(~counts, 0.0)
+        ends_now = self.alive & ended
+        self.end_log_prob += log_prob.masked_fill(~ends_now, 0.0)
+        self.end_log_prob_tau += log_prob_tau.masked_fill(~ends_now, 0.0)
+        if self.token_log_prob_tau is not None:
+            token_log_prob = log_prob_tau.float().masked_fill(~counts, torch.nan)
+            self.token_log_prob_tau.index_copy_(0, self.position, token_log_prob[None])
         self.ids.index_copy_(0, self.position, token.masked_fill(~self.alive, 0)[None])
         self.alive &= ~ended
 
@@ -187,9 +206,4 @@ def sample(
     for start in range(rows.start, rows.stop, size):
         batches.append(sampler.batch(seed, stream, range(start, start + size)))
         on_batch(min(start + size, rows.stop) - rows.start)
-    return Samples(
-        **{
-            name: np.concatenate([getattr(batch, name) for batch in batches])[: len(rows)]
-            for name in ("ids", "length", "log_prob_sum", "log_prob_tau_sum")
-        }
-    )
+    return Samples.join(batches)[: len(rows)]

@@ -66,6 +66,15 @@ class Counting:
         Returns:
             [B, L] bool.
         """
-        last = ids.gather(1, (length.long() - 1).clamp(min=0)[:, None])
         position = torch.arange(ids.shape[1], device=ids.device)
-        return self.at(position, length[:, None], self.ends(last))
+        return self.at(position, length[:, None], self._ended(ids, length))
+
+    def end_of(self, ids: Tensor, length: Tensor) -> Tensor:
+        """Return which token of each whole row ends it, if any does: [B, L] bool, as in `of`."""
+        position = torch.arange(ids.shape[1], device=ids.device)
+        last = (position == length[:, None] - 1) & (position >= self.num_prompt)
+        return last & self._ended(ids, length)
+
+    def _ended(self, ids: Tensor, length: Tensor) -> Tensor:
+        """Return whether the last token of each row ends it: [B, 1] bool."""
+        return self.ends(ids.gather(1, (length.long() - 1).clamp(min=0)[:, None]))

@@ -1,14 +1,14 @@
 """Write and read score shards (HDF5): log-probabilities of sequences under one model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdhpc.storage.hdf5 import (
-    Arrays,
     damaged_if_unreadable,
     join_arrays,
     read_arrays,
@@ -26,31 +26,54 @@ class Scores:
     """[N] number of counted tokens."""
     token_log_prob: NDArray[np.float32] | None = None
     """[N, L] nats, NaN where a token is not counted; None unless `scoring.per_token` is set."""
+    end_log_prob: NDArray[np.float64] | None = None
+    """[N] nats: log-probability of the end token, whether or not it counts; 0 if the sequence did
+    not end. None in shards of earlier versions."""
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays that are there, by name."""
+        return {name: array for name, array in vars(self).items() if array is not None}
 
 
-def write_scores(path: Path, scores: Scores) -> None:
-    """Write a score shard and read it back.
+def group_of(temperature: float) -> str:
+    """Return the group of a score shard that holds the scores at a temperature; `` is the root."""
+    return "" if temperature == 1.0 else f"T{temperature:g}/"
+
+
+def write_scores(path: Path, scores: Mapping[float, Scores]) -> None:
+    """Write a score shard, with one group for each temperature, and read it back.
 
     Raises:
         DamagedError: if it reads back differently.
     """
-    write_arrays(path, _score_arrays(scores))
+    write_arrays(
+        path,
+        {
+            group_of(temperature) + name: array
+            for temperature, part in scores.items()
+            for name, array in part.arrays().items()
+        },
+    )
 
 
-def read_scores(path: Path) -> Scores:
-    """Check a score shard, then map it into memory.
+def read_scores(path: Path, temperature: float = 1.0) -> Scores:
+    """Check a score shard, then map the scores at one temperature into memory.
 
     Raises:
         DamagedError: if the file is no score shard, or its arrays differ from what was written.
     """
+    group = group_of(temperature)
     with damaged_if_unreadable(path, "a score shard"):
-        return Scores(**read_arrays(path))
-
-
-def _score_arrays(scores: Scores) -> Arrays:
-    return {name: array for name, array in vars(scores).items() if array is not None}
+        arrays = {name.rpartition("/"): array for name, array in read_arrays(path).items()}
+        return Scores(
+            **{
+                name: array
+                for (above, slash, name), array in arrays.items()
+                if above + slash == group
+            }
+        )
 
 
 def join_scores(parts: Sequence[Scores]) -> Scores:
-    """Concatenate score shards."""
-    return Scores(**join_arrays([_score_arrays(part) for part in parts]))
+    """Concatenate the scores of consecutive rows."""
+    return Scores(**join_arrays([part.arrays() for part in parts]))

@@ -18,6 +18,12 @@ Ids: TypeAlias = NDArray[np.uint16] | NDArray[np.uint32]
 """Token ids, in the smallest of the two types that holds every id of the vocabulary."""
 ID_TYPES = (np.uint16, np.uint32)
 ROW_COLUMNS = {"length": np.int32, "log_prob_sum": np.float64, "log_prob_tau_sum": np.float64}
+OPTIONAL_COLUMNS = {
+    "end_log_prob": np.float64,
+    "end_log_prob_tau": np.float64,
+    "token_log_prob_tau": np.float32,
+}
+"""Columns that older shards lack, and shards of training sets in part; the last one has rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +38,33 @@ class Samples:
     """[N] nats: log-probability of the counted tokens under the sampler at temperature 1."""
     log_prob_tau_sum: NDArray[np.float64]
     """[N] nats: the same under the distribution that they were drawn from (tau, truncation)."""
+    end_log_prob: NDArray[np.float64] | None = None
+    """[N] nats: log-probability of the end token at temperature 1, whether or not it counts; 0 if
+    the sequence did not end. None in shards of earlier versions."""
+    end_log_prob_tau: NDArray[np.float64] | None = None
+    """[N] nats: the same under the distribution that the sequences were drawn from."""
+    token_log_prob_tau: NDArray[np.float32] | None = None
+    """[N, L] nats: log-probability of each token under that distribution, NaN where it does not
+    count. Only in evaluation sets, with `scoring.per_token`."""
 
     def __len__(self) -> int:
         return len(self.length)
 
     def __getitem__(self, rows: slice) -> "Samples":
         """Return some of the sequences as views, without copying."""
-        return Samples(**{name: array[rows] for name, array in vars(self).items()})
+        return Samples(**{name: array[rows] for name, array in self.arrays().items()})
+
+    def arrays(self) -> dict[str, Any]:
+        """Return the arrays that are there, by name."""
+        return {name: array for name, array in vars(self).items() if array is not None}
+
+    @classmethod
+    def join(cls, parts: "Sequence[Samples]") -> "Samples":
+        """Concatenate sequences; an array that one of the parts lacks is left out."""
+        if len(parts) == 1:
+            return parts[0]
+        names = [name for name in parts[0].arrays() if all(name in p.arrays() for p in parts)]
+        return cls(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in names})
 
 
 def id_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
@@ -54,15 +80,19 @@ def write_samples(path: Path, samples: Samples, metadata: Mapping[str, str]) -> 
     """
     import pyarrow as pa
 
-    width = samples.ids.shape[1]
-    columns = {"ids": pa.FixedSizeListArray.from_arrays(pa.array(samples.ids.reshape(-1)), width)}
-    for name, dtype in ROW_COLUMNS.items():
-        columns[name] = pa.array(getattr(samples, name).astype(dtype))
+    columns = {}
+    for name, array in samples.arrays().items():
+        dtype = {**ROW_COLUMNS, **OPTIONAL_COLUMNS}.get(name, array.dtype)
+        column = pa.array(array.astype(dtype).reshape(-1))
+        is_flat = array.ndim == 1
+        columns[name] = (
+            column if is_flat else pa.FixedSizeListArray.from_arrays(column, array.shape[1])
+        )
     table = pa.table(columns).replace_schema_metadata(dict(metadata))
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     again = vars(read_samples([path]))
-    if any(again[name].tobytes() != column.tobytes() for name, column in vars(samples).items()):
+    if any(again[name].tobytes() != column.tobytes() for name, column in samples.arrays().items()):
         raise DamagedError(f"{path}: reads back differently from what was written")
 
 
@@ -72,15 +102,7 @@ def read_samples(paths: Sequence[Path]) -> Samples:
     Raises:
         DamagedError: if a file is no token shard.
     """
-    parts = [_read_sample_shard(path) for path in paths]
-    if len(parts) == 1:
-        return parts[0]
-    return Samples(
-        ids=np.concatenate([part.ids for part in parts]),
-        length=np.concatenate([part.length for part in parts]),
-        log_prob_sum=np.concatenate([part.log_prob_sum for part in parts]),
-        log_prob_tau_sum=np.concatenate([part.log_prob_tau_sum for part in parts]),
-    )
+    return Samples.join([_read_sample_shard(path) for path in paths])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +148,18 @@ def _read_sample_shard(path: Path) -> Samples:
     try:
         with pa.memory_map(str(path)) as source:
             table = pa.ipc.open_stream(source).read_all()
-        ids = _numbers(_contiguous(table["ids"]).values, *ID_TYPES)
-        rows: dict[str, Any] = {
-            name: _numbers(_contiguous(table[name]), dtype) for name, dtype in ROW_COLUMNS.items()
-        }
-        return Samples(ids=ids.reshape(len(table), -1), **rows)
+        dtypes: dict[str, tuple[type, ...]] = {"ids": ID_TYPES}
+        dtypes |= {name: (dtype,) for name, dtype in ROW_COLUMNS.items()}
+        for name in set(OPTIONAL_COLUMNS).intersection(table.column_names):
+            dtypes[name] = (OPTIONAL_COLUMNS[name],)
+        rows: dict[str, Any] = {}
+        for name, expected in dtypes.items():
+            column = _contiguous(table[name])
+            if pa.types.is_fixed_size_list(column.type):
+                rows[name] = _numbers(column.values, *expected).reshape(len(table), -1)
+            else:
+                rows[name] = _numbers(column, *expected)
+        return Samples(**rows)
     except (pa.ArrowException, AttributeError, KeyError, ValueError, OSError) as error:
         raise DamagedError(f"{path}: not a token shard ({error})") from error
 

@@ -100,6 +100,14 @@ class Work(Generic[C]):
             self._keep(record)
         return record
 
+    def stats(self, key: str) -> Mapping[str, Json]:
+        """Return the stats in the record of an input shard, without checking its data.
+
+        Raises:
+            DamagedError: if the record is missing or damaged.
+        """
+        return self._unverified(key).stats
+
     def _unverified(self, key: str) -> Record:
         record = self._records.get(key) or read_record(self.run.record_path(key), key)
         if key in self.plan.shards and self.plan.shards[key].recipe != record.recipe:

@@ -41,7 +41,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
             stage=arms.MERGE,
             fields={},
             num_rows=num_rows,
-            bytes_per_row=12.0 + 4.0 * config.length * config.scoring.per_token,
+            bytes_per_row=20.0 + 4.0 * config.length * config.scoring.per_token,
         )
     ]
 
@@ -99,13 +99,16 @@ def _scores(work: Work[LanguageConfig], present: frozenset[str]) -> Iterator["Sc
     scored: dict[str, list[Shard]] = {}
     for pair in arms.pairs(work.config):
         shards = work.plan.arm(arms.SCORE, pair.arm)
-        if present.issuperset(shard.key for shard in shards):
+        if not present.issuperset(shard.key for shard in shards):
+            continue
+        if pair.temperatures == (1.0,):
             scored.setdefault(pair.sampler, shards)
+        for temperature in pair.temperatures:
             yield ScorePieces(
                 sampler=pair.sampler,
-                scorer=pair.scorer,
+                scorer=arms.at_temperature(pair.scorer, temperature),
                 num_rows=sum(shard.num_rows for shard in shards),
-                pieces=_pieces(work, shards),
+                pieces=_pieces(work, shards, temperature),
             )
     samplers = dict.fromkeys((pair.sampler, pair.samples) for pair in arms.pairs(work.config))
     for sampler, samples in samplers:
@@ -119,18 +122,31 @@ def _scores(work: Work[LanguageConfig], present: frozenset[str]) -> Iterator["Sc
             )
 
 
-def _pieces(work: Work[LanguageConfig], shards: Sequence[Shard]) -> Iterator["Piece"]:
-    """Yield the pieces of score shards in order; each shard is read once."""
-    from kdhpc.storage.hdf5 import read_pieces
+def _pieces(
+    work: Work[LanguageConfig], shards: Sequence[Shard], temperature: float
+) -> Iterator["Piece"]:
+    """Yield the pieces of score shards at a temperature in order, reading each shard once.
 
+    End tokens are left out if a shard of an earlier version lacks them.
+    """
+    from kdhpc.storage.hdf5 import read_pieces
+    from kdhpc.storage.score_shards import group_of
+
+    has_ends = all("end_log_prob" in work.stats(shard.key).get("arrays", ()) for shard in shards)
+    group = group_of(temperature)
     for shard in shards:
-        yield from work.read(shard.key, read_pieces)
+        for full_name, piece in work.read(shard.key, read_pieces):
+            above, slash, name = full_name.rpartition("/")
+            if above + slash == group and (has_ends or name != "end_log_prob"):
+                yield name, piece
 
 
 def _own_pieces(
     work: Work[LanguageConfig], scored: Sequence[Shard], sampled: Sequence[Shard]
 ) -> Iterator["Piece"]:
-    """Yield a sampler's own scores: token counts from score shards, log-probabilities from samples.
+    """Yield a sampler's own scores: token counts from score shards, the rest from its samples.
+
+    Arrays that a shard of an earlier version lacks are left out.
 
     Args:
         work: config, plan and paths.
@@ -142,8 +158,14 @@ def _own_pieces(
 
     for shard in scored:
         yield "num_tokens", map_array(work.input(shard.key), "num_tokens")
+    has = set.intersection(*({*work.stats(shard.key).get("arrays", ())} for shard in sampled))
     for shard in sampled:
-        yield "log_prob_sum", read_samples([work.input(shard.key)]).log_prob_tau_sum
+        samples = read_samples([work.input(shard.key)])
+        yield "log_prob_sum", samples.log_prob_tau_sum
+        if "end_log_prob_tau" in has and samples.end_log_prob_tau is not None:
+            yield "end_log_prob", samples.end_log_prob_tau
+        if "token_log_prob_tau" in has and samples.token_log_prob_tau is not None:
+            yield "token_log_prob", samples.token_log_prob_tau
 
 
 def _models(work: Work[LanguageConfig], present: frozenset[str]) -> dict[str, dict[str, Json]]:

@@ -3,7 +3,9 @@
 reads   a model checkpoint
 writes  token shards: ids [N, L] uint16 (uint32 if the model has more than 65,536 of them),
         length [N] int32, log_prob_sum [N] float64 (nats, at temperature 1) and log_prob_tau_sum [N]
-        float64 (nats, under the distribution that was drawn from)
+        float64 (nats, under the distribution that was drawn from), end_log_prob and
+        end_log_prob_tau [N] float64 (nats, of the end token alone), and in evaluation sets with
+        `scoring.per_token` also token_log_prob_tau [N, L] float32
 """
 
 import functools
@@ -105,6 +107,7 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
             loaded.tokenizer, num_prompt=len(prompt_ids), count_eos=settings.eos == "learn"
         ),
         engine=settings.engine,
+        per_token=_keeps_tokens(shard, work.config),
     )
     work.ready()
     samples = sample(
@@ -120,8 +123,18 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     return Written(
         path=path,
         num_rows=len(samples),
-        stats={"device": sampler.device.type, "decoder": sampler.decoder.name},
+        stats={
+            "device": sampler.device.type,
+            "decoder": sampler.decoder.name,
+            "arrays": sorted(samples.arrays()),
+        },
     )
+
+
+def _keeps_tokens(shard: Shard, config: LanguageConfig) -> bool:
+    """Return whether a shard keeps the log-probability of every token; sequences are the same."""
+    is_evaluation = shard.stage == arms.SAMPLE_STUDENTS or shard.arm.name == arms.TRUTH_EVAL[1]
+    return config.scoring.per_token and is_evaluation
 
 
 SAMPLE_TRUTH = Stage(

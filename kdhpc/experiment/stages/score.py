@@ -1,10 +1,12 @@
 """The stage that scores sample sets: of models under p* (precision), of p* under models (recall).
 
 reads   token shards and a model checkpoint
-writes  score shards: log_prob_sum [N] float64 in nats, num_tokens [N] int32, and with
-        `scoring.per_token` also token_log_prob [N, L] float32
+writes  score shards: log_prob_sum [N] float64 in nats, num_tokens [N] int32, end_log_prob [N]
+        float64 in nats, and with `scoring.per_token` also token_log_prob [N, L] float32; scores at
+        temperatures other than 1 are in groups called T0.8
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -32,12 +34,14 @@ class ScoreSettings:
     per_token: bool
     threads: int
     begin: str = field(default="tokenizer", metadata=ADDED)
+    temperatures: tuple[float, ...] = field(default=(1.0,), metadata=ADDED)
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
     """Plan the shards of every pair of sampler and scorer; work is in tokens of whole rows."""
     shards = []
     scoring = config.scoring
+    row_bytes = 20 + 4 * config.length * scoring.per_token
     settings = ScoreSettings(
         eos=config.eos,
         prompt=config.prompt,
@@ -55,7 +59,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
         arm = Arm(
             stage=arms.SCORE,
             name=pair.arm,
-            fields=fields_of(settings),
+            fields=fields_of(dataclasses.replace(settings, temperatures=pair.temperatures)),
             inputs={"samples": sources[0].arm.recipe, "model": model.recipe},
         )
         num_rows = sum(shard.num_rows for shard in sources)
@@ -74,7 +78,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
                     row_range=row_range,
                     reads=(model.key, *(shard.key for shard in needed)),
                     work=size * config.length,
-                    num_bytes=size * (12 + 4 * config.length * scoring.per_token) + 4096,
+                    num_bytes=size * row_bytes * len(pair.temperatures) + 4096,
                 )
             )
     return shards
@@ -108,6 +112,7 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
         head_tokens=settings.head_tokens,
         per_token=settings.per_token,
         head=head,
+        temperatures=tuple(settings.temperatures),
         on_batch=lambda done: work.progress(done / shard.num_rows),
     )
     path = work.new_path(shard, ".h5")
@@ -115,7 +120,11 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     return Written(
         path=path,
         num_rows=shard.num_rows,
-        stats={"device": loaded.model.device.type, "engine": "native" if head else "torch"},
+        stats={
+            "device": loaded.model.device.type,
+            "engine": "native" if head else "torch",
+            "arrays": sorted(scores[settings.temperatures[0]].arrays()),
+        },
     )
 
 
@@ -132,7 +141,7 @@ def _samples(shard: Shard, work: Work[LanguageConfig]) -> "Samples":
 SCORE = Stage(
     name=arms.SCORE,
     reads="evaluation sets; p*, teachers and students",
-    writes="score shards: log_prob_sum [N] float64 in nats, num_tokens [N] int32",
+    writes="score shards: log_prob_sum and end_log_prob [N] float64 in nats, num_tokens [N] int32",
     plan=plan,
     run=run,
     modules=("kdhpc.scoring.scorer",),
