@@ -6,16 +6,14 @@
 RUN is a run's name or folder, or a file of results, such as that of `rerun.py RUN --partial`.
 
 Writes precision_recall.csv, .png and .pdf next to the results, or to FOLDER; the names of those of
-partial results begin with partial-. Intervals are 95 %: for one seed by bootstrap over sequences,
-for several by Student's t over the seeds' means. Students that lack a score, as in a partial merge,
-are left out and counted.
+partial results begin with partial-. The table has a row for each student and seed, then the mean of
+each over seeds. Intervals are 95 %: of a mean over seeds and sequences, given p* and D; of a single
+student for sampling error only (docs/statistics.md). Students that lack a score, as in a partial
+merge, are left out and counted.
 """
 
-import math
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import files
 import matplotlib.pyplot as plt
@@ -23,15 +21,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from study import Study, label_order
 
 from kdhpc.cluster.display import command
 from kdhpc.errors import InputError
 from kdhpc.pipeline import LANGUAGE
-from kdhpc.science import metrics
-from kdhpc.storage.results import Results
+from kdhpc.science.intervals import SeedMean, over_seeds
+
+ALL_SEEDS = "all"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """A row of the CSV: one student, or the mean over seeds. Numbers are in nats per token."""
 
@@ -46,67 +46,62 @@ class Row:
     recall_high: float
 
 
-def students(results: Results) -> tuple[list[str], list[str]]:
-    """Return the names of the trained students that have both scores, and of those that do not."""
-    names = [name for name, facts in results.models.items() if facts["kind"] == "student"]
-    scored = [name for name in names if results.scores.keys() >= set(_pairs(name).values())]
-    return scored, [name for name in names if name not in scored]
-
-
-def _pairs(name: str) -> dict[str, tuple[str, str]]:
-    """Return the sampler and the scorer of each metric of a student."""
-    return {"precision": (name, "truth"), "recall": ("truth", name)}
-
-
-def rows(results: Results, names: Sequence[str]) -> list[Row]:
-    """Return one row for each of these students, then the mean of each group of several seeds."""
-    all_rows = [_row(results, name, results.models[name]) for name in names]
-    all_rows.sort(key=lambda row: (row.student_size, row.seed, _order(row)))
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in sorted(all_rows, key=_order):
-        groups.setdefault((row.student_size, row.tau), []).append(row)
-    for (size, tau), group in groups.items():
-        if len(group) > 1:
-            values: dict[str, float] = {}
-            for name in ("precision", "recall"):
-                by_seed = [getattr(row, name) for row in group]
-                low, high = metrics.over_seeds(by_seed)
-                values |= {name: float(np.mean(by_seed)), f"{name}_low": low, f"{name}_high": high}
-            all_rows.append(Row(tau=tau, student_size=size, seed="all", **values))
+def rows(study: Study) -> list[Row]:
+    """Return one row for each student, then the mean of each group of several seeds."""
+    all_rows = [
+        _row(
+            s.label, s.size, str(s.seed), over_seeds([study.precision(s)]),
+            over_seeds([study.recall(s)]),
+        )
+        for s in study.students
+    ]  # fmt: skip
+    for size in study.sizes:
+        for label in study.labels(size):
+            if len(study.of(size, label)) > 1:
+                precision = study.mean(size, label, study.precision)
+                recall = study.mean(size, label, study.recall)
+                all_rows.append(_row(label, size, ALL_SEEDS, precision, recall))
     return all_rows
 
 
-def _row(results: Results, name: str, facts: Any) -> Row:
-    values = {}
-    for metric, pair in _pairs(name).items():
-        scores = results.scores[pair]
-        arrays = (scores.log_prob_sum, scores.num_tokens)
-        low, high = metrics.bootstrap(arrays)
-        values[metric] = float(metrics.per_token(*arrays))
-        values |= {f"{metric}_low": low, f"{metric}_high": high}
-    arm = str(facts["arm"])
-    tau = f"{facts['tau']:g}" if arm.startswith("tau") else arm
-    return Row(tau=tau, student_size=facts["size"], seed=str(facts["seed"]), **values)
+def _row(label: str, size: str, seed: str, precision: SeedMean, recall: SeedMean) -> Row:
+    return Row(
+        tau=label,
+        student_size=size,
+        seed=seed,
+        precision=precision.estimate,
+        precision_low=precision.low,
+        precision_high=precision.high,
+        recall=recall.estimate,
+        recall_low=recall.low,
+        recall_high=recall.high,
+    )
 
 
-def _order(row: Row) -> tuple[Any, ...]:
-    number = float(row.tau) if row.tau.replace(".", "").isdigit() else math.inf
-    return row.student_size, row.tau != "direct", -number, row.tau
+def pooled(all_rows: list[Row]) -> list[Row]:
+    """Return the means over seeds, and the students that have no other seed."""
+    means = {(row.student_size, row.tau) for row in all_rows if row.seed == ALL_SEEDS}
+    shown = [r for r in all_rows if r.seed == ALL_SEEDS or (r.student_size, r.tau) not in means]
+    return sorted(shown, key=lambda row: (row.student_size, label_order(row.tau), row.seed))
 
 
-def table(all_rows: list[Row], python: str) -> Table:
-    """Make a table for people.
+def table(study: Study, all_rows: list[Row]) -> Table:
+    """Make a table of means for people.
 
     The title names the version of Python, because the demo trains on its documentation.
     """
-    title = f"nats per token, 95 % intervals (Python {python})"
+    shown = pooled(all_rows)
+    num_seeds = max(len(study.of(row.student_size, row.tau)) for row in shown)
+    about = f"mean of {num_seeds} seeds, given p* and D" if num_seeds > 1 else ONE_TRAINING
+    python = study.results.provenance.get("python", "?")
+    title = f"nats per token, 95 % intervals: {about} (Python {python})"
     printed = Table(title=title, title_justify="left", box=None)
     for name in ("student", "size", "seed"):
         printed.add_column(name)
     for name in ("precision", "recall"):
         printed.add_column(name, justify="right")
-        printed.add_column("interval", justify="right")
-    for row in all_rows:
+        printed.add_column("interval" if num_seeds > 1 else "sampling error", justify="right")
+    for row in shown:
         label = f"tau {row.tau}" if row.tau[0].isdigit() else row.tau
         printed.add_row(
             label,
@@ -120,19 +115,20 @@ def table(all_rows: list[Row], python: str) -> Table:
     return printed
 
 
+ONE_TRAINING = "one training: sampling error only"
+
+
 def draw(all_rows: list[Row]) -> Figure:
     """Draw precision against recall: a curve along tau, and the direct students as points.
 
     A mean over seeds is drawn instead of its students.
     """
-    means = {(row.student_size, row.tau) for row in all_rows if row.seed == "all"}
-    pooled = [r for r in all_rows if r.seed == "all" or (r.student_size, r.tau) not in means]
-    pooled.sort(key=_order)
+    shown = pooled(all_rows)
     figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
-    for index, size in enumerate(sorted({row.student_size for row in pooled})):
+    for index, size in enumerate(sorted({row.student_size for row in shown})):
         color = f"C{index}"
         for kind, marker in (("tau", "o"), ("direct", "s"), ("top", "^")):
-            mine = [row for row in pooled if row.student_size == size and _kind(row) == kind]
+            mine = [row for row in shown if row.student_size == size and _kind(row) == kind]
             if not mine:
                 continue
             x, y = [row.recall for row in mine], [row.precision for row in mine]
@@ -179,21 +175,20 @@ def main(arguments: list[str]) -> int:
     """Read results.h5, print and save the table, and draw the figure."""
     options = files.parser(__doc__).parse_args(arguments)
     analysis = files.read(options, LANGUAGE)
-    results = analysis.results
-    scored, unscored = students(results)
-    if not scored:
+    study = Study(analysis.results)
+    if not study.students:
         raise InputError(
-            f"{analysis.path}: no student has both of its scores ({len(unscored)} are trained); "
-            "expected at least one; let launch/sweep.py go on, then merge again"
+            f"{analysis.path}: no student has both of its scores ({len(study.unscored)} are "
+            "trained); expected at least one; let launch/sweep.py go on, then merge again"
         )
-    all_rows = rows(results, scored)
+    all_rows = rows(study)
     Console(width=None if sys.stdout.isatty() else 100).print(
-        analysis.titled(table(all_rows, results.provenance.get("python", "?")))
+        analysis.titled(table(study, all_rows))
     )
-    if unscored:
+    if study.unscored:
         print(
-            f"{len(unscored)} of {len(scored) + len(unscored)} trained students are left out, "
-            f"because a score is missing: {', '.join(unscored)}"
+            f"{len(study.unscored)} of {len(study.unscored) + len(study.students)} trained "
+            f"students are left out, because a score is missing: {', '.join(study.unscored)}"
         )
     print(analysis.path)
     print(analysis.save_csv([asdict(row) for row in all_rows], "precision_recall"))

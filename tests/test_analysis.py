@@ -97,7 +97,7 @@ def test_a_student_with_one_seed_is_drawn_beside_means_and_in_the_order_of_tau(
     analysis = importlib.import_module("precision_recall")
     students = [(0, 1.0), (0, 0.6), (1, 1.0), (1, 0.8), (1, 0.6), (0, 0.4)]
     results = read_results(partial(tmp_path / "partial.h5", students))
-    rows = analysis.rows(results, analysis.students(results)[0])
+    rows = analysis.rows(analysis.Study(results))
     assert [(row.seed, row.tau) for row in rows if row.seed == "all"] == [
         ("all", "1"),
         ("all", "0.6"),

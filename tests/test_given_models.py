@@ -125,7 +125,7 @@ def differences(path: Path) -> tuple[float, float]:
         draw="inverse_cdf", counting=counting,
     )  # fmt: skip
     samples = sample(sampler, rows=range(ROWS), seed=0, stream="test")
-    scores = score(model, samples, counting=counting, batch_rows=ROWS, head_tokens=64)
+    scores = score(model, samples, counting=counting, batch_rows=ROWS, head_tokens=64)[1.0]
     ids = torch.from_numpy(samples.ids.astype(np.int64))
     counts = counting.of(ids, torch.from_numpy(samples.length))[:, 1:]
     exact = torch.where(counts, float64_log_probs(path, ids), 0.0).sum(1).numpy()

@@ -77,7 +77,7 @@ def test_ids_beyond_16_bits_are_drawn_and_scored() -> None:
     assert drawn.ids.max() > 2**16
     counting = Counting(num_prompt=2, eos=0, count_eos=True)
     scored = score(llama_of(model), drawn, counting=counting, batch_rows=32, head_tokens=64)
-    assert np.allclose(scored.log_prob_sum, drawn.log_prob_sum, atol=1e-3)
+    assert np.allclose(scored[1.0].log_prob_sum, drawn.log_prob_sum, atol=1e-3)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

@@ -81,7 +81,9 @@ def largest_difference(whole: Path, path: Path, length: int, rows: int) -> float
         The largest difference of the sampler's and of the scorer's sums, in nats a token.
     """
     loaded, samples, counting = samples_of(path, length, rows)
-    scores = score(loaded.model, samples, counting=counting, batch_rows=rows, head_tokens=64)
+    [scores] = score(
+        loaded.model, samples, counting=counting, batch_rows=rows, head_tokens=64
+    ).values()
     kept = torch.tensor(kept_ids(path))
     ids = torch.from_numpy(samples.ids.astype(np.int64))
     model = hf.AutoModelForCausalLM.from_pretrained(

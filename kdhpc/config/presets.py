@@ -175,6 +175,11 @@ def to_yaml(config: RunConfig) -> str:
     return str(yaml.dump(values, sort_keys=False, allow_unicode=True))
 
 
+def from_yaml(text: str) -> dict[str, Json]:
+    """Read back the values that `to_yaml` wrote; an empty text has none."""
+    return yaml.safe_load(text) or {}
+
+
 def difference(old: Json, new: Json, path: str = "") -> list[str]:
     """Return the fields in which two plain configs differ, as lines `a.b: old -> new`."""
     if isinstance(old, dict) and isinstance(new, dict):

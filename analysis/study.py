@@ -1,0 +1,310 @@
+"""The numbers of a run, each as a statistic of one seed that knows its sequences.
+
+Recall and everything else over truth's samples shares their rows, between students and between
+seeds; everything over a student's own samples has rows of its own. Log-probabilities are in nats,
+per counted token unless a sequence is said.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdhpc.config import presets
+from kdhpc.experiment.arms import at_temperature
+from kdhpc.science import curves
+from kdhpc.science.intervals import SeedMean, Statistic, over_seeds, ratio
+from kdhpc.storage.results import Results
+from kdhpc.storage.score_shards import Scores
+
+TRUTH, SELF = "truth", "self"
+NUM_GROUPS = 5
+"""Number of equal groups that truth's samples are cut into, from the rarest."""
+BLOCK_ROWS = 4096
+"""Number of rows whose tokens are in memory at once."""
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """A trained student with both of its scores."""
+
+    name: str
+    size: str
+    seed: int
+    label: str
+    """What it learnt from: `direct`, a tau such as `0.8`, or a truncation such as `topk50`."""
+    tau: float | None
+    """Temperature of its teacher; None if it is direct or its teacher was truncated."""
+
+
+Measure = Callable[[Student], Statistic]
+
+
+class Study:
+    """Statistics of every student of a run.
+
+    Methods with `per_sequence` return nats per sequence instead of nats per counted token.
+    """
+
+    def __init__(self, results: Results) -> None:
+        self.results, self.scores = results, results.scores
+        config = presets.from_yaml(results.provenance.get("config", ""))
+        self.eos_counts: bool = config.get("eos", "learn") == "learn"
+        """Whether end tokens are among the counted tokens."""
+        students = [_student(n, f) for n, f in results.models.items() if f["kind"] == "student"]
+        self.students = [student for student in students if self._has_both(student)]
+        self.unscored = [student.name for student in students if not self._has_both(student)]
+        self.students.sort(key=lambda s: (s.size, s.seed, label_order(s.label)))
+
+    def _has_both(self, student: Student) -> bool:
+        return {(student.name, TRUTH), (TRUTH, student.name)} <= self.scores.keys()
+
+    @property
+    def sizes(self) -> list[str]:
+        return list(dict.fromkeys(student.size for student in self.students))
+
+    def labels(self, size: str) -> list[str]:
+        """Return what the students of a size learnt from: `direct`, then taus from the highest."""
+        return sorted({s.label for s in self.students if s.size == size}, key=label_order)
+
+    def taus(self, size: str) -> list[str]:
+        """Return the labels of the taus of a size, from the highest."""
+        return [label for label in self.labels(size) if label[0].isdigit()]
+
+    def of(self, size: str, label: str) -> dict[int, Student]:
+        """Return the students of a size and label by seed."""
+        return {s.seed: s for s in self.students if (s.size, s.label) == (size, label)}
+
+    def mean(self, size: str, label: str, measure: Measure) -> SeedMean:
+        """Return the mean of a measure over the seeds of a size and label."""
+        return over_seeds([measure(student) for student in self.of(size, label).values()])
+
+    def contrast(self, size: str, label: str, against: str, measure: Measure) -> SeedMean | None:
+        """Return the mean over seeds of a measure of one student less that of another, paired.
+
+        None if no seed has both.
+        """
+        ours, theirs = self.of(size, label), self.of(size, against)
+        seeds = [seed for seed in ours if seed in theirs]
+        differences = [measure(ours[seed]) - measure(theirs[seed]) for seed in seeds]
+        return over_seeds(differences) if differences else None
+
+    def precision(self, student: Student, temperature: float = 1.0) -> Statistic:
+        """Return E over the student's samples of log p*."""
+        return self._mean_of(at_temperature(student.name, temperature), TRUTH)
+
+    def recall(self, student: Student, temperature: float = 1.0) -> Statistic:
+        """Return E over truth's samples of log p''."""
+        return self._mean_of(TRUTH, at_temperature(student.name, temperature))
+
+    def truth_log_prob(self) -> Statistic:
+        """Return E over truth's samples of log p*: less its entropy."""
+        return self._mean_of(TRUTH, SELF)
+
+    def entropy(
+        self, student: Student, temperature: float = 1.0, *, per_sequence: bool = False
+    ) -> Statistic:
+        """Return H(p''), end tokens included, over the student's samples."""
+        name = at_temperature(student.name, temperature)
+        own = -self._whole(name, SELF)
+        return ratio(own, self._tokens(name, per_sequence), rows=name)
+
+    def divergence(
+        self, student: Student, temperature: float = 1.0, *, per_sequence: bool = False
+    ) -> Statistic:
+        """Return KL(p''||p*), end tokens included, over the student's samples."""
+        name = at_temperature(student.name, temperature)
+        log_ratio = self._whole(name, SELF) - self._whole(name, TRUTH)
+        return ratio(log_ratio, self._tokens(name, per_sequence), rows=name)
+
+    def missed(
+        self, student: Student, temperature: float = 1.0, *, per_sequence: bool = False
+    ) -> Statistic:
+        """Return KL(p*||p''), end tokens included, over truth's samples."""
+        name = at_temperature(student.name, temperature)
+        log_ratio = self._whole(TRUTH, SELF) - self._whole(TRUTH, name)
+        return ratio(log_ratio, self._tokens(TRUTH, per_sequence), rows=TRUTH)
+
+    def end_part(self, student: Student) -> Statistic:
+        """Return E of log p* of the end tokens, which precision leaves out with `eos: mask`.
+
+        Precision is -entropy - divergence - this.
+        """
+        scores = self.scores[student.name, TRUTH]
+        zero = np.zeros(len(scores.num_tokens))
+        ends = zero if self.eos_counts else _ends(scores)
+        return ratio(ends, scores.num_tokens, rows=student.name)
+
+    @property
+    def has_divergences(self) -> bool:
+        """Whether end tokens are known on both sides, as divergences of whole texts need."""
+        pairs = ((s.name, of) for s in self.students for of in (SELF, TRUTH))
+        known = (self.scores[pair] for pair in pairs)
+        return self.eos_counts or all(scores.end_log_prob is not None for scores in known)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether per-token scores are there, which curves need."""
+        pairs = [(TRUTH, SELF)]
+        for student in self.students:
+            pairs += [(TRUTH, student.name), (student.name, SELF), (student.name, TRUTH)]
+        return self.has_divergences and all(
+            self.scores[pair].token_log_prob is not None for pair in pairs
+        )
+
+    def overlaps(self, student: Student, prefix: int, log_factors: Numbers) -> list[Statistic]:
+        """Return the precision alpha of the student's curve at each factor (kdhpc.science.curves).
+
+        Args:
+            student: the student.
+            prefix: number of tokens after the prompt that are compared, one of `PREFIXES`.
+            log_factors: [M] log lambda.
+        """
+        log_ratio = self._prefix_ratio(student.name, student.name, prefix)
+        terms = curves.precision_terms(log_ratio, log_factors)
+        return [ratio(column, rows=student.name) for column in terms.T]
+
+    def coverages(self, student: Student, prefix: int, log_factors: Numbers) -> list[Statistic]:
+        """Return the recall beta of the student's curve at each factor, over truth's samples."""
+        terms = curves.recall_terms(self._prefix_ratio(TRUTH, student.name, prefix), log_factors)
+        return [ratio(column, rows=TRUTH) for column in terms.T]
+
+    def total_variation(self, student: Student, prefix: int) -> Statistic:
+        """Return the total variation between p'' and p* of prefixes, from both sets of samples."""
+        [overlap] = self.overlaps(student, prefix, np.zeros(1))
+        [coverage] = self.coverages(student, prefix, np.zeros(1))
+        return 1.0 - 0.5 * (overlap + coverage)
+
+    def _prefix_ratio(self, sampler: str, model: str, prefix: int) -> Numbers:
+        """Return log p* - log p'' [N] of the first tokens of a sampler's sequences."""
+        column = curves.PREFIXES.index(prefix)
+        truth = self._prefixes(sampler, SELF if sampler == TRUTH else TRUTH)
+        own = self._prefixes(sampler, model if sampler == TRUTH else SELF)
+        return np.asarray(truth[:, column] - own[:, column])
+
+    @cache  # noqa: B019  # a study lives as long as its script
+    def _prefixes(self, sampler: str, scorer: str) -> Numbers:
+        """Return the log-probabilities [N, K] of the first tokens, reading some rows at a time."""
+        scores = self.scores[sampler, scorer]
+        tokens, parts = scores.token_log_prob, []
+        if tokens is None:
+            raise ValueError(f"{sampler} under {scorer}: no per-token scores")
+        for start in range(0, len(tokens), BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
+            ends = None if self.eos_counts else _ends(scores)[rows]
+            parts.append(curves.prefix_log_prob(tokens[rows, : self._prefix_stop], ends))
+        return np.concatenate(parts)
+
+    @cached_property
+    def _prefix_stop(self) -> int:
+        """Position after the longest prefix; the prompt has no log-probabilities."""
+        tokens = self.scores[TRUTH, SELF].token_log_prob
+        counted = ~np.isnan(tokens[:BLOCK_ROWS]).all(axis=0) if tokens is not None else [True]
+        return int(np.argmax(counted)) + max(curves.PREFIXES)
+
+    def by_rarity(self, student: Student, temperature: float = 1.0) -> list[Statistic]:
+        """Return the student's recall on each fifth of truth's samples, the rarest first.
+
+        A sample is rare if its log-probability per counted token under the truth is low.
+        """
+        own = self.scores[TRUTH, SELF]
+        scores = self.scores[TRUTH, at_temperature(student.name, temperature)]
+        order = np.argsort(own.log_prob_sum / np.maximum(own.num_tokens, 1), kind="stable")
+        fifths = []
+        for rows in np.array_split(order, NUM_GROUPS):
+            inside = np.zeros(len(order))
+            inside[rows] = 1.0
+            fifths.append(
+                ratio(inside * scores.log_prob_sum, inside * scores.num_tokens, rows=TRUTH)
+            )
+        return fifths
+
+    def temperatures(self, student: Student) -> list[float]:
+        """Return the temperatures at which the student was sampled and scored, from the highest."""
+        samplers = {sampler for sampler, scorer in self.scores if scorer == TRUTH}
+        return sorted(_temperatures(student.name, samplers), reverse=True)
+
+    def scored_temperatures(self, name: str) -> list[float]:
+        """Return the temperatures at which a model scored truth's samples, from the highest."""
+        scorers = {scorer for sampler, scorer in self.scores if sampler == TRUTH}
+        return sorted(_temperatures(name, scorers), reverse=True)
+
+    def _mean_of(self, sampler: str, scorer: str) -> Statistic:
+        scores = self.scores[sampler, scorer]
+        return ratio(scores.log_prob_sum, scores.num_tokens, rows=sampler)
+
+    def _tokens(self, sampler: str, per_sequence: bool) -> Numbers | None:
+        return None if per_sequence else self.scores[sampler, SELF].num_tokens.astype(np.float64)
+
+    def _whole(self, sampler: str, scorer: str) -> Numbers:
+        """Return the log-probabilities of whole sequences, end tokens included."""
+        scores = self.scores[sampler, scorer]
+        return scores.log_prob_sum + (0.0 if self.eos_counts else _ends(scores))
+
+
+def at_equal_precision(study: Study, base: Student, student: Student) -> Statistic | None:
+    """Return the recall of a student at another decode temperature less that of a distilled one.
+
+    The temperature is the one at which the first has the precision of the second. Between two
+    temperatures recall is interpolated linearly in precision, and the errors of all precisions are
+    carried through the slope. None if no two temperatures enclose the precision.
+
+    Args:
+        study: the run.
+        base: the direct student or that of tau 1, whose temperature is lowered.
+        student: the distilled student, at temperature 1.
+    """
+    target = study.precision(student)
+    temperatures = study.temperatures(base)
+    points = [(study.precision(base, t), study.recall(base, t)) for t in temperatures]
+    for (p_low, r_low), (p_high, r_high) in pairwise(points):
+        rise = p_high.value - p_low.value
+        if rise <= 0.0 or not p_low.value <= target.value <= p_high.value:
+            continue
+        weight = (target.value - p_low.value) / rise
+        slope = (r_high.value - r_low.value) / rise
+        recall = (1.0 - weight) * r_low + weight * r_high
+        off = target - ((1.0 - weight) * p_low + weight * p_high)  # 0, with the errors of all three
+        return recall + slope * off - study.recall(student)
+    return None
+
+
+def best_recall(study: Study, student: Student) -> tuple[float, Statistic]:
+    """Return the temperature at which the student's recall is highest, and that recall."""
+    scored = {t: study.recall(student, t) for t in study.scored_temperatures(student.name)}
+    best = max(scored, key=lambda t: scored[t].value)
+    return best, scored[best]
+
+
+def _ends(scores: Scores) -> Numbers:
+    if scores.end_log_prob is None:
+        return np.full(len(scores.num_tokens), np.nan)
+    return scores.end_log_prob
+
+
+def _temperatures(name: str, names: set[str]) -> list[float]:
+    prefix = f"{name}-T"
+    return [1.0] * (name in names) + [
+        float(other.removeprefix(prefix)) for other in names if other.startswith(prefix)
+    ]
+
+
+def _student(name: str, facts: Mapping[str, object]) -> Student:
+    arm = str(facts["arm"])
+    tau = float(str(facts["tau"])) if arm.startswith("tau") else None
+    return Student(
+        name=name,
+        size=str(facts["size"]),
+        seed=int(str(facts["seed"])),
+        label=arm if tau is None else f"{tau:g}",
+        tau=tau,
+    )
+
+
+def label_order(label: str) -> tuple[bool, float, str]:
+    """Return a key that sorts labels: `direct`, taus from the highest, truncations."""
+    return label != "direct", -float(label) if label[0].isdigit() else 0.0, label
