@@ -5,15 +5,16 @@ sequences, or any linear combination of such ratios. It knows how much each sequ
 which set of sequences each part was averaged over. `over_seeds` turns one statistic for each seed
 into their mean with its interval:
 
-    gains = []
-    for s in range(4):
-        tau, direct = f"student-s{s}-small-tau0.8", f"student-s{s}-small-direct"
-        precision = {
-            name: ratio(of[name, "truth"].log_prob_sum, of[name, "truth"].num_tokens, rows=name)
-            for name in (tau, direct)
-        }
-        gains.append(precision[tau] - precision[direct])
-    gain = over_seeds(gains)
+    def precision(student: str) -> Statistic:
+        scores = results.scores[student, "truth"]
+        return ratio(scores.log_prob_sum, scores.num_tokens, rows=student)
+
+    gain = over_seeds(
+        [
+            precision(f"student-s{s}-small-tau0.8") - precision(f"student-s{s}-small-direct")
+            for s in range(4)
+        ]
+    )
     print(gain.estimate, gain.low, gain.high, gain.p_value(0.0, "greater"))
 
 The mean is that of the seeds that could have been drawn, and of the sequences that could have been
@@ -237,7 +238,7 @@ class SeedMean:
         combined = math.hypot(
             seeds_quantile * math.sqrt(self.spread), rows_quantile * math.sqrt(self.covariance)
         )
-        return -float(special.stdtrit(self.degrees_of_freedom, tail)) * self.standard_error
+        return max(combined, alone)
 
     def _tail(self, distance: float) -> float:
         """Return the probability at each end of the interval whose half width is `distance`."""
