@@ -63,10 +63,10 @@ def text(mean: SeedMean, *, sign: bool = True) -> str:
 def detectable(mean: SeedMean) -> float:
     """Return the smallest effect that this design would decide with a probability of 0.8.
 
-    It is (t at 0.975 + t at 0.8) standard errors, with Satterthwaite's degrees of freedom.
+    It is half the width of the interval, and t at 0.8 standard errors.
     """
-    at_end, at_power = (stats.t.ppf(p, mean.degrees_of_freedom) for p in (0.975, POWER))
-    return float((at_end + at_power) * mean.standard_error)
+    at_power = float(stats.t.ppf(POWER, mean.degrees_of_freedom))
+    return mean.high - mean.estimate + at_power * mean.standard_error
 
 
 def decide(means: Sequence[SeedMean], direction: int) -> Decision:
