@@ -93,6 +93,22 @@ class Study:
         differences = [measure(ours[seed]) - measure(theirs[seed]) for seed in seeds]
         return over_seeds(differences) if differences else None
 
+    def score(self, sampler: str, scorer: str) -> Statistic:
+        """Return the mean of a stored score, over the sampler's sequences."""
+        return self._mean_of(sampler, scorer)
+
+    def has_teacher(self, name: str, tau: float) -> bool:
+        """Return whether a teacher has both of its scores at a tau."""
+        pairs = {(f"{name}-tau{tau:g}", TRUTH), (TRUTH, at_temperature(name, tau))}
+        return pairs <= self.scores.keys()
+
+    def teacher(self, name: str, tau: float) -> tuple[Statistic, Statistic]:
+        """Return the precision and the recall of a teacher at a tau."""
+        return (
+            self._mean_of(f"{name}-tau{tau:g}", TRUTH),
+            self._mean_of(TRUTH, at_temperature(name, tau)),
+        )
+
     def precision(self, student: Student, temperature: float = 1.0) -> Statistic:
         """Return E over the student's samples of log p*."""
         return self._mean_of(at_temperature(student.name, temperature), TRUTH)
