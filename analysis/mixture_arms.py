@@ -1,12 +1,14 @@
 """Views of a mixture run for tables and figures: arms of a setting, means over seeds, effects."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
-from kdhpc.science import gaussian, metrics
+from kdhpc.science import gaussian
 from kdhpc.storage.hdf5 import Arrays
 from kdhpc.storage.results import Results
 
@@ -30,9 +32,13 @@ class Mean:
 
 
 def mean_of(values: Any) -> Mean:
-    """Return the mean of values over seeds [S] with its interval."""
-    low, high = metrics.over_seeds(np.asarray(values, dtype=float).tolist())
-    return Mean(mean=float(np.mean(values)), low=low, high=high)
+    """Return the mean of values over seeds [S] with its t interval; NaN for a single seed."""
+    numbers = np.asarray(values, dtype=float)
+    mean = float(numbers.mean())
+    if len(numbers) < 2:
+        return Mean(mean=mean, low=math.nan, high=math.nan)
+    half = float(stats.sem(numbers) * stats.t.ppf(0.975, len(numbers) - 1))
+    return Mean(mean=mean, low=mean - half, high=mean + half)
 
 
 class Arms:

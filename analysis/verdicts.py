@@ -245,8 +245,8 @@ def _against_temperature(
             size=size,
             claim=claim,
             decision=decide([kept], -1),
-            sentence=f"At the precision of the student of tau {tau}, a lower temperature of the "
-            f"{_base_name(base)} student keeps {text(kept)} nats of recall more than distillation",
+            sentence=f"At the precision of the student of tau {tau}, the {_base_name(base)} "
+            f"student at another temperature has {text(kept)} nats more recall",
             means={"recall kept": kept},
         )
     ]

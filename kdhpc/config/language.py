@@ -9,6 +9,7 @@ from kdhpc.config.model import Dtype, Model, Shape, Training, model_problems
 from kdhpc.config.run import RunConfig
 from kdhpc.errors import InputError
 from kdhpc.selection import Selection
+from kdhpc.types import Corruption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,9 @@ class Scoring:
     engine: Literal["torch", "native"] = "torch"
     """`native` computes the logits of bfloat16 models on CPUs with the extension that `make native`
     builds. If it cannot be used, the log says why and plain torch takes over."""
+    corruptions: tuple[Corruption, ...] = ()
+    """Ways to damage truth's samples, one token of each, before every model scores them: two tokens
+    exchanged, one taken away, one repeated."""
     per_token: bool = False
     """Whether to keep the log-probability of every token besides the sums (4 bytes per token)."""
 
@@ -171,6 +175,7 @@ def language_problems(config: LanguageConfig) -> Iterator[str]:
         yield "decode_temperatures: 1 is always scored; expected temperatures other than 1"
     yield from _sampling_problems(config.sampling)
     yield from _scoring_problems(config.scoring)
+    yield from _corruption_problems(config.scoring)
     yield from _truth_problems(config.truth)
     yield from _prompt_problems(config)
     if not config.students:
@@ -212,6 +217,11 @@ def _scoring_problems(scoring: Scoring) -> Iterator[str]:
             f"scoring.shard_sequences={scoring.shard_sequences}: expected a multiple of "
             f"scoring.batch_rows={scoring.batch_rows}, so that shards do not change the batches"
         )
+
+
+def _corruption_problems(scoring: Scoring) -> Iterator[str]:
+    for name in repeated(scoring.corruptions):
+        yield f"scoring.corruptions={list(scoring.corruptions)}: duplicate {name}"
 
 
 def _truth_problems(truth: Truth) -> Iterator[str]:

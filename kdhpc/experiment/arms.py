@@ -12,6 +12,7 @@ from typing import Literal
 from kdhpc.config.language import LanguageConfig
 from kdhpc.config.model import Model
 from kdhpc.selection import Selection
+from kdhpc.types import Corruption
 
 TRUTH, SAMPLE_TRUTH, TRAIN_ON_TRUTH = "truth", "sample-truth", "train-on-truth"
 SAMPLE_TEACHER, TRAIN_STUDENTS, SAMPLE_STUDENTS = (
@@ -190,6 +191,8 @@ class Pair:
     model: ArmName
     temperatures: tuple[float, ...] = (1.0,)
     """Temperatures of the scorer, which share one pass through it."""
+    corruption: Corruption | None = None
+    """What is done to the samples before they are scored."""
 
     @property
     def arm(self) -> str:
@@ -203,7 +206,7 @@ def pairs(config: LanguageConfig) -> Iterator[Pair]:
     """Yield all pairs: samples of models under truth (precision), then of truth under models.
 
     The latter give recall. Temperatures other than 1 are pairs of their own, so that a finished run
-    can be extended by them.
+    can be extended by them. So are truth's samples that are damaged before they are scored.
     """
     for sample_set in sample_sets(config):
         if sample_set.evaluation and sample_set.stage == SAMPLE_STUDENTS:
@@ -215,3 +218,11 @@ def pairs(config: LanguageConfig) -> Iterator[Pair]:
         yield pair
         if temperatures := _scored_temperatures(config, trainee):
             yield replace(pair, temperatures=temperatures)
+    for kind in config.scoring.corruptions:
+        scorers = [("truth", TRUTH_MODEL)]
+        scorers += [(trainee.name, (trainee.stage, trainee.name)) for trainee in trainees(config)]
+        for scorer, model in scorers:
+            yield Pair(
+                sampler=f"truth-{kind}", samples=TRUTH_EVAL, scorer=scorer, model=model,
+                corruption=kind,
+            )  # fmt: skip

@@ -110,7 +110,9 @@ def _scores(work: Work[LanguageConfig], present: frozenset[str]) -> Iterator["Sc
                 num_rows=sum(shard.num_rows for shard in shards),
                 pieces=_pieces(work, shards, temperature),
             )
-    samplers = dict.fromkeys((pair.sampler, pair.samples) for pair in arms.pairs(work.config))
+    samplers = dict.fromkeys(
+        (pair.sampler, pair.samples) for pair in arms.pairs(work.config) if not pair.corruption
+    )
     for sampler, samples in samplers:
         shards = work.plan.arm(*samples)
         if sampler in scored and present.issuperset(shard.key for shard in shards):

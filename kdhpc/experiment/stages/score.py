@@ -16,6 +16,7 @@ from kdhpc.experiment import arms
 from kdhpc.plan.shards import ADDED, Arm, Plan, Shard, cut, fields_of, settings_of
 from kdhpc.plan.stages import Stage
 from kdhpc.storage.work import Work, Written
+from kdhpc.types import Corruption
 
 if TYPE_CHECKING:
     from kdhpc.storage.token_shards import Samples
@@ -35,6 +36,9 @@ class ScoreSettings:
     threads: int
     begin: str = field(default="tokenizer", metadata=ADDED)
     temperatures: tuple[float, ...] = field(default=(1.0,), metadata=ADDED)
+    corruption: Corruption | None = field(default=None, metadata=ADDED)
+    seed: int | None = field(default=None, metadata=ADDED)
+    """Seed of the run, if samples are corrupted."""
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
@@ -59,7 +63,14 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
         arm = Arm(
             stage=arms.SCORE,
             name=pair.arm,
-            fields=fields_of(dataclasses.replace(settings, temperatures=pair.temperatures)),
+            fields=fields_of(
+                dataclasses.replace(
+                    settings,
+                    temperatures=pair.temperatures,
+                    corruption=pair.corruption,
+                    seed=config.seed if pair.corruption else None,
+                )
+            ),
             inputs={"samples": sources[0].arm.recipe, "model": model.recipe},
         )
         num_rows = sum(shard.num_rows for shard in sources)
@@ -89,6 +100,7 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     from kdhpc.models import devices, loading
     from kdhpc.sampling import native
     from kdhpc.scoring import scorer
+    from kdhpc.scoring.corruption import corrupt
     from kdhpc.scoring.counting import Counting
     from kdhpc.storage.score_shards import write_scores
 
@@ -98,16 +110,22 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     path = work.local_input(shard.reads[0])
     loaded = loading.load(path, settings.dtype, work.config.device)
     head = native.head_for(loaded.model, "scoring.engine") if settings.engine == "native" else None
+    counting = Counting.with_tokenizer(
+        loaded.tokenizer,
+        num_prompt=len(loaded.tokenizer.prompt_ids(settings.prompt, settings.begin)),
+        count_eos=settings.eos == "learn",
+    )
     samples = _samples(shard, work)
+    if settings.corruption:
+        rows = range(*(shard.row_range or (0, 0)))
+        samples = corrupt(
+            samples, settings.corruption, seed=settings.seed or 0, rows=rows, counting=counting
+        )
     work.ready()
     scores = scorer.score(
         loaded.model,
         samples,
-        counting=Counting.with_tokenizer(
-            loaded.tokenizer,
-            num_prompt=len(loaded.tokenizer.prompt_ids(settings.prompt, settings.begin)),
-            count_eos=settings.eos == "learn",
-        ),
+        counting=counting,
         batch_rows=settings.batch_rows,
         head_tokens=settings.head_tokens,
         per_token=settings.per_token,
