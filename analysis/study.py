@@ -7,7 +7,7 @@ per counted token unless a sequence is said.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -202,7 +202,7 @@ class Study:
         own = self._prefixes(sampler, model if sampler == TRUTH else SELF)
         return np.asarray(truth[:, column] - own[:, column])
 
-    @cache  # noqa: B019  # a study lives as long as its script
+    @lru_cache(maxsize=8)  # noqa: B019  # one student at a time; a study lives as long as its script
     def _prefixes(self, sampler: str, scorer: str) -> Numbers:
         """Return the log-probabilities [N, K] of the first tokens, reading some rows at a time."""
         scores = self.scores[sampler, scorer]

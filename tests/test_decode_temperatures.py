@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import launch, status
+from commands import ROOT, launch, status
 from models_for_tests import llama_of, small_model
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
@@ -117,6 +117,15 @@ def test_a_finished_run_gains_temperatures_and_keeps_what_it_has(
     assert np.abs(own.log_prob_sum - oracle(path, drawn, 0.7).sum(1)).max() < 1e-4
     assert own.token_log_prob is not None
     launch("verify", str(run))
+    rows = (line.split("|") for line in (ROOT / "docs" / "results.md").read_text().splitlines())
+    documented = {
+        row[1].strip(" `"): (row[2].strip(), row[3].strip()) for row in rows if len(row) == 6
+    }
+    for scores in results.scores.values():
+        assert len(scores.arrays()) == 4
+        for array, values in scores.arrays().items():
+            shape = f"[{', '.join('NL'[: values.ndim])}]"
+            assert documented[array] == (str(values.dtype), shape)
 
 
 @pytest.mark.parametrize(
