@@ -132,18 +132,27 @@ class Study:
     def divergence(
         self, student: Student, temperature: float = 1.0, *, per_sequence: bool = False
     ) -> Statistic:
-        """Return KL(p''||p*), end tokens included, over the student's samples."""
+        """Return KL(p''||p*), end tokens included, over the student's samples.
+
+        It is averaged over the next token if the run has such scores (`scoring.expected`).
+        """
         name = at_temperature(student.name, temperature)
-        log_ratio = self._whole(name, SELF) - self._whole(name, TRUTH)
-        return ratio(log_ratio, self._tokens(name, per_sequence), rows=name)
+        return self._divergence(name, SELF, TRUTH, per_sequence)
 
     def missed(
         self, student: Student, temperature: float = 1.0, *, per_sequence: bool = False
     ) -> Statistic:
-        """Return KL(p*||p''), end tokens included, over truth's samples."""
+        """Return KL(p*||p''), end tokens included, over truth's samples, averaged as the other."""
         name = at_temperature(student.name, temperature)
-        log_ratio = self._whole(TRUTH, SELF) - self._whole(TRUTH, name)
-        return ratio(log_ratio, self._tokens(TRUTH, per_sequence), rows=TRUTH)
+        return self._divergence(TRUTH, SELF, name, per_sequence)
+
+    def _divergence(self, sampler: str, own: str, other: str, per_sequence: bool) -> Statistic:
+        averaged = self.scores.get((sampler, f"{other}-expected"))
+        if averaged is not None and averaged.divergence_sum is not None:
+            divergence = np.asarray(averaged.divergence_sum)
+        else:
+            divergence = self._whole(sampler, own) - self._whole(sampler, other)
+        return ratio(divergence, self._tokens(sampler, per_sequence), rows=sampler)
 
     def end_part(self, student: Student) -> Statistic:
         """Return E of log p* of the end tokens, which precision leaves out with `eos: mask`.

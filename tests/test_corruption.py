@@ -14,6 +14,7 @@ from kdhpc.storage.results import read_results
 from kdhpc.storage.token_shards import Samples, read_samples
 from kdhpc.types import Corruption
 
+DIRECT = "student-s0-small-direct"
 COUNTING = Counting(num_prompt=2, eos=0, count_eos=True)
 
 
@@ -61,12 +62,20 @@ def test_every_model_scores_damaged_samples_and_finds_them_less_likely(
 ) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "tiny")
     words = ["tiny", "cluster=local", f"runs_dir={tmp_path}", "scoring.corruptions=[swap]"]
-    launch("sweep", *words)
+    launch("sweep", *words, "scoring.expected=true")
     assert status(run, code=0)["complete"]
     scores = read_results(run / "8-merge" / "results.h5").scores
+    for sampler, other in (("student-s0-small-tau0.6", "truth"), ("truth", DIRECT)):
+        averaged = scores[sampler, f"{other}-expected"].divergence_sum
+        drawn = scores[sampler, "self"].log_prob_sum - scores[sampler, other].log_prob_sum
+        assert averaged is not None
+        difference = averaged - drawn  # of the same sequences
+        error = difference.std(ddof=1) / np.sqrt(len(difference))
+        assert abs(difference.mean()) < 4.5 * error
+        assert averaged.mean() > 0.0
     scorers = {scorer for sampler, scorer in scores if sampler == "truth-swap"}
-    assert scorers == {scorer for sampler, scorer in scores if sampler == "truth"} - {"self"} | {
-        "truth"
+    assert scorers == {"truth", "teacher-s0"} | {
+        f"student-s0-small-{arm}" for arm in ("direct", "tau1", "tau0.6")
     }
     whole, damaged = scores["truth", "self"], scores["truth-swap", "truth"]
     assert damaged.log_prob_sum.sum() < whole.log_prob_sum.sum()

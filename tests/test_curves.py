@@ -12,6 +12,7 @@ from kdhpc.models.llama import Llama
 from kdhpc.sampling.sampler import Sampler, sample
 from kdhpc.science.curves import precision_terms, prefix_log_prob, recall_terms
 from kdhpc.scoring.counting import Counting
+from kdhpc.scoring.expected import score_expected
 from kdhpc.scoring.scorer import score
 from kdhpc.selection import Selection
 from kdhpc.storage.score_shards import Scores
@@ -106,6 +107,26 @@ def test_divergences_and_curves_are_those_of_the_enumeration(
         overlap = np.minimum(np.exp(log_p)[:, None], np.exp(log_q[:, None] + LOG_FACTORS)).sum(0)
         terms = precision_terms(prefix[:, column] - own_prefix[:, column], LOG_FACTORS)
         assert all(close(terms[:, m], overlap[m]) for m in range(len(LOG_FACTORS)))
+
+
+def test_an_average_over_the_next_token_has_the_same_mean_and_less_variance(
+    models: tuple[Llama, Llama],
+) -> None:
+    with torch.inference_mode():
+        p, q = (log_probs_of(model, every_sequence(), 1.0) for model in models)
+    weight = np.exp(p.sum(1))
+    samples, scores = draw_and_score(models, True, 1.0)
+    expected = score_expected(
+        *models, samples, counting=Counting(num_prompt=1, eos=0, count_eos=False), batch_rows=5000,
+        head_tokens=5000,
+    )  # fmt: skip
+    drawn = samples.log_prob_tau_sum - scores.log_prob_sum
+    averaged = expected.divergence_sum
+    assert averaged is not None
+    assert close(averaged, float(weight @ (p - q).sum(1)))
+    assert close(expected.log_prob_sum, float(weight @ q.sum(1)))
+    assert averaged.var() < drawn.var() / 1.5
+    assert np.array_equal(expected.num_tokens, samples.length - 1)
 
 
 def test_precision_is_factor_times_recall(models: tuple[Llama, Llama]) -> None:

@@ -95,6 +95,9 @@ class Scoring:
     corruptions: tuple[Corruption, ...] = ()
     """Ways to damage truth's samples, one token of each, before every model scores them: two tokens
     exchanged, one taken away, one repeated."""
+    expected: bool = False
+    """Whether students and the truth also score each other's samples averaged over the next token
+    (Rao-Blackwell), for divergences of smaller variance. Two models are then in memory."""
     per_token: bool = False
     """Whether to keep the log-probability of every token besides the sums (4 bytes per token)."""
 

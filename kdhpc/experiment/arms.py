@@ -193,10 +193,17 @@ class Pair:
     """Temperatures of the scorer, which share one pass through it."""
     corruption: Corruption | None = None
     """What is done to the samples before they are scored."""
+    own_model: ArmName | None = None
+    """The model that drew the samples, if scores are averaged over its next token."""
+
+    @property
+    def scorer_name(self) -> str:
+        """Name of the scores in the results, at temperature 1."""
+        return f"{self.scorer}-expected" if self.own_model else self.scorer
 
     @property
     def arm(self) -> str:
-        name = f"{self.sampler}-under-{self.scorer}"
+        name = f"{self.sampler}-under-{self.scorer_name}"
         if self.temperatures == (1.0,):
             return name
         return f"{name}-T{'-'.join(f'{temperature:g}' for temperature in self.temperatures)}"
@@ -206,7 +213,8 @@ def pairs(config: LanguageConfig) -> Iterator[Pair]:
     """Yield all pairs: samples of models under truth (precision), then of truth under models.
 
     The latter give recall. Temperatures other than 1 are pairs of their own, so that a finished run
-    can be extended by them. So are truth's samples that are damaged before they are scored.
+    can be extended by them. So are scores averaged over the next token, and truth's samples that
+    are damaged before they are scored.
     """
     for sample_set in sample_sets(config):
         if sample_set.evaluation and sample_set.stage == SAMPLE_STUDENTS:
@@ -218,6 +226,8 @@ def pairs(config: LanguageConfig) -> Iterator[Pair]:
         yield pair
         if temperatures := _scored_temperatures(config, trainee):
             yield replace(pair, temperatures=temperatures)
+    if config.scoring.expected:
+        yield from _expected_pairs(config)
     for kind in config.scoring.corruptions:
         scorers = [("truth", TRUTH_MODEL)]
         scorers += [(trainee.name, (trainee.stage, trainee.name)) for trainee in trainees(config)]
@@ -226,3 +236,17 @@ def pairs(config: LanguageConfig) -> Iterator[Pair]:
                 sampler=f"truth-{kind}", samples=TRUTH_EVAL, scorer=scorer, model=model,
                 corruption=kind,
             )  # fmt: skip
+
+
+def _expected_pairs(config: LanguageConfig) -> Iterator[Pair]:
+    """Yield students under the truth and the truth under them, averaged over the next token."""
+    for trainee in trainees(config):
+        if trainee.kind == "student":
+            name, model = trainee.name, (trainee.stage, trainee.name)
+            samples = (SAMPLE_STUDENTS, name)
+            yield Pair(
+                sampler=name, samples=samples, scorer="truth", model=TRUTH_MODEL, own_model=model
+            )
+            yield Pair(
+                sampler="truth", samples=TRUTH_EVAL, scorer=name, model=model, own_model=TRUTH_MODEL
+            )

@@ -29,6 +29,9 @@ class Scores:
     end_log_prob: NDArray[np.float64] | None = None
     """[N] nats: log-probability of the end token, whether or not it counts; 0 if the sequence did
     not end. None in shards of earlier versions."""
+    divergence_sum: NDArray[np.float64] | None = None
+    """[N] nats: KL divergence of the sampler from the scorer over all drawn tokens, each averaged
+    over the vocabulary; only with `scoring.expected`, whose `log_prob_sum` is averaged too."""
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays that are there, by name."""

@@ -101,12 +101,12 @@ def _scores(work: Work[LanguageConfig], present: frozenset[str]) -> Iterator["Sc
         shards = work.plan.arm(arms.SCORE, pair.arm)
         if not present.issuperset(shard.key for shard in shards):
             continue
-        if pair.temperatures == (1.0,):
+        if pair.arm == f"{pair.sampler}-under-{pair.scorer}":
             scored.setdefault(pair.sampler, shards)
         for temperature in pair.temperatures:
             yield ScorePieces(
                 sampler=pair.sampler,
-                scorer=arms.at_temperature(pair.scorer, temperature),
+                scorer=arms.at_temperature(pair.scorer_name, temperature),
                 num_rows=sum(shard.num_rows for shard in shards),
                 pieces=_pieces(work, shards, temperature),
             )

@@ -19,7 +19,13 @@ from kdhpc.storage.work import Work, Written
 from kdhpc.types import Corruption
 
 if TYPE_CHECKING:
+    from kdhpc.models.loading import Loaded
+    from kdhpc.scoring.counting import Counting
+    from kdhpc.storage.score_shards import Scores
     from kdhpc.storage.token_shards import Samples
+
+OWN_MODEL = "own_model"
+"""Role of the model that drew the samples, if scores are averaged over its next token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +66,11 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
     for pair in arms.pairs(config):
         sources = before.arm(*pair.samples)
         [model] = before.arm(*pair.model)
+        inputs, model_keys = {"samples": sources[0].arm.recipe, "model": model.recipe}, [model.key]
+        if pair.own_model:
+            [own_model] = before.arm(*pair.own_model)
+            inputs[OWN_MODEL] = own_model.recipe
+            model_keys.append(own_model.key)
         arm = Arm(
             stage=arms.SCORE,
             name=pair.arm,
@@ -71,7 +82,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
                     seed=config.seed if pair.corruption else None,
                 )
             ),
-            inputs={"samples": sources[0].arm.recipe, "model": model.recipe},
+            inputs=inputs,
         )
         num_rows = sum(shard.num_rows for shard in sources)
         for name, row_range in cut(num_rows, scoring.shard_sequences):
@@ -87,7 +98,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
                     arm=arm,
                     name=name,
                     row_range=row_range,
-                    reads=(model.key, *(shard.key for shard in needed)),
+                    reads=(*model_keys, *(shard.key for shard in needed)),
                     work=size * config.length,
                     num_bytes=size * row_bytes * len(pair.temperatures) + 4096,
                 )
@@ -98,8 +109,6 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
 def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     """Score one shard."""
     from kdhpc.models import devices, loading
-    from kdhpc.sampling import native
-    from kdhpc.scoring import scorer
     from kdhpc.scoring.corruption import corrupt
     from kdhpc.scoring.counting import Counting
     from kdhpc.storage.score_shards import write_scores
@@ -107,9 +116,7 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     settings = settings_of(shard.arm.fields, ScoreSettings)
     devices.set_threads(settings.threads)
     devices.set_allocator(keep_freed=True)
-    path = work.local_input(shard.reads[0])
-    loaded = loading.load(path, settings.dtype, work.config.device)
-    head = native.head_for(loaded.model, "scoring.engine") if settings.engine == "native" else None
+    loaded = loading.load(work.local_input(shard.reads[0]), settings.dtype, work.config.device)
     counting = Counting.with_tokenizer(
         loaded.tokenizer,
         num_prompt=len(loaded.tokenizer.prompt_ids(settings.prompt, settings.begin)),
@@ -121,6 +128,34 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
         samples = corrupt(
             samples, settings.corruption, seed=settings.seed or 0, rows=rows, counting=counting
         )
+    score = _score_expected if OWN_MODEL in shard.arm.inputs else _score
+    scores, engine = score(shard, work, loaded, samples, counting)
+    path = work.new_path(shard, ".h5")
+    write_scores(path, scores)
+    return Written(
+        path=path,
+        num_rows=shard.num_rows,
+        stats={
+            "device": loaded.model.device.type,
+            "engine": engine,
+            "arrays": sorted(scores[settings.temperatures[0]].arrays()),
+        },
+    )
+
+
+def _score(
+    shard: Shard,
+    work: Work[LanguageConfig],
+    loaded: "Loaded",
+    samples: "Samples",
+    counting: "Counting",
+) -> tuple[dict[float, "Scores"], str]:
+    """Return scores by temperature, and the engine that computed them."""
+    from kdhpc.sampling import native
+    from kdhpc.scoring import scorer
+
+    settings = settings_of(shard.arm.fields, ScoreSettings)
+    head = native.head_for(loaded.model, "scoring.engine") if settings.engine == "native" else None
     work.ready()
     scores = scorer.score(
         loaded.model,
@@ -133,24 +168,43 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
         temperatures=tuple(settings.temperatures),
         on_batch=lambda done: work.progress(done / shard.num_rows),
     )
-    path = work.new_path(shard, ".h5")
-    write_scores(path, scores)
-    return Written(
-        path=path,
-        num_rows=shard.num_rows,
-        stats={
-            "device": loaded.model.device.type,
-            "engine": "native" if head else "torch",
-            "arrays": sorted(scores[settings.temperatures[0]].arrays()),
-        },
+    return scores, "native" if head else "torch"
+
+
+def _score_expected(
+    shard: Shard,
+    work: Work[LanguageConfig],
+    loaded: "Loaded",
+    samples: "Samples",
+    counting: "Counting",
+) -> tuple[dict[float, "Scores"], str]:
+    """Return scores averaged over the next token of the model that drew the samples."""
+    from kdhpc.models import loading
+    from kdhpc.scoring.expected import score_expected
+
+    settings = settings_of(shard.arm.fields, ScoreSettings)
+    own = loading.load_model(
+        work.local_input(shard.reads[1]), dtype=settings.dtype, device=loaded.model.device
     )
+    work.ready()
+    scores = score_expected(
+        own,
+        loaded.model,
+        samples,
+        counting=counting,
+        batch_rows=settings.batch_rows,
+        head_tokens=settings.head_tokens,
+        on_batch=lambda done: work.progress(done / shard.num_rows),
+    )
+    return {1.0: scores}, "torch"
 
 
 def _samples(shard: Shard, work: Work[LanguageConfig]) -> "Samples":
     """Read the sequences of the shard from the sample shards that hold them."""
     from kdhpc.storage.token_shards import read_samples
 
-    sources = [work.plan.shards[key] for key in shard.reads[1:]]
+    read = [work.plan.shards[key] for key in shard.reads]
+    sources = [source for source in read if source.row_range]  # models have no rows
     first = sources[0].row_range[0] if sources[0].row_range else 0
     start, stop = shard.row_range or (0, 0)
     return read_samples([work.input(s.key) for s in sources])[start - first : stop - first]
