@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Literal
 
 from scipy import stats
-from study import Measure, Student, Study, at_equal_precision, best_recall
+from study import SELF, TRUTH, Measure, Student, Study, at_equal_precision, best_recall
 
 from kdhpc.science.intervals import SeedMean, over_seeds
 
@@ -50,6 +50,7 @@ def verdicts(study: Study) -> list[Verdict]:
             gain_is_entropy,
             beats_temperature,
             more_than_calibration,
+            rare_pays,
         ):
             found += make(study, size)
     return found
@@ -278,6 +279,34 @@ def more_than_calibration(study: Study, size: str) -> list[Verdict]:
             )
         )
     return made
+
+
+def rare_pays(study: Study, size: str) -> list[Verdict]:
+    """Compare what the rarest and the commonest fifth of truth's samples lose at the lowest tau."""
+    taus = study.taus(size)
+    if len(taus) < 2 or (TRUTH, SELF) not in study.scores:
+        return []
+    ends = (taus[-1], taus[0])
+    rarest = study.contrast(size, *ends, lambda s: study.by_rarity(s)[0])
+    commonest = study.contrast(size, *ends, lambda s: study.by_rarity(s)[-1])
+    difference = study.contrast(
+        size, *ends, lambda s: study.by_rarity(s)[0] - study.by_rarity(s)[-1]
+    )
+    if rarest is None or commonest is None or difference is None:
+        return []
+    return [
+        Verdict(
+            name="rare-pays",
+            size=size,
+            claim=f"the rarest fifth of truth's samples loses more recall at tau {taus[-1]} than "
+            "the commonest",
+            decision=decide([difference], -1),
+            sentence=f"From tau {taus[0]} to {taus[-1]}, recall changes by "
+            f"{text(rarest)} on the fifth of truth's samples that it finds least likely, "
+            f"and by {text(commonest)} on the likeliest fifth",
+            means={"rarest": rarest, "commonest": commonest, "difference": difference},
+        )
+    ]
 
 
 def _all_of(decisions: Sequence[Decision]) -> Decision:

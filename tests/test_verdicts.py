@@ -171,6 +171,16 @@ def test_fifths_by_rarity_make_up_the_whole(tmp_path: Path, study_module: Module
     assert values == sorted(values)  # what the truth finds rare, such a student finds rare too
 
 
+def test_who_pays_is_said_for_the_rarest_and_the_commonest_fifth(
+    tmp_path: Path, study_module: ModuleType, verdicts_module: ModuleType
+) -> None:
+    path = results_of(tmp_path / "r.h5", PRECISION, PRECISION)
+    verdict = found_in(path, study_module, verdicts_module)["rare-pays"]
+    assert verdict.decision == "undecided"  # these students gain the same on every sample
+    for name in ("rarest", "commonest"):
+        assert verdict.means[name].estimate == pytest.approx(1.0, abs=0.05)
+
+
 def test_precision_and_recall_are_those_of_stored_ids(
     tiny_run: Path, study_module: ModuleType
 ) -> None:
