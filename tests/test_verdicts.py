@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT
-from test_decode_temperatures import PROMPT, model_of, oracle
+from test_more_scores import PROMPT, model_of, oracle
 
 from kdhpc.storage.results import ScorePieces, read_results, write_results
 from kdhpc.storage.token_shards import read_samples

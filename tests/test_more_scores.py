@@ -1,4 +1,4 @@
-"""Models at temperatures of evaluation, end tokens apart, and what a finished run gains by them."""
+"""Scores that a finished run may gain: temperatures, damaged samples, averages, end tokens."""
 
 import json
 import shutil
@@ -16,12 +16,14 @@ from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
 from kdhpc.experiment import arms
 from kdhpc.sampling.sampler import Sampler, sample
+from kdhpc.scoring.corruption import corrupt
 from kdhpc.scoring.counting import Counting
 from kdhpc.scoring.scorer import score
 from kdhpc.selection import Selection
 from kdhpc.storage.results import read_results
 from kdhpc.storage.token_shards import Samples, read_samples
 
+DIRECT = "student-s0-small-direct"
 PROMPT = 3
 """Number of bytes of the prompt of `tiny`."""
 
@@ -84,16 +86,25 @@ def test_end_tokens_are_kept_apart_whether_they_count_or_not(temperature: float)
         assert np.allclose(difference, expected, atol=1e-9)
 
 
-def test_a_finished_run_gains_temperatures_and_keeps_what_it_has(
-    tiny_run: Path, tmp_path: Path
-) -> None:
-    run = shutil.copytree(tiny_run, tmp_path / "tiny")
+@pytest.fixture(scope="module")
+def extended(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
+    """Return a finished run that was extended by every score, and the arms that this added."""
+    runs_dir = tmp_path_factory.mktemp("extended")
+    run = shutil.copytree(tiny_run, runs_dir / "tiny")
     before = {path: path.read_bytes() for path in run.glob("[1-7]-*/*/*.json")}
-    words = ["tiny", "cluster=local", f"runs_dir={tmp_path}", "decode_temperatures=[0.7,1.3]"]
-    launch("sweep", *words)
+    words = ["tiny", "cluster=local", f"runs_dir={runs_dir}", "decode_temperatures=[0.7,1.3]"]
+    launch("sweep", *words, "scoring.corruptions=[swap]", "scoring.expected=true")
     assert status(run, code=0)["complete"]
     assert {path: path.read_bytes() for path in before} == before
     new = {path.parent.name for path in run.glob("[1-7]-*/*/*.json") if path not in before}
+    return run, new
+
+
+def test_a_finished_run_gains_temperatures_and_keeps_what_it_has(
+    extended: tuple[Path, set[str]],
+) -> None:
+    run, new = extended
+    new = {name for name in new if "expected" not in name and "swap" not in name}
     direct, one, sharp = (f"student-s0-small-{arm}" for arm in ("direct", "tau1", "tau0.6"))
     samplers = {f"{direct}-T0.7", f"{direct}-T1.3", f"{one}-T0.7", f"{one}-T1.3", f"{sharp}-T1.3"}
     recalls = {f"truth-under-{name}-T1.3-0.7" for name in (direct, one, sharp)}
@@ -122,10 +133,42 @@ def test_a_finished_run_gains_temperatures_and_keeps_what_it_has(
         row[1].strip(" `"): (row[2].strip(), row[3].strip()) for row in rows if len(row) == 6
     }
     for scores in results.scores.values():
-        assert len(scores.arrays()) == 4
+        assert len(scores.arrays()) == 3 + (scores.token_log_prob is not None)
         for array, values in scores.arrays().items():
             shape = f"[{', '.join('NL'[: values.ndim])}]"
             assert documented[array] == (str(values.dtype), shape)
+
+
+def test_scores_averaged_over_the_next_token_have_the_mean_of_the_others(
+    extended: tuple[Path, set[str]],
+) -> None:
+    run, new = extended
+    scores = read_results(run / "8-merge" / "results.h5").scores
+    for sampler, other in (("student-s0-small-tau0.6", "truth"), ("truth", DIRECT)):
+        assert f"{sampler}-under-{other}-expected" in new
+        averaged = scores[sampler, f"{other}-expected"].divergence_sum
+        drawn = scores[sampler, "self"].log_prob_sum - scores[sampler, other].log_prob_sum
+        assert averaged is not None
+        difference = averaged - drawn  # of the same sequences
+        error = difference.std(ddof=1) / np.sqrt(len(difference))
+        assert abs(difference.mean()) < 4.5 * error
+        assert averaged.mean() > 0.0
+
+
+def test_every_model_scores_damaged_samples(extended: tuple[Path, set[str]]) -> None:
+    run, _ = extended
+    scores = read_results(run / "8-merge" / "results.h5").scores
+    scorers = {scorer for sampler, scorer in scores if sampler == "truth-swap"}
+    assert scorers == {"truth", "teacher-s0"} | {
+        f"student-s0-small-{arm}" for arm in ("direct", "tau1", "tau0.6")
+    }
+    whole, damaged = scores["truth", "self"], scores["truth-swap", "truth"]
+    assert damaged.log_prob_sum.sum() < whole.log_prob_sum.sum()
+    truth = read_samples(sorted((run / "2-sample-truth" / "eval").glob("*.arrow")))
+    counting = Counting(num_prompt=PROMPT, eos=0, count_eos=True)
+    changed = corrupt(truth, "swap", seed=0, rows=range(len(truth)), counting=counting)
+    exact = oracle(model_of(run, "1-truth", "truth"), changed, 1.0).sum(1)
+    assert np.abs(damaged.log_prob_sum - exact).max() < 1e-4
 
 
 @pytest.mark.parametrize(
