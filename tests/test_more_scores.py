@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
 from kdhpc.experiment import arms
+from kdhpc.pipeline import LANGUAGE
 from kdhpc.sampling.sampler import Sampler, sample
 from kdhpc.scoring.corruption import corrupt
 from kdhpc.scoring.counting import Counting
@@ -196,3 +197,16 @@ def test_truncated_teachers_and_sharp_students_have_only_the_mirror() -> None:
         "student-s0-small-tau1-T0.5", "student-s0-small-tau1-T1.5",
         "student-s0-small-tau0.6-T1.5", "student-s0-small-topk5-T1.5",
     }  # fmt: skip
+
+
+def test_a_seed_is_the_same_in_a_run_that_starts_with_it() -> None:
+    words = ["tiny", "decode_temperatures=[0.5]"]
+    both, second = (
+        LANGUAGE.plan(presets.build(LanguageConfig, presets.compose([*words, *more]))).shards
+        for more in (["seeds=2"], ["first_seed=1"])
+    )
+    merged = {key for key in both if key.startswith("merge/")}
+    of_first = {key for key in both if "s0" in key}
+    assert of_first
+    assert {key for key in second if not key.startswith("merge/")} == {*both} - of_first - merged
+    assert all(both[key].recipe == shard.recipe for key, shard in second.items() if key in both)

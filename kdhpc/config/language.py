@@ -4,7 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kdhpc.config.bounds import AtLeastTwo, Count, Positive, list_problems, name_problems, repeated
+from kdhpc.config.bounds import (
+    AtLeastTwo,
+    Count,
+    Positive,
+    Whole,
+    list_problems,
+    name_problems,
+    repeated,
+)
 from kdhpc.config.model import Dtype, Model, Shape, Training, model_problems
 from kdhpc.config.run import RunConfig
 from kdhpc.errors import InputError
@@ -109,6 +117,9 @@ class LanguageConfig(RunConfig):
     seeds: Count = 1
     """Number of teachers, each with its own students; seed s of a student is that of its
     teacher."""
+    first_seed: Whole = 0
+    """Seed of the first teacher. Seeds of one experiment may be spread over several runs: truth, D
+    and everything of a seed are the same in each."""
     taus: tuple[Positive, ...]
     """Temperatures at which the teacher is sampled; each of them gets students of its own."""
     decode_temperatures: tuple[Positive, ...] = ()

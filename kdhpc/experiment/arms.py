@@ -43,6 +43,11 @@ def selections(config: LanguageConfig) -> Iterator[Selection]:
         yield Selection.parse(text)
 
 
+def seeds(config: LanguageConfig) -> range:
+    """Return the seeds of the teachers of a run."""
+    return range(config.first_seed, config.first_seed + config.seeds)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trainee:
     """A teacher or student, which the run trains on samples; a teacher may be taken as it is."""
@@ -95,11 +100,11 @@ def at_temperature(name: str, temperature: float) -> str:
 
 def trainees(config: LanguageConfig) -> Iterator[Trainee]:
     """Yield teachers, direct students and distilled students, in pipeline order."""
-    for seed in range(config.seeds):
+    for seed in seeds(config):
         yield Trainee(kind="teacher", seed=seed, size="teacher", model=config.teacher)
         for size, model in config.students.items():
             yield Trainee(kind="student", seed=seed, size=size, model=model)
-    for seed in range(config.seeds):
+    for seed in seeds(config):
         for selection in selections(config):
             for size, model in config.students.items():
                 yield Trainee(
@@ -133,7 +138,7 @@ def sample_sets(config: LanguageConfig) -> Iterator[SampleSet]:
             selection=Selection(),
             evaluation=use == "eval",
         )
-    for seed in range(config.seeds):
+    for seed in seeds(config):
         for selection in selections(config):
             for evaluation in (False, True):
                 yield _teacher_samples(config, seed, selection, evaluation)
