@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import report
+import tables
 
 from kdhpc.storage.hdf5 import Piece
 from kdhpc.storage.results import ScorePieces, read_results, write_results
@@ -32,7 +32,7 @@ ARMS = ("direct", "tau1", "tau0.8", "tau0.6", "tau0.5")
 
 def main() -> None:
     """Make results of each size, analyse them in processes of their own, and print a table."""
-    parser = report.options(__doc__)
+    parser = tables.options(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[5000, 10000, 20000])
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -41,7 +41,7 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     for num_rows in options.rows:
-        with tempfile.TemporaryDirectory(dir=report.BUILD) as folder:
+        with tempfile.TemporaryDirectory(dir=tables.BUILD) as folder:
             path = Path(folder) / "results.h5"
             make(path, num_rows)
             command = [sys.executable, __file__, "--worker", str(path)]
@@ -49,7 +49,7 @@ def main() -> None:
             size = path.stat().st_size / 1e6
             rows.append({"rows a side": num_rows, "file MB": size, **json.loads(done.stdout)})
     about = {"seeds": SEEDS, "arms": len(ARMS), "tokens a row": LENGTH}
-    report.save("analysis", "Analysis of a run, per token", rows, facts=about)
+    tables.save("analysis", "Analysis of a run, per token", rows, facts=about)
 
 
 def make(path: Path, num_rows: int) -> None:

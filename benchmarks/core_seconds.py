@@ -20,7 +20,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import report
+import tables
 
 from kdhpc.cluster import runs
 from kdhpc.cluster.ledger import Ledger
@@ -32,12 +32,12 @@ LAUNCH = Path(__file__).parents[1] / "launch"
 
 def main() -> int:
     """Print the table of a run."""
-    parser = report.options(__doc__)
+    parser = tables.options(__doc__)
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", action="store_true", help="print one line of JSON, save nothing")
     options = parser.parse_args()
-    path = options.run or run_demo(report.BUILD / "runs" / "core-seconds")
+    path = options.run or run_demo(tables.BUILD / "runs" / "core-seconds")
     spent, span = account(path.resolve(), options.cores)
     if options.json:
         print(json.dumps({"spent": spent, "span": span}))
@@ -50,7 +50,7 @@ def main() -> int:
     ]
     rows.append({"core-seconds": "all useful work", "seconds": useful, "share": useful / all_s})
     about = {"cores of the run": options.cores, "seconds from first to last": span}
-    report.save("core_seconds", f"Core-seconds of {path.name}", rows, facts=about)
+    tables.save("core_seconds", f"Core-seconds of {path.name}", rows, facts=about)
     return int(useful / all_s < BAR)
 
 

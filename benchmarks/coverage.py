@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import report
+import tables
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -249,7 +249,7 @@ def by_method(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> int:
     """Measure all cells, print a table, and say whether a bound is missed."""
-    parser = report.options(__doc__)
+    parser = tables.options(__doc__)
     parser.add_argument("--replicates", type=int, default=2000, help="in each cell")
     parser.add_argument("--rows", type=int, default=200, help="in each set")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
@@ -265,9 +265,9 @@ def main() -> int:
     else:
         facts = {"replicates in each cell": options.replicates, "rows": options.rows}
         title = "Coverage of 95 % intervals in percent, and mean width in true standard deviations"
-        report.save("coverage", title, by_share(rows), facts=facts)
+        tables.save("coverage", title, by_share(rows), facts=facts)
         title = "Lowest and highest coverage over statistics and shares, and mean width"
-        report.save("coverage-methods", title, by_method(rows), facts=facts)
+        tables.save("coverage-methods", title, by_method(rows), facts=facts)
     return int(any(missed(row) for row in rows))
 
 

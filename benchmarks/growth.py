@@ -11,7 +11,7 @@ import statistics
 import time
 from typing import Any
 
-import report
+import tables
 import torch
 
 from kdhpc.config.model import Shape
@@ -30,10 +30,10 @@ FACTORS = (1, 4, 16)
 
 def main() -> None:
     """Grow sequences, length and batch (with the sequences) 16 times."""
-    parser = report.options(__doc__)
+    parser = tables.options(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    devices.set_threads(report.conditions()["cores"])
+    devices.set_threads(tables.conditions()["cores"])
     devices.set_allocator(keep_freed=True)
     rows: list[dict[str, Any]] = []
     for name, work in {"sample": sampling_of, "score": score}.items():
@@ -54,7 +54,7 @@ def main() -> None:
             for factor in FACTORS[1:]:
                 row[f"{factor}x, of linear"] = row[f"{factor}x, s"] / row["1x, s"] / factor
             rows.append(row)
-    report.save("growth", "Cost as work grows, small model, float32", rows, facts=BASE)
+    tables.save("growth", "Cost as work grows, small model, float32", rows, facts=BASE)
 
 
 def sampling_of(sequences: int, length: int, batch: int) -> Any:

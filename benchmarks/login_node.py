@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import report
+import tables
 
 from kdhpc.cluster import runs
 from kdhpc.experiment import arms
@@ -36,10 +36,10 @@ ARMS = 21
 
 def main() -> int:
     """Make the folders, time each command, and print two tables."""
-    parser = report.options(__doc__)
+    parser = tables.options(__doc__)
     parser.add_argument("--shards", type=int, default=10_000)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=report.RESULTS.parent)
+    parser.add_argument("--folder", type=Path, default=tables.RESULTS.parent)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     commands = {
@@ -66,7 +66,7 @@ def main() -> int:
         {"command": f"`{name}`", "seconds": seconds, "CPU seconds": cpu_s}
         for name, (seconds, cpu_s) in medians.items()
     ]
-    report.save("login_node", "Commands on the login node", rows, facts=about)
+    tables.save("login_node", "Commands on the login node", rows, facts=about)
     growth = [
         {
             "shards": size,
@@ -76,7 +76,7 @@ def main() -> int:
         }
         for name, size in sizes.items()
     ]
-    report.save("status_growth", "status.py as shards grow", growth, facts=about)
+    tables.save("status_growth", "status.py as shards grow", growth, facts=about)
     for factor in FACTORS:
         shutil.rmtree(options.folder / f"shards-{factor}")
     barred = ("sweep.py paper --dry-run", list(sizes)[-1])
@@ -86,9 +86,9 @@ def main() -> int:
 def timed(command: list[str]) -> tuple[float, float]:
     """Return the seconds and CPU seconds of a command, which may cache byte code as usual."""
     environment = {name: v for name, v in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    begun, cpu_s = time.perf_counter(), report.cpu_of_children()
+    begun, cpu_s = time.perf_counter(), tables.cpu_of_children()
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=environment)
-    return time.perf_counter() - begun, report.cpu_of_children() - cpu_s
+    return time.perf_counter() - begun, tables.cpu_of_children() - cpu_s
 
 
 def make_run(path: Path, num_shards: int) -> int:

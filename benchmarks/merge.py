@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import report
+import tables
 
 from kdhpc.cluster import runs
 from kdhpc.cluster.runs import Run
@@ -45,11 +45,11 @@ MOST_BYTES = 1e9
 
 def main() -> int:
     """Make the runs, let merge and copy take turns, and print two tables."""
-    parser = report.options(__doc__)
+    parser = tables.options(__doc__)
     parser.add_argument("--sequences", type=int, default=100_000, help="per evaluation set")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=report.RESULTS.parent)
+    parser.add_argument("--folder", type=Path, default=tables.RESULTS.parent)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -84,14 +84,14 @@ def main() -> int:
         }
         for name in ("merge", "copy")
     ]
-    report.save("merge", "Merge of per-token scores against a copy of them", rows, facts=about)
+    tables.save("merge", "Merge of per-token scores against a copy of them", rows, facts=about)
     columns = ("score shards", "GB", "merge s", "copy s", "merge CPU s", "copy CPU s", "merge MB")
     lines = [
         {name: row[name] for name in columns}
         | {"CPU s/GB": row["merge CPU s"] / row["GB"], "of copying": row["copy s"] / row["merge s"]}
         for row in grown
     ]
-    report.save("merge_growth", "The merge as shards grow", lines, facts=about)
+    tables.save("merge_growth", "The merge as shards grow", lines, facts=about)
     return int(
         last["copy s"] / last["merge s"] < LEAST_SHARE or last["merge MB"] * 1e6 > MOST_BYTES
     )
@@ -198,7 +198,7 @@ def work(name: str, path: Path) -> dict[str, float]:
         "seconds": seconds,
         "cpu_s": cpu_s,
         "bytes": num_bytes,
-        "peak_bytes": report.peak_bytes(),
+        "peak_bytes": tables.peak_bytes(),
     }
 
 

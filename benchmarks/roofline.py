@@ -7,7 +7,7 @@ python benchmarks/roofline.py [--tb-per-s 3.35] [--tflops 989] [--gb 80]   # an 
 from typing import Any
 
 import limits
-import report
+import tables
 
 from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
@@ -22,7 +22,7 @@ SHARE = 0.5
 
 def main() -> None:
     """Print the table for truth, teacher and student."""
-    parser = report.options(__doc__)
+    parser = tables.options(__doc__)
     parser.add_argument("--tb-per-s", type=float, default=3.35)
     parser.add_argument("--tflops", type=float, default=989.0)
     parser.add_argument("--gb", type=float, default=80.0)
@@ -58,7 +58,7 @@ def main() -> None:
                     f"expected at {SHARE}, tokens/s": SHARE * limit,
                 }
             )
-    report.save(
+    tables.save(
         "roofline",
         f"Sampling on one GPU with {options.gb:g} GB, {options.tb_per_s:g} TB/s and "
         f"{options.tflops:g} TFLOP/s: arithmetic, not run",

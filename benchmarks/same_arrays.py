@@ -26,7 +26,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pyarrow as pa
-import report
+import tables
 from safetensors import deserialize
 
 GIT = ("git", "-C", str(Path(__file__).resolve().parents[1]))
@@ -39,7 +39,7 @@ Array = tuple[str, tuple[int, ...], bytes]
 
 def main() -> int:
     """Make the missing runs and print one line per preset."""
-    parser = report.options(__doc__)
+    parser = tables.options(__doc__)
     parser.add_argument("old", metavar="OLD", help="a commit")
     parser.add_argument("new", metavar="NEW", help="a commit")
     parser.add_argument("presets", metavar="PRESET", nargs="*", default=["tiny", "demo"])

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import limits
-import report
+import tables
 import turns
 
 PEERS = ("vllm", "ctranslate2")
@@ -43,7 +43,7 @@ PROMPT_ID = 100
 
 def main() -> None:
     """Start every system, let them take turns, and print a table."""
-    parser = report.options(__doc__)
+    parser = tables.options(__doc__)
     parser.add_argument("--model", type=Path, help="checkpoint folder instead of SmolLM2-135M")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--rows", type=int, default=64)
@@ -70,7 +70,7 @@ def main() -> None:
         workers[name] = turns.Worker(command, PEER_ENV if name in PEERS else None)
     if not workers:
         raise SystemExit(f"no system can be run; expected one of --systems {options.systems}")
-    set_threads(report.conditions()["cores"])
+    set_threads(tables.conditions()["cores"])
     rate, bandwidth = limits.matrix_rate(options.dtype), limits.bandwidth()
     answers = turns.take_turns(workers, options.rounds)
     shape, vocab_size = limits.shape_of(options.model)
@@ -100,8 +100,8 @@ def main() -> None:
             "of the limit": 1.0,
         }
     )
-    cores = report.conditions()["cores"]
-    report.save(
+    cores = tables.conditions()["cores"]
+    tables.save(
         f"sampling-{label}-{options.dtype}-{options.rows}-rows-{cores}-cores",
         f"Sampling, {label}, {options.dtype}, {options.rows} rows x {options.new_tokens} tokens",
         rows,
@@ -118,7 +118,7 @@ def main() -> None:
 
 def real_model() -> Path:
     """Return the checkpoint folder of SmolLM2-135M, which is made once."""
-    path = report.BUILD / "smollm2" / "model"
+    path = tables.BUILD / "smollm2" / "model"
     if not (path / "config.json").exists():
         from kdhpc.models import huggingface
 
@@ -144,7 +144,7 @@ def _missing(name: str) -> str:
 
 
 def _python(peer: str) -> Path:
-    return report.BUILD / "peers" / peer / "bin" / "python"
+    return tables.BUILD / "peers" / peer / "bin" / "python"
 
 
 def _command(name: str, options: argparse.Namespace) -> list[str]:
@@ -163,7 +163,7 @@ def work(options: argparse.Namespace) -> None:
 
     from kdhpc.models import devices
 
-    cores = report.conditions()["cores"]
+    cores = tables.conditions()["cores"]
     devices.set_threads(cores)
     device = devices.pick_device("auto")
     if options.worker.startswith("kdhpc"):

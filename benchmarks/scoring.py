@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 import limits
-import report
+import tables
 import turns
 from sampling import real_model
 
@@ -32,7 +32,7 @@ SYSTEMS = (
 
 def main() -> None:
     """Start every system, let them take turns, and print a table."""
-    parser = report.options(__doc__)
+    parser = tables.options(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS, metavar="NAME"
@@ -53,7 +53,7 @@ def main() -> None:
         workers[name] = turns.Worker([*command, "--worker", name])
     from kdhpc.models.devices import set_threads
 
-    set_threads(report.conditions()["cores"])
+    set_threads(tables.conditions()["cores"])
     rates = {dtype: limits.matrix_rate(dtype) for dtype in ("float32", "bfloat16")}
     answers = turns.take_turns(workers, options.rounds)
     released = turns.median(answers[SYSTEMS[0]]) if SYSTEMS[0] in answers else None
@@ -74,8 +74,8 @@ def main() -> None:
                 "peak GB": max(answer["peak_bytes"] for answer in all_turns) / 1e9,
             }
         )
-    report.save(
-        f"scoring-{report.conditions()['cores']}-cores",
+    tables.save(
+        f"scoring-{tables.conditions()['cores']}-cores",
         f"Scoring, 135M, {ROWS} rows x {LENGTH} tokens",
         rows,
         facts={f"TFLOP/s {dtype}": rate / 1e12 for dtype, rate in rates.items()}
@@ -94,7 +94,7 @@ def work(options: argparse.Namespace) -> None:
     from kdhpc.models.huggingface import TransformersModel
     from kdhpc.scoring import likelihood
 
-    devices.set_threads(report.conditions()["cores"])
+    devices.set_threads(tables.conditions()["cores"])
     device = devices.pick_device("auto")
     name, _, dtype = options.worker.rpartition(" ")
     ours = name.startswith("kdhpc")
@@ -125,7 +125,7 @@ def work(options: argparse.Namespace) -> None:
                 for part in parts
             ]
             total = torch.cat(log_probs, dim=1)[0, :, 1:].sum()
-        return {"sum": float(total), "peak_bytes": report.peak_bytes(device)}
+        return {"sum": float(total), "peak_bytes": tables.peak_bytes(device)}
 
     score()
     turns.serve(answer, score)

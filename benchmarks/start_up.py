@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import report
+import tables
 
 from kdhpc.cluster import runs
 from kdhpc.cluster.ledger import Ledger, Submission
@@ -57,9 +57,9 @@ STATEMENTS = (
 
 def main() -> int:
     """Make the run, let tasks and imports take turns, and print the table."""
-    parser = report.options(__doc__)
+    parser = tables.options(__doc__)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=report.BUILD)
+    parser.add_argument("--folder", type=Path, default=tables.BUILD)
     options = parser.parse_args()
     path = (options.folder / "start-up").resolve()
     shutil.rmtree(path, ignore_errors=True)
@@ -80,7 +80,7 @@ def main() -> int:
                 "CPU seconds": statistics.median(cpu) if cpu else None,
             }
         )
-    report.save("start_up", "Start of a task", rows, facts={"turns": options.turns})
+    tables.save("start_up", "Start of a task", rows, facts={"turns": options.turns})
     shutil.rmtree(path)
     return int(medians["task: first batch begins"] > LIMIT_S)
 
@@ -150,9 +150,9 @@ def task(run: RunFolder, shard: Shard) -> Times:
     env = environment() | {
         "PYTHONPATH": str(code), "HF_HUB_OFFLINE": "1", "SLURM_ARRAY_TASK_ID": "0"
     }  # fmt: skip
-    before = report.cpu_of_children()
+    before = tables.cpu_of_children()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=env)
-    cpu_s = report.cpu_of_children() - before
+    cpu_s = tables.cpu_of_children() - before
     facts = read_record(run.record_path(shard.key), shard.key).attempt
     begun = facts["process_started"]
     return {

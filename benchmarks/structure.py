@@ -18,7 +18,7 @@ from pathlib import Path
 
 import grimp
 import numpy as np
-import report
+import tables
 
 MOST_COMPLEX = 10
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -26,7 +26,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 def main() -> int:
     """Read every module and print a table."""
-    parser = report.options(__doc__)
+    parser = tables.options(__doc__)
     default = Path(__file__).parents[1] / "kdhpc"
     parser.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=default)
     folder = parser.parse_args().folder.resolve()

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import limits
-import report
+import tables
 import turns
 
 LENGTH = 512
@@ -40,7 +40,7 @@ KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 def main() -> None:
     """Start every system, let them take turns, and print a table."""
-    parser = report.options(__doc__)
+    parser = tables.options(__doc__)
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=4, help="in a micro-batch")
@@ -121,7 +121,7 @@ def work(options: argparse.Namespace) -> NoReturn:
     }
 
     def wait() -> None:
-        answer({"peak_bytes": report.peak_bytes(device), **facts})
+        answer({"peak_bytes": tables.peak_bytes(device), **facts})
 
     train = _trainer if options.worker.startswith("Trainer") else _kdhpc
     train(model, ids, dtype, options, wait)
@@ -195,7 +195,7 @@ def _trainer(
             return {"input_ids": ids[index], "labels": ids[index]}
 
     arguments = TrainingArguments(
-        output_dir=str(report.RESULTS / "trainer"),  # nothing is written
+        output_dir=str(tables.RESULTS / "trainer"),  # nothing is written
         per_device_train_batch_size=options.sequences,
         gradient_accumulation_steps=options.parts,
         learning_rate=5e-4,

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from typing import Any
 
-import report
+import tables
 from limits import LARGE, VOCAB_SIZE
 
 from kdhpc.config.model import Shape, Training
@@ -42,7 +42,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 def main() -> None:
     """Measure, or print the plan."""
-    parser = report.options(__doc__)
+    parser = tables.options(__doc__)
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -122,7 +122,7 @@ def hold(name: str, changes: dict[str, Any]) -> None:
         port=int(os.environ["MASTER_PORT"]), device=cpu,
     )  # fmt: skip
     load_deepspeed(cpu)
-    before = report.peak_bytes()
+    before = tables.peak_bytes()
     recipe = dataclasses.replace(BASE, **changes)
     ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, (64, LENGTH)).astype(np.uint16)
     train(
@@ -141,7 +141,7 @@ def hold(name: str, changes: dict[str, Any]) -> None:
 
 
 def _end(before: float) -> None:
-    print(report.peak_bytes() - before, flush=True)
+    print(tables.peak_bytes() - before, flush=True)
     os._exit(0)
 
 

@@ -1,7 +1,7 @@
 """Let systems take turns; each is a process that holds its model and works when it is told to.
 
 A worker prints one JSON object when it is ready, and one after each line that it reads. Peers
-import this file in environments of their own, so it depends on Python and report.py only.
+import this file in environments of their own, so it depends on Python and tables.py only.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-import report
+import tables
 
 Answer = dict[str, Any]
 
@@ -30,7 +30,7 @@ class Worker:
             env: variables to set in its environment; without OMP_NUM_THREADS, it gets one thread
                 per core.
         """
-        threads = str(report.conditions()["cores"])
+        threads = str(tables.conditions()["cores"])
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -103,7 +103,7 @@ def serve(answer: Callable[[Answer], None], work: Callable[[], Answer], **ready:
 
 def peer_options(description: str | None) -> argparse.Namespace:
     """Parse the arguments that sampling.py gives to a peer: the model and what to draw."""
-    parser = report.options(description)
+    parser = tables.options(description)
     for name in ("--model", "--dtype"):
         parser.add_argument(name, required=True)
     for name in ("--rows", "--new-tokens", "--prompt-id"):

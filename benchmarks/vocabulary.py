@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import limits
-import report
+import tables
 import turns
 from sampling import real_model
 
@@ -26,7 +26,7 @@ WORK = ("sampling", "scoring", "training")
 
 def main() -> None:
     """Start both models, let them take turns, and print a table."""
-    parser = report.options(__doc__)
+    parser = tables.options(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ids", type=int, default=8192)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -51,7 +51,7 @@ def main() -> None:
         }
         for what in WORK
     ]
-    report.save(
+    tables.save(
         "vocabulary",
         f"SmolLM2-135M, {ROWS} rows x {LENGTH} tokens, training {TRAIN_ROWS} rows",
         rows,
@@ -79,7 +79,7 @@ def work(options: argparse.Namespace) -> None:
     from kdhpc.training.data import Corpus
     from kdhpc.training.loop import Watch, train
 
-    devices.set_threads(report.conditions()["cores"])
+    devices.set_threads(tables.conditions()["cores"])
     devices.set_allocator(keep_freed=True)
     device = devices.pick_device("auto")
     with tempfile.TemporaryDirectory() as folder:
