@@ -167,9 +167,11 @@ class Study:
     @property
     def has_divergences(self) -> bool:
         """Whether end tokens are known on both sides, as divergences of whole texts need."""
-        pairs = ((s.name, of) for s in self.students for of in (SELF, TRUTH))
-        known = (self.scores[pair] for pair in pairs)
-        return self.eos_counts or all(scores.end_log_prob is not None for scores in known)
+        pairs = [(TRUTH, SELF), *((s.name, of) for s in self.students for of in (SELF, TRUTH))]
+        known = [self.scores[pair] for pair in pairs if pair in self.scores]
+        return len(known) == len(pairs) and (
+            self.eos_counts or all(scores.end_log_prob is not None for scores in known)
+        )
 
     @property
     def has_tokens(self) -> bool:
@@ -211,7 +213,7 @@ class Study:
         own = self._prefixes(sampler, model if sampler == TRUTH else SELF)
         return np.asarray(truth[:, column] - own[:, column])
 
-    @lru_cache(maxsize=8)  # noqa: B019  # one student at a time; a study lives as long as its script
+    @lru_cache(maxsize=32)  # noqa: B019  # all seeds of a label; a study lives as long as its script
     def _prefixes(self, sampler: str, scorer: str) -> Numbers:
         """Return the log-probabilities [N, K] of the first tokens, reading some rows at a time."""
         scores = self.scores[sampler, scorer]
@@ -251,7 +253,8 @@ class Study:
     def temperatures(self, student: Student) -> list[float]:
         """Return the temperatures at which the student was sampled and scored, from the highest."""
         samplers = {sampler for sampler, scorer in self.scores if scorer == TRUTH}
-        return sorted(_temperatures(student.name, samplers), reverse=True)
+        scored = self.scored_temperatures(student.name)
+        return [t for t in scored if t in _temperatures(student.name, samplers)]
 
     def scored_temperatures(self, name: str) -> list[float]:
         """Return the temperatures at which a model scored truth's samples, from the highest."""
