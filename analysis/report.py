@@ -1,0 +1,240 @@
+#!/usr/bin/env python
+"""Print the verdicts of a finished run, and write a page with all that is known about it.
+
+    python analysis/report.py RUN [RUN ...] [--out FOLDER]
+
+RUN is a run's name or folder, or a file of results, such as that of `rerun.py RUN --partial`.
+
+The page is report.html next to the results, or in FOLDER; beside it are the numbers and the images
+of each figure (report-*.csv, .svg, .png, .pdf). It needs no network and can be sent by itself.
+Several runs are compared: a table of their verdicts and one figure, in report-compared.html.
+The page needs `pip install 'kdhpc[report]'`; the verdicts do not.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import files
+import report_page
+import report_rows
+import report_run
+from files import Analysis
+from report_page import Drawn, Part
+from report_rows import Figure
+from report_run import RunFacts, read_facts, run_folder
+from report_run import Table as PageTable
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from study import Study
+from verdicts import Verdict, verdicts
+
+from kdhpc.cluster.display import WIDTH, command
+from kdhpc.config import presets
+from kdhpc.errors import InputError
+from kdhpc.pipeline import LANGUAGE
+
+PACKAGES = ("altair", "vl_convert")
+"""Modules that only the page needs."""
+PAGE, COMPARED = "report", "report-compared"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """A run that was read, and what was decided about it."""
+
+    name: str
+    analysis: Analysis
+    study: Study
+    verdicts: Sequence[Verdict]
+
+    @property
+    def given(self) -> str:
+        """What the intervals cover."""
+        num_seeds = max(len(self.study.of(s.size, s.label)) for s in self.study.students)
+        partial = "" if self.analysis.results.complete else "partial results; "
+        if num_seeds == 1:
+            return f"{partial}one training: sampling error only, so nothing is decided"
+        return (
+            f"{partial}given p* and D; {num_seeds} seeds, 95 % intervals over seeds and sequences"
+        )
+
+
+def read_all(options: argparse.Namespace) -> list[Read]:
+    """Read the runs that were typed, each under a name of its own.
+
+    Raises:
+        InputError: if a run has no results, or no student with both of its scores.
+    """
+    runs: list[Read] = []
+    for typed in options.run:
+        one = argparse.Namespace(run=typed, out=options.out)
+        analysis = files.read(one, LANGUAGE)
+        study = Study(analysis.results)
+        if not study.students:
+            raise InputError(
+                f"{analysis.path}: no student has both of its scores; expected at least one; let "
+                "launch/sweep.py go on, then merge again"
+            )
+        name = (run_folder(analysis.path) or analysis.path).name
+        number = 1 + sum(run.name.partition(" (")[0] == name for run in runs)
+        runs.append(
+            Read(
+                name=name if number == 1 else f"{name} ({number})",
+                analysis=analysis,
+                study=study,
+                verdicts=verdicts(study),
+            )
+        )
+    return runs
+
+
+def verdict_table(run: Read) -> Table:
+    """Format the verdicts of a run for people."""
+    table = Table(box=None, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for verdict in run.verdicts:
+        size = f" (size {verdict.size})" if len(run.study.sizes) > 1 else ""
+        table.add_row(
+            Text(verdict.decision, style="bold"),
+            Group(Text(verdict.claim + size, style="bold"), Text(verdict.sentence)),
+        )
+    return table
+
+
+def write_report(run: Read) -> Path:
+    """Write the page of a run, with the files of its figures; return the path of the page."""
+    study, sizes = run.study, run.study.sizes
+    facts = read_facts(run.analysis.results, run.analysis.path)
+    figures = [figure for size in sizes for figure in report_rows.figures(study, size)]
+    parts = [
+        Part(heading="Verdicts", body=report_page.verdict_part(run.verdicts)),
+        Part(heading="Figures", body=_figure_part(run.analysis, figures)),
+        Part(heading="Tables", body="\n".join(map(report_page.table, _tables(study)))),
+        *_text_parts(study, facts),
+        Part(heading="The run", body=_run_part(study, facts)),
+        Part(heading="What differs from the paper", body=_deviation_part(facts)),
+    ]
+    return _save(run.analysis, PAGE, run.name, [run.given, report_page.ABOUT], parts)
+
+
+def write_comparison(runs: Sequence[Read]) -> Path:
+    """Write the page that compares runs, beside the results of the first; return its path."""
+    first = runs[0].analysis
+    by_run = {run.name: run.verdicts for run in runs}
+    figures = report_rows.compared({run.name: run.study for run in runs})
+    parts = [
+        Part(heading="Verdicts", body=report_page.compared_part(by_run)),
+        Part(heading="Figures", body=_figure_part(first, figures)),
+    ]
+    for run in runs:
+        facts = read_facts(run.analysis.results, run.analysis.path)
+        parts += [
+            Part(
+                heading=f"{run.name}: tables",
+                body="\n".join(map(report_page.table, _tables(run.study))),
+            ),
+            Part(heading=f"{run.name}: the run", body=_run_part(run.study, facts)),
+            Part(heading=f"{run.name}: what differs from the paper", body=_deviation_part(facts)),
+        ]
+    about = [*(f"{run.name}: {run.given}" for run in runs), report_page.ABOUT]
+    return _save(first, COMPARED, " and ".join(by_run), about, parts)
+
+
+def _save(
+    analysis: Analysis, name: str, title: str, about: Sequence[str], parts: Sequence[Part]
+) -> Path:
+    import report_figures
+
+    text = report_page.page(title, about, parts, report_figures.library())
+    return analysis.save(text.encode(), f"{name}.html")
+
+
+def _figure_part(analysis: Analysis, figures: Sequence[Figure]) -> str:
+    drawn = [_draw(analysis, figure) for figure in figures]
+    return report_page.paragraphs([report_page.HANDLING], "small") + report_page.figure_part(drawn)
+
+
+def _draw(analysis: Analysis, figure: Figure) -> Drawn:
+    """Write the files of a figure, if the run has its scores."""
+    import report_figures
+
+    if not figure.rows:
+        return Drawn(figure=figure)
+    spec = report_figures.page_spec(figure)
+    paths = [analysis.save_csv(figure.rows, figure.file_name)]
+    for suffix, content in report_figures.images(spec, figure.title).items():
+        paths.append(analysis.save(content, f"{figure.file_name}{suffix}"))
+    return Drawn(figure=figure, spec=spec, files=tuple(path.name for path in paths))
+
+
+def _tables(study: Study) -> list[PageTable]:
+    """Return precision and recall, their contrasts, and what they are made of per sequence."""
+    made = []
+    for size in study.sizes:
+        of_size = f" (size {size})" if len(study.sizes) > 1 else ""
+        for title, rows in (
+            ("Nats per token", report_rows.means(study, size)),
+            ("Change against another student, seed by seed", report_rows.contrasts(study, size)),
+            ("Nats per sequence, end tokens included", report_rows.per_sequence(study, size)),
+        ):
+            if rows:
+                columns = tuple(rows[0])
+                cells = [tuple(row.get(name, "") for name in columns) for row in rows]
+                made.append(PageTable(title=f"{title}{of_size}", columns=columns, rows=cells))
+    return made
+
+
+def _text_parts(study: Study, facts: RunFacts) -> list[Part]:
+    return [
+        Part(
+            heading="Texts" if len(study.sizes) == 1 else f"Texts (size {size})",
+            body=report_page.text_part(report_run.texts(study, size, facts)),
+        )
+        for size in study.sizes
+    ]
+
+
+def _run_part(study: Study, facts: RunFacts) -> str:
+    made: list[str] = []
+    if facts.records:
+        made.append(report_page.table(report_run.stages(facts)))
+    made.append(report_page.fact_part(report_run.provenance(study, facts)))
+    if facts.config is not None:
+        text = presets.to_yaml(facts.config)
+        made.append(report_page.folded("The whole config", text))
+    return "\n".join(filter(None, made))
+
+
+def _deviation_part(facts: RunFacts) -> str:
+    if facts.config is None:
+        return ""
+    sizes = report_run.sizes(facts.config)
+    return report_page.list_part(report_run.deviations(facts.config)) + report_page.table(sizes)
+
+
+def main(arguments: list[str]) -> int:
+    """Read the runs, print their verdicts, and write the page."""
+    options = files.parser(__doc__, several=True).parse_args(arguments)
+    runs = read_all(options)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    for run in runs:
+        console.print(Text(f"{run.name}: {run.given}", style="italic"))
+        console.print(verdict_table(run))
+    try:
+        import report_figures  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:
+            raise
+        print("no page is written: its packages are missing; pip install 'kdhpc[report]'")
+        return 0
+    print(write_report(runs[0]) if len(runs) == 1 else write_comparison(runs))
+    return 0
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,467 @@
+"""Rows of the figures of a report, from the statistics of a run.
+
+A row is what a figure draws at one place: names, and numbers with the ends of their intervals. The
+intervals are 95 %, over seeds and sequences (docs/statistics.md). Numbers are in nats per token
+unless a title says otherwise.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+from study import (
+    NUM_GROUPS,
+    SELF,
+    TRUTH,
+    Measure,
+    Student,
+    Study,
+    at_equal_precision,
+)
+from verdicts import text
+
+from kdhpc.science.curves import PREFIXES
+from kdhpc.science.intervals import SeedMean, Statistic, over_seeds
+
+Row: TypeAlias = dict[str, str | float]
+MAX_ROWS = 5000
+"""Most rows of a figure; a finer grid is made coarser."""
+LARGEST_LOG_FACTOR = 10.0
+"""Largest |log lambda| of the exact curves."""
+CHECKED_LOG_FACTOR, CHECKED_ERROR = 2.0, 0.2
+"""Largest |log lambda|, and largest relative standard error of both sides in each seed, at which
+alpha = lambda beta is checked. Beyond, a side is the mean of a few rare terms, from which its error
+cannot be estimated."""
+NUM_FACTORS = 41
+DISTILLED, TRUTH_LINE = "distilled, along tau", "truth"
+ADD_TEMPERATURES = "launch/sweep.py with decode_temperatures=[0.8,0.6] adds them to a finished run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """What a figure draws and says, or what the run lacks for it."""
+
+    name: str
+    """Name of the kind of figure; files are named after it."""
+    title: str
+    reading: str
+    """How to read it."""
+    needs: str
+    """Scores that it needs, and how to get them."""
+    rows: Sequence[Row] = ()
+    """Empty if the run lacks the scores."""
+    notes: tuple[str, ...] = ()
+    """Lines below the figure, made from its numbers."""
+    file_name: str = ""
+    """Beginning of the names of its files."""
+
+
+def figures(study: Study, size: str) -> list[Figure]:
+    """Return the figures about the students of a size, in the order of the page."""
+    makers = (
+        precision_recall,
+        equal_precision,
+        parts,
+        by_rarity,
+        curves,
+        total_variation,
+        best_temperature,
+    )
+    suffix = f"-{size}" if len(study.sizes) > 1 else ""
+    of_size = f" (size {size})" if suffix else ""
+    return [
+        replace(figure, title=figure.title + of_size, file_name=f"report-{figure.name}{suffix}")
+        for figure in (make(study, size) for make in makers)
+    ]
+
+
+def student_name(label: str) -> str:
+    """Return the name of a student for people, such as `tau 0.8`."""
+    return f"tau {label}" if label[0].isdigit() else label
+
+
+def interval(mean: SeedMean, name: str = "estimate") -> Row:
+    """Return an estimate and the ends of its interval as parts of a row.
+
+    Args:
+        mean: the number.
+        name: what it is; the ends are `low` and `high`, or begin with another name.
+    """
+    before = "" if name == "estimate" else f"{name}_"
+    return {name: mean.estimate, f"{before}low": mean.low, f"{before}high": mean.high}
+
+
+def means(study: Study, size: str) -> list[dict[str, str]]:
+    """Return precision and recall of each student, as texts for a table."""
+    table = [
+        {
+            "student": student_name(label),
+            "seeds": str(len(study.of(size, label))),
+            "precision": text(study.mean(size, label, study.precision), sign=False),
+            "recall": text(study.mean(size, label, study.recall), sign=False),
+        }
+        for label in study.labels(size)
+    ]
+    if (TRUTH, SELF) in study.scores:
+        truth = text(over_seeds([study.truth_log_prob()]), sign=False)
+        table.append({"student": "truth: E log p*", "precision": truth, "recall": truth})
+    return table
+
+
+def contrasts(study: Study, size: str) -> list[dict[str, str]]:
+    """Return the changes of precision and recall against tau 1 and direct, as texts."""
+    table = []
+    for against in ("1", "direct"):
+        for label in study.labels(size):
+            measures = {"precision": study.precision, "recall": study.recall}
+            changes = {n: study.contrast(size, label, against, m) for n, m in measures.items()}
+            known = {name: text(change) for name, change in changes.items() if change is not None}
+            if known and label != against:
+                names = {"student": student_name(label), "against": student_name(against)}
+                table.append(names | known)
+    return table
+
+
+def per_sequence(study: Study, size: str) -> list[dict[str, str]]:
+    """Return entropy and both divergences of each student, as texts."""
+    measures: Mapping[str, Measure] = {
+        "H(p'')": lambda student: study.entropy(student, per_sequence=True),
+        "KL(p''||p*)": lambda student: study.divergence(student, per_sequence=True),
+        "KL(p*||p'')": lambda student: study.missed(student, per_sequence=True),
+    }
+    return [
+        {"student": student_name(label)}
+        | {name: text(study.mean(size, label, m), sign=False) for name, m in measures.items()}
+        for label in (study.labels(size) if study.has_divergences else [])
+    ]
+
+
+def compared(studies: Mapping[str, Study]) -> list[Figure]:
+    """Return precision against recall of the students of several runs, by the name of the run."""
+    sizes = dict.fromkeys(size for study in studies.values() for size in study.sizes)
+    made = []
+    for size in sizes:
+        rows: list[Row] = []
+        for run, study in studies.items():
+            if size in study.sizes:
+                of_run = [*_students(study, size, alone=True), *_truth_line(study)]
+                rows += [{"run": run, **row} for row in of_run]
+        suffix = f"-{size}" if len(sizes) > 1 else ""
+        made.append(
+            Figure(
+                name="precision-recall",
+                title=f"Precision against recall by run{f' (size {size})' if suffix else ''}",
+                reading="Up and right is better. Lines join the students of a run along tau.",
+                needs="students with both of their scores",
+                rows=rows,
+                file_name=f"report-compared-precision-recall{suffix}",
+            )
+        )
+    return made
+
+
+def precision_recall(study: Study, size: str) -> Figure:
+    """Return precision against recall: students, their decode temperatures, the teacher, truth."""
+    return Figure(
+        name="precision-recall",
+        title="Precision against recall",
+        reading="Up and right is better. Lines join the students along tau, and one model along "
+        "the temperature T of its sampling. A distilled student below the line of the direct one "
+        "is beaten by a lower temperature. Above the line of truth a model is likelier than what "
+        "truth writes, which is no virtue.",
+        needs="students with both of their scores",
+        rows=[
+            *_students(study, size),
+            *_frontiers(study, size),
+            *_teachers(study),
+            *_truth_line(study),
+        ],
+    )
+
+
+def _point(series: str, label: str, precision: SeedMean, recall: SeedMean) -> Row:
+    return {
+        "series": series,
+        "label": label,
+        **interval(precision, "precision"),
+        **interval(recall, "recall"),
+        "seeds": precision.num_seeds,
+    }
+
+
+def _students(study: Study, size: str, *, alone: bool = False) -> Iterator[Row]:
+    """Yield the students; the direct one only if it is shown alone or has no temperatures."""
+    for label in study.labels(size):
+        measures = (study.precision, study.recall)
+        precision, recall = (study.mean(size, label, measure) for measure in measures)
+        if label[0].isdigit():
+            yield _point(DISTILLED, f"τ {label}", precision, recall)
+        elif label != "direct":
+            yield _point("truncated teacher", label, precision, recall)
+        elif alone or not _shared_temperatures(study, size, label)[1:]:
+            yield _point("direct", label, precision, recall)
+
+
+def _frontiers(study: Study, size: str) -> Iterator[Row]:
+    """Yield the direct student and that of tau 1 at each temperature of their sampling."""
+    for label, series in (("direct", "direct, along T"), ("1", "tau 1, along T")):
+        temperatures = _shared_temperatures(study, size, label)
+        for temperature in temperatures if len(temperatures) > 1 else []:
+            name = "direct" if label == "direct" else ""  # the student of tau 1 has its label
+            yield _point(
+                series,
+                name if temperature == 1.0 else f"T {temperature:g}",
+                study.mean(size, label, _at(study.precision, temperature)),
+                study.mean(size, label, _at(study.recall, temperature)),
+            )
+
+
+def _at(measure: Callable[[Student, float], Statistic], temperature: float) -> Measure:
+    return lambda student: measure(student, temperature)
+
+
+def _shared_temperatures(study: Study, size: str, label: str) -> list[float]:
+    """Return the temperatures at which every seed was sampled and scored, from the highest."""
+    return _shared(study.temperatures(student) for student in study.of(size, label).values())
+
+
+def _shared(of_seeds: Iterable[Sequence[float]]) -> list[float]:
+    sets = [set(temperatures) for temperatures in of_seeds]
+    return sorted(set.intersection(*sets), reverse=True) if sets else []
+
+
+def _teachers(study: Study) -> Iterator[Row]:
+    """Yield the teacher at each tau at which its samples and its recall were scored."""
+    models = study.results.models
+    teachers = [name for name, facts in models.items() if facts["kind"] == "teacher"]
+    taus = _shared(
+        [
+            float(sampler.removeprefix(f"{name}-tau"))
+            for sampler, scorer in study.scores
+            if sampler.startswith(f"{name}-tau") and scorer == TRUTH
+        ]
+        for name in teachers
+    )
+    for tau in taus:
+        if all(study.has_teacher(name, tau) for name in teachers):
+            both = zip(*(study.teacher(name, tau) for name in teachers), strict=True)
+            precision, recall = (over_seeds(of_seeds) for of_seeds in both)
+            yield _point("teacher, along tau", f"τ {tau:g}", precision, recall)
+
+
+def _truth_line(study: Study) -> Iterator[Row]:
+    if (TRUTH, SELF) in study.scores:
+        mean = over_seeds([study.truth_log_prob()])
+        yield {"series": TRUTH_LINE, "label": "truth: E log p*", **interval(mean, "precision")}
+
+
+def equal_precision(study: Study, size: str) -> Figure:
+    """Return the recall that another decode temperature keeps, at equal precision."""
+    rows: list[Row] = []
+    left_out: list[str] = []
+    for base in ("direct", "1"):
+        if len(_shared_temperatures(study, size, base)) < 2:
+            continue
+        for tau in study.taus(size):
+            against = f"{student_name(base)} student at another T"
+            if tau == base:
+                continue
+            if (kept := _kept(study, size, base, tau)) is None:
+                left_out.append(f"{student_name(tau)} against the {against}")
+            else:
+                rows.append({"student": student_name(tau), "against": against, **interval(kept)})
+    missed = f"Left out, as no T is known to be as precise in every seed: {'; '.join(left_out)}."
+    return Figure(
+        name="equal-precision",
+        title="Recall kept by temperature instead of distillation, at equal precision",
+        reading="Recall of another student, sampled at the temperature T at which it is as "
+        "precise as the distilled one, less the recall of the distilled one. Above 0, another "
+        "temperature is better than distilling from a selective teacher; below 0, worse.",
+        needs="the direct student or that of tau 1 at temperatures at which it is as precise as a "
+        f"distilled one: {ADD_TEMPERATURES}",
+        rows=rows,
+        notes=(missed,) if left_out else (),
+    )
+
+
+def _kept(study: Study, size: str, base: str, tau: str) -> SeedMean | None:
+    """Return the mean over the seeds that have both students; None if it is unknown for one."""
+    bases, students = study.of(size, base), study.of(size, tau)
+    seeds = [seed for seed in students if seed in bases]
+    kept = [at_equal_precision(study, bases[seed], students[seed]) for seed in seeds]
+    known = [statistic for statistic in kept if statistic is not None]
+    return over_seeds(known) if known and len(known) == len(seeds) else None
+
+
+ENTROPY, DIVERGENCE, ENDS = "entropy H(p'')", "KL(p''||p*)", "end tokens"
+
+
+def parts(study: Study, size: str) -> Figure:
+    """Return what precision is made of, per token."""
+    measures: dict[str, Measure] = {
+        "-precision": lambda student: -study.precision(student),
+        ENTROPY: study.entropy,
+        DIVERGENCE: study.divergence,
+    }
+    if not study.eos_counts:
+        measures[ENDS] = study.end_part
+    known = study.has_divergences
+    rows: list[Row] = [
+        {
+            "student": student_name(label),
+            "part": part,
+            **interval(study.mean(size, label, measure)),
+        }
+        for label in (study.labels(size) if known else [])
+        for part, measure in measures.items()
+    ]
+    also = "" if study.eos_counts else ", and the end tokens, which precision leaves out"
+    return Figure(
+        name="parts",
+        title="What precision is made of",
+        reading=f"-precision = H(p'') + KL(p''||p*){also}. A student gains precision by writing "
+        "less varied texts (entropy) or texts closer to truth (KL): both are better if lower.",
+        needs="log-probabilities of end tokens, which a run of an earlier version lacks",
+        rows=rows,
+    )
+
+
+def by_rarity(study: Study, size: str) -> Figure:
+    """Return the change of recall against tau 1 on each fifth of truth's samples."""
+    rows: list[Row] = []
+    known = (TRUTH, SELF) in study.scores and "1" in study.labels(size)
+    for label in study.labels(size) if known else []:
+        for fifth in range(NUM_GROUPS):
+            change = study.contrast(size, label, "1", _of_fifth(study, fifth))
+            if label != "1" and change is not None:
+                row: Row = {"student": student_name(label), "fifth": _fifth_name(fifth)}
+                rows.append(row | interval(change))
+    return Figure(
+        name="rarity",
+        title="Recall change against tau 1, by rarity",
+        reading="Truth's samples are cut into five equal parts by their log-probability per "
+        "token under truth. Below 0, the student finds such texts less likely than the student "
+        "of tau 1 does.",
+        needs="a student of tau 1 and another one",
+        rows=rows,
+    )
+
+
+def _of_fifth(study: Study, fifth: int) -> Measure:
+    return lambda student: study.by_rarity(student)[fifth]
+
+
+def _fifth_name(fifth: int) -> str:
+    return {0: "1 rarest", NUM_GROUPS - 1: f"{NUM_GROUPS} likeliest"}.get(fifth, str(fifth + 1))
+
+
+NEEDS_TOKENS = "per-token scores: a new run with scoring.per_token=true"
+
+
+def curves(study: Study, size: str) -> Figure:
+    """Return exact precision-recall curves by length of prefix, and check them."""
+    rows: list[Row] = []
+    worst = 0.0
+    labels = study.labels(size) if study.has_tokens else []
+    log_factors = _log_factors(len(labels))
+    for label in labels:
+        for prefix in PREFIXES:
+            students = study.of(size, label).values()
+            for log_factor in log_factors:
+                one = np.array([log_factor])  # all at once would take too much memory
+                alpha = [study.overlaps(student, prefix, one)[0] for student in students]
+                beta = [study.coverages(student, prefix, one)[0] for student in students]
+                row: Row = {"student": student_name(label), "k": prefix, "log_lambda": log_factor}
+                row |= interval(over_seeds(alpha), "alpha") | interval(over_seeds(beta), "beta")
+                rows.append(row)
+                if abs(log_factor) <= CHECKED_LOG_FACTOR:
+                    worst = max(worst, _deviation(alpha, beta, math.exp(log_factor)))
+    return Figure(
+        name="curves",
+        title="Exact precision and recall of the first k tokens",
+        reading="alpha is the share of the student's mass that truth covers, beta the share of "
+        "truth's mass that the student covers, when truth is weighted by lambda. A student equal "
+        "to truth would have both at 1. Bands are intervals of alpha.",
+        needs=NEEDS_TOKENS,
+        rows=rows,
+        notes=(
+            "Check: alpha, from the students' samples, and lambda beta, from truth's, differ by "
+            f"at most {worst:.1f} standard errors, where both are known to {CHECKED_ERROR:.0%} in "
+            f"every seed (|log lambda| up to {CHECKED_LOG_FACTOR:g}).",
+        ),
+    )
+
+
+def _log_factors(num_labels: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Return log lambda, as many as keep the figure below the largest number of rows."""
+    most = MAX_ROWS // (max(1, num_labels) * len(PREFIXES))
+    num_factors = min(NUM_FACTORS, most - 1 + most % 2)  # odd, so that 0 is one of them
+    return np.linspace(-LARGEST_LOG_FACTOR, LARGEST_LOG_FACTOR, num_factors)
+
+
+def _deviation(alpha: Sequence[Statistic], beta: Sequence[Statistic], factor: float) -> float:
+    """Return |alpha - lambda beta| in standard errors; 0 if a side of it is not known well."""
+    if not all(map(_is_known, (*alpha, *beta))):
+        return 0.0
+    both = zip(alpha, beta, strict=True)
+    mean = over_seeds([precision - factor * recall for precision, recall in both])
+    return abs(mean.estimate) / math.sqrt(mean.sequence_variance)
+
+
+def _is_known(statistic: Statistic) -> bool:
+    """Return whether a mean of terms from 0 to 1 is larger than its error by far."""
+    error = math.sqrt(sum(float((rows**2).sum()) for rows in statistic.influence.values()))
+    return 0.0 < error < CHECKED_ERROR * statistic.value
+
+
+def total_variation(study: Study, size: str) -> Figure:
+    """Return the total variation between students and truth by length of prefix."""
+    rows: list[Row] = []
+    for label in study.labels(size) if study.has_tokens else []:
+        for prefix in PREFIXES:
+            mean = study.mean(size, label, _distance(study, prefix))
+            rows.append({"student": student_name(label), "k": str(prefix), **interval(mean)})
+    return Figure(
+        name="total-variation",
+        title="Total variation from truth",
+        reading="Half the sum of |p'' - p*| over all beginnings of k tokens: 0 if they are the "
+        "same, 1 if they share nothing.",
+        needs=NEEDS_TOKENS,
+        rows=rows,
+    )
+
+
+def _distance(study: Study, prefix: int) -> Measure:
+    return lambda student: study.total_variation(student, prefix)
+
+
+def best_temperature(study: Study, size: str) -> Figure:
+    """Return recall against the temperature at which a student scores truth's samples."""
+    rows: list[Row] = []
+    for label in study.labels(size):
+        names = [student.name for student in study.of(size, label).values()]
+        temperatures = _shared(study.scored_temperatures(name) for name in names)
+        if len(temperatures) < 2:
+            continue
+        means = {t: study.mean(size, label, _at(study.recall, t)) for t in temperatures}
+        best = max(means, key=lambda temperature: means[temperature].estimate)
+        rows += [
+            {
+                "student": student_name(label),
+                "temperature": temperature,
+                **interval(mean),
+                "best": "best T" if temperature == best else "",
+            }
+            for temperature, mean in means.items()
+        ]
+    return Figure(
+        name="best-temperature",
+        title="Recall at other temperatures of evaluation",
+        reading="Recall when a student's logits are divided by T before it scores truth's "
+        "samples; rings mark the best T of each. What remains between two students at their best "
+        "T is more than calibration.",
+        needs=f"recall at other temperatures: {ADD_TEMPERATURES}",
+        rows=rows,
+    )

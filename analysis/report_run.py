@@ -1,0 +1,261 @@
+"""What a report says about a run besides its numbers: texts, stages, deviations from the paper."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from report_rows import student_name
+from study import Study
+
+from kdhpc.cluster.display import duration
+from kdhpc.config import presets
+from kdhpc.config.language import LanguageConfig
+from kdhpc.config.model import Model
+from kdhpc.experiment import arms
+from kdhpc.models.tokenizer import Tokenizer
+from kdhpc.pipeline import LANGUAGE
+from kdhpc.storage.results import Results
+from kdhpc.storage.run_folder import Record, RunFolder
+from kdhpc.storage.token_shards import read_samples
+
+NUM_TEXTS = 4
+MAX_CHARACTERS = 600
+"""Most characters of a text that is shown."""
+LineOf = tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of texts, for a page."""
+
+    title: str
+    columns: LineOf
+    rows: Sequence[LineOf]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What is known of a run folder."""
+
+    config: LanguageConfig | None
+    """None if the results do not say how they were made."""
+    records: Mapping[str, Record]
+    """By the key of the shard; empty if the results are outside of their run folder."""
+
+    def first_of(self, arm: arms.ArmName) -> Record | None:
+        """Return the first shard of an arm, by its rows; None if there is none."""
+        keys = sorted(key for key in self.records if key.startswith("/".join((*arm, ""))))
+        return self.records[keys[0]] if keys else None
+
+
+def run_folder(path: Path) -> Path | None:
+    """Return the run folder that a file of results is in; None if it is outside of one."""
+    folder = path.resolve().parents[1]
+    return folder if (folder / "run.json").is_file() else None
+
+
+def read_facts(results: Results, path: Path) -> RunFacts:
+    """Read the records of the run that a file of results is in, if it is in one.
+
+    Args:
+        results: the results.
+        path: their file.
+    """
+    values = presets.from_yaml(results.provenance.get("config", ""))
+    config = presets.build(LanguageConfig, values) if values else None
+    folder = run_folder(path)
+    records = RunFolder(folder, LANGUAGE.folders).scan().records if folder else {}
+    return RunFacts(config=config, records=records)
+
+
+def texts(study: Study, size: str, facts: RunFacts) -> dict[str, list[str]]:
+    """Return the first texts of the evaluation sets of truth and of the students of one seed.
+
+    Args:
+        study: the run.
+        size: size of the students.
+        facts: the run folder.
+
+    Returns:
+        By the name of the model; without those whose samples are not in the run folder.
+    """
+    truth = facts.first_of(arms.TRUTH_MODEL)
+    if truth is None or not (truth.data / "tokenizer.json").is_file():
+        return {}
+    tokenizer = Tokenizer(truth.data)
+    samplers: dict[str, arms.ArmName] = {"truth": arms.TRUTH_EVAL}
+    for label in study.labels(size):
+        student = next(iter(study.of(size, label).values()))
+        samplers[student_name(label)] = (arms.SAMPLE_STUDENTS, student.name)
+    found = {name: facts.first_of(arm) for name, arm in samplers.items()}
+    return {name: _first_texts(r, tokenizer) for name, r in found.items() if r is not None}
+
+
+def _first_texts(record: Record, tokenizer: Tokenizer) -> list[str]:
+    samples = read_samples([record.data])[:NUM_TEXTS]
+    rows = zip(samples.ids, samples.length, strict=True)
+    return [readable(tokenizer.decode(ids[:length].tolist())) for ids, length in rows]
+
+
+def readable(text: str) -> str:
+    """Return a text that a page can show: no control characters, and not too long."""
+    unknown = "\N{REPLACEMENT CHARACTER}"
+    shown = "".join(c if c.isprintable() or c in "\n\t" else unknown for c in text)
+    return shown if len(shown) <= MAX_CHARACTERS else f"{shown[:MAX_CHARACTERS]} ..."
+
+
+def stages(facts: RunFacts) -> Table:
+    """Return what each stage of the run has made, and with how much work."""
+    ranks = _ranks(facts.config) if facts.config else {}
+    rows: list[LineOf] = []
+    total = 0.0
+    for stage in LANGUAGE.stages:
+        records = [r for key, r in facts.records.items() if key.startswith(f"{stage.name}/")]
+        seconds = sum(record.seconds * ranks.get(record.key, 1) for record in records)
+        total += seconds
+        if records:
+            rows.append((LANGUAGE.folders[stage.name], f"{len(records)}", f"{seconds / 3600:.2f}"))
+    num_shards = str(len(facts.records))
+    title = f"Stages, with the work of published shards ({duration(total)} on one rank)"
+    columns = ("stage", "shards", "rank-hours")
+    rows.append(("total", num_shards, f"{total / 3600:.2f}"))
+    return Table(title=title, columns=columns, rows=rows)
+
+
+def _ranks(config: LanguageConfig) -> dict[str, int]:
+    """Return the number of ranks of each shard."""
+    shards = LANGUAGE.plan(config).shards
+    return {key: shard.arm.nodes * shard.arm.ranks_per_node for key, shard in shards.items()}
+
+
+def provenance(study: Study, facts: RunFacts) -> list[LineOf]:
+    """Return names and values of what the numbers were made with."""
+    given = study.results.provenance
+    lists = {name: json.loads(given[name]) for name in ("hosts", "code") if name in given}
+    versions = json.loads(given.get("versions", "{}"))
+    digests = [
+        str(record.stats["logical_digest"])
+        for key, record in facts.records.items()
+        if key.startswith(f"{arms.MERGE}/") and record.recipe == study.results.recipe
+    ]
+    named = {
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "Python": given.get("python", ""),
+        "hosts": ", ".join(lists.get("hosts", [])),
+        "code": ", ".join(lists.get("code", [])),
+        "merged at": given.get("merged_at", ""),
+        "logical digest": digests[0] if digests else "",
+        "parameters": _parameters(study.results),
+    }
+    return [(name, value) for name, value in named.items() if value]
+
+
+def _parameters(results: Results) -> str:
+    """Return the sizes of the models: truth, teacher, and each size of student."""
+    sizes: dict[str, str] = {}
+    for facts in results.models.values():
+        name = facts["kind"] if facts["kind"] != "student" else f"student {facts['size']}"
+        if "parameters" in facts:
+            sizes.setdefault(str(name), f"{name} {int(facts['parameters']):,}")
+    order = ("truth", "teacher", "student")
+    return ", ".join(sorted(sizes.values(), key=lambda text: order.index(text.split()[0])))
+
+
+def deviations(config: LanguageConfig) -> list[str]:
+    """Return in what a run differs from the paper and its released code, besides its sizes."""
+    return [
+        *_of_lengths(config),
+        *_of_students(config),
+        *_of_training(config),
+        "Token ids are kept between stages; the released code decodes texts and tokenises them "
+        "again (decision 5).",
+        *_of_scoring(config),
+    ]
+
+
+def _of_lengths(config: LanguageConfig) -> Iterator[str]:
+    if config.eos == "mask":
+        yield (
+            "Sequences have explicit lengths, and the end token is neither trained on nor scored; "
+            "the released code pads with it and masks the padding, to the same effect (decision 2)."
+        )
+    else:
+        yield (
+            "The end token is trained on and scored; in the released code it is masked, so its "
+            "models never learn to stop (decision 2)."
+        )
+
+
+def _of_students(config: LanguageConfig) -> Iterator[str]:
+    at = ", ".join(f"{temperature:g}" for temperature in config.decode_temperatures)
+    control = f" The temperatures T {at} are a control, and named." if at else ""
+    yield (
+        "Students are sampled at temperature 1; in the released code one flag sets the tau of the "
+        f"student's teacher and the temperature of its own sampling (decision 3).{control}"
+    )
+
+
+def _of_training(config: LanguageConfig) -> Iterator[str]:
+    trained = [config.teacher, *config.students.values()]
+    if any(model.model is None for model in trained):
+        yield (
+            "New models start from the architecture's own initialisation; in the released code "
+            "RMSNorm keeps its pretrained gains (decision 4)."
+        )
+    settings = [model.training for model in trained if model.training is not None]
+    kinds = {f"ZeRO-{training.zero_stage} with {training.dtype}" for training in settings}
+    if kinds - {"ZeRO-2 with float16"}:
+        yield (
+            f"Training uses {' and '.join(sorted(kinds))}; the released code ZeRO-2 with float16 "
+            "and a static loss scale."
+        )
+
+
+def _of_scoring(config: LanguageConfig) -> Iterator[str]:
+    if config.scoring.dtype != "float32":
+        yield (
+            f"Scoring runs the bodies of models in {config.scoring.dtype}, logits and log-softmax "
+            "in float32; in the released code everything is float32."
+        )
+
+
+def sizes(config: LanguageConfig) -> Table:
+    """Return where the sizes of a run differ from those of the preset `paper`."""
+    paper = presets.build(LanguageConfig, presets.compose(["paper"]))
+    ours, theirs = _sizes(config), _sizes(paper)
+    rows = [(n, ours[n], theirs[n]) for n in ours if ours[n] != theirs[n]]
+    title = "Sizes that differ from the paper's" if rows else "The sizes are the paper's"
+    return Table(title=title, columns=("size", "this run", "paper"), rows=rows)
+
+
+def _sizes(config: LanguageConfig) -> dict[str, str]:
+    sampling, students = config.sampling, config.students.values()
+    cut = f" ({config.truth.vocabulary:,} ids)" if config.truth.vocabulary else ""
+    return {
+        "truth": f"{config.truth.model}{cut}",
+        "taus": ", ".join(f"{tau:g}" for tau in sorted(config.taus)),
+        "truncations": ", ".join(sampling.truncations) or "none",
+        "seeds": str(config.seeds),
+        "prompt": config.prompt,
+        "tokens of a sequence": f"{config.length:,}",
+        "sequences in D and each D'": f"{sampling.train_sequences:,}",
+        "sequences that are scored": f"{sampling.eval_sequences:,}",
+        "teacher": _shape(config.teacher),
+        "students": ", ".join(_shape(model) for model in students),
+        "passes of the teacher": _passes(config.teacher),
+        "passes of the students": ", ".join(dict.fromkeys(map(_passes, students))),
+    }
+
+
+def _shape(model: Model) -> str:
+    if model.shape is None:
+        return f"{model.model}"
+    return f"{model.shape.layers} layers of {model.shape.hidden}"
+
+
+def _passes(model: Model) -> str:
+    if (training := model.training) is None:
+        return "none"
+    taken = training.stop_after_epochs or training.epochs
+    return f"{taken:g}" + (f" of {training.epochs:g}" if taken != training.epochs else "")
