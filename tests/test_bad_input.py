@@ -478,7 +478,7 @@ def test_a_run_that_others_may_write_to_is_refused(finished: Path) -> None:
     assert_refused(refused, str(finished), "others")
 
 
-@pytest.mark.parametrize("script", ["precision_recall.py", "mixture.py"])
+@pytest.mark.parametrize("script", ["precision_recall.py", "mixture.py", "report.py"])
 @pytest.mark.parametrize("name", ["folder", "nowhere"])
 def test_analysis_asks_for_results(script: str, name: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
