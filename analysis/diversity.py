@@ -1,0 +1,213 @@
+#!/usr/bin/env python
+"""Say how varied the samples of a finished run's students are, and at which tau they collapse.
+
+    python analysis/diversity.py RUN [--out FOLDER] [--self-bleu]
+
+An appendix to precision and recall, from the evaluation sets in the run folder. Writes
+diversity.csv next to the results, or to FOLDER. Columns:
+
+    repeated      share of sequences in which a 4-gram occurs twice, with its 95 % interval
+    missing mass  Good-Turing estimate of the probability of a 4-gram that was not seen yet
+    distinct      share of different 4-grams among all 4-grams
+    compression   bytes of the texts, divided by their bytes after compression
+    self-BLEU     likeness of 200 texts of the first seed (--self-bleu: takes seconds a row)
+
+All but the first depend on the number of sequences, which is the same in every row. The row *truth
+again* has other samples of the truth, from D, and calibrates the rest. A tau has collapsed if the
+share of repeated 4-grams exceeds truth's by 0.05, or less than half of truth's missing mass is
+left; both bounds were fixed before any run.
+"""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import files
+import numpy as np
+from report_run import RunFacts, read_facts
+from rich.console import Console
+from rich.table import Table
+from study import TRUTH, Study
+from verdicts import Decision, Verdict, text
+
+from kdhpc.cluster.display import command
+from kdhpc.errors import InputError
+from kdhpc.experiment import arms
+from kdhpc.models.tokenizer import Tokenizer
+from kdhpc.pipeline import LANGUAGE
+from kdhpc.science import diversity
+from kdhpc.science.intervals import Statistic, over_seeds, ratio
+from kdhpc.storage.token_shards import Samples, read_samples
+
+TRUTH_AGAIN = "truth again"
+Row = dict[str, str | float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSet:
+    """Sequences of one sampler, as many as in every other set."""
+
+    samples: Samples
+    rows: str
+    """Name of the sequences, as in `study`."""
+
+    @property
+    def repeated(self) -> Statistic:
+        repeats = diversity.has_repeat(self.samples.ids, self.samples.length)
+        return ratio(repeats.astype(np.int64), rows=self.rows)
+
+    @property
+    def missing_mass(self) -> float:
+        return diversity.missing_mass(self.samples.ids, self.samples.length)
+
+    def texts(self, tokenizer: Tokenizer) -> list[str]:
+        ends = zip(self.samples.ids, self.samples.length, strict=True)
+        return [tokenizer.decode(ids[:length].tolist()) for ids, length in ends]
+
+
+def sample_sets(study: Study, size: str, facts: RunFacts) -> dict[str, list[SampleSet]]:
+    """Return the evaluation sets of truth and of the students of a size, by what they learnt from.
+
+    Each has one set for each seed; those whose shards are not in the run folder are left out.
+    """
+    names: dict[str, list[tuple[arms.ArmName, str]]] = {
+        TRUTH: [(arms.TRUTH_EVAL, TRUTH)],
+        TRUTH_AGAIN: [(arms.TRUTH_TRAIN, TRUTH_AGAIN)],
+    }
+    for label in study.labels(size):
+        students = study.of(size, label).values()
+        names[label] = [((arms.SAMPLE_STUDENTS, s.name), s.name) for s in students]
+    sets = {
+        label: [
+            SampleSet(samples=samples, rows=rows)
+            for arm, rows in of_seeds
+            if (samples := _read(facts, arm)) is not None
+        ]
+        for label, of_seeds in names.items()
+    }
+    if not sets[TRUTH]:
+        return {}
+    num_rows = min(len(one.samples) for of_seeds in sets.values() for one in of_seeds)
+    return {
+        label: [SampleSet(samples=one.samples[:num_rows], rows=one.rows) for one in of_seeds]
+        for label, of_seeds in sets.items()
+        if of_seeds
+    }
+
+
+def _read(facts: RunFacts, arm: arms.ArmName) -> Samples | None:
+    """Read the sequences of an arm in order; None if it has no shards."""
+    prefix = "/".join((*arm, ""))
+    keys = sorted(key for key in facts.records if key.startswith(prefix))
+    return read_samples([facts.records[key].data for key in keys]) if keys else None
+
+
+def table_rows(sets: Mapping[str, Sequence[SampleSet]], tokenizer: Tokenizer) -> list[Row]:
+    """Return a row for each kind of student, means over its seeds."""
+    rows: list[Row] = []
+    for label, of_seeds in sets.items():
+        repeated = over_seeds([one.repeated for one in of_seeds])
+        texts = [one.texts(tokenizer) for one in of_seeds]
+        rows.append(
+            {
+                "student": label,
+                "seeds": len(of_seeds),
+                "repeated": repeated.estimate,
+                "repeated_low": repeated.low,
+                "repeated_high": repeated.high,
+                "missing_mass": _mean([one.missing_mass for one in of_seeds]),
+                "distinct": _mean(
+                    [diversity.distinct_share(s.samples.ids, s.samples.length) for s in of_seeds]
+                ),
+                "compression": _mean([diversity.compression_ratio(of_seed) for of_seed in texts]),
+            }
+        )
+    return rows
+
+
+def collapse(sets: Mapping[str, Sequence[SampleSet]], size: str) -> list[Verdict]:
+    """Say of each tau whether its students' samples have collapsed."""
+    [truth] = sets[TRUTH]
+    made = []
+    for label in (label for label in sets if label[0].isdigit()):
+        excess = over_seeds([one.repeated - truth.repeated for one in sets[label]])
+        left = [one.missing_mass / truth.missing_mass for one in sets[label]]
+        decision: Decision = "undecided"
+        if len(left) > 1:
+            if excess.low > diversity.COLLAPSE_REPEATED or max(left) < diversity.COLLAPSE_MASS:
+                decision = "holds"
+            elif excess.high < diversity.COLLAPSE_REPEATED and min(left) > diversity.COLLAPSE_MASS:
+                decision = "fails"
+        made.append(
+            Verdict(
+                name=f"collapse-{label}",
+                size=size,
+                claim=f"the samples of the student of tau {label} have collapsed",
+                decision=decision,
+                sentence=f"At tau {label} the share of sequences with a repeated 4-gram exceeds "
+                f"truth's by {text(excess)} (bound {diversity.COLLAPSE_REPEATED}), and "
+                f"{_mean(left):.2f} of truth's missing mass is left ({min(left):.2f} to "
+                f"{max(left):.2f} over seeds; bound {diversity.COLLAPSE_MASS})",
+                means={"excess of repeated": excess},
+            )
+        )
+    return made
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else math.nan
+
+
+def table(rows: Sequence[Row], size: str) -> Table:
+    """Make a table for people."""
+    printed = Table(title=f"diversity of samples: {size}", title_justify="left", box=None)
+    names = ("student", "repeated", "interval", "missing mass", "distinct", "compression")
+    with_bleu = "self_bleu" in rows[0]
+    for name in (*names, *(["self-BLEU"] if with_bleu else [])):
+        printed.add_column(name, justify="left" if name == "student" else "right")
+    for row in rows:
+        cells = [
+            str(row["student"]),
+            f"{row['repeated']:.3f}",
+            f"[{row['repeated_low']:.3f}, {row['repeated_high']:.3f}]",
+            *(f"{row[name]:.3f}" for name in ("missing_mass", "distinct", "compression")),
+        ]
+        printed.add_row(*cells, *([f"{row['self_bleu']:.1f}"] if with_bleu else []))
+    return printed
+
+
+def main(arguments: list[str]) -> int:
+    """Read results.h5 and the run folder, print tables and verdicts, and save the table."""
+    parser = files.parser(__doc__)
+    parser.add_argument("--self-bleu", action="store_true", help="needs kdhpc[report]")
+    options = parser.parse_args(arguments)
+    analysis = files.read(options, LANGUAGE)
+    study = Study(analysis.results)
+    facts = read_facts(analysis.results, analysis.path)
+    truth = facts.first_of(arms.TRUTH_MODEL)
+    if truth is None or not study.students:
+        raise InputError(
+            f"{analysis.path}: no samples beside it; expected the results inside their run folder"
+        )
+    tokenizer = Tokenizer(truth.data)
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    saved: list[Row] = []
+    for size in study.sizes:
+        sets = sample_sets(study, size, facts)
+        rows = table_rows(sets, tokenizer)
+        if options.self_bleu:
+            for row, of_seeds in zip(rows, sets.values(), strict=True):
+                row["self_bleu"] = diversity.self_bleu(of_seeds[0].texts(tokenizer))
+        console.print(analysis.titled(table(rows, size)))
+        for verdict in collapse(sets, size):
+            console.print(
+                f"{verdict.decision}: {verdict.claim}. {verdict.sentence}", soft_wrap=False
+            )
+        saved += [{"size": size, **row} for row in rows]
+    print(analysis.save_csv(saved, "diversity"))
+    return 0
+
+
+if __name__ == "__main__":
+    command(main)
