@@ -92,9 +92,9 @@ def table(study: Study, all_rows: list[Row]) -> Table:
     """
     shown = pooled(all_rows)
     num_seeds = max(len(study.of(row.student_size, row.tau)) for row in shown)
-    about = f"mean of {num_seeds} seeds, given p* and D" if num_seeds > 1 else ONE_TRAINING
+    seeds = f"given p* and D, {num_seeds} seeds, 95 % intervals" if num_seeds > 1 else ONE_TRAINING
     python = study.results.provenance.get("python", "?")
-    title = f"nats per token, 95 % intervals: {about} (Python {python})"
+    title = f"nats per token, {seeds} (Python {python})"
     printed = Table(title=title, title_justify="left", box=None)
     for name in ("student", "size", "seed"):
         printed.add_column(name)
