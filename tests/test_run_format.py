@@ -15,8 +15,12 @@ from kdhpc.storage.results import logical_digest, read_results
 
 DATA = Path(__file__).parent / "data"
 RUNS = {
-    "format-1-language": ("8-merge", "taus=[1.0,0.6,0.8]", "student-s0-small-tau0.8"),
-    "format-1-mixture": ("3-merge", "betas=[1,10,100]", "paper-beta10"),
+    "format-1-language": (
+        "8-merge",
+        ["taus=[1.0,0.6,0.8]", "decode_temperatures=[0.7]"],
+        "student-s0-small-tau0.8",
+    ),
+    "format-1-mixture": ("3-merge", ["betas=[1,10,100]"], "paper-beta10"),
 }
 """For each archive: the folder of its merge, what extends it, and a model that this adds."""
 DIGESTS = {
@@ -59,11 +63,15 @@ def test_a_run_of_an_earlier_commit_lives(unpacked: tuple[str, Path]) -> None:
     config["runs_dir"] = str(run.parent)
     if "truth" in config:
         config["truth"]["corpus"] = str(run.parent / "corpus.txt")
-    launch("sweep", *flat(config), wider)
+    launch("sweep", *flat(config), *wider)
     assert {path: digest_of(path) for path in before} == before
     extended = read_results(run / folder / "results.h5")
     assert extended.complete
     assert set(extended.models) - set(old.models) == {new}
+    if "truth" in config:  # the new arms alone have what the format lacked
+        direct = "student-s0-small-direct"
+        for pair in ((f"{direct}-T0.7", "truth"), ("truth", f"{direct}-T0.7")):
+            assert extended.scores[pair].end_log_prob is not None
     for pair, scores in old.scores.items():
         for array, values in vars(scores).items():
             same = getattr(extended.scores[pair], array)
