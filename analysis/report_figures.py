@@ -96,14 +96,15 @@ def _precision_recall(rows: Rows) -> Layers:
     points = everything.transform_filter(f"datum.series != '{TRUTH_LINE}'")
     colour = look["color"] if field == "run" else alt.value("#333333")
     return alt.layer(
-        truth.mark_rule(strokeWidth=1.5, strokeDash=[6, 4], clip=True).encode(
-            y=y_of, color=colour, tooltip=hover[: -len(_numbers("recall"))]
-        ),
+        # The first layer has both axes, as zooming takes those that it has.
         points.transform_filter("indexof(datum.series, 'along') > 0")
         .mark_line(strokeWidth=1.5, clip=True)
         .encode(
             x=x_of, y=y_of, color=look["color"], strokeDash=look["dash"], order="place:Q",
             detail="series:N",
+        ),
+        truth.mark_rule(strokeWidth=1.5, strokeDash=[6, 4], clip=True).encode(
+            y=y_of, color=colour, tooltip=hover[: -len(_numbers("recall"))]
         ),
         points.mark_rule(opacity=0.55, clip=True).encode(
             x=alt.X("recall_low:Q"), x2="recall_high:Q", y=y_of, color=look["color"]

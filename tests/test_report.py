@@ -47,6 +47,34 @@ addEventListener("load", () => setTimeout(() => {
 }, 1500));
 </script>"""
 """Says where the texts of charts are; only tests add it to a page."""
+ACT = """<script>
+addEventListener("load", () => setTimeout(async () => {
+  const soon = () => new Promise(resolve => setTimeout(resolve, 500));
+  const charts = () => [...document.querySelectorAll("svg.marks")];
+  const at = part => {
+    const {left, top, width, height} = part.getBoundingClientRect();
+    return {bubbles: true, cancelable: true, clientX: left + width / 2, clientY: top + height / 2};
+  };
+  const point = charts()[0].querySelector(".mark-symbol.role-mark path");
+  point.dispatchEvent(new PointerEvent("pointermove", at(point)));
+  await soon();
+  const hover = document.querySelector("#vg-tooltip-element").innerText;
+  const axes = () => [...charts()[0].querySelectorAll(".role-axis")]
+    .map(axis => axis.textContent).filter(text => text);
+  const before = axes();
+  const plot = charts()[0].querySelector(".background");
+  plot.dispatchEvent(new WheelEvent("wheel", {...at(plot), deltaY: -900, ctrlKey: true}));
+  await soon();
+  const after = axes();
+  const choice = document.querySelector("select");
+  choice.value = 16;
+  choice.dispatchEvent(new Event("change", {bubbles: true}));
+  await soon();
+  const curves = charts()[4].querySelector(".role-title").textContent;
+  parent.postMessage({hover, before, after, curves}, "*");
+}, 1500));
+</script>"""
+"""Hovers over a point, zooms into a figure, and chooses a number of tokens."""
 AROUND = """<body style="margin: 0"><iframe src="measured.html" width="{width}" height="{height}"
 style="border: 0"></iframe><script>
 addEventListener("message", event => {{
@@ -178,10 +206,10 @@ class Browser:
         )  # fmt: skip
         return finished.stdout
 
-    def measure(self, page: Path, size: tuple[int, int]) -> dict[str, Any]:
-        """Return what the page shows in a frame of some size (see `MEASURE`)."""
+    def look(self, page: Path, size: tuple[int, int], script: str) -> dict[str, Any]:
+        """Return what a script in the page says about it, in a frame of some size."""
         before, end, after = page.read_text().rpartition("</body>")
-        (self.folder / "measured.html").write_text(before + MEASURE + end + after)
+        (self.folder / "measured.html").write_text(before + script + end + after)
         around = self.folder / "around.html"
         around.write_text(AROUND.format(width=size[0], height=size[1]))
         dom = self._start("--window-size=1400,900", "--dump-dom", around.as_uri())
@@ -218,7 +246,7 @@ def test_a_browser_shows_every_sentence_and_axis_and_no_label_lies_on_another(
     name: str, size: tuple[int, int], browser: Browser, request: pytest.FixtureRequest
 ) -> None:
     report: Reported = request.getfixturevalue(name)
-    measured = browser.measure(report.page, size)
+    measured = browser.look(report.page, size, MEASURE)
     assert measured["inner"] == size[0]
     assert measured["wide"] <= measured["inner"]
     text = squeezed(measured["text"])
@@ -234,6 +262,16 @@ def test_a_browser_shows_every_sentence_and_axis_and_no_label_lies_on_another(
         assert chart["right"] <= size[0]
     points = {label["text"] for label in measured["charts"][0]["labels"]}
     assert {"direct", "truth: E log p*", "τ 1", "τ 0.6"} <= points
+
+
+def test_points_can_be_hovered_axes_zoomed_and_prefixes_chosen(
+    one_seed: Reported, browser: Browser
+) -> None:
+    done = browser.look(one_seed.page, LAPTOP, ACT)
+    assert "recall high" in done["hover"]
+    assert len(done["before"]) == len(done["after"]) == 2
+    assert all(a != b for a, b in zip(done["before"], done["after"], strict=True))
+    assert done["curves"] == "the first 16 tokens"
 
 
 @pytest.mark.parametrize("size", [LAPTOP, PHONE], ids=["laptop", "phone"])
