@@ -41,6 +41,13 @@ from kdhpc.science.intervals import Statistic, over_seeds, ratio
 from kdhpc.storage.token_shards import Samples, read_samples
 
 TRUTH_AGAIN = "truth again"
+COLUMNS = ("student", "repeated", "interval", "missing mass", "distinct", "compression")
+ABOUT = (
+    "Of 4-grams of tokens: the share of sequences in which one occurs twice, with its 95 % "
+    "interval; the probability that the next one was not seen yet (Good-Turing); the share of "
+    "different ones. Compression is bytes before and after zlib. The row truth again has other "
+    "samples of the truth and calibrates the rest."
+)
 Row = dict[str, str | float]
 
 
@@ -162,19 +169,22 @@ def _mean(values: Sequence[float]) -> float:
 def table(rows: Sequence[Row], size: str) -> Table:
     """Make a table for people."""
     printed = Table(title=f"diversity of samples: {size}", title_justify="left", box=None)
-    names = ("student", "repeated", "interval", "missing mass", "distinct", "compression")
     with_bleu = "self_bleu" in rows[0]
-    for name in (*names, *(["self-BLEU"] if with_bleu else [])):
+    for name in (*COLUMNS, *(["self-BLEU"] if with_bleu else [])):
         printed.add_column(name, justify="left" if name == "student" else "right")
     for row in rows:
-        cells = [
-            str(row["student"]),
-            f"{row['repeated']:.3f}",
-            f"[{row['repeated_low']:.3f}, {row['repeated_high']:.3f}]",
-            *(f"{row[name]:.3f}" for name in ("missing_mass", "distinct", "compression")),
-        ]
-        printed.add_row(*cells, *([f"{row['self_bleu']:.1f}"] if with_bleu else []))
+        printed.add_row(*cells(row), *([f"{row['self_bleu']:.1f}"] if with_bleu else []))
     return printed
+
+
+def cells(row: Row) -> list[str]:
+    """Return the numbers of a row as texts, in the order of `COLUMNS`."""
+    return [
+        str(row["student"]),
+        f"{row['repeated']:.3f}",
+        f"[{row['repeated_low']:.3f}, {row['repeated_high']:.3f}]",
+        *(f"{row[name]:.3f}" for name in ("missing_mass", "distinct", "compression")),
+    ]
 
 
 def main(arguments: list[str]) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import diversity
 import files
 import report_page
 import report_rows
@@ -35,6 +36,8 @@ from verdicts import Verdict, verdicts
 from kdhpc.cluster.display import WIDTH, command
 from kdhpc.config import presets
 from kdhpc.errors import InputError
+from kdhpc.experiment import arms
+from kdhpc.models.tokenizer import Tokenizer
 from kdhpc.pipeline import LANGUAGE
 
 PACKAGES = ("altair", "vl_convert")
@@ -49,6 +52,7 @@ class Read:
     name: str
     analysis: Analysis
     study: Study
+    facts: RunFacts
     verdicts: Sequence[Verdict]
 
     @property
@@ -79,6 +83,7 @@ def read_all(options: argparse.Namespace) -> list[Read]:
                 f"{analysis.path}: no student has both of its scores; expected at least one; let "
                 "launch/sweep.py go on, then merge again"
             )
+        facts = read_facts(analysis.results, analysis.path)
         name = (run_folder(analysis.path) or analysis.path).name
         number = 1 + sum(run.name.partition(" (")[0] == name for run in runs)
         runs.append(
@@ -86,7 +91,8 @@ def read_all(options: argparse.Namespace) -> list[Read]:
                 name=name if number == 1 else f"{name} ({number})",
                 analysis=analysis,
                 study=study,
-                verdicts=verdicts(study),
+                facts=facts,
+                verdicts=[*verdicts(study), *_collapses(study, facts)],
             )
         )
     return runs
@@ -108,8 +114,7 @@ def verdict_table(run: Read) -> Table:
 
 def write_report(run: Read) -> Path:
     """Write the page of a run, with the files of its figures; return the path of the page."""
-    study, sizes = run.study, run.study.sizes
-    facts = read_facts(run.analysis.results, run.analysis.path)
+    study, sizes, facts = run.study, run.study.sizes, run.facts
     figures = [figure for size in sizes for figure in report_rows.figures(study, size)]
     parts = [
         Part(heading="Verdicts", body=report_page.verdict_part(run.verdicts)),
@@ -118,6 +123,7 @@ def write_report(run: Read) -> Path:
         *_text_parts(study, facts),
         Part(heading="The run", body=_run_part(study, facts)),
         Part(heading="What differs from the paper", body=_deviation_part(facts)),
+        *_diversity_parts(study, facts),
     ]
     return _save(run.analysis, PAGE, run.name, [run.given, report_page.ABOUT], parts)
 
@@ -132,14 +138,15 @@ def write_comparison(runs: Sequence[Read]) -> Path:
         Part(heading="Figures", body=_figure_part(first, figures)),
     ]
     for run in runs:
-        facts = read_facts(run.analysis.results, run.analysis.path)
         parts += [
             Part(
                 heading=f"{run.name}: tables",
                 body="\n".join(map(report_page.table, _tables(run.study))),
             ),
-            Part(heading=f"{run.name}: the run", body=_run_part(run.study, facts)),
-            Part(heading=f"{run.name}: what differs from the paper", body=_deviation_part(facts)),
+            Part(heading=f"{run.name}: the run", body=_run_part(run.study, run.facts)),
+            Part(
+                heading=f"{run.name}: what differs from the paper", body=_deviation_part(run.facts)
+            ),
         ]
     about = [*(f"{run.name}: {run.given}" for run in runs), report_page.ABOUT]
     return _save(first, COMPARED, " and ".join(by_run), about, parts)
@@ -187,6 +194,30 @@ def _tables(study: Study) -> list[PageTable]:
                 cells = [tuple(row.get(name, "") for name in columns) for row in rows]
                 made.append(PageTable(title=f"{title}{of_size}", columns=columns, rows=cells))
     return made
+
+
+def _collapses(study: Study, facts: RunFacts) -> list[Verdict]:
+    """Return at which tau samples collapse, if the samples are in the run folder."""
+    sets = {size: diversity.sample_sets(study, size, facts) for size in study.sizes}
+    return [
+        v for size, of_size in sets.items() if of_size for v in diversity.collapse(of_size, size)
+    ]
+
+
+def _diversity_parts(study: Study, facts: RunFacts) -> list[Part]:
+    truth = facts.first_of(arms.TRUTH_MODEL)
+    if truth is None or not truth.data.is_dir():
+        return []
+    tables = []
+    for size in study.sizes:
+        sets = diversity.sample_sets(study, size, facts)
+        rows = diversity.table_rows(sets, Tokenizer(truth.data))
+        cells = [tuple(diversity.cells(row)) for row in rows]
+        title = f"Means over seeds (size {size})" if len(study.sizes) > 1 else "Means over seeds"
+        if cells:
+            tables.append(PageTable(title=title, columns=diversity.COLUMNS, rows=cells))
+    body = report_page.paragraphs([diversity.ABOUT]) + "\n".join(map(report_page.table, tables))
+    return [Part(heading="Appendix: diversity of samples", body=body)] if tables else []
 
 
 def _text_parts(study: Study, facts: RunFacts) -> list[Part]:

@@ -20,7 +20,7 @@ from study import (
     Study,
     at_equal_precision,
 )
-from verdicts import text
+from verdicts import detectable, text
 
 from kdhpc.science.curves import PREFIXES
 from kdhpc.science.intervals import SeedMean, Statistic, over_seeds
@@ -111,13 +111,20 @@ def means(study: Study, size: str) -> list[dict[str, str]]:
 
 
 def contrasts(study: Study, size: str) -> list[dict[str, str]]:
-    """Return the changes of precision and recall against tau 1 and direct, as texts."""
+    """Return the changes of precision and recall against tau 1 and direct, as texts.
+
+    Beside each is the smallest change that this design would decide with a probability of 0.8.
+    """
     table = []
     for against in ("1", "direct"):
         for label in study.labels(size):
             measures = {"precision": study.precision, "recall": study.recall}
             changes = {n: study.contrast(size, label, against, m) for n, m in measures.items()}
-            known = {name: text(change) for name, change in changes.items() if change is not None}
+            known = {}
+            for name, change in changes.items():
+                if change is not None:
+                    known[name] = text(change)
+                    known[f"detectable {name}"] = f"{detectable(change):.3f}"
             if known and label != against:
                 names = {"student": student_name(label), "against": student_name(against)}
                 table.append(names | known)
@@ -126,11 +133,14 @@ def contrasts(study: Study, size: str) -> list[dict[str, str]]:
 
 def per_sequence(study: Study, size: str) -> list[dict[str, str]]:
     """Return entropy and both divergences of each student, as texts."""
-    measures: Mapping[str, Measure] = {
+    measures: dict[str, Measure] = {
         "H(p'')": lambda student: study.entropy(student, per_sequence=True),
         "KL(p''||p*)": lambda student: study.divergence(student, per_sequence=True),
         "KL(p*||p'')": lambda student: study.missed(student, per_sequence=True),
     }
+    if study.has_averages:
+        measures["KL(p''||p*), next token averaged"] = study.averaged_divergence
+        measures["KL(p*||p''), next token averaged"] = study.averaged_missed
     return [
         {"student": student_name(label)}
         | {name: text(study.mean(size, label, m), sign=False) for name, m in measures.items()}

@@ -132,27 +132,37 @@ class Study:
     def divergence(
         self, student: Student, temperature: float = 1.0, *, per_sequence: bool = False
     ) -> Statistic:
-        """Return KL(p''||p*), end tokens included, over the student's samples.
-
-        It is averaged over the next token if the run has such scores (`scoring.expected`).
-        """
+        """Return KL(p''||p*), end tokens included, over the student's samples."""
         name = at_temperature(student.name, temperature)
-        return self._divergence(name, SELF, TRUTH, per_sequence)
+        log_ratio = self._whole(name, SELF) - self._whole(name, TRUTH)
+        return ratio(log_ratio, self._tokens(name, per_sequence), rows=name)
 
     def missed(
         self, student: Student, temperature: float = 1.0, *, per_sequence: bool = False
     ) -> Statistic:
-        """Return KL(p*||p''), end tokens included, over truth's samples, averaged as the other."""
+        """Return KL(p*||p''), end tokens included, over truth's samples."""
         name = at_temperature(student.name, temperature)
-        return self._divergence(TRUTH, SELF, name, per_sequence)
+        log_ratio = self._whole(TRUTH, SELF) - self._whole(TRUTH, name)
+        return ratio(log_ratio, self._tokens(TRUTH, per_sequence), rows=TRUTH)
 
-    def _divergence(self, sampler: str, own: str, other: str, per_sequence: bool) -> Statistic:
-        averaged = self.scores.get((sampler, f"{other}-expected"))
-        if averaged is not None and averaged.divergence_sum is not None:
-            divergence = np.asarray(averaged.divergence_sum)
-        else:
-            divergence = self._whole(sampler, own) - self._whole(sampler, other)
-        return ratio(divergence, self._tokens(sampler, per_sequence), rows=sampler)
+    @property
+    def has_averages(self) -> bool:
+        """Whether divergences averaged over the next token are there (`scoring.expected`)."""
+        pairs = [(s.name, f"{TRUTH}-expected") for s in self.students]
+        pairs += [(TRUTH, f"{s.name}-expected") for s in self.students]
+        return self.scores.keys() >= {*pairs}
+
+    def averaged_divergence(self, student: Student) -> Statistic:
+        """Return KL(p''||p*) per sequence, each token averaged over the vocabulary."""
+        return self._averaged(student.name, TRUTH)
+
+    def averaged_missed(self, student: Student) -> Statistic:
+        """Return KL(p*||p'') per sequence, each token averaged over the vocabulary."""
+        return self._averaged(TRUTH, student.name)
+
+    def _averaged(self, sampler: str, scorer: str) -> Statistic:
+        divergence = self.scores[sampler, f"{scorer}-expected"].divergence_sum
+        return ratio(np.asarray(divergence, dtype=np.float64), rows=sampler)
 
     def end_part(self, student: Student) -> Statistic:
         """Return E of log p* of the end tokens, which precision leaves out with `eos: mask`.

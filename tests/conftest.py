@@ -1,10 +1,11 @@
 """Fixtures that several test files share."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import launch
+from commands import launch, status
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,3 +33,20 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs_dir = tmp_path_factory.mktemp("runs")
     launch("sweep", "tiny", "cluster=local", f"runs_dir={runs_dir}")
     return runs_dir / "tiny"
+
+
+@pytest.fixture(scope="session")
+def extended_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
+    """Return a finished run that was extended by every score, and the arms that this added.
+
+    Tests may read or copy it, but must not change it.
+    """
+    runs_dir = tmp_path_factory.mktemp("extended")
+    run = shutil.copytree(tiny_run, runs_dir / "tiny")
+    before = {path: path.read_bytes() for path in run.glob("[1-7]-*/*/*.json")}
+    words = ["tiny", "cluster=local", f"runs_dir={runs_dir}", "decode_temperatures=[0.7,1.3]"]
+    launch("sweep", *words, "scoring.corruptions=[swap]", "scoring.expected=true")
+    assert status(run, code=0)["complete"]
+    assert {path: path.read_bytes() for path in before} == before
+    new = {path.parent.name for path in run.glob("[1-7]-*/*/*.json") if path not in before}
+    return run, new

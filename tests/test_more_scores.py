@@ -1,13 +1,12 @@
 """Scores that a finished run may gain: temperatures, damaged samples, averages, end tokens."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, launch, status
+from commands import ROOT, launch
 from models_for_tests import llama_of, small_model
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
@@ -87,24 +86,10 @@ def test_end_tokens_are_kept_apart_whether_they_count_or_not(temperature: float)
         assert np.allclose(difference, expected, atol=1e-9)
 
 
-@pytest.fixture(scope="module")
-def extended(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
-    """Return a finished run that was extended by every score, and the arms that this added."""
-    runs_dir = tmp_path_factory.mktemp("extended")
-    run = shutil.copytree(tiny_run, runs_dir / "tiny")
-    before = {path: path.read_bytes() for path in run.glob("[1-7]-*/*/*.json")}
-    words = ["tiny", "cluster=local", f"runs_dir={runs_dir}", "decode_temperatures=[0.7,1.3]"]
-    launch("sweep", *words, "scoring.corruptions=[swap]", "scoring.expected=true")
-    assert status(run, code=0)["complete"]
-    assert {path: path.read_bytes() for path in before} == before
-    new = {path.parent.name for path in run.glob("[1-7]-*/*/*.json") if path not in before}
-    return run, new
-
-
 def test_a_finished_run_gains_temperatures_and_keeps_what_it_has(
-    extended: tuple[Path, set[str]],
+    extended_run: tuple[Path, set[str]],
 ) -> None:
-    run, new = extended
+    run, new = extended_run
     new = {name for name in new if "expected" not in name and "swap" not in name}
     direct, one, sharp = (f"student-s0-small-{arm}" for arm in ("direct", "tau1", "tau0.6"))
     samplers = {f"{direct}-T0.7", f"{direct}-T1.3", f"{one}-T0.7", f"{one}-T1.3", f"{sharp}-T1.3"}
@@ -141,9 +126,9 @@ def test_a_finished_run_gains_temperatures_and_keeps_what_it_has(
 
 
 def test_scores_averaged_over_the_next_token_have_the_mean_of_the_others(
-    extended: tuple[Path, set[str]],
+    extended_run: tuple[Path, set[str]],
 ) -> None:
-    run, new = extended
+    run, new = extended_run
     scores = read_results(run / "8-merge" / "results.h5").scores
     for sampler, other in (("student-s0-small-tau0.6", "truth"), ("truth", DIRECT)):
         assert f"{sampler}-under-{other}-expected" in new
@@ -156,8 +141,8 @@ def test_scores_averaged_over_the_next_token_have_the_mean_of_the_others(
         assert averaged.mean() > 0.0
 
 
-def test_every_model_scores_damaged_samples(extended: tuple[Path, set[str]]) -> None:
-    run, _ = extended
+def test_every_model_scores_damaged_samples(extended_run: tuple[Path, set[str]]) -> None:
+    run, _ = extended_run
     scores = read_results(run / "8-merge" / "results.h5").scores
     scorers = {scorer for sampler, scorer in scores if sampler == "truth-swap"}
     assert scorers == {"truth", "teacher-s0"} | {

@@ -18,7 +18,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
-from commands import ROOT, launch, need
+from commands import ROOT, need
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_verdicts import results_of
@@ -162,11 +162,11 @@ def squeezed(text: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def one_seed(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Reported:
+def one_seed(
+    extended_run: tuple[Path, set[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Reported:
     """Return the report of a run of one seed with all scores that there are."""
-    run = shutil.copytree(tiny_run, tmp_path_factory.mktemp("report") / "tiny")
-    words = ("cluster=local", f"runs_dir={run.parent}", "decode_temperatures=[0.7,1.3]")
-    launch("sweep", "tiny", *words)
+    run = shutil.copytree(extended_run[0], tmp_path_factory.mktemp("report") / "tiny")
     return reported(run_report(run))
 
 
@@ -310,7 +310,7 @@ def test_one_seed_says_so_and_decides_nothing(one_seed: Reported) -> None:
 
 def test_parts_are_in_order_and_say_how_the_run_was_made(one_seed: Reported) -> None:
     expected = ["Verdicts", "Figures", "Tables", "Texts", "The run", "What differs from the paper"]
-    assert one_seed.headings == expected
+    assert one_seed.headings == [*expected, "Appendix: diversity of samples"]
     results = read_results(one_seed.page.with_name("results.h5"))
     sentences = one_seed.sentences
     assert json.loads(results.provenance["code"])[0] in sentences
