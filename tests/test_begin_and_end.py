@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from commands import launch, status
 from models_for_tests import llama_of, small_model
 from test_given_models import save
@@ -130,8 +131,43 @@ def test_a_sequence_is_cut_off_at_the_first_of_its_ends(count_eos: bool) -> None
     assert torch.equal(counting.of(ids, length).sum(1), expected_counts.long())
 
 
+ENDS = [
+    (0, ()), (5, (5,)), ([0], ()), ([5, 0, 9], (5, 9)), (-1, ()), ([-1, 0, 5], (5,)), (300, ()),
+    ([300, 5], (5,)), ("5", ()), (None, ()), (True, ()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize(("ends", "others"), ENDS)
+def test_a_given_model_ends_at_the_ids_that_its_files_name(
+    ends: object, others: tuple[int, ...], name: str, tmp_path: Path
+) -> None:
+    whole, out = save(tmp_path / "whole", "Llama"), tmp_path / "taken"
+    (whole / "generation_config.json").unlink()
+    file = whole / name
+    config = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(config | {"eos_token_id": ends}))
+    assert given.tokenizer_of(whole, "x").other_ends == others
+    if name == "generation_config.json":
+        given.take("truth", str(whole), "main", "", out, dtype="float32")
+        assert (Tokenizer(out).eos, Tokenizer(out).other_ends) == (0, others)
+
+
+def test_the_default_end_of_an_architecture_is_not_an_end(tmp_path: Path) -> None:
+    whole, out = save(tmp_path / "whole", "Llama"), tmp_path / "taken"
+    (whole / "generation_config.json").unlink()
+    config = json.loads((whole / "config.json").read_text())
+    del config["eos_token_id"]
+    (whole / "config.json").write_text(json.dumps(config))
+    assert hf.LlamaConfig().eos_token_id == 2
+    given.take("truth", str(whole), "main", "", out, dtype="float32")
+    assert Tokenizer(out).other_ends == ()
+
+
 @pytest.mark.parametrize(("ends", "others"), [(0, ()), (5, ()), ([0], ()), ([5, 0, 9], (5, 9))])
-def test_only_a_list_adds_ends(ends: object, others: tuple[int, ...], tmp_path: Path) -> None:
+def test_in_a_checkpoint_of_a_run_only_a_list_adds_ends(
+    ends: object, others: tuple[int, ...], tmp_path: Path
+) -> None:
     huggingface.byte_tokenizer().save_pretrained(tmp_path)
     assert Tokenizer(tmp_path).other_ends == ()
     ends_at(tmp_path, ends)
@@ -145,7 +181,9 @@ def test_ends_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         Tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize(("of_truth", "of_teacher"), [([0, 5], 0), (0, [0, 9]), ([0, 5], [9])])
+@pytest.mark.parametrize(
+    ("of_truth", "of_teacher"), [([0, 5], 0), (0, [0, 9]), ([0, 5], [9]), (0, 9)]
+)
 def test_a_given_teacher_ends_where_the_truth_does(
     of_truth: object, of_teacher: object, tmp_path: Path
 ) -> None:

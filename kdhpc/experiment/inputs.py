@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kdhpc.config.language import LanguageConfig, Truth, language_problems
 from kdhpc.config.model import Model
-from kdhpc.errors import DamagedError, InputError
+from kdhpc.errors import InputError
 from kdhpc.experiment import arms, given
 
 
@@ -36,8 +36,6 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
         corpus=_whole_path(config.truth.corpus),
         model=given.whole_path(config.truth.model),
     )
-    config = dataclasses.replace(config, truth=truth)
-    _check_prompt(config)
     if truth.model == "train":
         fingerprint = corpus_fingerprint(truth.corpus, truth.text_column)
         if fingerprint.startswith("hub:"):
@@ -47,8 +45,11 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
         fingerprint = given.identify(
             "truth", truth.model, truth.revision, truth.fingerprint, length=config.length
         )
-    truth = dataclasses.replace(truth, fingerprint=fingerprint, num_ids=_num_ids(truth))
-    truth = _with_vocabulary(truth, config)
+    truth = dataclasses.replace(truth, fingerprint=fingerprint)
+    if truth.model != "train":
+        folder = given.files_of("truth", truth.model, fingerprint)
+        _compare_tokenizers(truth, folder)
+        truth = _with_vocabulary(_identified_vocabulary(truth), folder, config)
     students = {
         size: _identified(f"students.{size}", model, truth, config.length)
         for size, model in config.students.items()
@@ -57,51 +58,51 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
     return dataclasses.replace(config, truth=truth, teacher=teacher, students=students)
 
 
-def _num_ids(truth: Truth) -> int | None:
-    """Return the number of ids of a truth if its tokenizer is in a folder here."""
-    from kdhpc.models.tokenizer import read
-
-    folder = None if truth.model == "train" else Path(given.resolve("truth", truth.model))
-    if folder is None or not (folder / "tokenizer.json").is_file():
-        return truth.num_ids
-    return max(read(folder).get_vocab().values()) + 1
-
-
-def _with_vocabulary(truth: Truth, config: LanguageConfig) -> Truth:
-    """Check to what the truth's vocabulary is cut, as far as its files are here, and identify it.
+def _identified_vocabulary(truth: Truth) -> Truth:
+    """Identify the file of the ids to which the truth's vocabulary is cut, if there is one.
 
     Raises:
-        InputError: if the file of ids has changed or is not readable, or ids are missing.
+        InputError: if it is not readable or has changed, or has another number of ids.
     """
     from kdhpc.experiment import vocabulary
-    from kdhpc.models.tokenizer import Tokenizer
 
-    ids = None
-    if truth.vocabulary_file is not None:
-        ids = vocabulary.read_ids(truth.vocabulary_file)
-        if truth.vocabulary not in {None, len(ids)}:
-            raise InputError(
-                f"truth.vocabulary={truth.vocabulary}: truth.vocabulary_file has {len(ids)} ids; "
-                "expected the same number, or one of the two alone"
-            )
-        fingerprint = vocabulary.fingerprint_of(ids)
-        if truth.vocabulary_fingerprint not in {"", fingerprint}:
-            raise InputError(
-                vocabulary.changed(truth.vocabulary_file, truth.vocabulary_fingerprint)
-            )
-        truth = dataclasses.replace(
-            truth,
-            vocabulary=len(ids),
-            vocabulary_file=_whole_path(truth.vocabulary_file),
-            vocabulary_fingerprint=fingerprint,
+    if truth.vocabulary_file is None:
+        return truth
+    ids = vocabulary.read_ids(truth.vocabulary_file)
+    if truth.vocabulary not in {None, len(ids)}:
+        raise InputError(
+            f"truth.vocabulary={truth.vocabulary}: truth.vocabulary_file has {len(ids)} ids; "
+            "expected the same number, or one of the two alone"
         )
-    folder = Path(given.resolve("truth", truth.model))
-    names = ("tokenizer.json", "tokenizer_config.json")
-    if truth.vocabulary is not None and all((folder / name).is_file() for name in names):
-        tokenizer = Tokenizer(folder)
-        prompt = tokenizer.prompt_ids(config.prompt, config.begin)
+    fingerprint = vocabulary.fingerprint_of(ids)
+    if truth.vocabulary_fingerprint not in {"", fingerprint}:
+        raise InputError(vocabulary.changed(truth.vocabulary_file, truth.vocabulary_fingerprint))
+    return dataclasses.replace(
+        truth,
+        vocabulary=len(ids),
+        vocabulary_file=_whole_path(truth.vocabulary_file),
+        vocabulary_fingerprint=fingerprint,
+    )
+
+
+def _with_vocabulary(truth: Truth, folder: Path, config: LanguageConfig) -> Truth:
+    """Check the prompt and what the vocabulary is cut to, and add the number of ids.
+
+    A tokenizer inside a GGUF file is not read here, but when the model is taken.
+
+    Raises:
+        InputError: if the tokenizer, the prompt or the ids cannot be used.
+    """
+    from kdhpc.experiment import vocabulary
+
+    if not (folder / "tokenizer.json").is_file():
+        return truth
+    tokenizer = given.tokenizer_of(folder, f"truth.model={truth.model}")
+    prompt = given.check_prompt(tokenizer, config)
+    if truth.vocabulary is not None:
+        ids = vocabulary.read_ids(truth.vocabulary_file) if truth.vocabulary_file else None
         vocabulary.check(tokenizer, truth.vocabulary, ids, prompt)
-    return truth
+    return dataclasses.replace(truth, num_ids=tokenizer.size)
 
 
 def _identified(key: str, model: Model, truth: Truth, length: int) -> Model:
@@ -122,7 +123,7 @@ def _identified(key: str, model: Model, truth: Truth, length: int) -> Model:
         trained=model.training is not None,
     )
     if truth.model != "train":
-        given.compare_tokenizers(key, place, truth)
+        given.compare_tokenizers(key, place, fingerprint, truth)
     return dataclasses.replace(model, model=place, fingerprint=fingerprint)
 
 
@@ -132,38 +133,17 @@ def _whole_path(place: str) -> str:
     return str(path.resolve()) if path.is_file() else place
 
 
-def _check_prompt(config: LanguageConfig) -> None:
-    """Check the prompt against the tokenizer of a local model, without loading the model.
+def _compare_tokenizers(truth: Truth, folder: Path) -> None:
+    """Check that the tokenizer of the config, if it is not the model's, is identical to it.
 
     Raises:
-        InputError: if the prompt has no tokens or leaves no room for one more, or if
-            `truth.tokenizer` differs from the model's.
+        InputError: if one of the two is missing, or they differ.
     """
-    if config.truth.model == "train":
+    if truth.tokenizer == "model":
         return
-    own = Path(given.resolve("truth", config.truth.model)) / "tokenizer.json"
-    if config.truth.tokenizer != "model":
-        _compare_tokenizers(config.truth, own)
-    if own.is_file():
-        from kdhpc.models.tokenizer import Tokenizer, prompt_ids, read
-
-        try:
-            if (own.parent / "tokenizer_config.json").is_file():
-                ids = Tokenizer(own.parent).prompt_ids(config.prompt, config.begin)
-            else:
-                ids = prompt_ids(read(own.parent), config.prompt)
-        except DamagedError as error:
-            raise InputError(f"truth.model={config.truth.model}: {error}") from error
-        if len(ids) >= config.length:
-            raise InputError(
-                f"prompt={config.prompt!r}: has {len(ids)} tokens; expected fewer than "
-                f"length={config.length}"
-            )
-
-
-def _compare_tokenizers(truth: Truth, own: Path) -> None:
-    """Check that the tokenizer of the config is identical to the model's own."""
-    given = Path(truth.tokenizer) / "tokenizer.json"
+    given, own = (
+        place / "tokenizer.json" for place in (Path(truth.tokenizer).expanduser(), folder)
+    )
     if not given.is_file():
         raise InputError(
             f"truth.tokenizer={truth.tokenizer}: no tokenizer.json there; expected a folder with "
@@ -171,8 +151,8 @@ def _compare_tokenizers(truth: Truth, own: Path) -> None:
         )
     if not own.is_file():
         raise InputError(
-            f"truth.tokenizer={truth.tokenizer}: can only be compared with a local model folder, "
-            f"not with {truth.model}; expected truth.tokenizer=model"
+            f"truth.tokenizer={truth.tokenizer}: can only be compared with a model folder or hub "
+            f"id, not with {truth.model}; expected truth.tokenizer=model"
         )
     if given.read_bytes() != own.read_bytes():
         raise InputError(

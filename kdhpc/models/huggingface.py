@@ -2,11 +2,14 @@
 
 import functools
 import json
+import shutil
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -23,7 +26,14 @@ from transformers.utils import logging as transformers_logging
 from kdhpc.config.model import Shape
 from kdhpc.errors import DamagedError, InputError
 from kdhpc.models.devices import DTYPES, Linear, frozen_head
-from kdhpc.models.tokenizer import Tokenizer, read_ends, read_vocabulary, write_vocabulary
+from kdhpc.models.tokenizer import (
+    VOCABULARY,
+    Tokenizer,
+    read,
+    read_ends,
+    read_vocabulary,
+    write_vocabulary,
+)
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -165,14 +175,41 @@ def save_model(model: PreTrainedModel, tokenizer_path: Path, path: Path) -> None
 
 def set_tokenizer(path: Path, tokenizer_path: Path) -> None:
     """Give a checkpoint the tokenizer, the vocabulary and the ends of sequences of another."""
-    AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True).save_pretrained(path)
+    copy_tokenizer(tokenizer_path, path)
     if vocabulary := read_vocabulary(tokenizer_path):
         write_vocabulary(path, vocabulary)
-    file = path / "generation_config.json"
     if (ends := read_ends(tokenizer_path)) != read_ends(path):
-        config = json.loads(file.read_bytes()) if file.exists() else {}
-        config["eos_token_id"] = ends or Tokenizer(tokenizer_path).eos
-        file.write_text(json.dumps(config, indent=2))
+        set_ends(path, ends)
+
+
+def set_ends(path: Path, ends: Sequence[int]) -> None:
+    """Let the sequences of a checkpoint end at these ids, besides the tokenizer's own end.
+
+    Raises:
+        InputError: if the tokenizer has no end.
+    """
+    tokenizer, file = Tokenizer(path, ends), path / "generation_config.json"
+    config = json.loads(file.read_bytes()) if file.exists() else {}
+    config["eos_token_id"] = (
+        [tokenizer.eos, *tokenizer.other_ends] if tokenizer.other_ends else tokenizer.eos
+    )
+    file.write_text(json.dumps(config, indent=2))
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Save the tokenizer of one folder in another, with all that transformers knows of it.
+
+    tokenizer.json is copied as it is, because transformers makes that of some classes anew, with
+    other rules of where words are split.
+    """
+    AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(out)
+    _keep_tokenizer_file(source, out)
+
+
+def _keep_tokenizer_file(source: Path, out: Path) -> None:
+    file = source / "tokenizer.json"
+    if file.is_file() and read(source).get_vocab() == read(out).get_vocab():
+        shutil.copyfile(file, out / "tokenizer.json")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
@@ -190,16 +227,14 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     )
 
 
-def take_model(source: str, revision: str, out: Path, *, dtype: str, key: str) -> None:
+def take_model(source: Path, out: Path, *, dtype: str, key: str) -> None:
     """Save a finished model and its tokenizer as an ordinary checkpoint folder.
 
     Rows of the embedding and of the head beyond the tokenizer's ids are cut off: no text has such
     an id, so it must have no probability.
 
     Args:
-        source: a Hugging Face folder, an already fetched hub id, or a GGUF file, which is
-            dequantised.
-        revision: revision of a hub id.
+        source: a Hugging Face folder, or a GGUF file, which is dequantised.
         out: the new folder.
         dtype: dtype in which the weights are stored.
         key: key of the config that names the model, for errors.
@@ -207,13 +242,13 @@ def take_model(source: str, revision: str, out: Path, *, dtype: str, key: str) -
     Raises:
         InputError: if it is not a model with a tokenizer, or not a whole one; names what is wrong.
     """
-    options: dict[str, Any] = {"revision": revision, "local_files_only": True}
+    options: dict[str, Any] = {"local_files_only": True}
     weights: dict[str, Any] = {"use_safetensors": True}
-    place = source
-    if source.endswith(".gguf"):
+    name, place = f"{key}={source}", source
+    if source.suffix == ".gguf":
         from transformers import GgufConfig
 
-        place, options = str(Path(source).parent), {"gguf_file": Path(source).name}
+        place, options = source.parent, {"gguf_file": source.name}
         weights = {"quantization_config": GgufConfig(dequantize=True)}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -225,15 +260,22 @@ def take_model(source: str, revision: str, out: Path, *, dtype: str, key: str) -
             **weights,
         )
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (
+        OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError, struct.error,
+    ) as error:  # fmt: skip
         message = " ".join(str(error).split())
-        raise InputError(f"{key}={source}: not a model with a tokenizer ({message})") from error
-    _check_whole(f"{key}={source}", dict(report))
-    vocabulary = read_vocabulary(Path(source))
-    num_ids = len(vocabulary or ()) or max(tokenizer.get_vocab().values()) + 1
-    _cut_to_tokenizer(f"{key}={source}", model, num_ids)
+        raise InputError(f"{name}: not a model with a tokenizer ({message})") from error
+    _check_whole(name, dict(report))
+    _check_tied(name, model)
+    num_ids = max(tokenizer.get_vocab().values()) + 1
+    vocabulary = read_vocabulary(source)
+    if vocabulary:
+        _check_map(name, model, vocabulary, num_ids)
+    else:
+        _cut_to_tokenizer(name, model, num_ids)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    _keep_tokenizer_file(source, out)
     if vocabulary:
         write_vocabulary(out, vocabulary)
 
@@ -257,6 +299,37 @@ def _check_whole(name: str, report: dict[str, Any]) -> None:
         if names := sorted(name if isinstance(name, str) else name[0] for name in found):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise InputError(f"{name}: {what} {names[0]}{more}; expected a whole checkpoint")
+
+
+def _check_tied(name: str, model: PreTrainedModel) -> None:
+    """Refuse a head that is tied to the embedding by config.json, and differs from it in the files.
+
+    transformers would not tie the two, and other programs would.
+
+    Raises:
+        InputError: if it is so.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.get_text_config().tie_word_embeddings and head.weight is not embedding.weight:
+        raise InputError(
+            f"{name}: its config.json says that the head is tied to the embedding, and its files "
+            "have two different tensors; expected tie_word_embeddings=false, or one tensor"
+        )
+
+
+def _check_map(name: str, model: PreTrainedModel, vocabulary: list[int], num_ids: int) -> None:
+    """Refuse a vocabulary.json that does not map the rows of a model to ids of its tokenizer.
+
+    Raises:
+        InputError: if it has another number of ids than the model, or ids that no token has.
+    """
+    num_rows = model.get_output_embeddings().weight.shape[0]
+    if len(vocabulary) != num_rows or vocabulary[-1] >= num_ids:
+        raise InputError(
+            f"{name}: its {VOCABULARY} lists {len(vocabulary)} ids up to {vocabulary[-1]}; "
+            f"expected as many as the model has rows, {num_rows}, and each below the {num_ids} ids "
+            "of its tokenizer"
+        )
 
 
 def _cut_to_tokenizer(name: str, model: PreTrainedModel, num_ids: int) -> None:
@@ -313,7 +386,7 @@ def cut_vocabulary(source: Path, ids: Sequence[int], out: Path) -> None:
             "logits depend on more than the rows of embedding and head; expected another model"
         )
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(out)
+    copy_tokenizer(source, out)
     before = read_vocabulary(source)
     write_vocabulary(out, [before[i] for i in ids] if before else ids)
 

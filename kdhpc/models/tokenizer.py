@@ -83,16 +83,35 @@ def write_vocabulary(path: Path, ids: Sequence[int]) -> None:
 
 
 def read_ends(path: Path) -> list[int]:
-    """Return the ids that end a sequence, if generation_config.json has a list of them; else [].
+    """Return the ids that end a sequence in a checkpoint of a run; [] if the tokenizer's alone do.
 
-    A single id there is not read: the tokenizer has its own.
+    They are a list in generation_config.json. A single id there is not read: transformers writes
+    one for every model, if need be the default of its architecture.
 
     Raises:
         OSError, ValueError, AttributeError: if the file is there and not readable.
     """
     file = path / "generation_config.json"
     ends = json.loads(file.read_bytes()).get("eos_token_id") if file.exists() else None
-    return [int(i) for i in ends] if isinstance(ends, list) else []
+    return [i for i in ends if type(i) is int] if isinstance(ends, list) else []
+
+
+def given_ends(path: Path) -> list[int]:
+    """Return the ids, one or a list, that end a sequence as the files of a given model say.
+
+    As in transformers, config.json decides if there is no generation_config.json.
+
+    Raises:
+        DamagedError: if the file is not readable.
+    """
+    file = path / "generation_config.json"
+    if not file.exists():
+        file = path / "config.json"
+    try:
+        ends = json.loads(file.read_bytes()).get("eos_token_id") if file.exists() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise DamagedError(f"{file}: its eos_token_id is not readable ({error})") from error
+    return [i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int]
 
 
 class Tokenizer:
@@ -101,8 +120,12 @@ class Tokenizer:
     If the model's vocabulary is cut, ids are those of the model; tokenizer.json has the whole one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, ends: Sequence[int] | None = None) -> None:
         """Read the tokenizer of a checkpoint folder.
+
+        Args:
+            path: the folder.
+            ends: other ids that end a sequence; None for those of `read_ends`.
 
         Raises:
             DamagedError: if its files are not readable.
@@ -116,13 +139,13 @@ class Tokenizer:
         try:
             config = json.loads((path / "tokenizer_config.json").read_bytes())
             eos, begin = (self._special_id(config.get(f"{name}_token")) for name in ("eos", "bos"))
-            ends = read_ends(path)
+            ends = read_ends(path) if ends is None else ends
         except (OSError, ValueError, AttributeError) as error:
             raise DamagedError(f"{path}: its special tokens are not readable ({error})") from error
         if eos is None:
             raise InputError(
-                f"{path}: its tokenizer has no end-of-sequence token; expected a model whose "
-                "sequences end"
+                f"{path}: its tokenizer has no end-of-sequence token; expected eos_token in its "
+                "tokenizer_config.json"
             )
         self.eos: int = eos
         """Id of the end-of-sequence token."""
@@ -135,9 +158,9 @@ class Tokenizer:
         )
         """Number of ids; one more than the largest, as some tokenizers leave ids out."""
         self.other_ends: tuple[int, ...] = tuple(
-            end for end in ends if end != eos and end < self.size
+            end for end in ends if end != eos and 0 <= end < self.size
         )
-        """Other ids that end a sequence as well, from a list in generation_config.json."""
+        """Other ids of the model that end a sequence as well."""
 
     def _special_id(self, token: Json) -> int | None:
         """Return the id of a special token of tokenizer_config.json; None if it has none."""

@@ -8,6 +8,8 @@ from pathlib import Path
 from kdhpc.errors import InputError
 
 CORPUS_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+BYTE_ORDER_MARK = "\ufeff"
+"""First character of files that some programs write; it is no text."""
 
 
 def read_corpus(source: str, text_column: str) -> list[str]:
@@ -46,7 +48,7 @@ def read_corpus(source: str, text_column: str) -> list[str]:
         has_column = text_column in dataset.column_names
         texts = [text for text in dataset[text_column] if text] if has_column else []
     except Exception as error:  # datasets raises its own errors, and those of pyarrow and the hub
-        cause = _bad_line(path) or " ".join(str(error.__cause__ or error).split())
+        cause = _bad_content(path) or " ".join(str(error.__cause__ or error).split())
         raise InputError(f"truth.corpus={source}: {cause}") from error
     if not has_column:
         raise InputError(
@@ -59,7 +61,10 @@ def read_corpus(source: str, text_column: str) -> list[str]:
                 f"truth.text_column={text_column}: {source} holds {_kind_of(text)} there; expected "
                 "text, such as messages that were put through a chat template"
             )
-    if not texts:
+    if path.suffix == ".txt" and texts:
+        first = texts[0].removeprefix(BYTE_ORDER_MARK)
+        texts = [first, *texts[1:]] if first else texts[1:]
+    if not any(text.strip() for text in texts):
         raise InputError(
             f"truth.corpus={source}: none of its {len(dataset)} rows has text in the column "
             f"{text_column}; expected documents"
@@ -76,8 +81,10 @@ def _kind_of(value: object) -> str:
     )
 
 
-def _bad_line(path: Path) -> str:
-    """Describe the first line of a text or JSONL file that cannot be read; empty if all can."""
+def _bad_content(path: Path) -> str:
+    """Describe the first line of a file that cannot be read, or that there is none; or nothing."""
+    if _is_blank(path):
+        return "has no rows; expected documents"
     if path.suffix not in {".txt", ".jsonl"} or not path.is_file():
         return ""
     with path.open("rb") as file:
@@ -95,6 +102,18 @@ def _bad_line(path: Path) -> str:
             except ValueError as error:
                 return f"line {number} is not JSON, or is cut short ({error})"
     return ""
+
+
+def _is_blank(path: Path) -> bool:
+    """Return whether a Parquet file has no rows, or another file no line with anything in it."""
+    if not path.is_file():
+        return False
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return bool(pyarrow.parquet.read_metadata(path).num_rows == 0)
+    with path.open("rb") as file:
+        return not any(line.strip() for line in file)
 
 
 def _paragraphs(text: str) -> list[str]:
