@@ -15,16 +15,18 @@ diversity.csv next to the results, or to FOLDER. Columns:
 All but the first depend on the number of sequences, which is the same in every row. The row *truth
 again* has other samples of the truth, from D, and calibrates the rest. A tau has collapsed if the
 share of repeated 4-grams exceeds truth's by 0.05, or less than half of truth's missing mass is
-left; both bounds were fixed before any run.
+left; both bounds were fixed before any run. Lengths are matched: the n-th longest sequence of every
+set is cut to the shortest of them.
 """
 
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import files
 import numpy as np
+from numpy.typing import NDArray
 from report_run import RunFacts, read_facts
 from rich.console import Console
 from rich.table import Table
@@ -45,8 +47,8 @@ COLUMNS = ("student", "repeated", "interval", "missing mass", "distinct", "compr
 ABOUT = (
     "Of 4-grams of tokens: the share of sequences in which one occurs twice, with its 95 % "
     "interval; the probability that the next one was not seen yet (Good-Turing); the share of "
-    "different ones. Compression is bytes before and after zlib. The row truth again has other "
-    "samples of the truth and calibrates the rest."
+    "different ones; lengths are matched by rank. Compression is bytes before and after zlib. The "
+    "two rows of truth differ by sampling only."
 )
 Row = dict[str, str | float]
 
@@ -95,12 +97,24 @@ def sample_sets(study: Study, size: str, facts: RunFacts) -> dict[str, list[Samp
     }
     if not sets[TRUTH]:
         return {}
-    num_rows = min(len(one.samples) for of_seeds in sets.values() for one in of_seeds)
+    everything = [one for of_seeds in sets.values() for one in of_seeds]
+    num_rows = min(len(one.samples) for one in everything)
+    shortest = np.min([np.sort(one.samples.length[:num_rows]) for one in everything], axis=0)
     return {
-        label: [SampleSet(samples=one.samples[:num_rows], rows=one.rows) for one in of_seeds]
+        label: [
+            SampleSet(samples=_cut(one.samples[:num_rows], shortest), rows=one.rows)
+            for one in of_seeds
+        ]
         for label, of_seeds in sets.items()
         if of_seeds
     }
+
+
+def _cut(samples: Samples, lengths: NDArray[np.integer]) -> Samples:
+    """Cut the n-th shortest sequence to the n-th of some lengths [N]."""
+    length = samples.length.copy()
+    length[np.argsort(length, kind="stable")] = lengths
+    return replace(samples, length=length)
 
 
 def _read(facts: RunFacts, arm: arms.ArmName) -> Samples | None:
@@ -134,28 +148,30 @@ def table_rows(sets: Mapping[str, Sequence[SampleSet]], tokenizer: Tokenizer) ->
 
 
 def collapse(sets: Mapping[str, Sequence[SampleSet]], size: str) -> list[Verdict]:
-    """Say of each tau whether its students' samples have collapsed."""
+    """Say of the direct student and of each tau whether its samples have collapsed."""
     [truth] = sets[TRUTH]
     made = []
-    for label in (label for label in sets if label[0].isdigit()):
+    for label in (label for label in sets if label not in (TRUTH, TRUTH_AGAIN)):
+        name = f"tau {label}" if label[0].isdigit() else label
         excess = over_seeds([one.repeated - truth.repeated for one in sets[label]])
         left = [one.missing_mass / truth.missing_mass for one in sets[label]]
         decision: Decision = "undecided"
         if len(left) > 1:
             if excess.low > diversity.COLLAPSE_REPEATED or max(left) < diversity.COLLAPSE_MASS:
-                decision = "holds"
-            elif excess.high < diversity.COLLAPSE_REPEATED and min(left) > diversity.COLLAPSE_MASS:
                 decision = "fails"
+            elif excess.high < diversity.COLLAPSE_REPEATED and min(left) > diversity.COLLAPSE_MASS:
+                decision = "holds"
         made.append(
             Verdict(
                 name=f"collapse-{label}",
                 size=size,
-                claim=f"the samples of the student of tau {label} have collapsed",
+                claim=f"samples of the student ({name}) have not collapsed: a repeated 4-gram is "
+                f"in at most {diversity.COLLAPSE_REPEATED} more of them than of truth's, and a new "
+                f"one at least {diversity.COLLAPSE_MASS} times as likely (fixed before any run)",
                 decision=decision,
-                sentence=f"At tau {label} the share of sequences with a repeated 4-gram exceeds "
-                f"truth's by {text(excess)} (bound {diversity.COLLAPSE_REPEATED}), and "
-                f"{_mean(left):.2f} of truth's missing mass is left ({min(left):.2f} to "
-                f"{max(left):.2f} over seeds; bound {diversity.COLLAPSE_MASS})",
+                sentence="The share of sequences with a repeated 4-gram differs from truth's by "
+                f"{text(excess)}, and the next 4-gram is new with {_mean(left):.2f} times truth's "
+                f"probability ({min(left):.2f} to {max(left):.2f} over seeds)",
                 means={"excess of repeated": excess},
             )
         )

@@ -1,8 +1,9 @@
 """What follows from the scores of a run, as sentences made from intervals.
 
-A claim holds if its interval says so, fails if its interval contradicts it, and is undecided
-otherwise. Intervals are 95 %, over seeds and sequences, given p* and D. With one seed the sampling
-error alone is known, so no claim is decided.
+A claim holds if its whole interval is on the claimed side, fails if it is wholly on the other, and
+is undecided otherwise; a claim about several numbers needs all of them. Intervals are 95 %, over
+seeds and sequences, given p* and D, without correction for the number of claims. With one seed the
+sampling error alone is known, so no claim is decided.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from kdhpc.science.intervals import SeedMean, over_seeds
 
 Decision = Literal["holds", "fails", "undecided"]
 ENTROPY_SHARE = 0.8
-"""Share of a gain in precision above which it counts as mostly entropy."""
+"""Share of a gain in precision above which it counts as mostly entropy; fixed before any run."""
 POWER = 0.8
 """Probability with which an effect of the minimum detectable size is decided."""
 
@@ -119,27 +120,26 @@ def _monotone(
 
 
 def trade_off(study: Study, size: str) -> list[Verdict]:
-    """Compare the student of the lowest tau with the direct one, as the paper does."""
-    taus = study.taus(size)
-    if not taus or "direct" not in study.labels(size):
-        return []
-    gain = study.contrast(size, taus[-1], "direct", study.precision)
-    loss = study.contrast(size, taus[-1], "direct", study.recall)
-    if gain is None or loss is None:
-        return []
-    decisions = (decide([gain], 1), decide([loss], -1))
-    return [
-        Verdict(
-            name="trade-off",
-            size=size,
-            claim="distillation trades recall for precision: more precise, and less recall, than "
-            "direct training",
-            decision=_all_of(decisions),
-            sentence=f"Against the direct student, that of tau {taus[-1]} has precision "
-            f"{text(gain)} and recall {text(loss)}",
-            means={"precision": gain, "recall": loss},
+    """Compare the students of each tau below 1 with the direct one, as the paper does."""
+    made = []
+    for tau in study.taus(size):
+        gain = study.contrast(size, tau, "direct", study.precision)
+        loss = study.contrast(size, tau, "direct", study.recall)
+        if gain is None or loss is None or float(tau) >= 1.0:
+            continue
+        made.append(
+            Verdict(
+                name=f"trade-off-{tau}",
+                size=size,
+                claim=f"distillation at tau {tau} trades recall for precision, against direct "
+                "training",
+                decision=_all_of((decide([gain], 1), decide([loss], -1))),
+                sentence=f"From the direct student to that of tau {tau}, precision changes by "
+                f"{text(gain)} and recall by {text(loss)}",
+                means={"precision": gain, "recall": loss},
+            )
         )
-    ]
+    return made
 
 
 def cost_of_a_teacher(study: Study, size: str) -> list[Verdict]:
@@ -158,9 +158,9 @@ def cost_of_a_teacher(study: Study, size: str) -> list[Verdict]:
             size=size,
             claim="learning from a teacher at tau 1, not from truth, costs precision and recall",
             decision=_all_of(decisions),
-            sentence="Against the direct student, that of tau 1 has precision "
-            f"{text(means['precision'])} and recall {text(means['recall'])}; a difference of "
-            f"{detectable(means['precision']):.3f} in precision and "
+            sentence="From the direct student to that of tau 1, precision changes by "
+            f"{text(means['precision'])} and recall by {text(means['recall'])}; a change of "
+            f"{detectable(means['precision']):.3f} in precision and of "
             f"{detectable(means['recall']):.3f} in recall would have been decided with "
             f"probability {POWER}",
             means=means,
@@ -172,37 +172,57 @@ def gain_is_entropy(study: Study, size: str) -> list[Verdict]:
     """Split the gain in precision against tau 1 into entropy and divergence from the truth."""
     if not study.has_divergences:
         return []
-    made = []
-    for tau in study.taus(size):
-        parts = {
-            "precision": study.contrast(size, tau, "1", study.precision),
-            "entropy": study.contrast(size, tau, "1", lambda s: -study.entropy(s)),
-            "divergence": study.contrast(size, tau, "1", lambda s: -study.divergence(s)),
-            "rest": study.contrast(
-                size,
-                tau,
-                "1",
-                lambda s: -study.divergence(s) - (1.0 - ENTROPY_SHARE) * study.precision(s),
-            ),
-        }
-        means = {name: part for name, part in parts.items() if part is not None}
-        if tau == "1" or len(means) < len(parts):
-            continue
-        gain, entropy, divergence = (means[n] for n in ("precision", "entropy", "divergence"))
-        share = f" ({entropy.estimate / gain.estimate:.0%} of it)" if gain.low > 0 else ""
-        made.append(
-            Verdict(
-                name=f"gain-is-entropy-{tau}",
-                size=size,
-                claim=f"more than {ENTROPY_SHARE:.0%} of the gain in precision at tau {tau} is "
-                "lower entropy",
-                decision=decide([means["rest"]], -1) if gain.low > 0 else "undecided",
-                sentence=f"Of {text(gain)} in precision from tau 1 to {tau}, lower entropy is "
-                f"{text(entropy)}{share} and a smaller KL(p''||p*) is {text(divergence)}",
-                means=means,
-            )
+    return [
+        verdict
+        for tau in study.taus(size)
+        if tau != "1"
+        for verdict in _parts_of_gain(study, size, tau)
+    ]
+
+
+def _parts_of_gain(study: Study, size: str, tau: str) -> list[Verdict]:
+    gain = study.contrast(size, tau, "1", study.precision)
+    entropy = study.contrast(size, tau, "1", lambda s: -study.entropy(s))
+    divergence = study.contrast(size, tau, "1", lambda s: -study.divergence(s))
+    if gain is None or entropy is None or divergence is None:
+        return []
+    means = {"precision": gain, "entropy": entropy, "divergence": divergence}
+    said = ""
+    decision: Decision = "undecided"
+    if gain.low > 0.0:
+        # The share of means, linearised around them.
+        rough = entropy.estimate / gain.estimate
+        share = study.contrast(
+            size,
+            tau,
+            "1",
+            lambda s: (-study.entropy(s) - rough * study.precision(s)) / gain.estimate,
         )
-    return made
+        if share is not None:
+            means["share less its estimate"] = share
+            low, high = rough + share.low, rough + share.high
+            said = f", a share of {rough:.2f} [{low:.2f}, {high:.2f}],"
+            if share.num_seeds > 1:
+                decision = _beyond(low, high, ENTROPY_SHARE)
+    return [
+        Verdict(
+            name=f"gain-is-entropy-{tau}",
+            size=size,
+            claim=f"more than {ENTROPY_SHARE:g} of the gain in precision at tau {tau} is lower "
+            "entropy",
+            decision=decision,
+            sentence=f"Of the change in precision from tau 1 to {tau}, {text(gain)} a token, lower "
+            f"entropy contributes {text(entropy)}{said} and KL(p''||p*) {text(divergence)}",
+            means=means,
+        )
+    ]
+
+
+def _beyond(low: float, high: float, bound: float) -> Decision:
+    """Decide that what lies between two ends is above a bound."""
+    if low > bound:
+        return "holds"
+    return "fails" if high < bound else "undecided"
 
 
 def beats_temperature(study: Study, size: str) -> list[Verdict]:
@@ -230,7 +250,10 @@ def _against_temperature(
     seeds = [seed for seed in students if seed in bases]
     differences = [at_equal_precision(study, bases[seed], students[seed]) for seed in seeds]
     inside = [difference for difference in differences if difference is not None]
-    claim = f"distillation at tau {tau} beats the temperature of the {_base_name(base)} student"
+    claim = (
+        f"at equal precision, distillation at tau {tau} has more recall than another temperature "
+        f"of the {_base_name(base)} student"
+    )
     name = f"beats-temperature-{tau}-{base}"
     if len(inside) < len(seeds) or not inside:
         outside = len(seeds) - len(inside)
@@ -246,8 +269,9 @@ def _against_temperature(
             size=size,
             claim=claim,
             decision=decide([kept], -1),
-            sentence=f"At the precision of the student of tau {tau}, the {_base_name(base)} "
-            f"student at another temperature has {text(kept)} nats more recall",
+            sentence=f"At the precision of the student of tau {tau}, the recall of the "
+            f"{_base_name(base)} student less that of the distilled one is {text(kept)} "
+            "(temperatures are interpolated in each seed)",
             means={"recall kept": kept},
         )
     ]
@@ -265,16 +289,20 @@ def more_than_calibration(study: Study, size: str) -> list[Verdict]:
         best = {seed: best_recall(study, students[seed]) for seed in seeds}
         change = over_seeds([best[s][1] - best_recall(study, plain[s])[1] for s in seeds])
         plainly = over_seeds([study.recall(students[s]) - study.recall(plain[s]) for s in seeds])
-        temperatures = sorted({best[seed][0] for seed in seeds})
+        edges = {s: study.scored_temperatures(students[s].name) for s in seeds}
+        at_edge = any(best[s][0] in (edges[s][0], edges[s][-1]) for s in seeds)
+        temperatures = ", ".join(f"{t:g}" for t in sorted({best[seed][0] for seed in seeds}))
+        there = " (at an end of what was tried)" if at_edge else ""
+        no_loss = "" if plainly.high < 0.0 else "No loss is established at T = 1. "
         made.append(
             Verdict(
                 name=f"more-than-calibration-{tau}",
                 size=size,
                 claim=f"the loss of recall at tau {tau} remains at the best temperature for truth",
-                decision=decide([change], -1),
-                sentence=f"With the best temperature of each student (T = "
-                f"{', '.join(f'{t:g}' for t in temperatures)} for tau {tau}), recall changes by "
-                f"{text(change)} from tau 1 to {tau}; at T = 1 by {text(plainly)}",
+                decision=decide([change, plainly], -1),
+                sentence=f"{no_loss}From tau 1 to {tau}, recall changes by {text(plainly)} at "
+                f"T = 1 and by {text(change)} with the best T of each student and seed, which is "
+                f"{temperatures} for tau {tau}{there}",
                 means={"at the best temperature": change, "at temperature 1": plainly},
             )
         )
@@ -302,8 +330,8 @@ def rare_pays(study: Study, size: str) -> list[Verdict]:
             "the commonest",
             decision=decide([difference], -1),
             sentence=f"From tau {taus[0]} to {taus[-1]}, recall changes by "
-            f"{text(rarest)} on the fifth of truth's samples that it finds least likely, "
-            f"and by {text(commonest)} on the likeliest fifth",
+            f"{text(rarest)} on the fifth of truth's samples that it finds least likely, by "
+            f"{text(commonest)} on the likeliest fifth, and the difference is {text(difference)}",
             means={"rarest": rarest, "commonest": commonest, "difference": difference},
         )
     ]

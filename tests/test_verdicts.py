@@ -106,7 +106,7 @@ def test_each_step_is_decided_for_itself_and_all_of_them_together(
     assert found["recall-falls"].decision == "undecided"
     assert "recall falls from tau 0.8 to 0.6: -0.3" in found["recall-falls"].sentence
     assert "Recall is undecided from tau 1 to 0.8" in found["recall-falls"].sentence
-    assert found["trade-off"].decision == "holds"
+    assert found["trade-off-0.6"].decision == "holds"
     rising = results_of(tmp_path / "s.h5", PRECISION, {**recall, "0.6": -2.2})
     assert found_in(rising, study_module, verdicts_module)["recall-falls"].decision == "fails"
 
