@@ -320,6 +320,13 @@ def test_a_gguf_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
         given.take("truth", str(file), "main", "", tmp_path / "taken", dtype="float32")
 
 
+def test_a_prompt_that_could_not_be_checked_before_is_checked_in_stage_1(tmp_path: Path) -> None:
+    """As with the tokenizer inside a GGUF file."""
+    source = save(tmp_path / "model", "Llama")
+    with pytest.raises(InputError, match="has 24 tokens; expected fewer than length=24"):
+        take(source, tmp_path / "taken", f"prompt={'The' * 8}")
+
+
 def hub_id(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Put a model into a cache of the hub, from which nothing is fetched; return its id."""
     folder = cache / "models--me--model"
