@@ -260,6 +260,34 @@ class Study:
             )
         return fifths
 
+    @property
+    def has_entropies(self) -> bool:
+        """Whether the entropy of p* is known at every position of truth's samples.
+
+        This needs `scoring.expected` and `scoring.per_token`.
+        """
+        averaged = self.scores.get((TRUTH, f"{TRUTH}-expected"))
+        return self.has_tokens and averaged is not None and averaged.token_log_prob is not None
+
+    def by_entropy(self, student: Student) -> list[Statistic]:
+        """Return the student's recall on each fifth of positions, the surest of the truth first.
+
+        Positions of all of truth's samples are ordered by the entropy of p*'s next token.
+        """
+        entropies = self.scores[TRUTH, f"{TRUTH}-expected"].token_log_prob
+        tokens = self.scores[TRUTH, student.name].token_log_prob
+        if entropies is None or tokens is None:
+            raise ValueError("no entropies of the truth's next token")
+        counted = ~np.isnan(tokens)
+        bounds = np.quantile(-entropies[counted], np.arange(1, NUM_GROUPS) / NUM_GROUPS)
+        group = np.searchsorted(bounds, -entropies, side="right")
+        fifths = []
+        for index in range(NUM_GROUPS):
+            inside = counted & (group == index)
+            sums = np.where(inside, tokens, 0.0).sum(axis=1, dtype=np.float64)
+            fifths.append(ratio(sums, inside.sum(axis=1), rows=TRUTH))
+        return fifths
+
     def temperatures(self, student: Student) -> list[float]:
         """Return the temperatures at which the student was sampled and scored, from the highest."""
         samplers = {sampler for sampler, scorer in self.scores if scorer == TRUTH}

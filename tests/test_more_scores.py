@@ -130,6 +130,13 @@ def test_scores_averaged_over_the_next_token_have_the_mean_of_the_others(
 ) -> None:
     run, new = extended_run
     scores = read_results(run / "8-merge" / "results.h5").scores
+    itself = scores["truth", "truth-expected"]
+    assert itself.divergence_sum is not None
+    assert itself.token_log_prob is not None
+    assert np.abs(itself.divergence_sum).max() < 1e-4
+    entropy = -np.nansum(itself.token_log_prob, axis=1)
+    assert (entropy > 0).all()
+    assert entropy.mean() == pytest.approx(-scores["truth", "self"].log_prob_sum.mean(), rel=0.05)
     for sampler, other in (("student-s0-small-tau0.6", "truth"), ("truth", DIRECT)):
         assert f"{sampler}-under-{other}-expected" in new
         averaged = scores[sampler, f"{other}-expected"].divergence_sum

@@ -199,6 +199,7 @@ def test_precision_and_recall_are_those_of_stored_ids(
             exact = oracle(path, samples, 1.0).sum() / (samples.length - PROMPT).sum()
             assert abs(statistic.value - exact) < 1e-5
     assert study.has_tokens
+    assert not study.has_entropies
     for student in study.students:
         # Of one token, both sets of samples know the distance between the distributions.
         overlaps, coverages = (
@@ -210,3 +211,16 @@ def test_precision_and_recall_are_those_of_stored_ids(
         assert (
             0.0 < study.total_variation(student, 1).value < study.total_variation(student, 8).value
         )
+
+
+def test_fifths_by_entropy_make_up_the_whole(
+    extended_run: tuple[Path, set[str]], study_module: ModuleType
+) -> None:
+    study = study_module.Study(read_results(extended_run[0] / "8-merge" / "results.h5"))
+    assert study.has_entropies
+    student = study.students[0]
+    fifths = study.by_entropy(student)
+    shares = [1.0 / len(fifths)] * len(fifths)
+    whole = sum(share * fifth.value for share, fifth in zip(shares, fifths, strict=True))
+    assert whole == pytest.approx(study.recall(student).value, rel=0.01)
+    assert fifths[0].value > fifths[-1].value  # where the truth is sure, the next token is easier

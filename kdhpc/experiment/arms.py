@@ -244,7 +244,14 @@ def pairs(config: LanguageConfig) -> Iterator[Pair]:
 
 
 def _expected_pairs(config: LanguageConfig) -> Iterator[Pair]:
-    """Yield students under the truth and the truth under them, averaged over the next token."""
+    """Yield students under the truth and the truth under them, averaged over the next token.
+
+    Truth under itself gives the entropy of its next token.
+    """
+    yield Pair(
+        sampler="truth", samples=TRUTH_EVAL, scorer="truth", model=TRUTH_MODEL,
+        own_model=TRUTH_MODEL,
+    )  # fmt: skip
     for trainee in trainees(config):
         if trainee.kind == "student":
             name, model = trainee.name, (trainee.stage, trainee.name)

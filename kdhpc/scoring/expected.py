@@ -26,6 +26,7 @@ def score_expected(
     counting: Counting,
     batch_rows: int,
     head_tokens: int,
+    per_token: bool = False,
     on_batch: Callable[[int], None] = lambda rows_done: None,
 ) -> Scores:
     """Average log-probabilities over the next token of the model that drew the sequences.
@@ -40,6 +41,8 @@ def score_expected(
         counting: the number of tokens of the prompt.
         batch_rows: number of consecutive rows that are scored together.
         head_tokens: largest number of positions whose logits are in memory at once.
+        per_token: whether to keep E[log p_scorer] of every position; if both models are the same,
+            it is less the entropy of the next token.
         on_batch: called after each batch with the number of sequences scored so far.
 
     Returns:
@@ -63,6 +66,9 @@ def score_expected(
                 log_prob_sum=log_prob_sum,
                 num_tokens=drawn.sum(1, dtype=torch.int32).cpu().numpy(),
                 divergence_sum=divergence_sum,
+                token_log_prob=torch.where(drawn, under, torch.nan).cpu().numpy()
+                if per_token
+                else None,
             )
         )
         on_batch(min(start + batch_rows, len(samples)))

@@ -194,6 +194,7 @@ def _score_expected(
         counting=counting,
         batch_rows=settings.batch_rows,
         head_tokens=settings.head_tokens,
+        per_token=settings.per_token,
         on_batch=lambda done: work.progress(done / shard.num_rows),
     )
     return {1.0: scores}, "torch"
