@@ -42,7 +42,7 @@ class SampleSettings:
 def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
     """Plan the shards of every sample set of one stage; work is in tokens of whole rows."""
     shards: list[Shard] = []
-    row_bytes = (2.0 if num_ids(config.truth) <= 2**16 else 4.0) * config.length + 20
+    id_bytes = 2.0 if num_ids(config.truth) <= 2**16 else 4.0
     for sample_set in arms.sample_sets(config):
         if sample_set.stage != stage:
             continue
@@ -68,6 +68,8 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
             inputs={"model": model.recipe},
         )
         sizes = config.sampling
+        token_bytes = id_bytes + 4.0 * (sample_set.evaluation and config.scoring.per_token)
+        row_bytes = token_bytes * config.length + 36
         num_rows = sizes.eval_sequences if sample_set.evaluation else sizes.train_sequences
         shards += [
             Shard(
@@ -107,7 +109,8 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
             loaded.tokenizer, num_prompt=len(prompt_ids), count_eos=settings.eos == "learn"
         ),
         engine=settings.engine,
-        per_token=_keeps_tokens(shard, work.config),
+        # This changes no sequence, so it is not part of the recipe.
+        per_token=work.config.scoring.per_token and _is_evaluation(shard),
     )
     work.ready()
     samples = sample(
@@ -131,10 +134,9 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     )
 
 
-def _keeps_tokens(shard: Shard, config: LanguageConfig) -> bool:
-    """Return whether a shard keeps the log-probability of every token; sequences are the same."""
-    is_evaluation = shard.stage == arms.SAMPLE_STUDENTS or shard.arm.name == arms.TRUTH_EVAL[1]
-    return config.scoring.per_token and is_evaluation
+def _is_evaluation(shard: Shard) -> bool:
+    """Return whether a shard is part of an evaluation set."""
+    return shard.stage == arms.SAMPLE_STUDENTS or shard.arm.name == arms.TRUTH_EVAL[1]
 
 
 SAMPLE_TRUTH = Stage(
