@@ -147,6 +147,12 @@ class LanguageConfig(RunConfig):
     """The students p'', by the name of their size."""
     scoring: Scoring
     """How samples are scored."""
+    claims: str | None = None
+    """File of claims that are fixed before the run is scored, for `analysis/claims.py`. Its sha256
+    is recorded in the results; it changes none of them."""
+    claims_fingerprint: str = ""
+    """The sha256 of that file. It is filled in when a run is submitted; if it is given, another
+    file is refused."""
     tensorboard: bool = False
     """Whether to write TensorBoard events next to each training's log; this needs
     kdhpc[tensorboard]."""

@@ -4,6 +4,7 @@ Files are found and fetched on the login node, so that compute nodes need no net
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,7 +56,31 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
         for size, model in config.students.items()
     }
     teacher = _identified("teacher", config.teacher, truth, config.length)
-    return dataclasses.replace(config, truth=truth, teacher=teacher, students=students)
+    identified = _with_claims(config)
+    return dataclasses.replace(identified, truth=truth, teacher=teacher, students=students)
+
+
+def _with_claims(config: LanguageConfig) -> LanguageConfig:
+    """Identify the file of claims, if there is one.
+
+    Raises:
+        InputError: if it is not readable, or has changed.
+    """
+    if config.claims is None:
+        return config
+    try:
+        content = Path(config.claims).expanduser().read_bytes()
+    except OSError as error:
+        raise InputError(f"claims={config.claims}: not readable ({error.strerror})") from error
+    fingerprint = hashlib.sha256(content).hexdigest()
+    if config.claims_fingerprint not in {"", fingerprint}:
+        raise InputError(
+            f"claims={config.claims}: has changed since the run was submitted; expected the file "
+            f"with sha256 {config.claims_fingerprint[:12]}"
+        )
+    return dataclasses.replace(
+        config, claims=_whole_path(config.claims), claims_fingerprint=fingerprint
+    )
 
 
 def _identified_vocabulary(truth: Truth) -> Truth:

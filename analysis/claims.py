@@ -1,0 +1,242 @@
+#!/usr/bin/env python
+"""Test claims that were fixed before a run was scored.
+
+    python analysis/claims.py FOLDER
+
+FOLDER has claims.yaml and one or more files scores-*.h5 as `analysis/archive.py` writes them, of
+one run or of runs with other seeds of the same truth and D (`first_seed`). The seeds are pooled.
+The sha256 of claims.yaml must be the one that each run recorded when it was submitted (`claims`).
+
+A claim has one or more terms, each a mean over seeds, and a test: all terms are `greater` or `less`
+than a margin in nats a token, or `within` it of 0. Its p-value is the largest of its terms'; Holm's
+method corrects for the number of claims. A claim holds if the corrected p-value is at most 0.05. It
+fails if the 95 % interval of a term contradicts it, and is undecided otherwise.
+"""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from study import SELF, TRUTH, Measure, Study, at_equal_precision
+from verdicts import ENTROPY_SHARE, Decision, detectable, text
+
+from kdhpc.cluster.display import WIDTH, command
+from kdhpc.config import presets
+from kdhpc.errors import InputError
+from kdhpc.science.intervals import SeedMean, equivalence_p_value, holm, over_seeds
+from kdhpc.storage.results import Results, read_results
+from kdhpc.types import Json
+
+ALPHA = 0.05
+MEASURES = ("precision", "recall", "divergence-beyond-share", "control-recall")
+"""`divergence-beyond-share` is the part of precision that is less KL(p''||p*), less 0.2 of
+precision: a change below 0 says that more than 0.8 of a gain in precision is lower entropy.
+`control-recall` is the recall of the student `against` at the temperature at which it has the
+precision of the student `of`, less the recall of that."""
+TESTS = ("greater", "less", "within")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """A change of a measure from one student to another."""
+
+    measure: str
+    of: str
+    against: str
+
+    def __str__(self) -> str:
+        return f"{self.measure} of {self.of} against {self.against}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What was claimed, and how it is tested."""
+
+    name: str
+    says: str
+    test: str
+    margin: float
+    terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What the scores say about a claim."""
+
+    claim: Claim
+    means: tuple[SeedMean, ...]
+    """One for each term; empty if a term has no value in some seed."""
+    p_value: float
+    """Not corrected; NaN without means."""
+
+
+def read_claims(path: Path) -> list[Claim]:
+    """Read a file of claims.
+
+    Raises:
+        InputError: if it is not readable, or a claim is not complete.
+    """
+    try:
+        claims = [_claim(entry) for entry in presets.from_yaml(path.read_text())["claims"]]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not a file of claims ({error!r})") from error
+    return claims
+
+
+def _claim(entry: Mapping[str, Json]) -> Claim:
+    terms = tuple(Term(**{key: str(value) for key, value in t.items()}) for t in entry["terms"])
+    if entry["test"] not in TESTS or not terms or {t.measure for t in terms} - {*MEASURES}:
+        raise ValueError(f"{entry['name']}: expected a test of {TESTS}, measures of {MEASURES}")
+    return Claim(
+        name=entry["name"],
+        says=entry["says"],
+        test=entry["test"],
+        margin=float(entry.get("margin", 0.0)),
+        terms=terms,
+    )
+
+
+def pool(parts: Sequence[Results]) -> Results:
+    """Return the results of runs with the same truth and D, and other seeds, as those of one run.
+
+    Raises:
+        InputError: if truth's samples differ, or two runs have one seed.
+    """
+    first = parts[0]
+    scores, models = dict(first.scores), dict(first.models)
+    for part in parts[1:]:
+        mine, theirs = first.scores[TRUTH, SELF], part.scores[TRUTH, SELF]
+        if not np.array_equal(mine.log_prob_sum, theirs.log_prob_sum):
+            raise InputError(
+                "truth's samples differ between files; expected seeds of one experiment"
+            )
+        shared = {n for n in part.models if n in models} - {TRUTH}
+        if shared:
+            raise InputError(f"two files have {min(shared)}; expected each seed once")
+        scores |= part.scores
+        models |= part.models
+    return Results(
+        scores=scores,
+        tables={},
+        models=models,
+        recipe=first.recipe,
+        complete=all(part.complete for part in parts),
+        provenance=first.provenance,
+    )
+
+
+def evaluate(study: Study, claim: Claim, size: str) -> Outcome:
+    """Compute the terms of a claim for the students of a size."""
+    means = [_mean(study, term, size) for term in claim.terms]
+    known = tuple(mean for mean in means if mean is not None)
+    if len(known) < len(means):
+        return Outcome(claim=claim, means=(), p_value=float("nan"))
+    return Outcome(claim=claim, means=known, p_value=max(_p_value(claim, mean) for mean in known))
+
+
+def _mean(study: Study, term: Term, size: str) -> SeedMean | None:
+    measures: dict[str, Measure] = {
+        "precision": study.precision,
+        "recall": study.recall,
+        "divergence-beyond-share": lambda s: (
+            -study.divergence(s) - (1.0 - ENTROPY_SHARE) * study.precision(s)
+        ),
+    }
+    if term.measure in measures:
+        return study.contrast(size, term.of, term.against, measures[term.measure])
+    students, bases = study.of(size, term.of), study.of(size, term.against)
+    seeds = [seed for seed in students if seed in bases]
+    kept = [at_equal_precision(study, bases[seed], students[seed]) for seed in seeds]
+    inside = [statistic for statistic in kept if statistic is not None]
+    return over_seeds(inside) if inside and len(inside) == len(kept) else None
+
+
+def _p_value(claim: Claim, mean: SeedMean) -> float:
+    if claim.test == "within":
+        return equivalence_p_value(mean, claim.margin)
+    return mean.p_value(claim.margin, "greater" if claim.test == "greater" else "less")
+
+
+def decide(outcome: Outcome, corrected: float) -> Decision:
+    """Decide a claim.
+
+    Args:
+        outcome: what the scores say about it.
+        corrected: its p-value after Holm's correction.
+    """
+    if not outcome.means or any(mean.num_seeds == 1 for mean in outcome.means):
+        return "undecided"
+    if corrected <= ALPHA:
+        return "holds"
+    contradicted = any(_contradicts(outcome.claim, mean) for mean in outcome.means)
+    return "fails" if contradicted else "undecided"
+
+
+def _contradicts(claim: Claim, mean: SeedMean) -> bool:
+    if claim.test == "greater":
+        return mean.high < claim.margin
+    if claim.test == "less":
+        return mean.low > claim.margin
+    return mean.low > claim.margin or mean.high < -claim.margin
+
+
+def table(outcomes: Sequence[Outcome], num_seeds: int) -> Table:
+    """Make a table of the claims for people."""
+    tested = [outcome.p_value for outcome in outcomes if outcome.means]
+    corrected = iter(holm(tested)) if tested else iter(())
+    title = f"{len(outcomes)} claims, {num_seeds} seeds, nats per token, 95 % intervals"
+    printed = Table(title=title, title_justify="left", box=None)
+    for name in ("decision", "p, corrected", "claim"):
+        printed.add_column(name)
+    for outcome in outcomes:
+        p_value = float(next(corrected)) if outcome.means else float("nan")
+        lines = [f"{outcome.claim.name}: {outcome.claim.says}"]
+        lines += [
+            f"  {term}: {text(mean)}; detectable {detectable(mean):.3f}"
+            for term, mean in zip(outcome.claim.terms, outcome.means, strict=False)
+        ]
+        if not outcome.means:
+            lines.append("  a term has no value in some seed")
+        shown = f"{p_value:.4f}" if outcome.means else ""
+        printed.add_row(decide(outcome, p_value), shown, "\n".join(lines))
+    return printed
+
+
+def main(arguments: list[str]) -> int:
+    """Read claims and scores, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="folder with claims.yaml and scores-*.h5")
+    folder: Path = parser.parse_args(arguments).folder
+    file = folder / "claims.yaml"
+    claims = read_claims(file)
+    paths = sorted(folder.glob("scores-*.h5"))
+    if not paths:
+        raise InputError(f"{folder}: no scores-*.h5; expected files of analysis/archive.py")
+    parts = [read_results(path) for path in paths]
+    expected = hashlib.sha256(file.read_bytes()).hexdigest()
+    for path, part in zip(paths, parts, strict=True):
+        config = presets.from_yaml(part.provenance.get("config", ""))
+        if (recorded := config.get("claims_fingerprint", "")) != expected:
+            raise InputError(
+                f"{path}: was submitted with claims {recorded[:12] or 'of no file'}, and {file} is "
+                f"{expected[:12]}; expected the same file"
+            )
+    study = Study(pool(parts))
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    for size in study.sizes:
+        seeds = {student.seed for student in study.students if student.size == size}
+        outcomes = [evaluate(study, claim, size) for claim in claims]
+        console.print(table(outcomes, len(seeds)))
+    return 0
+
+
+if __name__ == "__main__":
+    command(main)

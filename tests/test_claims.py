@@ -1,0 +1,134 @@
+"""Claims are tested as they were fixed, on the pooled seeds of one experiment."""
+
+import hashlib
+import importlib
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from commands import ROOT, launch
+from test_verdicts import PRECISION, results_of
+
+from kdhpc.errors import InputError
+from kdhpc.storage.results import ScorePieces, read_results, write_results
+
+CLAIMS = (ROOT / "tests" / "data" / "claims.yaml").read_text()
+RECALL = {"direct": -2.5, "1": -2.5, "0.8": -2.8, "0.6": -2.9}
+Run = Callable[[Path], str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs the script on a folder and returns what it prints."""
+    monkeypatch.syspath_prepend(ROOT / "analysis")
+    script = importlib.import_module("claims")
+
+    def on(folder: Path) -> str:
+        assert script.main([str(folder)]) == 0
+        return capsys.readouterr().out
+
+    return on
+
+
+def folder_of(path: Path, claims: str = CLAIMS, *, recorded: str | None = None) -> Path:
+    """Make a folder with claims and the scores of four seeds in one file."""
+    path.mkdir()
+    (path / "claims.yaml").write_text(claims)
+    decode = {"direct": {0.8: (-2.6, -2.6), 0.6: (-2.1, -2.9)}}
+    made = results_of(path / "made.h5", PRECISION, RECALL, decode=decode)
+    digest = hashlib.sha256(claims.encode()).hexdigest() if recorded is None else recorded
+    rewrite(made, path / "scores-all.h5", {"config": f"claims_fingerprint: '{digest}'"})
+    made.unlink()
+    return path
+
+
+def rewrite(old: Path, new: Path, provenance: Mapping[str, str], seeds: str = "0123") -> None:
+    """Copy the seeds of a file of results into another."""
+    results = read_results(old)
+    models = {n: f for n, f in results.models.items() if str(f["seed"]) in seeds}
+    others = {n for n in results.models if n not in models}
+    parts = [
+        ScorePieces(
+            sampler=sampler, scorer=scorer, num_rows=len(scores.num_tokens),
+            pieces=[*scores.arrays().items()],
+        )
+        for (sampler, scorer), scores in results.scores.items()
+        if not any(name.startswith(tuple(others)) for name in (sampler, scorer))
+    ]  # fmt: skip
+    write_results(new, recipe="r", provenance=provenance, scores=parts, models=models)
+
+
+def test_each_claim_is_decided(tmp_path: Path, run: Run) -> None:
+    said = " ".join(run(folder_of(tmp_path / "all")).split())
+    for decision, name in (
+        ("holds", "precision-steps"),
+        ("fails", "recall-rises"),
+        ("holds", "same-recall"),
+        ("holds", "control"),
+    ):
+        before, _, _ = said.partition(f"{name}:")
+        assert before.split()[-2] == decision, name
+    assert "4 claims, 4 seeds" in said
+    assert "precision of 0.6 against 0.8: +0." in said
+
+
+def test_seeds_of_several_files_are_pooled(tmp_path: Path, run: Run) -> None:
+    whole = folder_of(tmp_path / "all")
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    provenance = read_results(whole / "scores-all.h5").provenance
+    (cut / "scores-all.h5").unlink()
+    for name, seeds in (("a", "02"), ("b", "13")):
+        rewrite(whole / "scores-all.h5", cut / f"scores-{name}.h5", provenance, seeds)
+    assert run(cut) == run(whole)
+    rewrite(whole / "scores-all.h5", cut / "scores-c.h5", provenance, "1")
+    with pytest.raises(InputError, match="expected each seed once"):
+        run(cut)
+    other = results_of(tmp_path / "other.h5", PRECISION, RECALL, seeds=1, seed_error=0.1)
+    rewrite(other, cut / "scores-c.h5", provenance, "0")
+    (cut / "scores-a.h5").unlink()
+    assert "3 seeds" in run(cut)  # truth's samples are the same there
+
+
+def test_claims_that_were_changed_afterwards_are_refused(tmp_path: Path, run: Run) -> None:
+    folder = folder_of(tmp_path / "all")
+    (folder / "claims.yaml").write_text(CLAIMS.replace("margin: 0.1", "margin: 0.5"))
+    with pytest.raises(InputError, match="expected the same file"):
+        run(folder)
+    with pytest.raises(InputError, match="of no file"):
+        run(folder_of(tmp_path / "none", recorded=""))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "claims: 3", CLAIMS.replace("test: within", "test: near"), CLAIMS.replace("says:", "x:")],
+)
+def test_a_file_that_is_no_claims_is_refused(text: str, tmp_path: Path, run: Run) -> None:
+    with pytest.raises(InputError, match="not a file of claims"):
+        run(folder_of(tmp_path / "all", text))
+
+
+def test_a_run_records_its_claims_and_its_archive_has_all_but_tokens(
+    extended_run: tuple[Path, set[str]], tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "claims.yaml").write_text(CLAIMS)
+    path = extended_run[0]
+    archive = importlib.import_module("archive")
+    assert archive.main([str(path), str(tmp_path / "scores-0.h5")]) == 0
+    whole = read_results(path / "8-merge" / "results.h5")
+    slim = read_results(tmp_path / "scores-0.h5")
+    for pair, scores in slim.scores.items():
+        assert scores.arrays().keys() == whole.scores[pair].arrays().keys() - {"token_log_prob"}
+        assert scores.log_prob_sum.tobytes() == whole.scores[pair].log_prob_sum.tobytes()
+    assert slim.models == whole.models
+    said = run(tmp_path)
+    assert "4 claims, 1 seeds" in said
+    assert "a term has no value in some seed" in said
+
+
+def test_a_file_of_claims_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    words = ["tiny", "cluster=local", f"runs_dir={tmp_path}", f"claims={tmp_path}/none.yaml"]
+    refused = launch("sweep", *words, code=2)
+    assert "none.yaml: not readable" in refused.stderr
+    assert refused.stderr.count("\n") == 1
