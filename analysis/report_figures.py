@@ -198,7 +198,7 @@ def _with_places(rows: Rows, x: alt.Scale, y: alt.Scale) -> list[Row]:
             return row | {"recall": left + _freest(height, places_of_points) * (right - left)}
         if row["series"] == TRUTH_POINT and float(row["recall"]) > right:
             recall = float(row["recall"])
-            return row | {"far": True, "label": written(f"truth's recall: {recall:.2f}")}
+            return row | {"far": True, "label": written(f"recall {recall:.2f}")}
         return row
 
     ordered = [on_axes(row) for row in sorted(rows, key=lambda row: "recall" in row)]

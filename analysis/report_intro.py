@@ -28,8 +28,9 @@ WORDS = (
 """What the words of a page mean."""
 COVERED = (
     "Intervals are t-based (method: docs/statistics.md in the repository). They cover seeds, each "
-    "of which draws teacher, D' and students anew, and sampled sequences. They do not cover "
-    "another p*, another D, other sizes or other training settings. Each verdict is at 95 %, "
+    "of which draws teacher, D' and students anew, and sampled sequences; with one "
+    "seed, sampled sequences only. They do not cover another p*, another D, other sizes or other "
+    "training settings. Each verdict is at 95 %, "
     "without correction for the number of verdicts: a claim holds if its whole interval is on the "
     "claimed side, fails if it is wholly on the other side, and is undecided otherwise."
 )
@@ -37,16 +38,13 @@ COVERED = (
 
 def subject(study: Study, config: LanguageConfig | None) -> str:
     """Return what truth, models and data are in a run, in one line."""
-    return " ".join(
-        [
-            "The experiment follows arXiv 2505.13111.",
-            *(_of_config(config) if config is not None else ()),
-            f"Parameters: {sizes}." if (sizes := parameters(study.results)) else "",
-            "This is a toy run: it says nothing about larger models."
-            if config is not None and config.small
-            else "",
-        ]
-    ).replace("  ", " ").strip()  # fmt: skip
+    lines = ["The experiment follows arXiv 2505.13111."]
+    lines += _of_config(config) if config is not None else ()
+    if sizes := parameters(study.results):
+        lines.append(f"Parameters: {sizes}.")
+    if config is not None and config.small:
+        lines.append("This is a toy run: it says nothing about larger models.")
+    return " ".join(lines)
 
 
 def _of_config(config: LanguageConfig) -> Iterator[str]:

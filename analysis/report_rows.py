@@ -39,7 +39,7 @@ alpha = lambda beta is checked. Beyond, a side is the mean of a few rare terms, 
 cannot be estimated."""
 NUM_FACTORS = 41
 DISTILLED, TEACHER = "distilled, along tau", "teacher"
-TRUTH_LINE, TRUTH_POINT = "truth", "truth, own recall"
+TRUTH_LINE, TRUTH_POINT = "truth", "truth itself"
 ADD_TEMPERATURES = "launch/sweep.py with decode_temperatures=[0.8,0.6] adds them to a finished run"
 
 
@@ -109,13 +109,16 @@ def interval(mean: SeedMean, name: str = "estimate") -> Row:
     return {name: mean.estimate, f"{before}low": mean.low, f"{before}high": mean.high}
 
 
-def across(rows: Iterable[Row], field: str, before: str = "") -> list[dict[str, str]]:
+def across(
+    rows: Iterable[Row], field: str, before: str = "", *, sign: bool = False
+) -> list[dict[str, str]]:
     """Return estimates as texts: a row for each student, a column for each value of a field.
 
     Args:
         rows: the rows.
         field: the field.
         before: beginning of the names of the columns.
+        sign: whether estimates are changes, which show a plus sign.
     """
     table: dict[str, dict[str, str]] = {}
     for row in rows:
@@ -123,22 +126,22 @@ def across(rows: Iterable[Row], field: str, before: str = "") -> list[dict[str, 
         value = row[field]
         column = before + (value if isinstance(value, str) else f"{value:g}")
         numbers = (float(row[key]) for key in ("estimate", "low", "high"))
-        table.setdefault(name, {"student": name})[column] = value_text(*numbers)
+        table.setdefault(name, {"student": name})[column] = value_text(*numbers, sign=sign)
     return list(table.values())
 
 
 def by_point(rows: Iterable[Row]) -> list[dict[str, str]]:
     """Return precision and recall of each point as texts."""
-    table = []
-    for row in rows:
-        cells = {"series": str(row["series"]), "point": str(row["label"])}
-        for name in ("precision", "recall"):
-            if name in row:
-                cells[name] = value_text(
-                    *(float(row[key]) for key in (name, f"{name}_low", f"{name}_high"))
-                )
-        table += [cells] if row["label"] else []
-    return table
+    return [
+        {"series": str(row["series"]), "point": str(row["label"])}
+        | {name: _of_point(row, name) for name in ("precision", "recall")}
+        for row in rows
+        if row["label"] and "recall" in row
+    ]
+
+
+def _of_point(row: Row, name: str) -> str:
+    return value_text(*(float(row[key]) for key in (name, f"{name}_low", f"{name}_high")))
 
 
 def means(study: Study, size: str) -> list[dict[str, str]]:
@@ -406,7 +409,7 @@ def equal_precision(study: Study, size: str) -> Figure:
         f"distilled one: {ADD_TEMPERATURES}",
         rows=rows,
         notes=(missed,) if left_out else (),
-        numbers=across(rows, "against", "against "),
+        numbers=across(rows, "against", "against ", sign=True),
     )
 
 
@@ -475,7 +478,7 @@ def by_rarity(study: Study, size: str) -> Figure:
         "of tau 1 does.",
         needs="a student of tau 1 and another one",
         rows=rows,
-        numbers=across(rows, "fifth", "fifth "),
+        numbers=across(rows, "fifth", "fifth ", sign=True),
     )
 
 

@@ -10,6 +10,7 @@ REPLACEMENTS = (
     (re.compile(r"(?<=\d) ?%"), f"{SPACE}%"),
     (re.compile(r"\btau-(?=\d)|\N{GREEK SMALL LETTER TAU} ?(?=\d)"), "tau "),
 )
+NAMED_NUMBER = re.compile(r"(?:(?<=\btau)|(?<=\bT)) (?=\d)")
 NUMBER = rf"[+{MINUS}]?[\d.]+"
 INTERVAL = re.compile(rf"(?:{NUMBER} )?\[{NUMBER}, {NUMBER}\]")
 """An interval, with the estimate before it if there is one."""
@@ -23,10 +24,11 @@ def written(text: str) -> str:
 
 
 def to_html(text: str) -> str:
-    """Return a written text as HTML in which no line breaks inside an interval."""
-    return INTERVAL.sub(r'<span class="number">\g<0></span>', escape(written(text)))
+    """Return a written text as HTML in which no line breaks inside an interval or `tau 0.8`."""
+    kept = NAMED_NUMBER.sub(SPACE, escape(written(text)))
+    return INTERVAL.sub(r'<span class="number">\g<0></span>', kept)
 
 
-def value_text(value: float, low: float, high: float) -> str:
+def value_text(value: float, low: float, high: float, *, sign: bool = False) -> str:
     """Return a number with its interval, such as `-0.183 [-0.239, -0.127]`."""
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{value:{'+' if sign else ''}.3f} [{low:.3f}, {high:.3f}]"

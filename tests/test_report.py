@@ -120,6 +120,11 @@ class Reported:
         return self.page.read_text()
 
     @property
+    def spaced(self) -> str:
+        """The page with plain spaces."""
+        return self.html.replace("\N{NO-BREAK SPACE}", " ")
+
+    @property
     def body(self) -> str:
         """The page without the library that draws its charts."""
         return self.html.split("<script>")[0]
@@ -279,6 +284,7 @@ def test_a_browser_shows_every_sentence_and_axis_and_no_label_lies_on_another(
         assert chart["right"] <= size[0]
     points = {label["text"] for label in measured["charts"][0]["labels"]}
     assert {"direct", "truth: E log p*", "tau 1", "tau 0.6"} <= points
+    assert any(re.match("truth$|recall \N{MINUS SIGN}[0-9.]+$", label) for label in points)
 
 
 def test_points_can_be_hovered_axes_zoomed_and_prefixes_chosen(
@@ -339,6 +345,9 @@ def test_parts_are_in_order_and_say_how_the_run_was_made(one_seed: Reported) -> 
 
 
 def test_texts_are_those_of_the_evaluation_sets(one_seed: Reported) -> None:
+    [caption] = [s for s in one_seed.sentences if s.startswith("The first 4 sequences")]
+    for said in ("students of seed 0;", "600 characters", "\N{REPLACEMENT CHARACTER}"):
+        assert said in caption
     run = one_seed.page.parents[1]
     record = json.loads((run / "1-truth" / "truth" / "00000.json").read_text())
     tokenizer = Tokenizer(run / "1-truth" / "truth" / record["data"])
@@ -472,6 +481,7 @@ def test_signs_percentages_and_taus_are_written_in_one_way(
         r"<(pre|figcaption|dl|style|head|script)\b.*?</\1>", "", report.body, flags=re.DOTALL
     )
     text = unescape(re.sub("<[^>]*>", "\n", prose))
+    assert not re.findall(r"\b(?:tau|T) \d", text)
     assert "\N{MINUS SIGN}" in text
     assert not re.findall(r"(?<![\w.)])-\d| - |-precision", text)
     assert not re.findall(r"\d%|\d %", text)
@@ -506,7 +516,7 @@ def test_a_point_is_drawn_once_and_truth_is_marked(four_seeds: Reported) -> None
     rows = four_seeds.rows("report-precision-recall")
     drawn = [(r["precision"], r["recall"]) for r in rows if r["label"] and r["recall"]]
     assert len(set(drawn)) == len(drawn) == 15
-    [truth] = [row for row in rows if row["series"] == "truth, own recall"]
+    [truth] = [row for row in rows if row["series"] == "truth itself"]
     assert truth["precision"] == truth["recall"]
 
 
@@ -518,7 +528,7 @@ def test_temperatures_on_an_axis_have_all_their_digits(
 
 
 def test_contrasts_are_shown_once_with_each_step_of_tau(four_seeds: Reported) -> None:
-    [table] = re.findall("Change against another student.*?</table>", four_seeds.html, re.DOTALL)
+    [table] = re.findall("Change against another student.*?</table>", four_seeds.spaced, re.DOTALL)
     pairs = re.findall("<tr><td>(.*?)</td><td>(.*?)</td>", table)
     assert len({frozenset(pair) for pair in pairs}) == len(pairs) == 5 + 4 + 3
     assert {("tau 1", "direct"), ("tau 0.95", "tau 1"), ("tau 0.6", "tau 0.8")} <= set(pairs)
@@ -527,7 +537,7 @@ def test_contrasts_are_shown_once_with_each_step_of_tau(four_seeds: Reported) ->
 
 def test_the_length_of_texts_is_beside_nats_per_sequence(one_seed: Reported) -> None:
     scores = read_results(one_seed.page.with_name("results.h5")).scores
-    [table] = re.findall("<h3>Nats per sequence.*?</table>", one_seed.html, re.DOTALL)
+    [table] = re.findall("<h3>Nats per sequence.*?</table>", one_seed.spaced, re.DOTALL)
     shown = dict(re.findall(r'<tr><td>([^<]*)</td><td><span class="number">([\d.]+) \[', table))
     for name, sampler in (("truth", "truth"), ("tau 0.6", "student-s0-small-tau0.6")):
         tokens = scores[sampler, "self"].num_tokens
