@@ -19,6 +19,7 @@ from pathlib import Path
 
 import diversity
 import files
+import report_intro
 import report_page
 import report_rows
 import report_run
@@ -117,6 +118,7 @@ def write_report(run: Read) -> Path:
     study, sizes, facts = run.study, run.study.sizes, run.facts
     figures = [figure for size in sizes for figure in report_rows.figures(study, size)]
     parts = [
+        _introduction([report_intro.subject(study, facts.config)]),
         Part(heading="Verdicts", body=report_page.verdict_part(run.verdicts)),
         Part(heading="Figures", body=_figure_part(run.analysis, figures)),
         Part(heading="Tables", body="\n".join(map(report_page.table, _tables(study)))),
@@ -125,7 +127,7 @@ def write_report(run: Read) -> Path:
         Part(heading="What differs from the paper", body=_deviation_part(facts)),
         *_diversity_parts(study, facts),
     ]
-    return _save(run.analysis, PAGE, run.name, [run.given, report_page.ABOUT], parts)
+    return _save(run.analysis, PAGE, run.name, [run.given], parts)
 
 
 def write_comparison(runs: Sequence[Read]) -> Path:
@@ -133,7 +135,9 @@ def write_comparison(runs: Sequence[Read]) -> Path:
     first = runs[0].analysis
     by_run = {run.name: run.verdicts for run in runs}
     figures = report_rows.compared({run.name: run.study for run in runs})
+    subjects = [f"{r.name}: {report_intro.subject(r.study, r.facts.config)}" for r in runs]
     parts = [
+        _introduction(subjects),
         Part(heading="Verdicts", body=report_page.compared_part(by_run)),
         Part(heading="Figures", body=_figure_part(first, figures)),
     ]
@@ -148,8 +152,15 @@ def write_comparison(runs: Sequence[Read]) -> Path:
                 heading=f"{run.name}: what differs from the paper", body=_deviation_part(run.facts)
             ),
         ]
-    about = [*(f"{run.name}: {run.given}" for run in runs), report_page.ABOUT]
+    about = [f"{run.name}: {run.given}" for run in runs]
     return _save(first, COMPARED, " and ".join(by_run), about, parts)
+
+
+def _introduction(subjects: Sequence[str]) -> Part:
+    """Return what the words of the page mean, and what was measured in each run."""
+    lines = report_page.list_part([*report_intro.WORDS, *subjects])
+    body = lines + report_page.paragraphs([report_intro.COVERED])
+    return Part(heading="What this page says", body=body)
 
 
 def _save(
@@ -181,19 +192,28 @@ def _draw(analysis: Analysis, figure: Figure) -> Drawn:
 
 def _tables(study: Study) -> list[PageTable]:
     """Return precision and recall, their contrasts, and what they are made of per sequence."""
-    made = []
-    for size in study.sizes:
-        of_size = f" (size {size})" if len(study.sizes) > 1 else ""
-        for title, rows in (
-            ("Nats per token", report_rows.means(study, size)),
-            ("Change against another student, seed by seed", report_rows.contrasts(study, size)),
-            ("Nats per sequence, end tokens included", report_rows.per_sequence(study, size)),
-        ):
-            if rows:
-                columns = tuple(rows[0])
-                cells = [tuple(row.get(name, "") for name in columns) for row in rows]
-                made.append(PageTable(title=f"{title}{of_size}", columns=columns, rows=cells))
-    return made
+    return [
+        report_run.table_of(f"{title}{_of_size(study, size)}", rows, note)
+        for size in study.sizes
+        for title, rows, note in (
+            ("Nats per token", report_rows.means(study, size), ""),
+            (
+                "Change against another student, seed by seed",
+                report_rows.contrasts(study, size),
+                report_rows.ABOUT_CONTRASTS,
+            ),
+            (
+                "Nats per sequence, end tokens included",
+                report_rows.per_sequence(study, size),
+                report_rows.ABOUT_SEQUENCES,
+            ),
+        )
+        if rows
+    ]
+
+
+def _of_size(study: Study, size: str) -> str:
+    return f" (size {size})" if len(study.sizes) > 1 else ""
 
 
 def _collapses(study: Study, facts: RunFacts) -> list[Verdict]:
@@ -212,22 +232,26 @@ def _diversity_parts(study: Study, facts: RunFacts) -> list[Part]:
     for size in study.sizes:
         sets = diversity.sample_sets(study, size, facts)
         rows = diversity.table_rows(sets, Tokenizer(truth.data))
-        cells = [tuple(diversity.cells(row)) for row in rows]
-        title = f"Means over seeds (size {size})" if len(study.sizes) > 1 else "Means over seeds"
+        cells = [tuple(_named(diversity.cells(row))) for row in rows]
+        title = f"Means over seeds{_of_size(study, size)}"
         if cells:
             tables.append(PageTable(title=title, columns=diversity.COLUMNS, rows=cells))
     body = report_page.paragraphs([diversity.ABOUT]) + "\n".join(map(report_page.table, tables))
     return [Part(heading="Appendix: diversity of samples", body=body)] if tables else []
 
 
+def _named(cells: Sequence[str]) -> list[str]:
+    return [report_rows.student_name(cells[0]), *cells[1:]]
+
+
 def _text_parts(study: Study, facts: RunFacts) -> list[Part]:
-    return [
-        Part(
-            heading="Texts" if len(study.sizes) == 1 else f"Texts (size {size})",
-            body=report_page.text_part(report_run.texts(study, size, facts)),
-        )
-        for size in study.sizes
-    ]
+    parts = []
+    for size in study.sizes:
+        if texts := report_run.texts(study, size, facts):
+            about = report_page.paragraphs(report_run.about_texts(study, size, facts), "small")
+            body = about + report_page.text_part(texts)
+            parts.append(Part(heading=f"Texts{_of_size(study, size)}", body=body))
+    return parts
 
 
 def _run_part(study: Study, facts: RunFacts) -> str:

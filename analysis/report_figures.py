@@ -1,7 +1,7 @@
 """Charts of a report, as specifications of Vega-Lite; the only module that imports its packages.
 
-Series differ in shape and dash besides colour, so that a figure can be read in grey. A chart is as
-wide as its page, or as `FILE_WIDTH` in a file.
+Series differ in shape and dash besides colour, so that a figure can be read in grey. A student has
+one look in all figures of a run. A chart is as wide as its page, or as `FILE_WIDTH` in a file.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,25 +11,44 @@ from typing import Any, Literal, TypeAlias
 import altair as alt
 import vl_convert
 from report_labels import Line, Place, Plot, Point, place_labels
-from report_rows import DISTILLED, TRUTH_LINE, Figure, Row
+from report_rows import DISTILLED, TEACHER, TRUTH_LINE, TRUTH_POINT, Figure, Row
+from report_text import written
 
 from kdhpc.science.curves import PREFIXES
 from kdhpc.types import Json
 
 Spec = dict[str, Json]
 Rows = Sequence[Row]
+Look = tuple[str, str, list[int]]
+"""Colour, shape and dash of a series."""
+Looks = Mapping[str, Look]
 Layers: TypeAlias = alt.LayerChart | alt.FacetChart
 """Type of a layered chart; the second is what Altair says, and does not happen here."""
 HEIGHT, FILE_WIDTH, PNG_SCALE = 380, 600, 2
 PLOTS = tuple(Plot(width=width, height=HEIGHT) for width in (270, 330, FILE_WIDTH, 860))
 """Sizes of the plot of precision against recall, from a phone's to a laptop's."""
 COLORS = ("#0b3c6f", "#d55e00", "#009e73", "#b05090", "#56b4e9", "#8a6d00", "#444444")
-SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")
+SHAPES = (
+    "circle", "square", "triangle-up", "diamond", "triangle-down", "triangle-left", "triangle-right"
+)  # fmt: skip
 DASHES = ([1, 0], [7, 3], [2, 2], [8, 2, 2, 2], [4, 4], [1, 3], [10, 4])
+GREYS = ("#111111", "#5c5c5c", "#8c8c8c")
+"""Colours of what is no student."""
+TRUTH_COLOR, PATH_COLOR, TEACHER_LOOK = "#333333", "#aaaaaa", ("#666666", "cross", [5, 2])
 MARGIN = 0.12
 """Part of an axis that is left free at each end, for labels."""
 LONG_NAME = 20
 """Characters of a name above which a legend has one column, so that a phone shows it."""
+STAR = "M0,-1L.23,-.31L.95,-.31L.36,.12L.59,.81L0,.38L-.59,.81L-.36,.12L-.95,-.31L-.23,-.31Z"
+"""Shape of the mark of truth."""
+FAR = 0.3
+"""Part of an axis by which it is made longer, at most, to show truth's own recall."""
+LINE_STARTS = (0.02, 0.3, 0.6)
+"""Parts of the axis at which the label of the line of truth can start."""
+LABEL_PART = 0.4
+"""Part of the axis that this label takes on a phone."""
+DODGE = 0.007
+"""Part of an axis of numbers by which series are moved apart."""
 SHOWN_PREFIX = 4
 """Number of tokens that the exact curves show at first."""
 CONFIG = {
@@ -45,7 +64,11 @@ CONFIG = {
 
 def page_spec(figure: Figure) -> Spec:
     """Return the specification for a page, as wide as its container."""
-    chart = CHARTS[figure.name](figure.rows)
+    rows = [
+        {name: written(value) if isinstance(value, str) else value for name, value in row.items()}
+        for row in figure.rows
+    ]
+    chart = CHARTS[figure.name](rows, _looks(figure.students))
     spec: Spec = chart.to_dict()
     del spec["$schema"]  # an address; the library beside it needs none
     return spec | {
@@ -53,7 +76,7 @@ def page_spec(figure: Figure) -> Spec:
         "width": "container",
         "height": HEIGHT,
         "autosize": {"type": "fit-x", "contains": "padding"},
-        "description": f"{figure.title}. {figure.reading}",
+        "description": written(f"{figure.title}. {figure.reading}"),
     }
 
 
@@ -61,7 +84,7 @@ def images(spec: Spec, title: str) -> dict[str, bytes]:
     """Draw a specification without a browser; return the bytes of a file by its suffix."""
     below = {"subtitle": spec["title"]["text"]} if "title" in spec else {}
     fixed = {name: value for name, value in spec.items() if name != "autosize"}
-    fixed |= {"width": FILE_WIDTH, "title": {"text": title} | below, "background": "white"}
+    fixed |= {"width": FILE_WIDTH, "title": {"text": written(title)} | below, "background": "white"}
     svg: str = vl_convert.vegalite_to_svg(fixed)
     return {
         ".svg": svg.encode(),
@@ -75,11 +98,11 @@ def library() -> str:
     return str(vl_convert.javascript_bundle())  # type: ignore[call-arg]  # optional, unlike its stub
 
 
-def _precision_recall(rows: Rows) -> Layers:
-    x, y = (_axis(rows, name, ends=True) for name in ("recall", "precision"))
+def _precision_recall(rows: Rows, looks: Looks) -> Layers:
+    x, y = _recall_axis(rows), _axis(rows, "precision", ends=True)
     rows = _with_places(rows, x, y)
-    field = "run" if "run" in rows[0] else "series"
-    look = _look(field, [n for n in _names(rows, field) if field == "run" or n != TRUTH_LINE])
+    field = "run" if "run" in rows[0] else "student"
+    look = _look(field, _names(rows, field), looks)
     x_of, y_of = (
         alt.X(
             "recall:Q",
@@ -93,11 +116,24 @@ def _precision_recall(rows: Rows) -> Layers:
     hover += [*_numbers("precision"), *_numbers("recall")]
     everything = _chart(rows)
     truth = everything.transform_filter(f"datum.series == '{TRUTH_LINE}'")
-    points = everything.transform_filter(f"datum.series != '{TRUTH_LINE}'")
-    colour = look["color"] if field == "run" else alt.value("#333333")
+    truth_point = everything.transform_filter(f"datum.series == '{TRUTH_POINT}'")
+    models = everything.transform_filter(
+        f"datum.series != '{TRUTH_LINE}' && datum.series != '{TRUTH_POINT}'"
+    )
+    lines = models.transform_filter("indexof(datum.series, 'along') > 0")
+    points = models.transform_filter("datum.label != ''")
+    colour = look["color"] if field == "run" else alt.value(TRUTH_COLOR)
+    path = look["color"] if field == "run" else alt.value(PATH_COLOR)
+    is_far = any(row.get("far") for row in rows)
+    truth_x = alt.value("width") if is_far else x_of
     return alt.layer(
         # The first layer has both axes, as zooming takes those that it has.
-        points.transform_filter("indexof(datum.series, 'along') > 0")
+        lines.transform_filter(f"datum.series == '{DISTILLED}'")
+        .mark_line(strokeWidth=1.5, clip=True)
+        .encode(x=x_of, y=y_of, color=path, order="place:Q", detail=["series:N", f"{field}:N"][
+            : 2 if field == "run" else 1
+        ]),
+        lines.transform_filter(f"datum.series != '{DISTILLED}'")
         .mark_line(strokeWidth=1.5, clip=True)
         .encode(
             x=x_of, y=y_of, color=look["color"], strokeDash=look["dash"], order="place:Q",
@@ -115,40 +151,84 @@ def _precision_recall(rows: Rows) -> Layers:
         points.mark_point(filled=True, size=55, opacity=1, clip=True).encode(
             x=x_of, y=y_of, color=look["color"], shape=look["shape"], tooltip=hover
         ),
+        truth_point.mark_point(
+            filled=True, size=130, opacity=1, color=TRUTH_COLOR,
+            shape="triangle-right" if is_far else STAR,
+        ).encode(x=truth_x, y=y_of, tooltip=hover[1:]),
         *[
             part.transform_filter(f"datum.align == '{align}'")
             .mark_text(
                 align=align, baseline="middle", fontSize=11, clip=True,
                 dx=alt.expr("datum.dx"), dy=alt.expr("datum.dy"),
             )
-            .encode(x=x_of, y=y_of, text="label:N", color=color)
-            for part, color in ((truth, colour), (points, look["color"]))
+            .encode(x=where, y=y_of, text="label:N", color=color)
+            for part, where, color in (
+                (truth, x_of, colour),
+                (truth_point, truth_x, alt.value(TRUTH_COLOR)),
+                (points, x_of, look["color"]),
+            )
             for align in ("left", "center", "right")
         ],
     ).add_params(_zoom("x", "y"))  # fmt: skip
 
 
+def _recall_axis(rows: Rows) -> alt.Scale:
+    """Return a scale of recall, with truth's own one only if that is not far to the right."""
+    models = [row for row in rows if row["series"] != TRUTH_POINT]
+    scale = _axis(models, "recall", ends=True)
+    low, high = scale.to_dict()["domain"]
+    points = [float(row["recall"]) for row in rows if row["series"] == TRUTH_POINT]
+    is_near = max(points, default=low) <= high + FAR * (high - low)
+    return _axis(rows, "recall", ends=True) if is_near else scale
+
+
 def _with_places(rows: Rows, x: alt.Scale, y: alt.Scale) -> list[Row]:
     """Return the rows with the places of their labels; where there is no room, without.
 
-    The line of truth has its label near the left end.
+    The line of truth chooses first; its label starts where there are no points. Truth's own recall
+    is at the right end if it is beyond.
     """
     left, right = x.to_dict()["domain"]
-    start = {"recall": left + 0.02 * (right - left)}
-    rows = [row | start if row["series"] == TRUTH_LINE else row for row in rows]
-    points = [row for row in rows if row["series"] != TRUTH_LINE]
-    heights = [_within(row, x, y)[1] for row in rows if row["series"] == TRUTH_LINE]
+    points = [row for row in rows if "recall" in row and row["series"] != TRUTH_POINT]
+    places_of_points = [_within(row, x, y) for row in points]
+
+    def on_axes(row: Row) -> Row:
+        if row["series"] == TRUTH_LINE:
+            height = _height(row, y)
+            return row | {"recall": left + _freest(height, places_of_points) * (right - left)}
+        if row["series"] == TRUTH_POINT and float(row["recall"]) > right:
+            recall = float(row["recall"])
+            return row | {"far": True, "label": written(f"recall {recall:.2f}")}
+        return row
+
+    ordered = [on_axes(row) for row in sorted(rows, key=lambda row: "recall" in row)]
+    heights = [_height(row, y) for row in rows if row["series"] == TRUTH_LINE]
     lines = [((0.0, height), (1.0, height)) for height in heights] + _lines(points, x, y)
     places = place_labels(
-        [_within(row, x, y) for row in rows],
-        [str(row["label"]) for row in rows],
+        [(min(1.0, across), up) for across, up in (_within(row, x, y) for row in ordered)],
+        [str(row["label"]) for row in ordered],
         [*lines, *(line for row in points for line in _bars(row, x, y))],
         PLOTS,
     )
     return [
         _placed(row, place) | {"place": index}
-        for index, (row, place) in enumerate(zip(rows, places, strict=True))
+        for index, (row, place) in enumerate(zip(ordered, places, strict=True))
     ]
+
+
+def _height(row: Row, y: alt.Scale) -> float:
+    low, high = y.to_dict()["domain"]
+    return (float(row["precision"]) - float(low)) / float(high - low)
+
+
+def _freest(height: float, points: Sequence[Point]) -> float:
+    """Return where a label at some height is farthest from the points, on an axis from 0 to 1."""
+
+    def distance(start: float, point: Point) -> float:
+        beyond = abs(point[0] - start - LABEL_PART / 2.0) - LABEL_PART / 2.0
+        return max(0.0, beyond) + abs(point[1] - height)
+
+    return max(LINE_STARTS, key=lambda start: min(distance(start, point) for point in points))
 
 
 def _placed(row: Row, place: Place | None) -> Row:
@@ -181,37 +261,41 @@ def _lines(points: Rows, x: alt.Scale, y: alt.Scale) -> list[Line]:
     ]
 
 
-def _equal_precision(rows: Rows) -> Layers:
+def _equal_precision(rows: Rows, looks: Looks) -> Layers:
     return _places(
-        rows, "student", "against", x_title="distilled student", zero_line=True,
-        y_title="recall kept (nats per token)",
+        rows, "student", "against", looks, x_title="distilled student", zero_line=True,
+        y_title="recall kept (nats per token)", legend_title="student at another T",
     )  # fmt: skip
 
 
-def _parts(rows: Rows) -> Layers:
+def _parts(rows: Rows, looks: Looks) -> Layers:
+    looks = {
+        name: (GREYS[index % len(GREYS)], SHAPES[index], DASHES[index])
+        for index, name in enumerate(_names(rows, "part"))
+    }
     return _places(
-        rows, "student", "part", x_title="student", y_title="nats per token", joined=True,
-        dodged=False,
+        rows, "student", "part", looks, x_title="student", y_title="nats per token",
+        joined="indexof(datum.student, 'tau ') == 0", dodge=0.0,
     )  # fmt: skip
 
 
-def _rarity(rows: Rows) -> Layers:
+def _rarity(rows: Rows, looks: Looks) -> Layers:
     return _places(
-        rows, "fifth", "student", x_title="fifth of truth's samples", zero_line=True, joined=True,
-        y_title="recall change (nats per token)",
+        rows, "fifth", "student", looks, x_title="fifth of truth's samples", zero_line=True,
+        joined="true", y_title="recall change (nats per token)",
     )  # fmt: skip
 
 
-def _total_variation(rows: Rows) -> Layers:
+def _total_variation(rows: Rows, looks: Looks) -> Layers:
     return _places(
-        rows, "k", "student", x_title="number of first tokens k", y_title="total variation",
-        joined=True,
+        rows, "k", "student", looks, x_title="number of first tokens k", y_title="total variation",
+        joined="true", dodge=0.25,
     )  # fmt: skip
 
 
 def _places(
-    rows: Rows, across: str, series: str, *, x_title: str, y_title: str, joined: bool = False,
-    zero_line: bool = False, dodged: bool = True,
+    rows: Rows, across: str, series: str, looks: Looks, *, x_title: str, y_title: str,
+    joined: str = "", zero_line: bool = False, dodge: float = 0.6, legend_title: str = "",
 ) -> Layers:  # fmt: skip
     """Draw estimates with intervals at places of the x axis.
 
@@ -219,22 +303,27 @@ def _places(
         rows: the rows.
         across: field of the places, in the order of the rows.
         series: field of the series.
+        looks: looks of the series.
         x_title: title of the x axis.
         y_title: title of the y axis.
-        joined: whether lines join the points of a series.
+        joined: expression that says which points of a series lines join; none if empty.
         zero_line: whether the axis shows 0 with a line.
-        dodged: whether series are beside each other, because they may have about the same values.
+        dodge: part of a place over which series are spread, because they may have about the same
+            values; 0 if they are not.
+        legend_title: what the names in the legend are, if that is not clear.
     """
-    look = _look(series, _names(rows, series))
+    look = _look(series, _names(rows, series), looks, legend_title)
     x = alt.X(
         f"{across}:O",
         title=x_title,
         sort=_names(rows, across),
         axis=alt.Axis(labelAngle=0),
-        scale=alt.Scale(paddingInner=0.4, paddingOuter=0.3) if dodged else alt.Scale(padding=0.5),
+        scale=alt.Scale(paddingInner=1.0 - dodge, paddingOuter=0.3)
+        if dodge
+        else alt.Scale(padding=0.5),
     )
     offset = alt.XOffset(f"{series}:N", sort=_names(rows, series), scale=alt.Scale(padding=0.5))
-    beside = {"xOffset": offset} if dodged else {}
+    beside = {"xOffset": offset} if dodge else {}
     scale = _axis(rows, "estimate", zero=zero_line)
     y = alt.Y("estimate:Q", title=y_title, scale=scale)
     hover = [alt.Tooltip(f"{across}:N"), alt.Tooltip(f"{series}:N"), *_numbers("")]
@@ -245,9 +334,9 @@ def _places(
         layers.append(zero.mark_rule(color="#333333", clip=True).encode(y=y))
     if joined:
         layers.append(
-            base.mark_line(strokeWidth=1.2, opacity=0.7, clip=True).encode(
-                x=x, **beside, y=y, color=look["color"], strokeDash=look["dash"]
-            )
+            base.transform_filter(joined)
+            .mark_line(strokeWidth=1.2, opacity=0.7, clip=True)
+            .encode(x=x, **beside, y=y, color=look["color"], strokeDash=look["dash"])
         )
     layers += [
         base.mark_rule(strokeWidth=1.5, clip=True).encode(
@@ -260,42 +349,59 @@ def _places(
     return alt.layer(*layers).add_params(_zoom("y"))
 
 
-def _curves(rows: Rows) -> Layers:
-    look = _look("student", _names(rows, "student"))
+def _curves(rows: Rows, looks: Looks) -> Layers:
+    look = _look("student", _names(rows, "student"), looks)
     prefix = alt.param(
         name="k",
         value=SHOWN_PREFIX,
         bind=alt.binding_select(options=list(PREFIXES), name="first tokens k "),
     )
-    share = alt.Scale(domain=[0, 1.02], nice=False)
+    share = alt.Scale(domain=[0, 1.03], nice=False)
     ticks = alt.Axis(tickCount=5, format=".1f")
     x = alt.X("beta:Q", title="recall beta", scale=share, axis=ticks)
     y = alt.Y("alpha:Q", title="precision alpha", scale=share, axis=ticks)
     hover = [alt.Tooltip("student:N"), alt.Tooltip("log_lambda:Q", format=".2f")]
     hover += [*_numbers("alpha"), *_numbers("beta")]
     base = _chart(rows).transform_filter("datum.k == k")
+    truth = _chart([{"beta": 1, "alpha": 1, "label": "truth"}])
     return alt.layer(
-        base.mark_area(opacity=0.15, clip=True).encode(
-            x=x, y=alt.Y("alpha_low:Q"), y2="alpha_high:Q", color=look["color"]
-        ),
+        base.transform_calculate(low="max(0, datum.alpha_low)", high="min(1, datum.alpha_high)")
+        .mark_area(opacity=0.15, clip=True)
+        .encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=look["color"]),
         base.mark_line(strokeWidth=1.5, clip=True).encode(
             x=x, y=y, color=look["color"], strokeDash=look["dash"], order="log_lambda:Q"
         ),
         base.transform_filter("abs(datum.log_lambda % 1) < 0.01")
         .mark_point(filled=True, size=35, opacity=1, clip=True)
         .encode(x=x, y=y, color=look["color"], shape=look["shape"], tooltip=hover),
+        truth.mark_point(filled=True, size=130, opacity=1, color=TRUTH_COLOR, shape=STAR).encode(
+            x=x, y=y
+        ),
+        truth.mark_text(
+            align="right", baseline="middle", dx=-10, fontSize=11, color=TRUTH_COLOR
+        ).encode(x=x, y=y, text="label:N"),
         title=alt.TitleParams(text=alt.expr("'the first ' + k + (k == 1 ? ' token' : ' tokens')")),
     ).add_params(prefix, _zoom("x", "y"))
 
 
-def _best_temperature(rows: Rows) -> Layers:
-    look = _look("student", _names(rows, "student"))
+def _best_temperature(rows: Rows, looks: Looks) -> Layers:
+    names = _names(rows, "student")
+    look = _look("student", names, looks)
     temperatures = sorted({float(row["temperature"]) for row in rows})
+    step = DODGE * (temperatures[-1] - temperatures[0])
+    rows = [
+        row
+        | {
+            "x": float(row["temperature"])
+            + step * (names.index(str(row["student"])) - (len(names) - 1) / 2)
+        }
+        for row in rows
+    ]
     x = alt.X(
-        "temperature:Q",
+        "x:Q",
         title="temperature of evaluation T",
         scale=alt.Scale(zero=False, padding=20, nice=False),
-        axis=alt.Axis(values=temperatures),
+        axis=alt.Axis(values=temperatures, labelExpr="'' + datum.value"),
     )
     y = alt.Y(
         "estimate:Q", title="recall (nats per token)", scale=_axis(rows, "estimate", zero=False)
@@ -318,8 +424,9 @@ def _best_temperature(rows: Rows) -> Layers:
     ).add_params(_zoom("x", "y"))
 
 
-CHARTS: Mapping[str, Callable[[Rows], Layers]] = {
+CHARTS: Mapping[str, Callable[[Rows, Looks], Layers]] = {
     "precision-recall": _precision_recall,
+    "teacher": _precision_recall,
     "equal-precision": _equal_precision,
     "parts": _parts,
     "rarity": _rarity,
@@ -333,25 +440,41 @@ def _chart(rows: Rows) -> alt.Chart:
     return alt.Chart(alt.Data(values=list(rows)))  # type: ignore[no-untyped-call]
 
 
-def _look(field: str, names: Sequence[str]) -> dict[str, Any]:
-    """Return colour, shape and dash of series, which share a legend."""
+def _looks(students: Sequence[str]) -> Looks:
+    """Return the look of the teacher, and of each student by its place among all of them."""
+    looks = {
+        written(name): (
+            COLORS[index % len(COLORS)], SHAPES[index % len(SHAPES)], DASHES[index % len(DASHES)]
+        )
+        for index, name in enumerate(students)
+    }  # fmt: skip
+    return {**looks, TEACHER: TEACHER_LOOK}
+
+
+def _look(field: str, names: Sequence[str], looks: Looks, title: str = "") -> dict[str, Any]:
+    """Return colour, shape and dash of series, which share a legend.
+
+    Args:
+        field: field of the series.
+        names: the series that are drawn.
+        looks: looks of the series; those of others, such as runs, follow from their order.
+        title: title of the legend.
+    """
+    known = looks if looks.keys() >= set(names) else _looks(names)
     found: dict[str, Any] = {}
-    legend = alt.Legend(columns=1 if max(map(len, names)) > LONG_NAME else 2)
-    for channel, kind, choices in (
-        ("color", alt.Color, COLORS),
-        ("shape", alt.Shape, SHAPES),
-        ("dash", alt.StrokeDash, DASHES),
+    legend = alt.Legend(columns=1 if max(map(len, names)) > LONG_NAME else 2, title=title or None)
+    for index, (channel, kind) in enumerate(
+        (("color", alt.Color), ("shape", alt.Shape), ("dash", alt.StrokeDash))
     ):
-        chosen = [choices[index % len(choices)] for index in range(len(names))]
-        scale = alt.Scale(domain=list(names), range=chosen)
+        scale = alt.Scale(domain=list(names), range=[known[name][index] for name in names])
         found[channel] = kind(f"{field}:N", scale=scale, legend=legend)
     return found
 
 
 def _names(rows: Rows, field: str) -> list[str]:
-    """Return the names in a field, in the order of the rows; students along tau come first."""
-    names = dict.fromkeys(str(row[field]) for row in rows)
-    return sorted(names, key=lambda name: name != DISTILLED)
+    """Return the names in a field, in the order of the rows; `direct` comes first."""
+    names = dict.fromkeys(str(row[field]) for row in rows if field in row)
+    return sorted(names, key=lambda name: name != "direct")
 
 
 def _axis(rows: Rows, name: str, *, ends: bool = False, zero: bool = False) -> alt.Scale:

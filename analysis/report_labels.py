@@ -17,7 +17,7 @@ Place = tuple[float, float, str]
 """Offset of a label from its point, right and down, and its alignment."""
 PLACES: tuple[Place, ...] = tuple(
     place
-    for far in (0.0, 10.0, 22.0)
+    for far in (0.0, 5.0, 12.0)
     for place in (
         (9.0 + far, 0.0, "left"),
         (-9.0 - far, 0.0, "right"),
@@ -113,7 +113,7 @@ def place_labels(
                     box.holds(dot) for box, of_plot in zip(boxes, dots, strict=True)
                     for dot in of_plot
                 )  # fmt: skip
-                free.append((covered + rank / 2.0, place))
+                free.append((covered + rank, place))
         chosen = min(free, key=lambda cost_and_place: cost_and_place[0])[1] if free else None
         places.append(chosen)
         if chosen is not None:

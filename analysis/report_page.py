@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from html import escape
 
 from report_rows import Figure
-from report_run import LineOf, Table
+from report_run import LineOf, Table, table_of
+from report_text import to_html
 from verdicts import Verdict
 
 from kdhpc.types import Json
 
-ABOUT = (
-    "A claim holds if its 95 % interval says so, fails if its interval contradicts it, and is "
-    "undecided otherwise. Numbers are in nats per token unless something else is said."
-)
 HANDLING = (
     "Hover over a point for its numbers. Dragging moves the axes, the wheel with Ctrl or Shift "
     "zooms, a double click resets."
@@ -51,6 +48,8 @@ th, td { text-align: left; padding: 4px 14px 4px 0; border-bottom: 1px solid #e5
 .texts pre, details pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem;
   line-height: 1.4; margin: 0 0 8px; padding: 8px; background: #f5f5f5 }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; font-size: .875rem }
+.number { white-space: nowrap }
+summary { cursor: pointer; color: #555; font-size: .875rem } details { margin: 8px 0 }
 dt { color: #555 } dd { margin: 0; overflow-wrap: anywhere }
 ul { padding-left: 1.2rem } li { max-width: 76ch; margin-bottom: 4px }
 """
@@ -59,6 +58,9 @@ for (const part of document.querySelectorAll(".chart")) {
   const spec = JSON.parse(part.nextElementSibling.textContent);
   vegaEmbed(part, spec, {mode: "vega-lite", renderer: "svg", actions: false});
 }
+addEventListener("beforeprint", () => {
+  for (const part of document.querySelectorAll("details.numbers")) part.open = true;
+});
 """
 MARKS = {"holds": "\N{CHECK MARK}", "fails": "\N{MULTIPLICATION SIGN}", "undecided": "?"}
 
@@ -119,7 +121,7 @@ def _inside(script: str) -> str:
 def paragraphs(lines: Iterable[str], style: str = "") -> str:
     """Return each line as a paragraph."""
     attribute = f' class="{style}"' if style else ""
-    return "\n".join(f"<p{attribute}>{escape(line)}</p>" for line in lines)
+    return "\n".join(f"<p{attribute}>{to_html(line)}</p>" for line in lines)
 
 
 def verdict_part(verdicts: Sequence[Verdict]) -> str:
@@ -132,8 +134,8 @@ def _verdict(verdict: Verdict, names_size: bool) -> str:
     size = f" (size {verdict.size})" if names_size else ""
     return f"""<div class="verdict">
 {decision_of(verdict)}
-<p class="claim">{escape(verdict.claim + size)}</p>
-<p>{escape(verdict.sentence)}</p>
+<p class="claim">{to_html(verdict.claim + size)}</p>
+<p>{to_html(verdict.sentence)}</p>
 </div>"""
 
 
@@ -150,7 +152,7 @@ def figure_part(drawn: Iterable[Drawn]) -> str:
 
 def _figure(drawn: Drawn) -> str:
     figure = drawn.figure
-    heading = f"<h3>{escape(figure.title)}</h3>"
+    heading = f"<h3>{to_html(figure.title)}</h3>"
     if drawn.spec is None:
         return f"{heading}\n{paragraphs([f'Not drawn: it needs {figure.needs}.'], 'small')}"
     links = ", ".join(f'<a href="{escape(name)}">{escape(name)}</a>' for name in drawn.files)
@@ -161,23 +163,37 @@ def _figure(drawn: Drawn) -> str:
 <div class="chart"></div>
 <script type="application/json">{spec}</script>
 {paragraphs(figure.notes, "small")}
-<figcaption>Beside this page: {links}</figcaption>
+{_numbers(figure)}<figcaption>In the folder of the page; they do not travel with it: \
+{links}</figcaption>
 </figure>"""
+
+
+def _numbers(figure: Figure) -> str:
+    if not figure.numbers:
+        return ""
+    content = table_of("", figure.numbers)
+    title = "The numbers of this figure, with 95 % intervals"
+    return (
+        f'<details class="numbers"><summary>{to_html(title)}</summary>{_grid(content)}</details>\n'
+    )
 
 
 def table(content: Table) -> str:
     """Return a table, which scrolls by itself if it is wider than the page."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in content.columns)
-    rows = [[escape(cell) for cell in row] for row in content.rows]
-    return html_table(content.title, f"<tr>{head}</tr>", rows)
+    note = paragraphs([content.note], "small") if content.note else ""
+    return f"<h3>{to_html(content.title)}</h3>\n{note}{_grid(content)}"
 
 
-def html_table(title: str, head: str, rows: Iterable[Sequence[str]]) -> str:
-    """Return a table whose head and cells are HTML already."""
+def _grid(content: Table) -> str:
+    rows = [[to_html(cell) for cell in row] for row in content.rows]
+    return _html_grid([to_html(name) for name in content.columns], rows)
+
+
+def _html_grid(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return the lines of a table whose head and cells are HTML already."""
     body = "\n".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f"""<h3>{escape(title)}</h3>
-<div class="wide"><table>
-{head}
+    return f"""<div class="wide"><table>
+<tr>{"".join(f"<th>{name}</th>" for name in head)}</tr>
 {body}
 </table></div>"""
 
@@ -185,7 +201,7 @@ def html_table(title: str, head: str, rows: Iterable[Sequence[str]]) -> str:
 def text_part(texts: Mapping[str, Sequence[str]]) -> str:
     """Return texts side by side, a column for each model."""
     columns = "\n".join(
-        f"<div><h3>{escape(name)}</h3>{''.join(f'<pre>{escape(t)}</pre>' for t in of_model)}</div>"
+        f"<div><h3>{to_html(name)}</h3>{''.join(f'<pre>{escape(t)}</pre>' for t in of_model)}</div>"
         for name, of_model in texts.items()
     )
     return f'<div class="texts">{columns}</div>' if texts else ""
@@ -193,7 +209,7 @@ def text_part(texts: Mapping[str, Sequence[str]]) -> str:
 
 def list_part(lines: Iterable[str]) -> str:
     """Return lines as a list."""
-    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+    return f"<ul>{''.join(f'<li>{to_html(line)}</li>' for line in lines)}</ul>"
 
 
 def fact_part(facts: Iterable[LineOf]) -> str:
@@ -212,13 +228,13 @@ def compared_part(by_run: Mapping[str, Sequence[Verdict]]) -> str:
     found = {run: {_key(v): v for v in verdicts} for run, verdicts in by_run.items()}
     claims = {_key(v): v for verdicts in by_run.values() for v in verdicts}
     sizes = {verdict.size for verdict in claims.values()}
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("claim", *by_run))
+    head = [escape(name) for name in ("claim", *by_run)]
     rows = [
-        [escape(verdict.claim + (f" (size {verdict.size})" if len(sizes) > 1 else ""))]
+        [to_html(verdict.claim + (f" (size {verdict.size})" if len(sizes) > 1 else ""))]
         + [_cell(of_run.get(key)) for of_run in found.values()]
         for key, verdict in claims.items()
     ]
-    return html_table("The same claims in each run", f"<tr>{head}</tr>", rows)
+    return f"<h3>The same claims in each run</h3>\n{_html_grid(head, rows)}"
 
 
 def _key(verdict: Verdict) -> LineOf:
@@ -228,4 +244,4 @@ def _key(verdict: Verdict) -> LineOf:
 def _cell(verdict: Verdict | None) -> str:
     if verdict is None:
         return '<span class="small">not known</span>'
-    return f"{decision_of(verdict)}<br>{escape(verdict.sentence)}"
+    return f"{decision_of(verdict)}<br>{to_html(verdict.sentence)}"

@@ -8,9 +8,11 @@ unless a title says otherwise.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
+from report_text import value_text
 from study import (
     NUM_GROUPS,
     SELF,
@@ -19,11 +21,12 @@ from study import (
     Student,
     Study,
     at_equal_precision,
+    label_order,
 )
-from verdicts import detectable, text
+from verdicts import POWER, detectable, text
 
 from kdhpc.science.curves import PREFIXES
-from kdhpc.science.intervals import SeedMean, Statistic, over_seeds
+from kdhpc.science.intervals import SeedMean, Statistic, over_seeds, ratio
 
 Row: TypeAlias = dict[str, str | float]
 MAX_ROWS = 5000
@@ -35,7 +38,8 @@ CHECKED_LOG_FACTOR, CHECKED_ERROR = 2.0, 0.2
 alpha = lambda beta is checked. Beyond, a side is the mean of a few rare terms, from which its error
 cannot be estimated."""
 NUM_FACTORS = 41
-DISTILLED, TRUTH_LINE = "distilled, along tau", "truth"
+DISTILLED, TEACHER = "distilled, along tau", "teacher"
+TRUTH_LINE, TRUTH_POINT = "truth", "truth itself"
 ADD_TEMPERATURES = "launch/sweep.py with decode_temperatures=[0.8,0.6] adds them to a finished run"
 
 
@@ -56,6 +60,10 @@ class Figure:
     """Lines below the figure, made from its numbers."""
     file_name: str = ""
     """Beginning of the names of its files."""
+    numbers: Sequence[Mapping[str, str]] = ()
+    """Its numbers as texts, for a table below it."""
+    students: tuple[str, ...] = ()
+    """Names of all students of the run, in whose order each has its look in every figure."""
 
 
 def figures(study: Study, size: str) -> list[Figure]:
@@ -63,6 +71,7 @@ def figures(study: Study, size: str) -> list[Figure]:
     makers = (
         precision_recall,
         equal_precision,
+        with_teacher,
         parts,
         by_rarity,
         curves,
@@ -71,8 +80,15 @@ def figures(study: Study, size: str) -> list[Figure]:
     )
     suffix = f"-{size}" if len(study.sizes) > 1 else ""
     of_size = f" (size {size})" if suffix else ""
+    labels = sorted({label for of in study.sizes for label in study.labels(of)}, key=label_order)
+    students = tuple(map(student_name, labels))
     return [
-        replace(figure, title=figure.title + of_size, file_name=f"report-{figure.name}{suffix}")
+        replace(
+            figure,
+            title=figure.title + of_size,
+            file_name=f"report-{figure.name}{suffix}",
+            students=students,
+        )
         for figure in (make(study, size) for make in makers)
     ]
 
@@ -93,6 +109,41 @@ def interval(mean: SeedMean, name: str = "estimate") -> Row:
     return {name: mean.estimate, f"{before}low": mean.low, f"{before}high": mean.high}
 
 
+def across(
+    rows: Iterable[Row], field: str, before: str = "", *, sign: bool = False
+) -> list[dict[str, str]]:
+    """Return estimates as texts: a row for each student, a column for each value of a field.
+
+    Args:
+        rows: the rows.
+        field: the field.
+        before: beginning of the names of the columns.
+        sign: whether estimates are changes, which show a plus sign.
+    """
+    table: dict[str, dict[str, str]] = {}
+    for row in rows:
+        name = str(row["student"])
+        value = row[field]
+        column = before + (value if isinstance(value, str) else f"{value:g}")
+        numbers = (float(row[key]) for key in ("estimate", "low", "high"))
+        table.setdefault(name, {"student": name})[column] = value_text(*numbers, sign=sign)
+    return list(table.values())
+
+
+def by_point(rows: Iterable[Row]) -> list[dict[str, str]]:
+    """Return precision and recall of each point as texts."""
+    return [
+        {"series": str(row["series"]), "point": str(row["label"])}
+        | {name: _of_point(row, name) for name in ("precision", "recall")}
+        for row in rows
+        if row["label"] and "recall" in row
+    ]
+
+
+def _of_point(row: Row, name: str) -> str:
+    return value_text(*(float(row[key]) for key in (name, f"{name}_low", f"{name}_high")))
+
+
 def means(study: Study, size: str) -> list[dict[str, str]]:
     """Return precision and recall of each student, as texts for a table."""
     table = [
@@ -110,30 +161,51 @@ def means(study: Study, size: str) -> list[dict[str, str]]:
     return table
 
 
+ABOUT_CONTRASTS = (
+    "The mean over seeds of the difference within each seed. Detectable is the smallest change "
+    "that a run of this size would decide, by an interval on one side of 0, with a probability of "
+    f"{POWER:.0%}."
+)
+
+
 def contrasts(study: Study, size: str) -> list[dict[str, str]]:
-    """Return the changes of precision and recall against tau 1 and direct, as texts.
+    """Return the changes of precision and recall of one student against another, as texts.
 
     Beside each is the smallest change that this design would decide with a probability of 0.8.
     """
     table = []
-    for against in ("1", "direct"):
-        for label in study.labels(size):
-            measures = {"precision": study.precision, "recall": study.recall}
-            changes = {n: study.contrast(size, label, against, m) for n, m in measures.items()}
-            known = {}
-            for name, change in changes.items():
-                if change is not None:
-                    known[name] = text(change)
-                    known[f"detectable {name}"] = f"{detectable(change):.3f}"
-            if known and label != against:
-                names = {"student": student_name(label), "against": student_name(against)}
-                table.append(names | known)
+    for label, against in _pairs(study, size):
+        measures = {"precision": study.precision, "recall": study.recall}
+        known = {"student": student_name(label), "against": student_name(against)}
+        for name, measure in measures.items():
+            if (change := study.contrast(size, label, against, measure)) is not None:
+                known[name] = text(change)
+                known[f"detectable {name}"] = f"{detectable(change):.3f}"
+        if len(known) > 2:
+            table.append(known)
     return table
 
 
+def _pairs(study: Study, size: str) -> list[tuple[str, str]]:
+    """Return pairs of labels, each once: against direct, against tau 1, and each step of tau."""
+    labels, taus = study.labels(size), study.taus(size)
+    others = [label for label in labels if label != "direct"]
+    pairs = [(label, "direct") for label in others]
+    pairs += [(label, "1") for label in others if label != "1"]
+    pairs += [(below, above) for above, below in pairwise(taus)]
+    return list(dict.fromkeys(pairs))
+
+
+ABOUT_SEQUENCES = (
+    "Tokens are those that count in a sequence. A student whose texts are shorter has less of "
+    "everything per sequence, but not per token."
+)
+
+
 def per_sequence(study: Study, size: str) -> list[dict[str, str]]:
-    """Return entropy and both divergences of each student, as texts."""
+    """Return number of tokens, entropy and both divergences of each student, as texts."""
     measures: dict[str, Measure] = {
+        "tokens": lambda student: _tokens(study, student.name),
         "H(p'')": lambda student: study.entropy(student, per_sequence=True),
         "KL(p''||p*)": lambda student: study.divergence(student, per_sequence=True),
         "KL(p*||p'')": lambda student: study.missed(student, per_sequence=True),
@@ -141,11 +213,20 @@ def per_sequence(study: Study, size: str) -> list[dict[str, str]]:
     if study.has_averages:
         measures["KL(p''||p*), next token averaged"] = study.averaged_divergence
         measures["KL(p*||p''), next token averaged"] = study.averaged_missed
-    return [
+    table = [
         {"student": student_name(label)}
         | {name: text(study.mean(size, label, m), sign=False) for name, m in measures.items()}
         for label in (study.labels(size) if study.has_divergences else [])
     ]
+    if table:
+        tokens = text(over_seeds([_tokens(study, TRUTH)]), sign=False)
+        table.append({"student": "truth", "tokens": tokens})
+    return table
+
+
+def _tokens(study: Study, sampler: str) -> Statistic:
+    """Return the mean number of counted tokens of a sampler's sequences."""
+    return ratio(study.scores[sampler, SELF].num_tokens, rows=sampler)
 
 
 def compared(studies: Mapping[str, Study]) -> list[Figure]:
@@ -163,7 +244,8 @@ def compared(studies: Mapping[str, Study]) -> list[Figure]:
             Figure(
                 name="precision-recall",
                 title=f"Precision against recall by run{f' (size {size})' if suffix else ''}",
-                reading="Up and right is better. Lines join the students of a run along tau.",
+                reading="Up and right is better, up to the run's dashed line of truth. Lines join "
+                "the students of a run along tau.",
                 needs="students with both of their scores",
                 rows=rows,
                 file_name=f"report-compared-precision-recall{suffix}",
@@ -172,28 +254,48 @@ def compared(studies: Mapping[str, Study]) -> list[Figure]:
     return made
 
 
+UP_TO_TRUTH = (
+    "Right is better. Up is better as far as the dashed line of truth, E log p*: above it a "
+    "model's texts are likelier under truth than truth's own texts are, which is no virtue."
+)
+
+
 def precision_recall(study: Study, size: str) -> Figure:
-    """Return precision against recall: students, their decode temperatures, the teacher, truth."""
+    """Return precision against recall: students, their decode temperatures, and truth."""
+    rows = [*_students(study, size), *_frontiers(study, size), *_truth(study)]
     return Figure(
         name="precision-recall",
         title="Precision against recall",
-        reading="Up and right is better. Lines join the students along tau, and one model along "
-        "the temperature T of its sampling. A distilled student below the line of the direct one "
-        "is beaten by a lower temperature. Above the line of truth a model is likelier than what "
-        "truth writes, which is no virtue.",
+        reading=f"{UP_TO_TRUTH} The grey line joins the distilled students along tau, lines in "
+        "colour join one student along the temperature T of its sampling. Where the bars, which "
+        "are intervals, are wide, a point above or below a line decides nothing: whether a lower "
+        "temperature does as well as distillation is in the next figure. Truth's own recall is "
+        "marked on its line, at the edge if it is further right.",
         needs="students with both of their scores",
-        rows=[
-            *_students(study, size),
-            *_frontiers(study, size),
-            *_teachers(study),
-            *_truth_line(study),
-        ],
+        rows=rows,
+        numbers=by_point(rows),
     )
 
 
-def _point(series: str, label: str, precision: SeedMean, recall: SeedMean) -> Row:
+def with_teacher(study: Study, size: str) -> Figure:
+    """Return precision against recall of the teacher at each tau, beside its students."""
+    teachers = list(_teachers(study))
+    rows = [*_students(study, size, alone=True), *teachers, *_truth(study)] if teachers else []
+    return Figure(
+        name="teacher",
+        title="Precision against recall: the teacher and its students",
+        reading=f"{UP_TO_TRUTH} The teacher at a tau has the samples that the student of that tau "
+        "learns from, and its recall is scored at the same tau.",
+        needs=f"scores of the teacher: {ADD_TEMPERATURES}",
+        rows=rows,
+        numbers=by_point(teachers),
+    )
+
+
+def _point(series: str, student: str, label: str, precision: SeedMean, recall: SeedMean) -> Row:
     return {
         "series": series,
+        "student": student,
         "label": label,
         **interval(precision, "precision"),
         **interval(recall, "recall"),
@@ -206,22 +308,27 @@ def _students(study: Study, size: str, *, alone: bool = False) -> Iterator[Row]:
     for label in study.labels(size):
         measures = (study.precision, study.recall)
         precision, recall = (study.mean(size, label, measure) for measure in measures)
+        name = student_name(label)
         if label[0].isdigit():
-            yield _point(DISTILLED, f"τ {label}", precision, recall)
+            yield _point(DISTILLED, name, name, precision, recall)
         elif label != "direct":
-            yield _point("truncated teacher", label, precision, recall)
+            yield _point("truncated teacher", name, name, precision, recall)
         elif alone or not _shared_temperatures(study, size, label)[1:]:
-            yield _point("direct", label, precision, recall)
+            yield _point("direct", name, name, precision, recall)
 
 
 def _frontiers(study: Study, size: str) -> Iterator[Row]:
-    """Yield the direct student and that of tau 1 at each temperature of their sampling."""
+    """Yield the direct student and that of tau 1 at each temperature of their sampling.
+
+    A row without a label is on its line only, as `_students` yields its point.
+    """
     for label, series in (("direct", "direct, along T"), ("1", "tau 1, along T")):
         temperatures = _shared_temperatures(study, size, label)
         for temperature in temperatures if len(temperatures) > 1 else []:
-            name = "direct" if label == "direct" else ""  # the student of tau 1 has its label
+            name = "direct" if label == "direct" else ""
             yield _point(
                 series,
+                student_name(label),
                 name if temperature == 1.0 else f"T {temperature:g}",
                 study.mean(size, label, _at(study.precision, temperature)),
                 study.mean(size, label, _at(study.recall, temperature)),
@@ -258,13 +365,21 @@ def _teachers(study: Study) -> Iterator[Row]:
         if all(study.has_teacher(name, tau) for name in teachers):
             both = zip(*(study.teacher(name, tau) for name in teachers), strict=True)
             precision, recall = (over_seeds(of_seeds) for of_seeds in both)
-            yield _point("teacher, along tau", f"τ {tau:g}", precision, recall)
+            yield _point("teacher, along tau", TEACHER, f"tau {tau:g}", precision, recall)
 
 
 def _truth_line(study: Study) -> Iterator[Row]:
     if (TRUTH, SELF) in study.scores:
         mean = over_seeds([study.truth_log_prob()])
         yield {"series": TRUTH_LINE, "label": "truth: E log p*", **interval(mean, "precision")}
+
+
+def _truth(study: Study) -> Iterator[Row]:
+    """Yield the line of truth, and the point of a student that equals it."""
+    for line in _truth_line(study):
+        yield line
+        mean = over_seeds([study.truth_log_prob()])
+        yield line | {"series": TRUTH_POINT, "label": "truth", **interval(mean, "recall")}
 
 
 def equal_precision(study: Study, size: str) -> Figure:
@@ -275,11 +390,11 @@ def equal_precision(study: Study, size: str) -> Figure:
         if len(_shared_temperatures(study, size, base)) < 2:
             continue
         for tau in study.taus(size):
-            against = f"{student_name(base)} student at another T"
+            against = student_name(base)
             if tau == base:
                 continue
             if (kept := _kept(study, size, base, tau)) is None:
-                left_out.append(f"{student_name(tau)} against the {against}")
+                left_out.append(f"{student_name(tau)} against {against} at another T")
             else:
                 rows.append({"student": student_name(tau), "against": against, **interval(kept)})
     missed = f"Left out, as no T is known to be as precise in every seed: {'; '.join(left_out)}."
@@ -288,11 +403,13 @@ def equal_precision(study: Study, size: str) -> Figure:
         title="Recall kept by temperature instead of distillation, at equal precision",
         reading="Recall of another student, sampled at the temperature T at which it is as "
         "precise as the distilled one, less the recall of the distilled one. Above 0, another "
-        "temperature is better than distilling from a selective teacher; below 0, worse.",
+        "temperature is better than distilling from a selective teacher; below 0, worse; an "
+        "interval that contains 0 decides nothing.",
         needs="the direct student or that of tau 1 at temperatures at which it is as precise as a "
         f"distilled one: {ADD_TEMPERATURES}",
         rows=rows,
         notes=(missed,) if left_out else (),
+        numbers=across(rows, "against", "against ", sign=True),
     )
 
 
@@ -335,6 +452,11 @@ def parts(study: Study, size: str) -> Figure:
         "less varied texts (entropy) or texts closer to truth (KL): both are better if lower.",
         needs="log-probabilities of end tokens, which a run of an earlier version lacks",
         rows=rows,
+        notes=(
+            "Texts of different students differ in length, so that shares per token, as here, and "
+            "per sequence, as in the table Nats per sequence, differ.",
+        ),
+        numbers=across(rows, "part"),
     )
 
 
@@ -356,6 +478,7 @@ def by_rarity(study: Study, size: str) -> Figure:
         "of tau 1 does.",
         needs="a student of tau 1 and another one",
         rows=rows,
+        numbers=across(rows, "fifth", "fifth ", sign=True),
     )
 
 
@@ -390,10 +513,12 @@ def curves(study: Study, size: str) -> Figure:
                     worst = max(worst, _deviation(alpha, beta, math.exp(log_factor)))
     return Figure(
         name="curves",
-        title="Exact precision and recall of the first k tokens",
+        title="Precision and recall of the first k tokens, estimated from exact probabilities",
         reading="alpha is the share of the student's mass that truth covers, beta the share of "
-        "truth's mass that the student covers, when truth is weighted by lambda. A student equal "
-        "to truth would have both at 1. Bands are intervals of alpha.",
+        "truth's mass that the student covers. Before both are compared, truth's probabilities "
+        "are multiplied by lambda: a large lambda asks only whether truth would write a text at "
+        "all (alpha near 1), a small one only whether the student would (beta near 1). A student "
+        "equal to truth would reach the corner where both are 1. Bands are intervals of alpha.",
         needs=NEEDS_TOKENS,
         rows=rows,
         notes=(
@@ -440,6 +565,7 @@ def total_variation(study: Study, size: str) -> Figure:
         "same, 1 if they share nothing.",
         needs=NEEDS_TOKENS,
         rows=rows,
+        numbers=across(rows, "k", "k = "),
     )
 
 
@@ -474,4 +600,5 @@ def best_temperature(study: Study, size: str) -> Figure:
         "T is more than calibration.",
         needs=f"recall at other temperatures: {ADD_TEMPERATURES}",
         rows=rows,
+        numbers=across(rows, "temperature", "T "),
     )

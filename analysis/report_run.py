@@ -19,6 +19,7 @@ from kdhpc.storage.results import Results
 from kdhpc.storage.run_folder import Record, RunFolder
 from kdhpc.storage.token_shards import read_samples
 
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 NUM_TEXTS = 4
 MAX_CHARACTERS = 600
 """Most characters of a text that is shown."""
@@ -32,6 +33,15 @@ class Table:
     title: str
     columns: LineOf
     rows: Sequence[LineOf]
+    note: str = ""
+    """How to read it."""
+
+
+def table_of(title: str, rows: Sequence[Mapping[str, str]], note: str = "") -> Table:
+    """Return a table with a column for each key; a row without it has an empty cell."""
+    columns = tuple(dict.fromkeys(name for row in rows for name in row))
+    cells = [tuple(row.get(name, "") for name in columns) for row in rows]
+    return Table(title=title, columns=columns, rows=cells, note=note)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +108,21 @@ def _first_texts(record: Record, tokenizer: Tokenizer) -> list[str]:
     return [readable(tokenizer.decode(ids[:length].tolist())) for ids, length in rows]
 
 
+def about_texts(study: Study, size: str, facts: RunFacts) -> list[str]:
+    """Return which texts `texts` returns, in one line."""
+    seeds = sorted({next(iter(study.of(size, label))) for label in study.labels(size)})
+    prompt = f" Each starts with the prompt {facts.config.prompt!r}." if facts.config else ""
+    return [
+        f"The first {NUM_TEXTS} sequences of each evaluation set: of truth, and of the students of "
+        f"seed {', '.join(map(str, seeds))}; they were not chosen.{prompt} A text is cut at "
+        f"{MAX_CHARACTERS} characters. {UNKNOWN} is the replacement character: bytes that are no "
+        "character, or a character that cannot be shown."
+    ]
+
+
 def readable(text: str) -> str:
     """Return a text that a page can show: no control characters, and not too long."""
-    unknown = "\N{REPLACEMENT CHARACTER}"
-    shown = "".join(c if c.isprintable() or c in "\n\t" else unknown for c in text)
+    shown = "".join(c if c.isprintable() or c in "\n\t" else UNKNOWN for c in text)
     return shown if len(shown) <= MAX_CHARACTERS else f"{shown[:MAX_CHARACTERS]} ..."
 
 
@@ -143,15 +164,20 @@ def provenance(study: Study, facts: RunFacts) -> list[LineOf]:
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "Python": given.get("python", ""),
         "hosts": ", ".join(lists.get("hosts", [])),
-        "code": ", ".join(lists.get("code", [])),
+        "code": _versions_of_code(lists.get("code", [])),
         "merged at": given.get("merged_at", ""),
         "logical digest": digests[0] if digests else "",
-        "parameters": _parameters(study.results),
+        "parameters": parameters(study.results),
     }
     return [(name, value) for name, value in named.items() if value]
 
 
-def _parameters(results: Results) -> str:
+def _versions_of_code(digests: Sequence[str]) -> str:
+    several = ": stages may have run under different versions of the code"
+    return ", ".join(digests) + (several if len(digests) > 1 else "")
+
+
+def parameters(results: Results) -> str:
     """Return the sizes of the models: truth, teacher, and each size of student."""
     sizes: dict[str, str] = {}
     for facts in results.models.values():

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import unescape
 from itertools import combinations
 from pathlib import Path
@@ -43,10 +43,13 @@ addEventListener("load", () => setTimeout(() => {
     right: svg.getBoundingClientRect().right,
   }));
   const wide = document.scrollingElement.scrollWidth;
-  parent.postMessage({charts, wide, inner: innerWidth, text: document.body.innerText}, "*");
+  const numbers = [...document.querySelectorAll(".number")].map(n => n.getClientRects().length);
+  dispatchEvent(new Event("beforeprint"));
+  const text = document.body.innerText;
+  parent.postMessage({charts, wide, inner: innerWidth, numbers, text}, "*");
 }, 1500));
 </script>"""
-"""Says where the texts of charts are; only tests add it to a page."""
+"""Says where the texts of charts are, and what a print of the page says; only tests add it."""
 ACT = """<script>
 addEventListener("load", () => setTimeout(async () => {
   const soon = () => new Promise(resolve => setTimeout(resolve, 500));
@@ -70,7 +73,7 @@ addEventListener("load", () => setTimeout(async () => {
   choice.value = 16;
   choice.dispatchEvent(new Event("change", {bubbles: true}));
   await soon();
-  const curves = charts()[4].querySelector(".role-title").textContent;
+  const curves = charts()[5].querySelector(".role-title").textContent;
   parent.postMessage({hover, before, after, curves}, "*");
 }, 1500));
 </script>"""
@@ -117,13 +120,19 @@ class Reported:
         return self.page.read_text()
 
     @property
+    def spaced(self) -> str:
+        """The page with plain spaces."""
+        return self.html.replace("\N{NO-BREAK SPACE}", " ")
+
+    @property
     def body(self) -> str:
         """The page without the library that draws its charts."""
         return self.html.split("<script>")[0]
 
     @property
     def sentences(self) -> list[str]:
-        found = re.findall(r"<(?:p|li|h\d|dd|td)(?: [^>]*)?>([^<]+)</", self.body)
+        unbroken = re.sub('<span class="number">(.*?)</span>', r"\1", self.body)
+        found = re.findall(r"<(?:p|li|h\d|dd|td|summary)(?: [^>]*)?>([^<]+)</", unbroken)
         return [squeezed(unescape(sentence)) for sentence in found]
 
     @property
@@ -131,10 +140,15 @@ class Reported:
         return re.findall("<h2>(.*?)</h2>", self.body)
 
     @property
+    def specs(self) -> list[dict[str, Any]]:
+        """What the charts draw."""
+        found = re.findall(r'<script type="application/json">(.*?)</script>', self.html)
+        return [json.loads(spec) for spec in found]
+
+    @property
     def axis_titles(self) -> list[str]:
-        specs = re.findall(r'<script type="application/json">(.*?)</script>', self.html)
-        found = [title for spec in specs for title in _titles(json.loads(spec)["layer"])]
-        assert len(found) >= 2 * len(specs) > 0
+        found = [title for spec in self.specs for title in _titles(spec["layer"])]
+        assert len(found) >= 2 * len(self.specs) > 0
         return found
 
     def rows(self, name: str) -> list[dict[str, str]]:
@@ -181,8 +195,13 @@ def made_up(path: Path, shift: float = 0.0) -> Path:
     precision = {"direct": -3.0, "1": -2.98, "0.95": -2.9, "0.875": -2.7, "0.8": -2.5, "0.6": -2.0}
     recall = {"direct": -2.5, "1": -2.5, "0.95": -2.5, "0.875": -2.52, "0.8": -2.6, "0.6": -2.9}
     decode = {
-        "direct": {0.9: (-2.75, -2.51), 0.8: (-2.51, -2.58), 0.6: (-2.0, -2.8)},
-        "1": {0.9: (-2.76, -2.52), 0.8: (-2.53, -2.59), 0.6: (-2.05, -2.84)},
+        "direct": {
+            1.25: (-3.6, -2.61),
+            0.9: (-2.75, -2.51),
+            0.8: (-2.51, -2.58),
+            0.6: (-2.0, -2.8),
+        },
+        "1": {1.25: (-3.5, -2.6), 0.9: (-2.76, -2.52), 0.8: (-2.53, -2.59), 0.6: (-2.05, -2.84)},
     }
     moved = {label: value + shift for label, value in recall.items()}
     return results_of(path, precision, moved, decode=decode)
@@ -255,13 +274,17 @@ def test_a_browser_shows_every_sentence_and_axis_and_no_label_lies_on_another(
     assert len(report.sentences) > 40
     shown = [title for chart in measured["charts"] for title in chart["texts"]]
     assert set(report.axis_titles) <= set(shown)
+    shown_numbers = [num_lines for num_lines in measured["numbers"] if num_lines]
+    assert len(shown_numbers) > 20
+    assert set(shown_numbers) == {1}
     assert len(measured["charts"]) == report.html.count('<div class="chart">')
     for chart in measured["charts"]:
         assert overlapping(chart["labels"]) == []
         assert all(label["right"] <= chart["right"] + 1 for label in chart["labels"])
         assert chart["right"] <= size[0]
     points = {label["text"] for label in measured["charts"][0]["labels"]}
-    assert {"direct", "truth: E log p*", "τ 1", "τ 0.6"} <= points
+    assert {"direct", "truth: E log p*", "tau 1", "tau 0.6"} <= points
+    assert any(re.match("truth$|recall \N{MINUS SIGN}[0-9.]+$", label) for label in points)
 
 
 def test_points_can_be_hovered_axes_zoomed_and_prefixes_chosen(
@@ -309,8 +332,9 @@ def test_one_seed_says_so_and_decides_nothing(one_seed: Reported) -> None:
 
 
 def test_parts_are_in_order_and_say_how_the_run_was_made(one_seed: Reported) -> None:
-    expected = ["Verdicts", "Figures", "Tables", "Texts", "The run", "What differs from the paper"]
-    assert one_seed.headings == [*expected, "Appendix: diversity of samples"]
+    expected = ["What this page says", "Verdicts", "Figures", "Tables", "Texts", "The run"]
+    expected += ["What differs from the paper", "Appendix: diversity of samples"]
+    assert one_seed.headings == expected
     results = read_results(one_seed.page.with_name("results.h5"))
     sentences = one_seed.sentences
     assert json.loads(results.provenance["code"])[0] in sentences
@@ -321,6 +345,9 @@ def test_parts_are_in_order_and_say_how_the_run_was_made(one_seed: Reported) -> 
 
 
 def test_texts_are_those_of_the_evaluation_sets(one_seed: Reported) -> None:
+    [caption] = [s for s in one_seed.sentences if s.startswith("The first 4 sequences")]
+    for said in ("students of seed 0;", "600 characters", "\N{REPLACEMENT CHARACTER}"):
+        assert said in caption
     run = one_seed.page.parents[1]
     record = json.loads((run / "1-truth" / "truth" / "00000.json").read_text())
     tokenizer = Tokenizer(run / "1-truth" / "truth" / record["data"])
@@ -341,9 +368,10 @@ def test_numbers_beside_the_figures_are_those_of_the_scores(one_seed: Reported) 
         return float(pair.log_prob_sum.sum() / pair.num_tokens.sum())
 
     rows = {(r["series"], r["label"]): r for r in one_seed.rows("report-precision-recall")}
+    rows |= {(r["series"], r["label"]): r for r in one_seed.rows("report-teacher")}
     for place, sampler, scorer in (
-        (("teacher, along tau", "τ 0.6"), "teacher-s0-tau0.6", "teacher-s0-T0.6"),
-        (("distilled, along tau", "τ 0.6"), *("student-s0-small-tau0.6",) * 2),
+        (("teacher, along tau", "tau 0.6"), "teacher-s0-tau0.6", "teacher-s0-T0.6"),
+        (("distilled, along tau", "tau 0.6"), *("student-s0-small-tau0.6",) * 2),
         (("direct, along T", "T 0.7"), *("student-s0-small-direct-T0.7",) * 2),
         (("tau 1, along T", "T 1.3"), *("student-s0-small-tau1-T1.3",) * 2),
     ):
@@ -364,10 +392,11 @@ def test_numbers_beside_the_figures_are_those_of_the_scores(one_seed: Reported) 
 
 def test_a_figure_whose_scores_are_missing_says_what_it_needs(four_seeds: Reported) -> None:
     needs = [s for s in four_seeds.sentences if s.startswith("Not drawn: it needs")]
-    assert (
-        needs
-        == ["Not drawn: it needs per-token scores: a new run with scoring.per_token=true."] * 2
-    )
+    assert len(needs) == 3
+    assert needs[0].startswith("Not drawn: it needs scores of the teacher: launch/sweep.py")
+    assert set(needs[1:]) == {
+        "Not drawn: it needs per-token scores: a new run with scoring.per_token=true."
+    }
     assert not (four_seeds.page.parent / "report-curves.csv").exists()
     assert "Texts" not in four_seeds.headings
     assert 'class="decision holds"' in four_seeds.html
@@ -383,7 +412,7 @@ def test_several_runs_are_compared(tmp_path: Path, four_seeds: Reported) -> None
     assert head[:3] == ["claim", "results.h5", "other.h5"]
     rows = report.rows("report-compared-precision-recall")
     recall = {(r["run"], r["label"]): float(r["recall"]) for r in rows if r["recall"]}
-    for label in ("direct", "τ 0.6"):
+    for label in ("direct", "tau 0.6"):
         change = recall["other.h5", label] - recall["results.h5", label]
         assert change == pytest.approx(-0.3, abs=0.1)
     assert four_seeds.page.with_name("report.html").exists()
@@ -404,6 +433,13 @@ def labels() -> Iterator[ModuleType]:
         yield importlib.import_module("report_labels")
 
 
+@pytest.fixture(scope="module")
+def report_run() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "analysis"))
+        yield importlib.import_module("report_run")
+
+
 share = st.floats(0.0, 1.0)
 
 
@@ -422,3 +458,97 @@ def test_a_label_has_a_free_place_at_every_width_or_none(
         assert not any(a.meets(b) for a, b in combinations(boxes, 2))
         assert not any(box.holds(plot.pixels(point)) for box in boxes for point in points)
         assert all(plot.contains(box) for box in boxes)
+
+
+def test_the_introduction_says_what_the_words_mean_and_what_the_run_is(
+    one_seed: Reported, four_seeds: Reported
+) -> None:
+    words = squeezed(unescape(one_seed.body.split("<h2>Verdicts")[0]))
+    for word in ("Truth p*", "teacher p'", "student p''", "Precision is", "Recall is", "nats"):
+        assert word in words
+    for fact in ("arXiv 2505.13111", "a small Llama over bytes", "toy run", "Parameters: truth"):
+        assert fact in words
+    assert "They do not cover another p*" in words
+    assert "toy run" not in four_seeds.body  # its results do not say how they were made
+
+
+@pytest.mark.parametrize("name", ["one_seed", "four_seeds"])
+def test_signs_percentages_and_taus_are_written_in_one_way(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    report: Reported = request.getfixturevalue(name)
+    prose = re.sub(
+        r"<(pre|figcaption|dl|style|head|script)\b.*?</\1>", "", report.body, flags=re.DOTALL
+    )
+    text = unescape(re.sub("<[^>]*>", "\n", prose))
+    assert not re.findall(r"\b(?:tau|T) \d", text)
+    assert "\N{MINUS SIGN}" in text
+    assert not re.findall(r"(?<![\w.)])-\d| - |-precision", text)
+    assert not re.findall(r"\d%|\d %", text)
+    assert "\N{NO-BREAK SPACE}%" in text
+    assert not re.findall(r"\N{GREEK SMALL LETTER TAU}|tau-\d|tau\d", text)
+
+
+def test_a_student_has_one_look_in_all_figures(four_seeds: Reported, one_seed: Reported) -> None:
+    for report in (four_seeds, one_seed):
+        looks: dict[str, set[str]] = {}
+        for spec in report.specs:
+            for channel, scale in _scales(spec["layer"]):
+                for student, look in zip(scale["domain"], scale["range"], strict=True):
+                    looks.setdefault(f"{channel} of {student}", set()).add(str(look))
+        assert len(looks) > 12
+        assert {look: found for look, found in looks.items() if len(found) > 1} == {}
+    assert len({str(looks[f"color of {name}"]) for name in ("direct", "tau 1", "tau 0.6")}) == 3
+
+
+def _scales(part: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(part, list):
+        for item in part:
+            yield from _scales(item)
+    elif isinstance(part, dict):
+        for name, value in part.items():
+            if name in {"color", "shape", "strokeDash"} and "scale" in (value or {}):
+                yield name, value["scale"]
+            yield from _scales(value)
+
+
+def test_a_point_is_drawn_once_and_truth_is_marked(four_seeds: Reported) -> None:
+    rows = four_seeds.rows("report-precision-recall")
+    drawn = [(r["precision"], r["recall"]) for r in rows if r["label"] and r["recall"]]
+    assert len(set(drawn)) == len(drawn) == 15
+    [truth] = [row for row in rows if row["series"] == "truth itself"]
+    assert truth["precision"] == truth["recall"]
+
+
+def test_temperatures_on_an_axis_have_all_their_digits(
+    four_seeds: Reported, browser: Browser
+) -> None:
+    measured = browser.look(four_seeds.page, LAPTOP, MEASURE)
+    assert "1.25" in measured["charts"][-1]["texts"]
+
+
+def test_contrasts_are_shown_once_with_each_step_of_tau(four_seeds: Reported) -> None:
+    [table] = re.findall("Change against another student.*?</table>", four_seeds.spaced, re.DOTALL)
+    pairs = re.findall("<tr><td>(.*?)</td><td>(.*?)</td>", table)
+    assert len({frozenset(pair) for pair in pairs}) == len(pairs) == 5 + 4 + 3
+    assert {("tau 1", "direct"), ("tau 0.95", "tau 1"), ("tau 0.6", "tau 0.8")} <= set(pairs)
+    assert "Detectable is the smallest change" in table
+
+
+def test_the_length_of_texts_is_beside_nats_per_sequence(one_seed: Reported) -> None:
+    scores = read_results(one_seed.page.with_name("results.h5")).scores
+    [table] = re.findall("<h3>Nats per sequence.*?</table>", one_seed.spaced, re.DOTALL)
+    shown = dict(re.findall(r'<tr><td>([^<]*)</td><td><span class="number">([\d.]+) \[', table))
+    for name, sampler in (("truth", "truth"), ("tau 0.6", "student-s0-small-tau0.6")):
+        tokens = scores[sampler, "self"].num_tokens
+        assert float(shown[name]) == pytest.approx(tokens.mean(), abs=0.001)
+
+
+def test_several_versions_of_the_code_are_said(tmp_path: Path, report_run: ModuleType) -> None:
+    results = read_results(made_up(tmp_path / "results.h5"))
+    for code, said in (('["a1", "b2"]', True), ('["a1"]', False)):
+        given = replace(results, provenance={"code": code})
+        study = importlib.import_module("study").Study(given)
+        facts = dict(report_run.provenance(study, report_run.RunFacts(config=None, records={})))
+        assert facts["code"].startswith("a1")
+        assert ("different versions of the code" in facts["code"]) == said
