@@ -286,6 +286,13 @@ def _rarity(rows: Rows, looks: Looks) -> Layers:
     )  # fmt: skip
 
 
+def _entropy(rows: Rows, looks: Looks) -> Layers:
+    return _places(
+        rows, "fifth", "student", looks, x_title="fifth of positions in truth's samples",
+        zero_line=True, joined="true", y_title="recall change (nats per token)",
+    )  # fmt: skip
+
+
 def _total_variation(rows: Rows, looks: Looks) -> Layers:
     return _places(
         rows, "k", "student", looks, x_title="number of first tokens k", y_title="total variation",
@@ -430,6 +437,7 @@ CHARTS: Mapping[str, Callable[[Rows, Looks], Layers]] = {
     "equal-precision": _equal_precision,
     "parts": _parts,
     "rarity": _rarity,
+    "entropy": _entropy,
     "curves": _curves,
     "total-variation": _total_variation,
     "best-temperature": _best_temperature,

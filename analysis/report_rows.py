@@ -74,6 +74,7 @@ def figures(study: Study, size: str) -> list[Figure]:
         with_teacher,
         parts,
         by_rarity,
+        by_entropy,
         curves,
         total_variation,
         best_temperature,
@@ -480,6 +481,34 @@ def by_rarity(study: Study, size: str) -> Figure:
         rows=rows,
         numbers=across(rows, "fifth", "fifth ", sign=True),
     )
+
+
+def by_entropy(study: Study, size: str) -> Figure:
+    """Return the change of recall against tau 1 on each fifth of positions, by truth's entropy."""
+    rows: list[Row] = []
+    known = study.has_entropies and "1" in study.labels(size)
+    for label in study.labels(size) if known else []:
+        for fifth in range(NUM_GROUPS):
+            change = study.contrast(size, label, "1", _of_positions(study, fifth))
+            if label != "1" and change is not None:
+                name = {0: "1 surest", NUM_GROUPS - 1: f"{NUM_GROUPS} least sure"}
+                row: Row = {"student": student_name(label)}
+                rows.append(row | {"fifth": name.get(fifth, str(fifth + 1))} | interval(change))
+    return Figure(
+        name="entropy",
+        title="Recall change against tau 1, by how sure the truth is",
+        reading="Positions in truth's samples are cut into five equal parts by the entropy of the "
+        "truth's next token there. Below 0, the student finds such tokens less likely than the "
+        "student of tau 1 does.",
+        needs="scoring.expected=true, which launch/sweep.py adds to a finished run, and "
+        "scoring.per_token=true from the start",
+        rows=rows,
+        numbers=across(rows, "fifth", "fifth ", sign=True),
+    )
+
+
+def _of_positions(study: Study, fifth: int) -> Measure:
+    return lambda student: study.by_entropy(student)[fifth]
 
 
 def _of_fifth(study: Study, fifth: int) -> Measure:
