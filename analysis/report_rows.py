@@ -268,10 +268,10 @@ def precision_recall(study: Study, size: str) -> Figure:
         name="precision-recall",
         title="Precision against recall",
         reading=f"{UP_TO_TRUTH} The grey line joins the distilled students along tau, lines in "
-        "colour join one student along the temperature T of its sampling. Where the bars, which "
-        "are intervals, are wide, a point above or below a line decides nothing: whether a lower "
-        "temperature does as well as distillation is in the next figure. Truth's own recall is "
-        "marked on its line, at the edge if it is further right.",
+        "colour join one student along the temperature T of its sampling. The bars are intervals, "
+        "so a point above or below a line decides nothing by itself: the next figure compares "
+        "distillation with another temperature at equal precision. Truth's own recall is marked "
+        "on its line, at the edge if it is further right.",
         needs="students with both of their scores",
         rows=rows,
         numbers=by_point(rows),
