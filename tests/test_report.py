@@ -395,7 +395,8 @@ def test_a_figure_whose_scores_are_missing_says_what_it_needs(four_seeds: Report
     needs = [s for s in four_seeds.sentences if s.startswith("Not drawn: it needs")]
     assert len(needs) == 4
     assert needs[0].startswith("Not drawn: it needs scores of the teacher: launch/sweep.py")
-    assert set(needs[1:]) == {
+    assert needs[1].startswith("Not drawn: it needs scoring.expected=true, which launch/sweep.py")
+    assert set(needs[2:]) == {
         "Not drawn: it needs per-token scores: a new run with scoring.per_token=true."
     }
     assert not (four_seeds.page.parent / "report-curves.csv").exists()
