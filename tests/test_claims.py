@@ -118,6 +118,11 @@ def test_a_run_records_its_claims_and_its_archive_has_all_but_tokens(
     assert archive.main([str(path), str(tmp_path / "scores-0.h5")]) == 0
     whole = read_results(path / "8-merge" / "results.h5")
     slim = read_results(tmp_path / "scores-0.h5")
+    kept = (tmp_path / "scores-0.h5").read_bytes()
+    for there in ("scores-0.h5", "."):
+        with pytest.raises(InputError, match="exists already"):
+            archive.main([str(tmp_path / "scores-0.h5"), str(tmp_path / there)])
+    assert (tmp_path / "scores-0.h5").read_bytes() == kept
     for pair, scores in slim.scores.items():
         assert scores.arrays().keys() == whole.scores[pair].arrays().keys() - {"token_log_prob"}
         assert scores.log_prob_sum.tobytes() == whole.scores[pair].log_prob_sum.tobytes()
