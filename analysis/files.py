@@ -103,8 +103,8 @@ def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> Analysis:
         The results, and the folder to write to, which exists.
 
     Raises:
-        InputError: if there is no such run or it has no results, or they are those of another
-            pipeline.
+        InputError: if there is no such run or it has no results, they are those of another
+            pipeline, or the folder to write to cannot be made.
         DamagedError: if the results cannot be read.
     """
     path = Path(options.run)
@@ -126,5 +126,10 @@ def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> Analysis:
     if not results.complete:
         print("warning: some planned shards are missing from these results", file=sys.stderr)
     out: Path = options.out or path.parent
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{out}: cannot be made ({error.strerror}); expected a folder to write to"
+        ) from error
     return Analysis(results=results, path=path, out=out)
