@@ -464,7 +464,7 @@ def parts(study: Study, size: str) -> Figure:
 def by_rarity(study: Study, size: str) -> Figure:
     """Return the change of recall against tau 1 on each fifth of truth's samples."""
     rows: list[Row] = []
-    known = (TRUTH, SELF) in study.scores and "1" in study.labels(size)
+    known = study.has_fifths and "1" in study.labels(size)
     for label in study.labels(size) if known else []:
         for fifth in range(NUM_GROUPS):
             change = study.contrast(size, label, "1", _of_fifth(study, fifth))

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Literal
 
 from scipy import stats
-from study import SELF, TRUTH, Measure, Student, Study, at_equal_precision, best_recall
+from study import Measure, Student, Study, at_equal_precision, best_recall
 
 from kdhpc.science.intervals import SeedMean, over_seeds
 
@@ -312,7 +312,7 @@ def more_than_calibration(study: Study, size: str) -> list[Verdict]:
 def rare_pays(study: Study, size: str) -> list[Verdict]:
     """Compare what the rarest and the commonest fifth of truth's samples lose at the lowest tau."""
     taus = study.taus(size)
-    if len(taus) < 2 or (TRUTH, SELF) not in study.scores:
+    if len(taus) < 2 or not study.has_fifths:
         return []
     ends = (taus[-1], taus[0])
     rarest = study.contrast(size, *ends, lambda s: study.by_rarity(s)[0])
