@@ -1,9 +1,11 @@
 """Claims are tested as they were fixed, on the pooled seeds of one experiment."""
 
+import functools
 import hashlib
 import importlib
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,56 @@ def test_seeds_of_several_files_are_pooled(tmp_path: Path, run: Run) -> None:
     assert "3 seeds" in run(cut)  # truth's samples are the same there
 
 
+def test_a_claim_without_a_value_counts_among_those_that_are_corrected_for(
+    tmp_path: Path, run: Run
+) -> None:
+    claims = importlib.import_module("claims")
+    folder = folder_of(tmp_path / "all")
+    study = claims.Study(read_results(folder / "scores-all.h5"))
+    [same] = [c for c in claims.read_claims(folder / "claims.yaml") if c.name == "same-recall"]
+    [term] = same.terms
+    unknown = replace(same, terms=(replace(term, of="0.7"),))
+    none = replace(same, terms=(replace(term, measure="divergence-beyond-share", of="0.7"),))
+    outcomes = [claims.evaluate(study, claim, "small") for claim in (same, unknown, none)]
+    assert [outcome.p_value == 1.0 for outcome in outcomes] == [False, True, True]
+    _, corrected, _ = (list(column.cells) for column in claims.table(outcomes, 4).columns)
+    assert corrected[0] == f"{3 * outcomes[0].p_value:.4f}"
+
+
+def test_what_is_missing_is_said_and_never_a_traceback(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of(tmp_path / "all")
+    results = read_results(folder / "scores-all.h5")
+    bad = "student-s2-small-tau0.6"
+    parts = [
+        ScorePieces(
+            sampler=sampler, scorer=scorer, num_rows=len(scores.num_tokens),
+            pieces=[*scores.arrays().items()],
+        )
+        for (sampler, scorer), scores in results.scores.items()
+        if bad not in (sampler, scorer)
+    ]  # fmt: skip
+    write = functools.partial(
+        write_results, folder / "scores-all.h5", recipe="r", provenance=results.provenance,
+        models=results.models, complete=False,
+    )  # fmt: skip
+    claims = importlib.import_module("claims")
+    (folder / "scores-all.h5").unlink()
+    write(scores=parts)
+    assert claims.main([str(folder)]) == 0
+    printed = capsys.readouterr()
+    assert "some planned shards are missing" in printed.err
+    said = " ".join(printed.out.split())
+    assert "1 of 16 trained students are left out" in said
+    assert "3 of 4 seeds; detectable" in said
+    for kept, message in (("student", "lacks truth's own scores"), ("truth", "no student has")):
+        some = [p for p in parts if p.sampler.startswith(kept)]
+        write(scores=some)
+        with pytest.raises(InputError, match=message):
+            run(folder)
+
+
 def test_claims_that_were_changed_afterwards_are_refused(tmp_path: Path, run: Run) -> None:
     folder = folder_of(tmp_path / "all")
     (folder / "claims.yaml").write_text(CLAIMS.replace("margin: 0.1", "margin: 0.5"))
@@ -102,7 +154,15 @@ def test_claims_that_were_changed_afterwards_are_refused(tmp_path: Path, run: Ru
 
 @pytest.mark.parametrize(
     "text",
-    ["", "claims: 3", CLAIMS.replace("test: within", "test: near"), CLAIMS.replace("says:", "x:")],
+    [
+        "",
+        "claims: 3",
+        CLAIMS.replace("test: within", "test: near"),
+        CLAIMS.replace("says:", "x:"),
+        CLAIMS.replace("margin:", "margn:"),
+        CLAIMS.replace("margin: 0.1", "margin: -0.1"),
+        CLAIMS.replace("margin: 0.1", "margin: .nan"),
+    ],
 )
 def test_a_file_that_is_no_claims_is_refused(text: str, tmp_path: Path, run: Run) -> None:
     with pytest.raises(InputError, match="not a file of claims"):
@@ -129,6 +189,8 @@ def test_a_run_records_its_claims_and_its_archive_has_all_but_tokens(
     assert slim.models == whole.models
     said = run(tmp_path)
     assert "4 claims, 1 seeds" in said
+    assert "one training: sampling error only" in said
+    assert "detectable" not in said
     assert "a term has no value in some seed" in said
 
 
