@@ -24,12 +24,15 @@ from kdhpc.storage.run_folder import RESULTS
 mpl.use("Agg")  # figures are written to files, so no display is needed
 
 
-def parser(description: str | None, *, several: bool = False) -> argparse.ArgumentParser:
+def parser(
+    description: str | None, *, several: bool = False, writes: bool = True
+) -> argparse.ArgumentParser:
     """Make a parser of the arguments that every analysis takes.
 
     Args:
         description: text of the help.
         several: whether several runs may be given; `run` is a list then.
+        writes: whether the analysis writes files.
     """
     new_parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
@@ -39,9 +42,11 @@ def parser(description: str | None, *, several: bool = False) -> argparse.Argume
         nargs="+" if several else None,
         help=f"a run's name or folder, or a file such as {RESULTS}",
     )
-    new_parser.add_argument(
-        "--out", type=Path, help=f"folder to write to (default: the folder of {RESULTS})"
-    )
+    if writes:
+        new_parser.add_argument(
+            "--out", type=Path, help=f"folder to write to (default: the folder of {RESULTS})"
+        )
+    new_parser.set_defaults(out=None)
     return new_parser
 
 
