@@ -139,6 +139,7 @@ def test_one_training_decides_nothing(
     path = results_of(tmp_path / "r.h5", PRECISION, recall, seeds=1)
     found = found_in(path, study_module, verdicts_module)
     assert len(found) >= 5
+    assert "would have been decided" not in found["cost-of-a-teacher"].sentence
     assert {verdict.decision for verdict in found.values()} == {"undecided"}
 
 
@@ -249,9 +250,45 @@ def test_who_pays_is_said_for_the_rarest_and_the_commonest_fifth(
 ) -> None:
     path = results_of(tmp_path / "r.h5", PRECISION, PRECISION)
     verdict = found_in(path, study_module, verdicts_module)["rare-pays"]
-    assert verdict.decision == "undecided"  # these students gain the same on every sample
+    assert verdict.decision == "fails"  # these students gain, and the same on every sample
     for name in ("rarest", "commonest"):
         assert verdict.means[name].estimate == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize(("change", "decision"), [(0.0, "fails"), (-1.5, "holds")])
+def test_a_fifth_that_gains_less_than_another_does_not_pay(
+    change: float, decision: str, tmp_path: Path, study_module: ModuleType,
+    verdicts_module: ModuleType,
+) -> None:  # fmt: skip
+    whole = results_of(tmp_path / "r.h5", PRECISION, PRECISION)
+    own = read_results(whole).scores["truth", "self"].log_prob_sum
+    rarest = np.argsort(own)[: NUM_ROWS // 5]
+
+    def lose(pair: tuple[str, str], arrays: dict[str, Any]) -> None:
+        if pair[0] == "truth" and pair[1].endswith("tau0.6"):
+            arrays["log_prob_sum"][rarest] += TOKENS * (change - 0.5)
+
+    path = changed(whole, tmp_path / "s.h5", lose)
+    verdict = found_in(path, study_module, verdicts_module)["rare-pays"]
+    assert verdict.means["difference"].high < 0.0
+    assert verdict.decision == decision
+
+
+def test_end_tokens_that_precision_leaves_out_are_a_part_of_its_gain(
+    tmp_path: Path, study_module: ModuleType, verdicts_module: ModuleType
+) -> None:
+    whole = results_of(tmp_path / "r.h5", PRECISION, PRECISION)
+
+    def end(pair: tuple[str, str], arrays: dict[str, Any]) -> None:
+        each = -4.0 if pair[0].endswith("tau0.6") and pair[1] == "truth" else -1.0
+        arrays["end_log_prob"] = np.full(NUM_ROWS, each)
+
+    path = changed(whole, tmp_path / "s.h5", end, config="eos: mask")
+    verdict = found_in(path, study_module, verdicts_module)["gain-is-entropy-0.6"]
+    parts = {name: verdict.means[name].estimate for name in ("entropy", "divergence", "end tokens")}
+    assert parts["end tokens"] == pytest.approx(3.0 / TOKENS)
+    assert verdict.means["precision"].estimate == pytest.approx(sum(parts.values()))
+    assert "end tokens, which precision leaves out, +0.300" in verdict.sentence
 
 
 def test_precision_and_recall_are_those_of_stored_ids(
