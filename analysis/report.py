@@ -232,7 +232,7 @@ def _collapses(study: Study, facts: RunFacts) -> list[Verdict]:
 
 def _diversity_parts(study: Study, facts: RunFacts) -> list[Part]:
     truth = facts.first_of(arms.TRUTH_MODEL)
-    if truth is None or not truth.data.is_dir():
+    if truth is None or not (truth.data / "tokenizer.json").is_file():
         return []
     tables = []
     for size in study.sizes:
