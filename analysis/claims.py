@@ -90,13 +90,15 @@ def read_claims(path: Path) -> list[Claim]:
     """
     try:
         claims = [_claim(entry) for entry in presets.from_yaml(path.read_text())["claims"]]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        if not claims or len({claim.name for claim in claims}) < len(claims):
+            raise ValueError("expected at least one claim, each of a name of its own")
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a file of claims ({error!r})") from error
     return claims
 
 
 def _claim(entry: Mapping[str, Json]) -> Claim:
-    terms = tuple(Term(**{key: str(value) for key, value in t.items()}) for t in entry["terms"])
+    terms = tuple(Term(**{key: _label(value) for key, value in t.items()}) for t in entry["terms"])
     if entry["test"] not in TESTS or not terms or {t.measure for t in terms} - {*MEASURES}:
         raise ValueError(f"{entry['name']}: expected a test of {TESTS}, measures of {MEASURES}")
     margin = float(str(entry.get("margin", 0.0)))
@@ -111,6 +113,11 @@ def _claim(entry: Mapping[str, Json]) -> Claim:
         margin=margin,
         terms=terms,
     )
+
+
+def _label(value: Json) -> str:
+    """Return a text as it is, and a tau that is given as a number as its students are called."""
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def pool(parts: Sequence[Results]) -> Results:

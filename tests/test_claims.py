@@ -109,6 +109,15 @@ def test_a_claim_without_a_value_counts_among_those_that_are_corrected_for(
     assert corrected[0] == f"{3 * outcomes[0].p_value:.4f}"
 
 
+def test_a_tau_may_be_a_number(tmp_path: Path, run: Run) -> None:
+    claims = importlib.import_module("claims")
+    numbers, texts = tmp_path / "numbers.yaml", tmp_path / "texts.yaml"
+    texts.write_text(CLAIMS)
+    numbers.write_text(CLAIMS.replace('"0.8"', "0.80").replace('"1"', "1.0"))
+    assert numbers.read_bytes() != texts.read_bytes()
+    assert claims.read_claims(numbers) == claims.read_claims(texts)
+
+
 def test_what_is_missing_is_said_and_never_a_traceback(
     tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +166,10 @@ def test_claims_that_were_changed_afterwards_are_refused(tmp_path: Path, run: Ru
     [
         "",
         "claims: 3",
+        "claims: [",
+        "claims: []",
+        "claims: [{name: a, says: b, test: less, terms: [3]}]",
+        CLAIMS.replace("name: control", "name: same-recall"),
         CLAIMS.replace("test: within", "test: near"),
         CLAIMS.replace("says:", "x:"),
         CLAIMS.replace("margin:", "margn:"),
