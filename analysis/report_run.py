@@ -67,7 +67,9 @@ class RunFacts:
 
         They are those of the config: a run that has grown has other shards of the same rows too.
         """
-        keys = [shard.key for shard in self._plan.arm(*arm)] if self._plan else []
+        if not self.records or self._plan is None:
+            return []
+        keys = [shard.key for shard in self._plan.arm(*arm)]
         return [self.records[key] for key in keys] if {*keys} <= self.records.keys() else []
 
     @cached_property
