@@ -43,6 +43,8 @@ precision: a change below 0 says that more than 0.8 of a gain in precision is lo
 `eos: mask`, and less of the end tokens, which precision leaves out).
 `control-recall` is the recall of the student `against` at the temperature at which it has the
 precision of the student `of`, less the recall of that."""
+SHARED = ("seed", "prompt", "begin", "length", "eos", "teacher", "students")
+"""Fields of the config that runs must share to be pooled, besides the size of D."""
 TESTS = ("greater", "less", "within")
 FIELDS = {"name", "says", "test", "margin", "terms"}
 """Fields of a claim in its file; all but the margin are required."""
@@ -124,7 +126,8 @@ def pool(parts: Sequence[Results]) -> Results:
     """Return the results of runs with the same truth and D, and other seeds, as those of one run.
 
     Raises:
-        InputError: if truth's samples differ or are missing, or two runs have one seed.
+        InputError: if truth's samples differ or are missing, models were trained differently, or
+            two runs have one seed.
     """
     if any((TRUTH, SELF) not in part.scores for part in parts):
         raise InputError("a file lacks truth's own scores; expected files of finished runs")
@@ -136,6 +139,8 @@ def pool(parts: Sequence[Results]) -> Results:
             raise InputError(
                 "truth's samples differ between files; expected seeds of one experiment"
             )
+        if (field := _difference(first, part)) is not None:
+            raise InputError(f"{field} differs between files; expected seeds of one experiment")
         shared = {n for n in part.models if n in models} - {TRUTH}
         if shared:
             raise InputError(f"two files have {min(shared)}; expected each seed once")
@@ -149,6 +154,27 @@ def pool(parts: Sequence[Results]) -> Results:
         complete=all(part.complete for part in parts),
         provenance=first.provenance,
     )
+
+
+def _difference(first: Results, other: Results) -> str | None:
+    """Return a field of the configs that has to be the same and is not; None if there is none."""
+    ours, theirs = (presets.from_yaml(r.provenance.get("config", "")) for r in (first, other))
+    sampling = [config.get("sampling", {}) for config in (ours, theirs)]
+    if not _agree(*({n: v for n, v in of.items() if n == "train_sequences"} for of in sampling)):
+        return "sampling.train_sequences"
+    fields = (name for name in SHARED if name in ours and name in theirs)
+    return next((name for name in fields if not _agree(ours[name], theirs[name])), None)
+
+
+def _agree(ours: Json, theirs: Json) -> bool:
+    """Return whether two parts of configs agree where both say something.
+
+    Versions may differ in the fields that they have, and machines in where a model is kept.
+    """
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        names = (ours.keys() & theirs.keys()) - {"model"}
+        return all(_agree(ours[name], theirs[name]) for name in names)
+    return bool(ours == theirs)
 
 
 def evaluate(study: Study, claim: Claim, size: str) -> Outcome:

@@ -152,6 +152,32 @@ def test_what_is_missing_is_said_and_never_a_traceback(
             run(folder)
 
 
+@pytest.mark.parametrize(
+    ("field", "other_field", "pooled"),
+    [
+        ("eos: learn", "eos: mask", False),
+        ("sampling: {train_sequences: 4}", "sampling: {train_sequences: 8}", False),
+        ("students: {a: {training: {epochs: 1}}}", "students: {a: {training: {epochs: 2}}}", False),
+        ("teacher: {model: /here}", "teacher: {model: /there, added: 1}", True),
+        ("taus: [1.0]", "taus: [1.0, 0.6]", True),
+    ],
+)
+def test_seeds_of_another_experiment_are_not_pooled(
+    field: str, other_field: str, pooled: bool, tmp_path: Path, run: Run
+) -> None:
+    folder = folder_of(tmp_path / "all")
+    whole = folder / "scores-all.h5"
+    config = read_results(whole).provenance["config"]
+    for name, added, seeds in (("a", field, "02"), ("b", other_field, "13")):
+        rewrite(whole, folder / f"scores-{name}.h5", {"config": f"{config}\n{added}"}, seeds)
+    whole.unlink()
+    if pooled:
+        assert "4 claims, 4 seeds" in run(folder)
+        return
+    with pytest.raises(InputError, match="differs between files; expected seeds of one experiment"):
+        run(folder)
+
+
 def test_claims_that_were_changed_afterwards_are_refused(tmp_path: Path, run: Run) -> None:
     folder = folder_of(tmp_path / "all")
     (folder / "claims.yaml").write_text(CLAIMS.replace("margin: 0.1", "margin: 0.5"))
