@@ -114,6 +114,8 @@ def predicted(study: Study, size: str, pilot: int) -> dict[str, Point] | None:
 
 def report(study: Study, size: str, options: argparse.Namespace) -> list[str]:
     """Print the table of a size, and return what is chosen, in sentences."""
+    if PLAIN not in study.taus(size):
+        return [f"{size}: no students of tau 1; nothing is chosen"]
     worth = worth_of(options)
     seeds = sorted(set.intersection(*({*study.of(size, tau)} for tau in study.taus(size))))
     if not seeds:
@@ -198,14 +200,16 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     analysis = files.read(options, LANGUAGE)
     study = Study(analysis.results)
-    sizes = [size for size in study.sizes if PLAIN in study.taus(size)]
-    if not sizes:
-        raise InputError(f"{analysis.path}: no students of tau 1; expected a sweep with tau 1")
+    if not any(PLAIN in study.taus(size) for size in study.sizes):
+        raise InputError(
+            f"{analysis.path}: no students of tau 1 with both of their scores; expected a sweep "
+            "with tau 1"
+        )
     if options.metric:
         _check_metric(study, study.students, options.metric)
     if study.left_out:
         print(study.left_out)
-    for size in sizes:
+    for size in study.sizes:
         for line in report(study, size, options):
             print(line)
     return 0

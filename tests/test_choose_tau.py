@@ -104,6 +104,16 @@ def test_without_a_seed_of_all_taus_nothing_is_chosen(tmp_path: Path, choose: Ch
     assert "small: no seed has its students of all taus; nothing is chosen" in said
 
 
+def test_a_size_without_students_of_tau_1_is_said(tmp_path: Path, choose: Choose) -> None:
+    def none(pair: tuple[str, str], arrays: dict[str, Any]) -> None:
+        if pair[0].endswith("tau1"):
+            arrays["log_prob_sum"][0] = np.nan
+
+    path = changed(results_of(tmp_path / "r.h5", POINTS), tmp_path / "s.h5", none)
+    with pytest.raises(InputError, match="no students of tau 1 with both of their scores"):
+        choose(path, "--weight", "1")
+
+
 def test_what_no_tau_reaches_and_what_is_not_there_is_said(tmp_path: Path, choose: Choose) -> None:
     path = results_of(tmp_path / "r.h5", {})
     said = choose(path, "--precision", "-1")
