@@ -266,14 +266,9 @@ class Study:
         scores = self.scores[TRUTH, at_temperature(student.name, temperature)]
         order = np.argsort(own.log_prob_sum / np.maximum(own.num_tokens, 1), kind="stable")
         order = order[own.num_tokens[order] > 0]
-        fifths = []
-        for rows in np.array_split(order, NUM_GROUPS):
-            inside = np.zeros(len(own.num_tokens))
-            inside[rows] = 1.0
-            fifths.append(
-                ratio(inside * scores.log_prob_sum, inside * scores.num_tokens, rows=TRUTH)
-            )
-        return fifths
+        return in_fifths(
+            scores.log_prob_sum[order], scores.num_tokens[order], order, len(own.num_tokens)
+        )
 
     @property
     def has_fifths(self) -> bool:
@@ -300,23 +295,21 @@ class Study:
         tokens = self.scores[TRUTH, student.name].token_log_prob
         if tokens is None:
             raise ValueError(f"{TRUTH} under {student.name}: no per-token scores")
-        fifths = []
-        for positions in self._positions_by_entropy:
-            row, picked = positions // tokens.shape[1], tokens.ravel()[positions]
-            sums, counts = (np.bincount(row, of, len(tokens)) for of in (picked, None))
-            fifths.append(ratio(sums, counts, rows=TRUTH))
-        return fifths
+        positions = self._positions_by_entropy
+        picked = tokens.ravel()[positions].astype(np.float64)
+        ones = np.ones(len(picked))
+        return in_fifths(picked, ones, positions // tokens.shape[1], len(tokens))
 
     @cached_property
-    def _positions_by_entropy(self) -> list[NDArray[np.int64]]:
-        """Counted positions in the flattened truth's samples, in fifths."""
+    def _positions_by_entropy(self) -> NDArray[np.int64]:
+        """Counted positions in the flattened truth's samples, the surest of the truth first."""
         averaged = self.scores[TRUTH, f"{TRUTH}-expected"].token_log_prob
         own = self.scores[TRUTH, SELF].token_log_prob
         if averaged is None or own is None:
             raise ValueError("no entropies of the truth's next token")
         counted = np.flatnonzero(~np.isnan(own))
         order = np.argsort(-averaged.ravel()[counted], kind="stable")
-        return np.array_split(counted[order], NUM_GROUPS)
+        return np.asarray(counted[order])
 
     def temperatures(self, student: Student) -> list[float]:
         """Return the temperatures at which the student was sampled and scored, from the highest."""
@@ -375,6 +368,46 @@ def best_recall(study: Study, student: Student) -> tuple[float, Statistic]:
     scored = {t: study.recall(student, t) for t in study.scored_temperatures(student.name)}
     best = max(scored, key=lambda t: scored[t].value)
     return best, scored[best]
+
+
+def in_fifths(
+    sums: Numbers,
+    counts: NDArray[np.number],
+    rows: NDArray[np.integer],
+    num_rows: int,
+) -> list[Statistic]:
+    """Return the ratio of sums to counts in each fifth of parts of truth's samples.
+
+    Other samples would be cut at other places, which moves a fifth's ratio by what the parts at its
+    ends differ from it; the influence of each row contains that.
+    Source: the influence function of a trimmed mean, P. J. Huber, Robust Statistics (1981), 3.3.
+
+    Args:
+        sums: [M] log-probabilities of parts, in the order in which they are cut.
+        counts: [M] numbers of tokens of the parts.
+        rows: [M] the sample that each is a part of.
+        num_rows: number of truth's samples.
+    """
+    num_parts = len(sums)
+    size, more = divmod(num_parts, NUM_GROUPS)
+    ends = [index * size + min(index, more) for index in range(NUM_GROUPS + 1)]
+    width = max(1, num_parts // (8 * NUM_GROUPS))
+    expected = np.bincount(rows, minlength=num_rows) / num_parts
+    lack = [end * expected - np.bincount(rows[:end], minlength=num_rows) for end in ends]
+    fifths = []
+    for index, (start, stop) in enumerate(pairwise(ends)):
+        above, below = (
+            np.bincount(rows[start:stop], of[start:stop], num_rows) for of in (sums, counts)
+        )
+        inside = ratio(above, below, rows=TRUTH)
+        influence = inside.influence[TRUTH]
+        for end, side in ((index + 1, 1.0), (index, -1.0)):
+            if 0 < end < NUM_GROUPS:
+                near = slice(max(0, ends[end] - width), ends[end] + width)
+                off = float((sums[near] - inside.value * counts[near]).mean())
+                influence = influence + side * off * lack[end] / below.sum()
+        fifths.append(Statistic(value=inside.value, influence={TRUTH: influence}))
+    return fifths
 
 
 def _has_mean(scores: Scores) -> bool:

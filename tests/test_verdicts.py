@@ -213,6 +213,25 @@ def test_fifths_are_of_samples_with_a_token_and_need_five_of_them(
             assert np.mean(fifths) == pytest.approx(study.recall(student).value)
 
 
+def test_errors_of_fifths_are_those_of_other_samples(study_module: ModuleType) -> None:
+    """What is lost grows with rarity here, so that a fifth depends on where it is cut."""
+    noise = np.random.default_rng(0)
+    num_rows, repeats = 400, 1500
+    values = np.empty((repeats, 5))
+    errors = np.empty((repeats, 5))
+    for repeat in range(repeats):
+        rarity = noise.normal(size=num_rows)
+        lost = -0.3 - 0.25 * np.maximum(-rarity, 0.0) + noise.normal(0.0, 0.1, num_rows)
+        order = np.argsort(rarity)
+        tokens = np.full(num_rows, TOKENS)
+        fifths = study_module.in_fifths(TOKENS * lost[order], tokens, order, num_rows)
+        values[repeat] = [fifth.value for fifth in fifths]
+        errors[repeat] = [np.linalg.norm(fifth.influence["truth"]) for fifth in fifths]
+        assert all(abs(fifth.influence["truth"].sum()) < 1e-9 for fifth in fifths)
+    ratios = errors.mean(axis=0) / values.std(axis=0)
+    assert (np.abs(ratios - 1.0) < 0.1).all(), ratios
+
+
 @pytest.mark.parametrize("what", ["nan", "infinite", "no token", "one sequence"])
 def test_a_score_without_a_mean_is_left_out_and_said(
     what: str, tmp_path: Path, study_module: ModuleType, verdicts_module: ModuleType
