@@ -3,8 +3,8 @@
 
     python analysis/archive.py RUN FILE
 
-RUN is a run's name or folder, or a file of results. FILE has all of its sums, counts and facts, and
-every analysis that needs no token reads it.
+RUN is a run's name or folder, or a file of results. FILE must not exist
+yet; it has all of its sums, counts and facts, and every analysis that needs no token reads it.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 import files
 
 from kdhpc.cluster.display import command
+from kdhpc.errors import InputError
 from kdhpc.pipeline import LANGUAGE
 from kdhpc.storage.results import ScorePieces, write_results
 
@@ -25,6 +26,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run", help="a run's name or folder, or a file of results")
     parser.add_argument("file", type=Path, help="the file to write")
     options = parser.parse_args(arguments)
+    if options.file.exists():
+        # It could be the very file that is read, whose arrays are mapped.
+        raise InputError(f"{options.file}: exists already; expected the name of a new file")
     results = files.read(
         argparse.Namespace(run=options.run, out=options.file.parent), LANGUAGE
     ).results

@@ -14,7 +14,8 @@
 Numbers are in nats per token. *Measured* is what the students of the sweep say. *Predicted* is what
 one would choose without a sweep: from the teachers' own precision and recall at each tau, and from
 one pilot student at the lowest tau, whose gain in precision scales the teacher's. The regret is
-what the predicted choice loses against the measured one, over the seeds without the pilot.
+what the predicted choice loses against the measured one, over the seeds without the pilot. Nothing
+is written.
 """
 
 import argparse
@@ -113,8 +114,12 @@ def predicted(study: Study, size: str, pilot: int) -> dict[str, Point] | None:
 
 def report(study: Study, size: str, options: argparse.Namespace) -> list[str]:
     """Print the table of a size, and return what is chosen, in sentences."""
+    if PLAIN not in study.taus(size):
+        return [f"{size}: no students of tau 1; nothing is chosen"]
     worth = worth_of(options)
     seeds = sorted(set.intersection(*({*study.of(size, tau)} for tau in study.taus(size))))
+    if not seeds:
+        return [f"{size}: no seed has its students of all taus; nothing is chosen"]
     curve = measured(study, size, seeds, options.metric)
     chosen = choose(curve, worth)
     by_seed = Counter(choose(measured(study, size, [s], options.metric), worth) for s in seeds)
@@ -174,26 +179,37 @@ def _print(study: Study, size: str, curve: Curve, forecast: Curve | None) -> Non
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError("expected a finite number")
+    return number
+
+
 def _mean(statistics: list[Statistic]) -> float:
     return over_seeds(statistics).estimate
 
 
 def main(arguments: list[str]) -> int:
     """Read results.h5 and print what is chosen for students of each size."""
-    parser = files.parser(__doc__)
+    parser = files.parser(__doc__, writes=False)
     purpose = parser.add_mutually_exclusive_group(required=True)
     for name in ("--recall-loss", "--precision", "--weight"):
-        purpose.add_argument(name, type=float, metavar="NATS" if name != "--weight" else "WEIGHT")
+        metavar = "NATS" if name != "--weight" else "WEIGHT"
+        purpose.add_argument(name, type=_finite, metavar=metavar)
     purpose.add_argument("--metric", metavar="NAME")
     options = parser.parse_args(arguments)
     analysis = files.read(options, LANGUAGE)
     study = Study(analysis.results)
-    sizes = [size for size in study.sizes if PLAIN in study.taus(size)]
-    if not sizes:
-        raise InputError(f"{analysis.path}: no students of tau 1; expected a sweep with tau 1")
+    if not any(PLAIN in study.taus(size) for size in study.sizes):
+        raise InputError(
+            f"{analysis.path}: no students of tau 1 with both of their scores; expected a sweep "
+            "with tau 1"
+        )
     if options.metric:
         _check_metric(study, study.students, options.metric)
-    for size in sizes:
+    if study.left_out:
+        print(study.left_out)
+    for size in study.sizes:
         for line in report(study, size, options):
             print(line)
     return 0

@@ -8,13 +8,15 @@ one run or of runs with other seeds of the same truth and D (`first_seed`). The 
 The sha256 of claims.yaml must be the one that each run recorded when it was submitted (`claims`).
 
 A claim has one or more terms, each a mean over seeds, and a test: all terms are `greater` or `less`
-than a margin in nats a token, or `within` it of 0. Its p-value is the largest of its terms'; Holm's
-method corrects for the number of claims. A claim holds if the corrected p-value is at most 0.05. It
-fails if the 95 % interval of a term contradicts it, and is undecided otherwise.
+than a margin in nats a token, or `within` it of 0. Its p-value is the largest of its terms', and 1
+if a term has no value; Holm's method corrects for the number of claims, in each size of students
+apart. A claim holds if the corrected p-value is at most 0.05. It fails if the 95 % interval of a
+term contradicts it, and is undecided otherwise. With one seed nothing is decided.
 """
 
 import argparse
 import hashlib
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,12 +36,18 @@ from kdhpc.storage.results import Results, read_results
 from kdhpc.types import Json
 
 ALPHA = 0.05
+ONE_TRAINING = "one training: sampling error only"
 MEASURES = ("precision", "recall", "divergence-beyond-share", "control-recall")
 """`divergence-beyond-share` is the part of precision that is less KL(p''||p*), less 0.2 of
-precision: a change below 0 says that more than 0.8 of a gain in precision is lower entropy.
+precision: a change below 0 says that more than 0.8 of a gain in precision is lower entropy (with
+`eos: mask`, and less of the end tokens, which precision leaves out).
 `control-recall` is the recall of the student `against` at the temperature at which it has the
 precision of the student `of`, less the recall of that."""
+SHARED = ("seed", "prompt", "begin", "length", "eos", "teacher", "students")
+"""Fields of the config that runs must share to be pooled, besides the size of D."""
 TESTS = ("greater", "less", "within")
+FIELDS = {"name", "says", "test", "margin", "terms"}
+"""Fields of a claim in its file; all but the margin are required."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +81,7 @@ class Outcome:
     means: tuple[SeedMean, ...]
     """One for each term; empty if a term has no value in some seed."""
     p_value: float
-    """Not corrected; NaN without means."""
+    """Not corrected; 1 without means."""
 
 
 def read_claims(path: Path) -> list[Claim]:
@@ -84,30 +92,45 @@ def read_claims(path: Path) -> list[Claim]:
     """
     try:
         claims = [_claim(entry) for entry in presets.from_yaml(path.read_text())["claims"]]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        if not claims or len({claim.name for claim in claims}) < len(claims):
+            raise ValueError("expected at least one claim, each of a name of its own")
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a file of claims ({error!r})") from error
     return claims
 
 
 def _claim(entry: Mapping[str, Json]) -> Claim:
-    terms = tuple(Term(**{key: str(value) for key, value in t.items()}) for t in entry["terms"])
+    terms = tuple(Term(**{key: _label(value) for key, value in t.items()}) for t in entry["terms"])
     if entry["test"] not in TESTS or not terms or {t.measure for t in terms} - {*MEASURES}:
         raise ValueError(f"{entry['name']}: expected a test of {TESTS}, measures of {MEASURES}")
+    margin = float(str(entry.get("margin", 0.0)))
+    if unknown := entry.keys() - FIELDS:
+        raise ValueError(f"{entry['name']}: unknown field {min(unknown)}")
+    if not math.isfinite(margin) or (entry["test"] == "within" and margin <= 0.0):
+        raise ValueError(f"{entry['name']}: margin {margin:g}; expected one above 0 for `within`")
     return Claim(
         name=entry["name"],
         says=entry["says"],
         test=entry["test"],
-        margin=float(entry.get("margin", 0.0)),
+        margin=margin,
         terms=terms,
     )
+
+
+def _label(value: Json) -> str:
+    """Return a text as it is, and a tau that is given as a number as its students are called."""
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def pool(parts: Sequence[Results]) -> Results:
     """Return the results of runs with the same truth and D, and other seeds, as those of one run.
 
     Raises:
-        InputError: if truth's samples differ, or two runs have one seed.
+        InputError: if truth's samples differ or are missing, models were trained differently, or
+            two runs have one seed.
     """
+    if any((TRUTH, SELF) not in part.scores for part in parts):
+        raise InputError("a file lacks truth's own scores; expected files of finished runs")
     first = parts[0]
     scores, models = dict(first.scores), dict(first.models)
     for part in parts[1:]:
@@ -116,6 +139,8 @@ def pool(parts: Sequence[Results]) -> Results:
             raise InputError(
                 "truth's samples differ between files; expected seeds of one experiment"
             )
+        if (field := _difference(first, part)) is not None:
+            raise InputError(f"{field} differs between files; expected seeds of one experiment")
         shared = {n for n in part.models if n in models} - {TRUTH}
         if shared:
             raise InputError(f"two files have {min(shared)}; expected each seed once")
@@ -131,12 +156,33 @@ def pool(parts: Sequence[Results]) -> Results:
     )
 
 
+def _difference(first: Results, other: Results) -> str | None:
+    """Return a field of the configs that has to be the same and is not; None if there is none."""
+    ours, theirs = (presets.from_yaml(r.provenance.get("config", "")) for r in (first, other))
+    sampling = [config.get("sampling", {}) for config in (ours, theirs)]
+    if not _agree(*({n: v for n, v in of.items() if n == "train_sequences"} for of in sampling)):
+        return "sampling.train_sequences"
+    fields = (name for name in SHARED if name in ours and name in theirs)
+    return next((name for name in fields if not _agree(ours[name], theirs[name])), None)
+
+
+def _agree(ours: Json, theirs: Json) -> bool:
+    """Return whether two parts of configs agree where both say something.
+
+    Versions may differ in the fields that they have, and machines in where a model is kept.
+    """
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        names = (ours.keys() & theirs.keys()) - {"model"}
+        return all(_agree(ours[name], theirs[name]) for name in names)
+    return bool(ours == theirs)
+
+
 def evaluate(study: Study, claim: Claim, size: str) -> Outcome:
     """Compute the terms of a claim for the students of a size."""
     means = [_mean(study, term, size) for term in claim.terms]
     known = tuple(mean for mean in means if mean is not None)
     if len(known) < len(means):
-        return Outcome(claim=claim, means=(), p_value=float("nan"))
+        return Outcome(claim=claim, means=(), p_value=1.0)
     return Outcome(claim=claim, means=known, p_value=max(_p_value(claim, mean) for mean in known))
 
 
@@ -148,6 +194,8 @@ def _mean(study: Study, term: Term, size: str) -> SeedMean | None:
             -study.divergence(s) - (1.0 - ENTROPY_SHARE) * study.precision(s)
         ),
     }
+    if term.measure == "divergence-beyond-share" and not study.has_divergences:
+        return None
     if term.measure in measures:
         return study.contrast(size, term.of, term.against, measures[term.measure])
     students, bases = study.of(size, term.of), study.of(size, term.against)
@@ -188,24 +236,31 @@ def _contradicts(claim: Claim, mean: SeedMean) -> bool:
 
 def table(outcomes: Sequence[Outcome], num_seeds: int) -> Table:
     """Make a table of the claims for people."""
-    tested = [outcome.p_value for outcome in outcomes if outcome.means]
-    corrected = iter(holm(tested)) if tested else iter(())
-    title = f"{len(outcomes)} claims, {num_seeds} seeds, nats per token, 95 % intervals"
+    corrected = holm([outcome.p_value for outcome in outcomes])
+    about = "95 % intervals" if num_seeds > 1 else ONE_TRAINING
+    title = f"{len(outcomes)} claims, {num_seeds} seeds, nats per token, {about}"
     printed = Table(title=title, title_justify="left", box=None)
     for name in ("decision", "p, corrected", "claim"):
         printed.add_column(name)
-    for outcome in outcomes:
-        p_value = float(next(corrected)) if outcome.means else float("nan")
+    for outcome, p_value in zip(outcomes, corrected, strict=True):
         lines = [f"{outcome.claim.name}: {outcome.claim.says}"]
         lines += [
-            f"  {term}: {text(mean)}; detectable {detectable(mean):.3f}"
+            f"  {term}: {text(mean)}; {_about(mean, num_seeds)}"
             for term, mean in zip(outcome.claim.terms, outcome.means, strict=False)
         ]
         if not outcome.means:
             lines.append("  a term has no value in some seed")
-        shown = f"{p_value:.4f}" if outcome.means else ""
+        shown = f"{p_value:.4f}" if all(mean.num_seeds > 1 for mean in outcome.means) else ""
         printed.add_row(decide(outcome, p_value), shown, "\n".join(lines))
     return printed
+
+
+def _about(mean: SeedMean, num_seeds: int) -> str:
+    """Say what a term would have detected, and if it is a mean of fewer seeds than others."""
+    fewer = "" if mean.num_seeds == num_seeds else f"{mean.num_seeds} of {num_seeds} seeds; "
+    if mean.num_seeds == 1:
+        return f"{fewer}{ONE_TRAINING}"
+    return f"{fewer}detectable {detectable(mean):.3f}"
 
 
 def main(arguments: list[str]) -> int:
@@ -230,6 +285,13 @@ def main(arguments: list[str]) -> int:
                 f"{expected[:12]}; expected the same file"
             )
     study = Study(pool(parts))
+    if not study.students:
+        raise InputError(f"{folder}: no student has both of its scores; expected at least one")
+    for path, part in zip(paths, parts, strict=True):
+        if not part.complete:
+            print(f"warning: {path}: some planned shards are missing", file=sys.stderr)
+    if study.left_out:
+        print(study.left_out)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for size in study.sizes:
         seeds = {student.seed for student in study.students if student.size == size}

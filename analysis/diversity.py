@@ -15,8 +15,9 @@ diversity.csv next to the results, or to FOLDER. Columns:
 All but the first depend on the number of sequences, which is the same in every row. The row *truth
 again* has other samples of the truth, from D, and calibrates the rest. A tau has collapsed if the
 share of repeated 4-grams exceeds truth's by 0.05, or less than half of truth's missing mass is
-left; both bounds were fixed before any run. Lengths are matched: the n-th longest sequence of every
-set is cut to the shortest of them.
+left; both bounds were fixed before any run. Lengths are matched: in the table, the n-th longest
+sequence of every set is cut to the shortest of them; to say what has collapsed, that of a student
+and that of truth. Sets of which a shard is missing in the run folder are left out.
 """
 
 import math
@@ -47,15 +48,15 @@ COLUMNS = ("student", "repeated", "interval", "missing mass", "distinct", "compr
 ABOUT = (
     "Of 4-grams of tokens: the share of sequences in which one occurs twice, with its 95 % "
     "interval; the probability that the next one was not seen yet (Good-Turing); the share of "
-    "different ones; lengths are matched by rank. Compression is bytes before and after zlib. The "
-    "two rows of truth differ by sampling only."
+    "different ones; lengths of all rows are matched by rank. Compression is bytes before and "
+    "after zlib. The two rows of truth differ by sampling only."
 )
 Row = dict[str, str | float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSet:
-    """Sequences of one sampler, as many as in every other set."""
+    """Sequences of one sampler."""
 
     samples: Samples
     rows: str
@@ -78,7 +79,8 @@ class SampleSet:
 def sample_sets(study: Study, size: str, facts: RunFacts) -> dict[str, list[SampleSet]]:
     """Return the evaluation sets of truth and of the students of a size, by what they learnt from.
 
-    Each has one set for each seed; those whose shards are not in the run folder are left out.
+    Each has one set for each seed, with as many sequences as every other set. Those whose shards
+    are not all in the run folder are left out.
     """
     names: dict[str, list[tuple[arms.ArmName, str]]] = {
         TRUTH: [(arms.TRUTH_EVAL, TRUTH)],
@@ -97,17 +99,18 @@ def sample_sets(study: Study, size: str, facts: RunFacts) -> dict[str, list[Samp
     }
     if not sets[TRUTH]:
         return {}
-    everything = [one for of_seeds in sets.values() for one in of_seeds]
-    num_rows = min(len(one.samples) for one in everything)
-    shortest = np.min([np.sort(one.samples.length[:num_rows]) for one in everything], axis=0)
+    num_rows = min(len(one.samples) for of_seeds in sets.values() for one in of_seeds)
     return {
-        label: [
-            SampleSet(samples=_cut(one.samples[:num_rows], shortest), rows=one.rows)
-            for one in of_seeds
-        ]
+        label: [replace(one, samples=one.samples[:num_rows]) for one in of_seeds]
         for label, of_seeds in sets.items()
         if of_seeds
     }
+
+
+def matched(sets: Sequence[SampleSet]) -> list[SampleSet]:
+    """Cut the n-th longest sequence of every set to the shortest of them."""
+    shortest = np.min([np.sort(one.samples.length) for one in sets], axis=0)
+    return [replace(one, samples=_cut(one.samples, shortest)) for one in sets]
 
 
 def _cut(samples: Samples, lengths: NDArray[np.integer]) -> Samples:
@@ -118,16 +121,17 @@ def _cut(samples: Samples, lengths: NDArray[np.integer]) -> Samples:
 
 
 def _read(facts: RunFacts, arm: arms.ArmName) -> Samples | None:
-    """Read the sequences of an arm in order; None if it has no shards."""
-    prefix = "/".join((*arm, ""))
-    keys = sorted(key for key in facts.records if key.startswith(prefix))
-    return read_samples([facts.records[key].data for key in keys]) if keys else None
+    """Read the sequences of an arm in order; None if it is not whole."""
+    records = facts.all_of(arm)
+    return read_samples([record.data for record in records]) if records else None
 
 
 def table_rows(sets: Mapping[str, Sequence[SampleSet]], tokenizer: Tokenizer) -> list[Row]:
-    """Return a row for each kind of student, means over its seeds."""
+    """Return a row for each kind of student, means over its seeds, at the same lengths."""
     rows: list[Row] = []
-    for label, of_seeds in sets.items():
+    cut = iter(matched([one for of_seeds in sets.values() for one in of_seeds]) if sets else ())
+    for label, uncut in sets.items():
+        of_seeds = [next(cut) for _ in uncut]
         repeated = over_seeds([one.repeated for one in of_seeds])
         texts = [one.texts(tokenizer) for one in of_seeds]
         rows.append(
@@ -148,13 +152,19 @@ def table_rows(sets: Mapping[str, Sequence[SampleSet]], tokenizer: Tokenizer) ->
 
 
 def collapse(sets: Mapping[str, Sequence[SampleSet]], size: str) -> list[Verdict]:
-    """Say of the direct student and of each tau whether its samples have collapsed."""
+    """Say of the direct student and of each tau whether its samples have collapsed.
+
+    Each is compared with truth at its own lengths, so that no other student changes what is said.
+    """
     [truth] = sets[TRUTH]
     made = []
     for label in (label for label in sets if label not in (TRUTH, TRUTH_AGAIN)):
         name = f"tau {label}" if label[0].isdigit() else label
-        excess = over_seeds([one.repeated - truth.repeated for one in sets[label]])
-        left = [one.missing_mass / truth.missing_mass for one in sets[label]]
+        pairs = [matched([one, truth]) for one in sets[label]]
+        if not all(own.missing_mass for _, own in pairs):
+            continue  # too short, or too alike, for truth to have a 4-gram that occurs once
+        excess = over_seeds([one.repeated - own.repeated for one, own in pairs])
+        left = [one.missing_mass / own.missing_mass for one, own in pairs]
         decision: Decision = "undecided"
         if len(left) > 1:
             if excess.low > diversity.COLLAPSE_REPEATED or max(left) < diversity.COLLAPSE_MASS:
@@ -212,7 +222,7 @@ def main(arguments: list[str]) -> int:
     study = Study(analysis.results)
     facts = read_facts(analysis.results, analysis.path)
     truth = facts.first_of(arms.TRUTH_MODEL)
-    if truth is None or not study.students:
+    if truth is None or not (truth.data / "tokenizer.json").is_file() or not study.students:
         raise InputError(
             f"{analysis.path}: no samples beside it; expected the results inside their run folder"
         )
@@ -221,6 +231,11 @@ def main(arguments: list[str]) -> int:
     saved: list[Row] = []
     for size in study.sizes:
         sets = sample_sets(study, size, facts)
+        if not sets:
+            raise InputError(
+                f"{analysis.path}: truth's evaluation set is not whole in the run folder; expected "
+                "all of its shards; type the run's launch/sweep.py command again"
+            )
         rows = table_rows(sets, tokenizer)
         if options.self_bleu:
             for row, of_seeds in zip(rows, sets.values(), strict=True):

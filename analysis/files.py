@@ -24,12 +24,15 @@ from kdhpc.storage.run_folder import RESULTS
 mpl.use("Agg")  # figures are written to files, so no display is needed
 
 
-def parser(description: str | None, *, several: bool = False) -> argparse.ArgumentParser:
+def parser(
+    description: str | None, *, several: bool = False, writes: bool = True
+) -> argparse.ArgumentParser:
     """Make a parser of the arguments that every analysis takes.
 
     Args:
         description: text of the help.
         several: whether several runs may be given; `run` is a list then.
+        writes: whether the analysis writes files.
     """
     new_parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
@@ -39,9 +42,11 @@ def parser(description: str | None, *, several: bool = False) -> argparse.Argume
         nargs="+" if several else None,
         help=f"a run's name or folder, or a file such as {RESULTS}",
     )
-    new_parser.add_argument(
-        "--out", type=Path, help=f"folder to write to (default: the folder of {RESULTS})"
-    )
+    if writes:
+        new_parser.add_argument(
+            "--out", type=Path, help=f"folder to write to (default: the folder of {RESULTS})"
+        )
+    new_parser.set_defaults(out=None)
     return new_parser
 
 
@@ -103,8 +108,8 @@ def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> Analysis:
         The results, and the folder to write to, which exists.
 
     Raises:
-        InputError: if there is no such run or it has no results, or they are those of another
-            pipeline.
+        InputError: if there is no such run or it has no results, they are those of another
+            pipeline, or the folder to write to cannot be made.
         DamagedError: if the results cannot be read.
     """
     path = Path(options.run)
@@ -126,5 +131,10 @@ def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> Analysis:
     if not results.complete:
         print("warning: some planned shards are missing from these results", file=sys.stderr)
     out: Path = options.out or path.parent
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{out}: cannot be made ({error.strerror}); expected a folder to write to"
+        ) from error
     return Analysis(results=results, path=path, out=out)

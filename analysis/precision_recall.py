@@ -179,17 +179,15 @@ def main(arguments: list[str]) -> int:
     if not study.students:
         raise InputError(
             f"{analysis.path}: no student has both of its scores ({len(study.unscored)} are "
-            "trained); expected at least one; let launch/sweep.py go on, then merge again"
+            "trained), each with a finite mean over two or more sequences; expected at least one; "
+            "let launch/sweep.py go on, then merge again"
         )
     all_rows = rows(study)
     Console(width=None if sys.stdout.isatty() else 100).print(
         analysis.titled(table(study, all_rows))
     )
     if study.unscored:
-        print(
-            f"{len(study.unscored)} of {len(study.unscored) + len(study.students)} trained "
-            f"students are left out, because a score is missing: {', '.join(study.unscored)}"
-        )
+        print(study.left_out)
     print(analysis.path)
     print(analysis.save_csv([asdict(row) for row in all_rows], "precision_recall"))
     for written in analysis.save_figure(draw(all_rows), "precision_recall"):

@@ -57,6 +57,11 @@ class Read:
     verdicts: Sequence[Verdict]
 
     @property
+    def about(self) -> list[str]:
+        """What the intervals cover, and which students are left out."""
+        return [line for line in (self.given, self.study.left_out) if line]
+
+    @property
     def given(self) -> str:
         """What the intervals cover."""
         num_seeds = max(len(self.study.of(s.size, s.label)) for s in self.study.students)
@@ -81,8 +86,9 @@ def read_all(options: argparse.Namespace) -> list[Read]:
         study = Study(analysis.results)
         if not study.students:
             raise InputError(
-                f"{analysis.path}: no student has both of its scores; expected at least one; let "
-                "launch/sweep.py go on, then merge again"
+                f"{analysis.path}: no student has both of its scores, each with a finite mean over "
+                "two or more sequences; expected at least one; let launch/sweep.py go on, then "
+                "merge again"
             )
         facts = read_facts(analysis.results, analysis.path)
         name = (run_folder(analysis.path) or analysis.path).name
@@ -127,7 +133,7 @@ def write_report(run: Read) -> Path:
         Part(heading="What differs from the paper", body=_deviation_part(facts)),
         *_diversity_parts(study, facts),
     ]
-    return _save(run.analysis, PAGE, run.name, [run.given], parts)
+    return _save(run.analysis, PAGE, run.name, run.about, parts)
 
 
 def write_comparison(runs: Sequence[Read]) -> Path:
@@ -152,7 +158,7 @@ def write_comparison(runs: Sequence[Read]) -> Path:
                 heading=f"{run.name}: what differs from the paper", body=_deviation_part(run.facts)
             ),
         ]
-    about = [f"{run.name}: {run.given}" for run in runs]
+    about = [f"{run.name}: {line}" for run in runs for line in run.about]
     return _save(first, COMPARED, " and ".join(by_run), about, parts)
 
 
@@ -226,7 +232,7 @@ def _collapses(study: Study, facts: RunFacts) -> list[Verdict]:
 
 def _diversity_parts(study: Study, facts: RunFacts) -> list[Part]:
     truth = facts.first_of(arms.TRUTH_MODEL)
-    if truth is None or not truth.data.is_dir():
+    if truth is None or not (truth.data / "tokenizer.json").is_file():
         return []
     tables = []
     for size in study.sizes:
@@ -278,7 +284,8 @@ def main(arguments: list[str]) -> int:
     runs = read_all(options)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for run in runs:
-        console.print(Text(f"{run.name}: {run.given}", style="italic"))
+        for line in run.about:
+            console.print(Text(f"{run.name}: {line}", style="italic"))
         console.print(verdict_table(run))
     try:
         import report_figures  # noqa: F401

@@ -165,7 +165,7 @@ def means(study: Study, size: str) -> list[dict[str, str]]:
 ABOUT_CONTRASTS = (
     "The mean over seeds of the difference within each seed. Detectable is the smallest change "
     "that a run of this size would decide, by an interval on one side of 0, with a probability of "
-    f"{POWER:.0%}."
+    f"{POWER:.0%}; with one seed nothing is decided."
 )
 
 
@@ -181,7 +181,8 @@ def contrasts(study: Study, size: str) -> list[dict[str, str]]:
         for name, measure in measures.items():
             if (change := study.contrast(size, label, against, measure)) is not None:
                 known[name] = text(change)
-                known[f"detectable {name}"] = f"{detectable(change):.3f}"
+                if change.num_seeds > 1:
+                    known[f"detectable {name}"] = f"{detectable(change):.3f}"
         if len(known) > 2:
             table.append(known)
     return table
@@ -404,7 +405,7 @@ def equal_precision(study: Study, size: str) -> Figure:
         title="Recall kept by temperature instead of distillation, at equal precision",
         reading="Recall of another student, sampled at the temperature T at which it is as "
         "precise as the distilled one, less the recall of the distilled one. Above 0, another "
-        "temperature is better than distilling from a selective teacher; below 0, worse; an "
+        "temperature is better than distilling from a teacher of that tau; below 0, worse; an "
         "interval that contains 0 decides nothing.",
         needs="the direct student or that of tau 1 at temperatures at which it is as precise as a "
         f"distilled one: {ADD_TEMPERATURES}",
@@ -464,7 +465,7 @@ def parts(study: Study, size: str) -> Figure:
 def by_rarity(study: Study, size: str) -> Figure:
     """Return the change of recall against tau 1 on each fifth of truth's samples."""
     rows: list[Row] = []
-    known = (TRUTH, SELF) in study.scores and "1" in study.labels(size)
+    known = study.has_fifths and "1" in study.labels(size)
     for label in study.labels(size) if known else []:
         for fifth in range(NUM_GROUPS):
             change = study.contrast(size, label, "1", _of_fifth(study, fifth))
@@ -525,7 +526,7 @@ NEEDS_TOKENS = "per-token scores: a new run with scoring.per_token=true"
 def curves(study: Study, size: str) -> Figure:
     """Return exact precision-recall curves by length of prefix, and check them."""
     rows: list[Row] = []
-    worst = 0.0
+    deviations: list[float] = []
     labels = study.labels(size) if study.has_tokens else []
     log_factors = _log_factors(len(labels))
     for label in labels:
@@ -539,7 +540,7 @@ def curves(study: Study, size: str) -> Figure:
                 row |= interval(over_seeds(alpha), "alpha") | interval(over_seeds(beta), "beta")
                 rows.append(row)
                 if abs(log_factor) <= CHECKED_LOG_FACTOR:
-                    worst = max(worst, _deviation(alpha, beta, math.exp(log_factor)))
+                    deviations += _deviation(alpha, beta, math.exp(log_factor))
     return Figure(
         name="curves",
         title="Precision and recall of the first k tokens, estimated from exact probabilities",
@@ -550,11 +551,19 @@ def curves(study: Study, size: str) -> Figure:
         "equal to truth would reach the corner where both are 1. Bands are intervals of alpha.",
         needs=NEEDS_TOKENS,
         rows=rows,
-        notes=(
-            "Check: alpha, from the students' samples, and lambda beta, from truth's, differ by "
-            f"at most {worst:.1f} standard errors, where both are known to {CHECKED_ERROR:.0%} in "
-            f"every seed (|log lambda| up to {CHECKED_LOG_FACTOR:g}).",
-        ),
+        notes=(_check(deviations),),
+    )
+
+
+def _check(deviations: Sequence[float]) -> str:
+    known = (
+        f"known to {CHECKED_ERROR:.0%} in every seed (|log lambda| up to {CHECKED_LOG_FACTOR:g})"
+    )
+    if not deviations:
+        return f"Not checked: alpha and lambda beta are nowhere both {known}."
+    return (
+        "Check: alpha, from the students' samples, and lambda beta, from truth's, differ by at "
+        f"most {max(deviations):.1f} standard errors, where both are {known}."
     )
 
 
@@ -565,13 +574,13 @@ def _log_factors(num_labels: int) -> np.ndarray[tuple[int], np.dtype[np.float64]
     return np.linspace(-LARGEST_LOG_FACTOR, LARGEST_LOG_FACTOR, num_factors)
 
 
-def _deviation(alpha: Sequence[Statistic], beta: Sequence[Statistic], factor: float) -> float:
-    """Return |alpha - lambda beta| in standard errors; 0 if a side of it is not known well."""
+def _deviation(alpha: Sequence[Statistic], beta: Sequence[Statistic], factor: float) -> list[float]:
+    """Return |alpha - lambda beta| in standard errors; nothing if a side is not known well."""
     if not all(map(_is_known, (*alpha, *beta))):
-        return 0.0
+        return []
     both = zip(alpha, beta, strict=True)
     mean = over_seeds([precision - factor * recall for precision, recall in both])
-    return abs(mean.estimate) / math.sqrt(mean.sequence_variance)
+    return [abs(mean.estimate) / math.sqrt(mean.sequence_variance)]
 
 
 def _is_known(statistic: Statistic) -> bool:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from report_rows import student_name
@@ -15,12 +16,15 @@ from kdhpc.config.model import Model
 from kdhpc.experiment import arms
 from kdhpc.models.tokenizer import Tokenizer
 from kdhpc.pipeline import LANGUAGE
+from kdhpc.plan.shards import Plan
 from kdhpc.storage.results import Results
 from kdhpc.storage.run_folder import Record, RunFolder
 from kdhpc.storage.token_shards import read_samples
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 NUM_TEXTS = 4
+FIRST_SHARD = "00000"
+"""Beginning of the name of an arm's first shard."""
 MAX_CHARACTERS = 600
 """Most characters of a text that is shown."""
 LineOf = tuple[str, ...]
@@ -54,9 +58,23 @@ class RunFacts:
     """By the key of the shard; empty if the results are outside of their run folder."""
 
     def first_of(self, arm: arms.ArmName) -> Record | None:
-        """Return the first shard of an arm, by its rows; None if there is none."""
-        keys = sorted(key for key in self.records if key.startswith("/".join((*arm, ""))))
+        """Return the shard of an arm with its first rows; None if it is not there."""
+        keys = sorted(k for k in self.records if k.startswith("/".join((*arm, FIRST_SHARD))))
         return self.records[keys[0]] if keys else None
+
+    def all_of(self, arm: arms.ArmName) -> list[Record]:
+        """Return the shards of an arm in order; none if one is missing.
+
+        They are those of the config: a run that has grown has other shards of the same rows too.
+        """
+        if not self.records or self._plan is None:
+            return []
+        keys = [shard.key for shard in self._plan.arm(*arm)]
+        return [self.records[key] for key in keys] if {*keys} <= self.records.keys() else []
+
+    @cached_property
+    def _plan(self) -> Plan | None:
+        return LANGUAGE.plan(self.config) if self.config else None
 
 
 def run_folder(path: Path) -> Path | None:

@@ -51,17 +51,30 @@ class Study:
     """
 
     def __init__(self, results: Results) -> None:
-        self.results, self.scores = results, results.scores
+        self.results = results
+        self.scores = {pair: s for pair, s in results.scores.items() if _has_mean(s)}
         config = presets.from_yaml(results.provenance.get("config", ""))
         self.eos_counts: bool = config.get("eos", "learn") == "learn"
         """Whether end tokens are among the counted tokens."""
         students = [_student(n, f) for n, f in results.models.items() if f["kind"] == "student"]
         self.students = [student for student in students if self._has_both(student)]
         self.unscored = [student.name for student in students if not self._has_both(student)]
+        """Names of students of which a score is missing or has no mean."""
         self.students.sort(key=lambda s: (s.size, s.seed, label_order(s.label)))
 
     def _has_both(self, student: Student) -> bool:
         return {(student.name, TRUTH), (TRUTH, student.name)} <= self.scores.keys()
+
+    @property
+    def left_out(self) -> str:
+        """Which students are left out, and why, in one line; empty if none is."""
+        if not self.unscored:
+            return ""
+        return (
+            f"{len(self.unscored)} of {len(self.unscored) + len(self.students)} trained students "
+            "are left out, because a score is missing or has no finite mean: "
+            f"{', '.join(self.unscored)}"
+        )
 
     @property
     def sizes(self) -> list[str]:
@@ -246,19 +259,22 @@ class Study:
     def by_rarity(self, student: Student, temperature: float = 1.0) -> list[Statistic]:
         """Return the student's recall on each fifth of truth's samples, the rarest first.
 
-        A sample is rare if its log-probability per counted token under the truth is low.
+        A sample is rare if its log-probability per counted token under the truth is low. Samples
+        without a counted token are in no part.
         """
         own = self.scores[TRUTH, SELF]
         scores = self.scores[TRUTH, at_temperature(student.name, temperature)]
         order = np.argsort(own.log_prob_sum / np.maximum(own.num_tokens, 1), kind="stable")
-        fifths = []
-        for rows in np.array_split(order, NUM_GROUPS):
-            inside = np.zeros(len(order))
-            inside[rows] = 1.0
-            fifths.append(
-                ratio(inside * scores.log_prob_sum, inside * scores.num_tokens, rows=TRUTH)
-            )
-        return fifths
+        order = order[own.num_tokens[order] > 0]
+        return in_fifths(
+            scores.log_prob_sum[order], scores.num_tokens[order], order, len(own.num_tokens)
+        )
+
+    @property
+    def has_fifths(self) -> bool:
+        """Whether truth's samples can be cut into fifths by rarity."""
+        own = self.scores.get((TRUTH, SELF))
+        return own is not None and int(np.count_nonzero(own.num_tokens)) >= NUM_GROUPS
 
     @property
     def has_entropies(self) -> bool:
@@ -267,26 +283,33 @@ class Study:
         This needs `scoring.expected` and `scoring.per_token`.
         """
         averaged = self.scores.get((TRUTH, f"{TRUTH}-expected"))
-        return self.has_tokens and averaged is not None and averaged.token_log_prob is not None
+        known = averaged is not None and averaged.token_log_prob is not None
+        return known and self.has_tokens and self.has_fifths
 
     def by_entropy(self, student: Student) -> list[Statistic]:
         """Return the student's recall on each fifth of positions, the surest of the truth first.
 
-        Positions of all of truth's samples are ordered by the entropy of p*'s next token.
+        Positions of all of truth's samples are ordered by the entropy of p*'s next token. Where it
+        is the same, as after the prompt, they are cut in the order of the samples.
         """
-        entropies = self.scores[TRUTH, f"{TRUTH}-expected"].token_log_prob
         tokens = self.scores[TRUTH, student.name].token_log_prob
-        if entropies is None or tokens is None:
+        if tokens is None:
+            raise ValueError(f"{TRUTH} under {student.name}: no per-token scores")
+        positions = self._positions_by_entropy
+        picked = tokens.ravel()[positions].astype(np.float64)
+        ones = np.ones(len(picked))
+        return in_fifths(picked, ones, positions // tokens.shape[1], len(tokens))
+
+    @cached_property
+    def _positions_by_entropy(self) -> NDArray[np.int64]:
+        """Counted positions in the flattened truth's samples, the surest of the truth first."""
+        averaged = self.scores[TRUTH, f"{TRUTH}-expected"].token_log_prob
+        own = self.scores[TRUTH, SELF].token_log_prob
+        if averaged is None or own is None:
             raise ValueError("no entropies of the truth's next token")
-        counted = ~np.isnan(tokens)
-        bounds = np.quantile(-entropies[counted], np.arange(1, NUM_GROUPS) / NUM_GROUPS)
-        group = np.searchsorted(bounds, -entropies, side="right")
-        fifths = []
-        for index in range(NUM_GROUPS):
-            inside = counted & (group == index)
-            sums = np.where(inside, tokens, 0.0).sum(axis=1, dtype=np.float64)
-            fifths.append(ratio(sums, inside.sum(axis=1), rows=TRUTH))
-        return fifths
+        counted = np.flatnonzero(~np.isnan(own))
+        order = np.argsort(-averaged.ravel()[counted], kind="stable")
+        return np.asarray(counted[order])
 
     def temperatures(self, student: Student) -> list[float]:
         """Return the temperatures at which the student was sampled and scored, from the highest."""
@@ -315,9 +338,10 @@ class Study:
 def at_equal_precision(study: Study, base: Student, student: Student) -> Statistic | None:
     """Return the recall of a student at another decode temperature less that of a distilled one.
 
-    The temperature is the one at which the first has the precision of the second. Between two
-    temperatures recall is interpolated linearly in precision, and the errors of all precisions are
-    carried through the slope. None if no two temperatures enclose the precision.
+    The temperature is the one at which the first has the precision of the second; the highest one
+    if precision does not rise at each step to a lower temperature. Between two temperatures recall
+    is interpolated linearly in precision, and the errors of all precisions are carried through the
+    slope. None if no two temperatures enclose the precision.
 
     Args:
         study: the run.
@@ -344,6 +368,57 @@ def best_recall(study: Study, student: Student) -> tuple[float, Statistic]:
     scored = {t: study.recall(student, t) for t in study.scored_temperatures(student.name)}
     best = max(scored, key=lambda t: scored[t].value)
     return best, scored[best]
+
+
+def in_fifths(
+    sums: Numbers,
+    counts: NDArray[np.number],
+    rows: NDArray[np.integer],
+    num_rows: int,
+) -> list[Statistic]:
+    """Return the ratio of sums to counts in each fifth of parts of truth's samples.
+
+    Other samples would be cut at other places, which moves a fifth's ratio by what the parts at its
+    ends differ from it; the influence of each row contains that.
+    Source: the influence function of a trimmed mean, P. J. Huber, Robust Statistics (1981), 3.3.
+
+    Args:
+        sums: [M] log-probabilities of parts, in the order in which they are cut.
+        counts: [M] numbers of tokens of the parts.
+        rows: [M] the sample that each is a part of.
+        num_rows: number of truth's samples.
+    """
+    num_parts = len(sums)
+    size, more = divmod(num_parts, NUM_GROUPS)
+    ends = [index * size + min(index, more) for index in range(NUM_GROUPS + 1)]
+    width = max(1, num_parts // (8 * NUM_GROUPS))
+    expected = np.bincount(rows, minlength=num_rows) / num_parts
+    lack = [end * expected - np.bincount(rows[:end], minlength=num_rows) for end in ends]
+    fifths = []
+    for index, (start, stop) in enumerate(pairwise(ends)):
+        above, below = (
+            np.bincount(rows[start:stop], of[start:stop], num_rows) for of in (sums, counts)
+        )
+        inside = ratio(above, below, rows=TRUTH)
+        influence = inside.influence[TRUTH]
+        for end, side in ((index + 1, 1.0), (index, -1.0)):
+            if 0 < end < NUM_GROUPS:
+                near = slice(max(0, ends[end] - width), ends[end] + width)
+                off = float((sums[near] - inside.value * counts[near]).mean())
+                influence = influence + side * off * lack[end] / below.sum()
+        fifths.append(Statistic(value=inside.value, influence={TRUTH: influence}))
+    return fifths
+
+
+def _has_mean(scores: Scores) -> bool:
+    """Return whether scores have a mean over tokens, and one whose error can be estimated.
+
+    They have none if a model does not return numbers, or if no token counts: with `eos: mask`, all
+    sequences of a model may end at once.
+    """
+    sums = (scores.log_prob_sum, scores.end_log_prob, scores.divergence_sum)
+    finite = all(bool(np.isfinite(array).all()) for array in sums if array is not None)
+    return finite and len(scores.num_tokens) > 1 and int(scores.num_tokens.sum()) > 0
 
 
 def _ends(scores: Scores) -> Numbers:

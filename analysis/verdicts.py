@@ -6,13 +6,14 @@ seeds and sequences, given p* and D, without correction for the number of claims
 sampling error alone is known, so no claim is decided.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
 from scipy import stats
-from study import SELF, TRUTH, Measure, Student, Study, at_equal_precision, best_recall
+from study import Measure, Student, Study, at_equal_precision, best_recall
 
 from kdhpc.science.intervals import SeedMean, over_seeds
 
@@ -65,8 +66,11 @@ def text(mean: SeedMean, *, sign: bool = True) -> str:
 def detectable(mean: SeedMean) -> float:
     """Return the smallest effect that this design would decide with a probability of 0.8.
 
-    It is half the width of the interval, and t at 0.8 standard errors.
+    It is half the width of the interval, and t at 0.8 standard errors. It is infinite for one seed,
+    with which nothing is decided.
     """
+    if mean.num_seeds == 1:
+        return math.inf
     at_power = float(stats.t.ppf(POWER, mean.degrees_of_freedom))
     return mean.high - mean.estimate + at_power * mean.standard_error
 
@@ -159,13 +163,19 @@ def cost_of_a_teacher(study: Study, size: str) -> list[Verdict]:
             claim="learning from a teacher at tau 1, not from truth, costs precision and recall",
             decision=_all_of(decisions),
             sentence="From the direct student to that of tau 1, precision changes by "
-            f"{text(means['precision'])} and recall by {text(means['recall'])}; a change of "
-            f"{detectable(means['precision']):.3f} in precision and of "
-            f"{detectable(means['recall']):.3f} in recall would have been decided with "
-            f"probability {POWER}",
+            f"{text(means['precision'])} and recall by {text(means['recall'])}"
+            f"{_decidable(means)}",
             means=means,
         )
     ]
+
+
+def _decidable(means: Mapping[str, SeedMean]) -> str:
+    """Say which changes would have been decided; nothing if none would."""
+    if any(mean.num_seeds == 1 for mean in means.values()):
+        return ""
+    sizes = " and ".join(f"of {detectable(mean):.3f} in {name}" for name, mean in means.items())
+    return f"; a change {sizes} would have been decided with probability {POWER}"
 
 
 def gain_is_entropy(study: Study, size: str) -> list[Verdict]:
@@ -187,7 +197,9 @@ def _parts_of_gain(study: Study, size: str, tau: str) -> list[Verdict]:
     if gain is None or entropy is None or divergence is None:
         return []
     means = {"precision": gain, "entropy": entropy, "divergence": divergence}
-    said = ""
+    said, ends = "", study.contrast(size, tau, "1", lambda s: -study.end_part(s))
+    if ends is not None and not study.eos_counts:
+        means["end tokens"] = ends
     decision: Decision = "undecided"
     if gain.low > 0.0:
         # The share of means, linearised around them.
@@ -212,10 +224,17 @@ def _parts_of_gain(study: Study, size: str, tau: str) -> list[Verdict]:
             "entropy",
             decision=decision,
             sentence=f"Of the change in precision from tau 1 to {tau}, {text(gain)} a token, lower "
-            f"entropy contributes {text(entropy)}{said} and KL(p''||p*) {text(divergence)}",
+            f"entropy contributes {text(entropy)}{said} and KL(p''||p*) {text(divergence)}"
+            f"{_ends_said(means)}",
             means=means,
         )
     ]
+
+
+def _ends_said(means: Mapping[str, SeedMean]) -> str:
+    if "end tokens" not in means:
+        return ""
+    return f"; end tokens, which precision leaves out, {text(means['end tokens'])}"
 
 
 def _beyond(low: float, high: float, bound: float) -> Decision:
@@ -283,16 +302,21 @@ def more_than_calibration(study: Study, size: str) -> list[Verdict]:
     for tau in study.taus(size):
         students, plain = study.of(size, tau), study.of(size, "1")
         seeds = [seed for seed in students if seed in plain]
-        scored = [study.scored_temperatures(students[seed].name) for seed in seeds]
-        if tau == "1" or not seeds or any(len(temperatures) < 2 for temperatures in scored):
+        edges = {
+            student.name: study.scored_temperatures(student.name)
+            for seed in seeds
+            for student in (students[seed], plain[seed])
+        }
+        if tau == "1" or not seeds or any(len(tried) < 2 for tried in edges.values()):
             continue
         best = {seed: best_recall(study, students[seed]) for seed in seeds}
-        change = over_seeds([best[s][1] - best_recall(study, plain[s])[1] for s in seeds])
+        of_plain = {seed: best_recall(study, plain[seed]) for seed in seeds}
+        change = over_seeds([best[s][1] - of_plain[s][1] for s in seeds])
         plainly = over_seeds([study.recall(students[s]) - study.recall(plain[s]) for s in seeds])
-        edges = {s: study.scored_temperatures(students[s].name) for s in seeds}
-        at_edge = any(best[s][0] in (edges[s][0], edges[s][-1]) for s in seeds)
-        temperatures = ", ".join(f"{t:g}" for t in sorted({best[seed][0] for seed in seeds}))
-        there = " (at an end of what was tried)" if at_edge else ""
+        where = [
+            _best_named(label, {of[seed].name: bests[seed][0] for seed in seeds}, edges)
+            for label, of, bests in ((tau, students, best), ("1", plain, of_plain))
+        ]
         no_loss = "" if plainly.high < 0.0 else "No loss is established at T = 1. "
         made.append(
             Verdict(
@@ -302,17 +326,24 @@ def more_than_calibration(study: Study, size: str) -> list[Verdict]:
                 decision=decide([change, plainly], -1),
                 sentence=f"{no_loss}From tau 1 to {tau}, recall changes by {text(plainly)} at "
                 f"T = 1 and by {text(change)} with the best T of each student and seed, which is "
-                f"{temperatures} for tau {tau}{there}",
+                f"{' and '.join(where)}",
                 means={"at the best temperature": change, "at temperature 1": plainly},
             )
         )
     return made
 
 
+def _best_named(tau: str, best: Mapping[str, float], tried: Mapping[str, Sequence[float]]) -> str:
+    """Name the best temperatures of the students of a tau, and say if more would be better."""
+    at_edge = any(t in (tried[name][0], tried[name][-1]) for name, t in best.items())
+    temperatures = ", ".join(f"{t:g}" for t in sorted({*best.values()}))
+    return f"{temperatures} for tau {tau}" + " (at an end of what was tried)" * at_edge
+
+
 def rare_pays(study: Study, size: str) -> list[Verdict]:
     """Compare what the rarest and the commonest fifth of truth's samples lose at the lowest tau."""
     taus = study.taus(size)
-    if len(taus) < 2 or (TRUTH, SELF) not in study.scores:
+    if len(taus) < 2 or not study.has_fifths:
         return []
     ends = (taus[-1], taus[0])
     rarest = study.contrast(size, *ends, lambda s: study.by_rarity(s)[0])
@@ -328,7 +359,7 @@ def rare_pays(study: Study, size: str) -> list[Verdict]:
             size=size,
             claim=f"the rarest fifth of truth's samples loses more recall at tau {taus[-1]} than "
             "the commonest",
-            decision=decide([difference], -1),
+            decision=decide([rarest, difference], -1),
             sentence=f"From tau {taus[0]} to {taus[-1]}, recall changes by "
             f"{text(rarest)} on the fifth of truth's samples that it finds least likely, by "
             f"{text(commonest)} on the likeliest fifth, and the difference is {text(difference)}",

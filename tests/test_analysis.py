@@ -49,9 +49,9 @@ def partial(
     return path
 
 
-def analyse(path: Path | str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def analyse(path: Path | str, cwd: Path = ROOT, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, ROOT / "analysis" / "precision_recall.py", path],
+        [sys.executable, ROOT / "analysis" / "precision_recall.py", path, *words],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -73,6 +73,15 @@ def test_students_without_both_scores_are_left_out_and_counted(tmp_path: Path) -
     assert no_precision in done.stdout
     with (tmp_path / "partial-precision_recall.csv").open() as file:
         assert [row["tau"] for row in csv.DictReader(file)] == ["1"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = partial(tmp_path / "partial.h5", [(0, 1.0)])
+    for out in (path, path / "below"):
+        refused = analyse(path, ROOT, "--out", str(out))
+        assert refused.returncode == 2, refused.stderr
+        assert f"error: {out}: cannot be made" in refused.stderr
+        assert refused.stderr.count("\n") == 2  # the other one says that results are partial
 
 
 @pytest.mark.parametrize("num_trained", [0, 1])

@@ -3,10 +3,12 @@
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from commands import ROOT
+from test_verdicts import changed
 
 from kdhpc.errors import InputError
 from kdhpc.storage.results import ScorePieces, write_results
@@ -91,10 +93,34 @@ def test_a_wrong_prediction_has_a_regret(tmp_path: Path, choose: Choose) -> None
     assert "there, the predicted tau is not allowed" in choose(path, "--recall-loss", "0.1")
 
 
+def test_without_a_seed_of_all_taus_nothing_is_chosen(tmp_path: Path, choose: Choose) -> None:
+    def lack(pair: tuple[str, str], arrays: dict[str, Any]) -> None:
+        if pair[0] in ("student-s0-small-tau1", "student-s1-small-tau0.6"):
+            arrays["log_prob_sum"][0] = np.nan
+
+    path = changed(results_of(tmp_path / "r.h5", POINTS), tmp_path / "s.h5", lack)
+    said = choose(path, "--weight", "1")
+    assert "2 of 6 trained students are left out" in said
+    assert "small: no seed has its students of all taus; nothing is chosen" in said
+
+
+def test_a_size_without_students_of_tau_1_is_said(tmp_path: Path, choose: Choose) -> None:
+    def none(pair: tuple[str, str], arrays: dict[str, Any]) -> None:
+        if pair[0].endswith("tau1"):
+            arrays["log_prob_sum"][0] = np.nan
+
+    path = changed(results_of(tmp_path / "r.h5", POINTS), tmp_path / "s.h5", none)
+    with pytest.raises(InputError, match="no students of tau 1 with both of their scores"):
+        choose(path, "--weight", "1")
+
+
 def test_what_no_tau_reaches_and_what_is_not_there_is_said(tmp_path: Path, choose: Choose) -> None:
     path = results_of(tmp_path / "r.h5", {})
     said = choose(path, "--precision", "-1")
     assert "small: no tau of this sweep is allowed" in said
     assert "predicted: needs teachers that are scored at each tau" in said
+    for words in (["--weight", "nan"], ["--recall-loss", "inf"], ["--weight", "1", "--out", "x"]):
+        with pytest.raises(SystemExit, match="2"):
+            choose(path, *words)
     with pytest.raises(InputError, match="has no such score; expected one of judge, truth"):
         choose(path, "--metric", "other")

@@ -1,9 +1,11 @@
 """Claims are tested as they were fixed, on the pooled seeds of one experiment."""
 
+import functools
 import hashlib
 import importlib
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,91 @@ def test_seeds_of_several_files_are_pooled(tmp_path: Path, run: Run) -> None:
     assert "3 seeds" in run(cut)  # truth's samples are the same there
 
 
+def test_a_claim_without_a_value_counts_among_those_that_are_corrected_for(
+    tmp_path: Path, run: Run
+) -> None:
+    claims = importlib.import_module("claims")
+    folder = folder_of(tmp_path / "all")
+    study = claims.Study(read_results(folder / "scores-all.h5"))
+    [same] = [c for c in claims.read_claims(folder / "claims.yaml") if c.name == "same-recall"]
+    [term] = same.terms
+    unknown = replace(same, terms=(replace(term, of="0.7"),))
+    none = replace(same, terms=(replace(term, measure="divergence-beyond-share", of="0.7"),))
+    outcomes = [claims.evaluate(study, claim, "small") for claim in (same, unknown, none)]
+    assert [outcome.p_value == 1.0 for outcome in outcomes] == [False, True, True]
+    _, corrected, _ = (list(column.cells) for column in claims.table(outcomes, 4).columns)
+    assert corrected[0] == f"{3 * outcomes[0].p_value:.4f}"
+
+
+def test_a_tau_may_be_a_number(tmp_path: Path, run: Run) -> None:
+    claims = importlib.import_module("claims")
+    numbers, texts = tmp_path / "numbers.yaml", tmp_path / "texts.yaml"
+    texts.write_text(CLAIMS)
+    numbers.write_text(CLAIMS.replace('"0.8"', "0.80").replace('"1"', "1.0"))
+    assert numbers.read_bytes() != texts.read_bytes()
+    assert claims.read_claims(numbers) == claims.read_claims(texts)
+
+
+def test_what_is_missing_is_said_and_never_a_traceback(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of(tmp_path / "all")
+    results = read_results(folder / "scores-all.h5")
+    bad = "student-s2-small-tau0.6"
+    parts = [
+        ScorePieces(
+            sampler=sampler, scorer=scorer, num_rows=len(scores.num_tokens),
+            pieces=[*scores.arrays().items()],
+        )
+        for (sampler, scorer), scores in results.scores.items()
+        if bad not in (sampler, scorer)
+    ]  # fmt: skip
+    write = functools.partial(
+        write_results, folder / "scores-all.h5", recipe="r", provenance=results.provenance,
+        models=results.models, complete=False,
+    )  # fmt: skip
+    claims = importlib.import_module("claims")
+    (folder / "scores-all.h5").unlink()
+    write(scores=parts)
+    assert claims.main([str(folder)]) == 0
+    printed = capsys.readouterr()
+    assert "some planned shards are missing" in printed.err
+    said = " ".join(printed.out.split())
+    assert "1 of 16 trained students are left out" in said
+    assert "3 of 4 seeds; detectable" in said
+    for kept, message in (("student", "lacks truth's own scores"), ("truth", "no student has")):
+        some = [p for p in parts if p.sampler.startswith(kept)]
+        write(scores=some)
+        with pytest.raises(InputError, match=message):
+            run(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "other_field", "pooled"),
+    [
+        ("eos: learn", "eos: mask", False),
+        ("sampling: {train_sequences: 4}", "sampling: {train_sequences: 8}", False),
+        ("students: {a: {training: {epochs: 1}}}", "students: {a: {training: {epochs: 2}}}", False),
+        ("teacher: {model: /here}", "teacher: {model: /there, added: 1}", True),
+        ("taus: [1.0]", "taus: [1.0, 0.6]", True),
+    ],
+)
+def test_seeds_of_another_experiment_are_not_pooled(
+    field: str, other_field: str, pooled: bool, tmp_path: Path, run: Run
+) -> None:
+    folder = folder_of(tmp_path / "all")
+    whole = folder / "scores-all.h5"
+    config = read_results(whole).provenance["config"]
+    for name, added, seeds in (("a", field, "02"), ("b", other_field, "13")):
+        rewrite(whole, folder / f"scores-{name}.h5", {"config": f"{config}\n{added}"}, seeds)
+    whole.unlink()
+    if pooled:
+        assert "4 claims, 4 seeds" in run(folder)
+        return
+    with pytest.raises(InputError, match="differs between files; expected seeds of one experiment"):
+        run(folder)
+
+
 def test_claims_that_were_changed_afterwards_are_refused(tmp_path: Path, run: Run) -> None:
     folder = folder_of(tmp_path / "all")
     (folder / "claims.yaml").write_text(CLAIMS.replace("margin: 0.1", "margin: 0.5"))
@@ -102,7 +189,19 @@ def test_claims_that_were_changed_afterwards_are_refused(tmp_path: Path, run: Ru
 
 @pytest.mark.parametrize(
     "text",
-    ["", "claims: 3", CLAIMS.replace("test: within", "test: near"), CLAIMS.replace("says:", "x:")],
+    [
+        "",
+        "claims: 3",
+        "claims: [",
+        "claims: []",
+        "claims: [{name: a, says: b, test: less, terms: [3]}]",
+        CLAIMS.replace("name: control", "name: same-recall"),
+        CLAIMS.replace("test: within", "test: near"),
+        CLAIMS.replace("says:", "x:"),
+        CLAIMS.replace("margin:", "margn:"),
+        CLAIMS.replace("margin: 0.1", "margin: -0.1"),
+        CLAIMS.replace("margin: 0.1", "margin: .nan"),
+    ],
 )
 def test_a_file_that_is_no_claims_is_refused(text: str, tmp_path: Path, run: Run) -> None:
     with pytest.raises(InputError, match="not a file of claims"):
@@ -118,12 +217,19 @@ def test_a_run_records_its_claims_and_its_archive_has_all_but_tokens(
     assert archive.main([str(path), str(tmp_path / "scores-0.h5")]) == 0
     whole = read_results(path / "8-merge" / "results.h5")
     slim = read_results(tmp_path / "scores-0.h5")
+    kept = (tmp_path / "scores-0.h5").read_bytes()
+    for there in ("scores-0.h5", "."):
+        with pytest.raises(InputError, match="exists already"):
+            archive.main([str(tmp_path / "scores-0.h5"), str(tmp_path / there)])
+    assert (tmp_path / "scores-0.h5").read_bytes() == kept
     for pair, scores in slim.scores.items():
         assert scores.arrays().keys() == whole.scores[pair].arrays().keys() - {"token_log_prob"}
         assert scores.log_prob_sum.tobytes() == whole.scores[pair].log_prob_sum.tobytes()
     assert slim.models == whole.models
     said = run(tmp_path)
     assert "4 claims, 1 seeds" in said
+    assert "one training: sampling error only" in said
+    assert "detectable" not in said
     assert "a term has no value in some seed" in said
 
 

@@ -168,6 +168,7 @@ def test_every_model_scores_damaged_samples(extended_run: tuple[Path, set[str]])
     ("words", "message"),
     [
         (["decode_temperatures=[1.0]"], "1 is always scored"),
+        (["decode_temperatures=[1.0000001]"], "1 is always scored"),
         (["decode_temperatures=[0.7,0.7]"], "duplicate decode_temperature 0.7"),
         (["decode_temperatures=[0]"], "decode_temperatures"),
     ],

@@ -554,3 +554,9 @@ def test_several_versions_of_the_code_are_said(tmp_path: Path, report_run: Modul
         facts = dict(report_run.provenance(study, report_run.RunFacts(config=None, records={})))
         assert facts["code"].startswith("a1")
         assert ("different versions of the code" in facts["code"]) == said
+
+
+def test_curves_that_are_checked_nowhere_say_so(report_run: ModuleType) -> None:
+    rows = importlib.import_module("report_rows")
+    assert rows._check([]).startswith("Not checked:")
+    assert "at most 1.2 standard errors" in rows._check([0.3, 1.2])

@@ -1,7 +1,7 @@
 """Verdicts say what the numbers carry and no more."""
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -93,6 +93,27 @@ def found_in(path: Path, study_module: ModuleType, verdicts_module: ModuleType) 
     return {verdict.name: verdict for verdict in verdicts_module.verdicts(study)}
 
 
+Change = Callable[[tuple[str, str], dict[str, Any]], Any]
+
+
+def changed(old: Path, new: Path, change: Change, config: str = "") -> Path:
+    """Copy results, each array of which may be changed in place or replaced; return the copy."""
+    results = read_results(old)
+    pieces = []
+    for pair, scores in results.scores.items():
+        arrays = {name: np.array(array) for name, array in scores.arrays().items()}
+        change(pair, arrays)
+        pieces.append(
+            ScorePieces(
+                sampler=pair[0], scorer=pair[1], num_rows=len(arrays["num_tokens"]),
+                pieces=[*arrays.items()],
+            )
+        )  # fmt: skip
+    provenance = {"config": config}
+    write_results(new, recipe="r", provenance=provenance, scores=pieces, models=results.models)
+    return new
+
+
 PRECISION = {"direct": -3.0, "1": -3.0, "0.8": -2.5, "0.6": -2.0}
 
 
@@ -118,6 +139,7 @@ def test_one_training_decides_nothing(
     path = results_of(tmp_path / "r.h5", PRECISION, recall, seeds=1)
     found = found_in(path, study_module, verdicts_module)
     assert len(found) >= 5
+    assert "would have been decided" not in found["cost-of-a-teacher"].sentence
     assert {verdict.decision for verdict in found.values()} == {"undecided"}
 
 
@@ -171,14 +193,121 @@ def test_fifths_by_rarity_make_up_the_whole(tmp_path: Path, study_module: Module
     assert values == sorted(values)  # what the truth finds rare, such a student finds rare too
 
 
+def test_fifths_are_of_samples_with_a_token_and_need_five_of_them(
+    tmp_path: Path, study_module: ModuleType, verdicts_module: ModuleType
+) -> None:
+    whole = results_of(tmp_path / "r.h5", PRECISION, PRECISION)
+    for kept, known in ((5, True), (4, False)):
+
+        def empty(pair: tuple[str, str], arrays: dict[str, Any], kept: int = kept) -> None:
+            if pair[0] == "truth":
+                arrays["num_tokens"][kept:] = arrays["log_prob_sum"][kept:] = 0
+
+        path = changed(whole, tmp_path / f"{kept}.h5", empty)
+        study = study_module.Study(read_results(path))
+        assert study.has_fifths == known
+        assert ("rare-pays" in found_in(path, study_module, verdicts_module)) == known
+        if known:
+            student = study.students[0]
+            fifths = [fifth.value for fifth in study.by_rarity(student)]
+            assert np.mean(fifths) == pytest.approx(study.recall(student).value)
+
+
+def test_errors_of_fifths_are_those_of_other_samples(study_module: ModuleType) -> None:
+    """What is lost grows with rarity here, so that a fifth depends on where it is cut."""
+    noise = np.random.default_rng(0)
+    num_rows, repeats = 400, 1500
+    values = np.empty((repeats, 5))
+    errors = np.empty((repeats, 5))
+    for repeat in range(repeats):
+        rarity = noise.normal(size=num_rows)
+        lost = -0.3 - 0.25 * np.maximum(-rarity, 0.0) + noise.normal(0.0, 0.1, num_rows)
+        order = np.argsort(rarity)
+        tokens = np.full(num_rows, TOKENS)
+        fifths = study_module.in_fifths(TOKENS * lost[order], tokens, order, num_rows)
+        values[repeat] = [fifth.value for fifth in fifths]
+        errors[repeat] = [np.linalg.norm(fifth.influence["truth"]) for fifth in fifths]
+        assert all(abs(fifth.influence["truth"].sum()) < 1e-9 for fifth in fifths)
+    ratios = errors.mean(axis=0) / values.std(axis=0)
+    assert (np.abs(ratios - 1.0) < 0.1).all(), ratios
+
+
+@pytest.mark.parametrize("what", ["nan", "infinite", "no token", "one sequence"])
+def test_a_score_without_a_mean_is_left_out_and_said(
+    what: str, tmp_path: Path, study_module: ModuleType, verdicts_module: ModuleType
+) -> None:
+    bad, seen = "student-s1-small-tau0.6", "student-s2-small-direct-T0.6"
+    decode = {"direct": {0.8: (-2.6, -2.6), 0.6: (-1.9, -2.9)}}
+    whole = results_of(tmp_path / "r.h5", PRECISION, PRECISION, decode=decode)
+
+    def spoil(pair: tuple[str, str], arrays: dict[str, Any]) -> None:
+        if pair[0] not in (bad, seen):
+            return
+        if what == "one sequence":
+            arrays |= {name: array[:1] for name, array in arrays.items()}
+        elif what == "no token":
+            arrays["num_tokens"][:] = arrays["log_prob_sum"][:] = 0
+        else:
+            arrays["log_prob_sum"][7] = {"nan": np.nan, "infinite": -np.inf}[what]
+
+    path = changed(whole, tmp_path / "s.h5", spoil)
+    study = study_module.Study(read_results(path))
+    assert study.unscored == [bad]
+    assert study.left_out.startswith("1 of 16 trained students are left out")
+    assert bad in study.left_out
+    [direct] = [s for s in study.students if seen.startswith(s.name)]
+    assert study.temperatures(direct) == [1.0, 0.8]
+    steps = found_in(path, study_module, verdicts_module)["precision-rises"].means
+    assert {step: mean.num_seeds for step, mean in steps.items()} == {
+        "from tau 1 to 0.8": 4,
+        "from tau 0.8 to 0.6": 3,
+    }
+
+
 def test_who_pays_is_said_for_the_rarest_and_the_commonest_fifth(
     tmp_path: Path, study_module: ModuleType, verdicts_module: ModuleType
 ) -> None:
     path = results_of(tmp_path / "r.h5", PRECISION, PRECISION)
     verdict = found_in(path, study_module, verdicts_module)["rare-pays"]
-    assert verdict.decision == "undecided"  # these students gain the same on every sample
+    assert verdict.decision == "fails"  # these students gain, and the same on every sample
     for name in ("rarest", "commonest"):
         assert verdict.means[name].estimate == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize(("change", "decision"), [(0.0, "fails"), (-1.5, "holds")])
+def test_a_fifth_that_gains_less_than_another_does_not_pay(
+    change: float, decision: str, tmp_path: Path, study_module: ModuleType,
+    verdicts_module: ModuleType,
+) -> None:  # fmt: skip
+    whole = results_of(tmp_path / "r.h5", PRECISION, PRECISION)
+    own = read_results(whole).scores["truth", "self"].log_prob_sum
+    rarest = np.argsort(own)[: NUM_ROWS // 5]
+
+    def lose(pair: tuple[str, str], arrays: dict[str, Any]) -> None:
+        if pair[0] == "truth" and pair[1].endswith("tau0.6"):
+            arrays["log_prob_sum"][rarest] += TOKENS * (change - 0.5)
+
+    path = changed(whole, tmp_path / "s.h5", lose)
+    verdict = found_in(path, study_module, verdicts_module)["rare-pays"]
+    assert verdict.means["difference"].high < 0.0
+    assert verdict.decision == decision
+
+
+def test_end_tokens_that_precision_leaves_out_are_a_part_of_its_gain(
+    tmp_path: Path, study_module: ModuleType, verdicts_module: ModuleType
+) -> None:
+    whole = results_of(tmp_path / "r.h5", PRECISION, PRECISION)
+
+    def end(pair: tuple[str, str], arrays: dict[str, Any]) -> None:
+        each = -4.0 if pair[0].endswith("tau0.6") and pair[1] == "truth" else -1.0
+        arrays["end_log_prob"] = np.full(NUM_ROWS, each)
+
+    path = changed(whole, tmp_path / "s.h5", end, config="eos: mask")
+    verdict = found_in(path, study_module, verdicts_module)["gain-is-entropy-0.6"]
+    parts = {name: verdict.means[name].estimate for name in ("entropy", "divergence", "end tokens")}
+    assert parts["end tokens"] == pytest.approx(3.0 / TOKENS)
+    assert verdict.means["precision"].estimate == pytest.approx(sum(parts.values()))
+    assert "end tokens, which precision leaves out, +0.300" in verdict.sentence
 
 
 def test_precision_and_recall_are_those_of_stored_ids(

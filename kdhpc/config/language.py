@@ -191,7 +191,7 @@ def language_problems(config: LanguageConfig) -> Iterator[str]:
     yield from list_problems("tau", config.taus, "[1.0,0.8]")
     if config.decode_temperatures:
         yield from list_problems("decode_temperature", config.decode_temperatures, "[0.9,0.8]")
-    if 1.0 in config.decode_temperatures:
+    if "1" in {f"{temperature:g}" for temperature in config.decode_temperatures}:
         yield "decode_temperatures: 1 is always scored; expected temperatures other than 1"
     yield from _sampling_problems(config.sampling)
     yield from _scoring_problems(config.scoring)

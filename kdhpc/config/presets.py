@@ -176,8 +176,15 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def from_yaml(text: str) -> dict[str, Json]:
-    """Read back the values that `to_yaml` wrote; an empty text has none."""
-    return yaml.safe_load(text) or {}
+    """Read back the values that `to_yaml` wrote; an empty text has none.
+
+    Raises:
+        ValueError: if the text is no YAML.
+    """
+    try:
+        return yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def difference(old: Json, new: Json, path: str = "") -> list[str]:

@@ -34,8 +34,11 @@ def ngrams(ids: Ids, length: NDArray[np.integer], n: int) -> tuple[NDArray[np.in
         n: number of tokens of an n-gram.
 
     Returns:
-        Numbers [N, L - n + 1], and which of them lie within their sequence.
+        Numbers [N, L - n + 1], or [N, 0] if L is smaller than n, and which of them lie within their
+        sequence.
     """
+    if ids.shape[1] < n:
+        return np.empty((len(ids), 0), np.int64), np.empty((len(ids), 0), np.bool_)
     windows = np.lib.stride_tricks.sliding_window_view(ids, n, axis=1)
     inside = np.arange(windows.shape[1]) + n <= length[:, None]
     _, numbers = np.unique(windows[inside], axis=0, return_inverse=True)

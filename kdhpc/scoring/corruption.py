@@ -16,8 +16,9 @@ def corrupt(
 ) -> Samples:
     """Change one token of each sequence, at a place that is drawn for it.
 
-    The prompt and the end token stay. A sequence that is full loses its last token to a repeated
-    one. Sequences with fewer than two tokens between prompt and end stay as they are.
+    The prompt and the end token stay, but a sequence that is full loses its last token to a
+    repeated one, even if it is the end token. Sequences with fewer than two tokens between prompt
+    and end stay as they are, and so do those in which two equal tokens are exchanged.
 
     Args:
         samples: N sequences.

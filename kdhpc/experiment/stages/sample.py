@@ -160,7 +160,8 @@ SAMPLE_TEACHER = Stage(
 SAMPLE_STUDENTS = Stage(
     name=arms.SAMPLE_STUDENTS,
     reads="students and teachers",
-    writes=f"evaluation sets of students at temperature 1, of teachers at every tau; {WRITES}",
+    writes="evaluation sets of students at temperature 1 and at decode_temperatures, of teachers "
+    f"at every tau; {WRITES}",
     plan=functools.partial(plan, arms.SAMPLE_STUDENTS),
     run=run,
     modules=("kdhpc.sampling.sampler",),
