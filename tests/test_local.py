@@ -540,3 +540,40 @@ def test_a_run_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
     run = light(tmp_path)
     run.chmod(0o777)
     assert "its code would run as you" in launch("status", str(run), code=2).stderr
+
+
+def test_a_student_with_fewer_sequences_is_that_of_a_run_with_fewer(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    """The teacher still learns from all of D; a size with all of it shares everything else."""
+    words = ["tiny", "cluster=local", f"runs_dir={tmp_path}", "until=train-on-truth"]
+    launch("sweep", *words, "name=few", "students.small.train_sequences=100")
+    launch("sweep", *words, "name=less", "sampling.train_sequences=100")
+    direct, teacher = ("3-train-on-truth/student-s0-small-direct", "3-train-on-truth/teacher-s0")
+    records = {
+        (name, model): json.loads((tmp_path / name / model / "00000.json").read_text())
+        for name in ("few", "less")
+        for model in (direct, teacher)
+    }
+    few, less = records["few", direct], records["less", direct]
+    assert few["recipe"] == less["recipe"]
+    assert few["stats"]["steps"] == less["stats"]["steps"] == 6
+    weights = [
+        (tmp_path / name / direct / record["data"] / "model.safetensors").read_bytes()
+        for name, record in (("few", few), ("less", less))
+    ]
+    assert weights[0] == weights[1]
+    whole = json.loads((tiny_run / teacher / "00000.json").read_text())
+    assert (
+        records["few", teacher]["recipe"] == whole["recipe"] != records["less", teacher]["recipe"]
+    )
+    assert len(list((tmp_path / "few" / "2-sample-truth" / "train").glob("*.json"))) == 4
+    for limit, message in (
+        (
+            1000,
+            "students.small.train_sequences=1000: expected at most sampling.train_sequences=256",
+        ),
+        (8, "expected at most students.small.train_sequences=8"),
+    ):
+        refused = launch("sweep", *words, f"students.small.train_sequences={limit}", code=2)
+        assert message in refused.stderr

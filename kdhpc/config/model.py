@@ -144,6 +144,9 @@ class Model:
     """Architecture of a model with new weights."""
     training: Training | None = None
     """How the model is trained. A teacher with a `model` and without this is taken as it is."""
+    train_sequences: Count | None = None
+    """Number of sequences that the model is trained on, the first ones of its data; all of
+    `sampling.train_sequences` if not given."""
     dtype: Dtype = "float32"
     """Dtype in which a teacher that is taken as it is is stored and sampled."""
 
@@ -162,7 +165,7 @@ def model_problems(
         key: dotted path of the model in the config.
         model: the model.
         device: device that the model is trained on.
-        num_sequences: number of sequences that the model is trained on; None if it is not known.
+        num_sequences: number of sequences that there are to train on; None if it is not known.
     """
     if model.model is None and model.shape is None:
         yield f"{key}.shape: expected an architecture, or {key}.model to start from"
@@ -179,10 +182,16 @@ def model_problems(
         yield f"{key}.training.compile=true: expected false, because it starts from {key}.model"
     yield from _schedule_problems(f"{key}.training", training)
     yield from _layout_problems(f"{key}.training", training, device)
-    if num_sequences is not None and training.batch_sequences > num_sequences:
+    if num_sequences is None:
+        return
+    used, name = model.train_sequences or num_sequences, "sampling.train_sequences"
+    if used > num_sequences:
+        yield f"{key}.train_sequences={used}: expected at most {name}={num_sequences}"
+    if training.batch_sequences > used:
+        name = f"{key}.train_sequences" if model.train_sequences else name
         yield (
             f"{key}.training.batch_sequences={training.batch_sequences}: expected at most "
-            f"sampling.train_sequences={num_sequences}"
+            f"{name}={used}"
         )
 
 

@@ -35,8 +35,12 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
         if training is None:
             shards.append(_taken(trainee, truth))
             continue
-        data = before.arm(*trainee.data)
-        sequences = config.sampling.train_sequences
+        sequences = trainee.model.train_sequences or config.sampling.train_sequences
+        data = [
+            shard
+            for shard in before.arm(*trainee.data)
+            if shard.row_range and shard.row_range[0] < sequences
+        ]
         steps = (training.stop_after_epochs or training.epochs) * (
             sequences // training.batch_sequences
         )
@@ -139,12 +143,13 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
         count_eos=fields["eos"] == "learn",
     )
 
-    def corpus(stage: str, arm: str) -> Corpus:
-        rows = map_token_rows([work.input(s.key) for s in work.plan.arm(stage, arm)])
-        return Corpus(ids=rows, length=rows.length, counting=counting)
+    def corpus(stage: str, arm: str, num_rows: int | None = None) -> Corpus:
+        keys = [s.key for s in work.plan.arm(stage, arm) if s.key in shard.reads]
+        rows = map_token_rows([work.input(key) for key in keys])
+        return Corpus(ids=rows, length=rows.length[:num_rows], counting=counting)
 
     validation = corpus(*arms.TRUTH_EVAL) if training.validate_every_steps else None
-    data = corpus(*trainee.data)
+    data = corpus(*trainee.data, fields["train_sequences"])
     with _start(trainee, tokenizer_path) as start_path:
         return train_shard(
             shard,
