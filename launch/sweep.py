@@ -12,10 +12,11 @@ Without a preset it runs `demo`. Examples:
 
 import argparse
 import time
+from collections.abc import Sequence
 
 from rich.live import Live
 
-from kdhpc.cluster import local, planning, runs, slurm
+from kdhpc.cluster import local, planning, reuse, runs, slurm
 from kdhpc.cluster.advance import advance, wait_for_cancelled
 from kdhpc.cluster.display import (
     command,
@@ -32,6 +33,7 @@ from kdhpc.cluster.status import look, status_of
 from kdhpc.config.run import RunConfig
 from kdhpc.plan.shards import Plan
 from kdhpc.storage.files import disk_errors
+from kdhpc.storage.run_folder import Record
 
 WATCH_EVERY_S = 5.0
 
@@ -76,6 +78,8 @@ def main(arguments: list[str]) -> int:
     if executor == "slurm":
         planning.check_jobs(planning.preview(pipeline, plan, config, executor))
         note_ignored_variables()
+    config = reuse.with_place(config)
+    reused = reuse.find(config, plan)
     run = runs.open_for(config, plan)
     if executor == "slurm":
         wait_for_cancelled(run)
@@ -84,9 +88,10 @@ def main(arguments: list[str]) -> int:
         print(note)
     if executor == "local":
         with runs.launcher_lock(run):
-            return _local(run, config, plan)
+            return _local(run, config, plan, reused)
     for key in run.scan().damaged:
         run.quarantine(key)
+    reuse.take(run, reused)
     runs.add_request(run, config, kind="sweep", executor=executor)
     advance(run)
     if options.watch:
@@ -96,9 +101,10 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _local(run: Run, config: RunConfig, plan: Plan) -> int:
+def _local(run: Run, config: RunConfig, plan: Plan, reused: Sequence[Record]) -> int:
     for key in run.scan().damaged:
         run.quarantine(key)
+    reuse.take(run, reused)
     runs.add_request(run, config, kind="sweep", executor="local")
     out = console()
     finished: set[str] = set()

@@ -169,6 +169,13 @@ def _notes(run: Run, state: State, failures: Mapping[str, Failure]) -> Iterator[
     )
     if len(codes) > 1:
         yield f"results were made by {len(codes)} versions of the code: {', '.join(codes)}"
+    sources = Counter(
+        record.reused_from
+        for key, record in state.scan.records.items()
+        if key in state.plan.shards and record.reused_from
+    )
+    for place, count in sources.items():
+        yield f"{count} shards were taken from {place} (reuse)"
     reasons = Counter(
         reason
         for key, reason in state.decision.blocked.items()

@@ -136,6 +136,9 @@ class RunConfig:
     """What runs the tasks; the cluster's YAML sets it."""
     until: str | None = None
     """Last stage to run. Later stages are planned, and start when a launch no longer has this."""
+    reuse: str | None = None
+    """Another run, by name or folder, whose published shards with the same recipes are taken into
+    this run by hard links, when it is submitted. Both runs must be on one file system."""
     small: bool = False
     """Whether the run may start on this machine without being asked to if there is no Slurm."""
     local_workers: Whole = 0

@@ -50,6 +50,8 @@ class Record:
     attempt: Mapping[str, Json]
     stats: Mapping[str, Json]
     nonce: str
+    reused_from: str = ""
+    """Folder of the run that made the shard; empty if this one did."""
 
     @property
     def data(self) -> Path:
@@ -211,6 +213,7 @@ def _record(raw: Mapping[str, Json], key: str, folder: Path) -> Record:
             attempt=raw["attempt"],
             stats=raw["stats"],
             nonce=raw["nonce"],
+            reused_from=raw.get("reused_from", ""),
         )
     except (TypeError, KeyError) as error:
         raise DamagedError(f"{folder}: the record of {key} has no field {error}") from error
