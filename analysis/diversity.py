@@ -155,7 +155,10 @@ def collapse(sets: Mapping[str, Sequence[SampleSet]], size: str) -> list[Verdict
     """Say of the direct student and of each tau whether its samples have collapsed.
 
     Each is compared with truth at its own lengths, so that no other student changes what is said.
+    Without sets, nothing is said.
     """
+    if not sets:
+        return []
     [truth] = sets[TRUTH]
     made = []
     for label in (label for label in sets if label not in (TRUTH, TRUTH_AGAIN)):

@@ -13,7 +13,7 @@ The page needs `pip install 'kdhpc[report]'`; the verdicts do not.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,8 @@ class Read:
     analysis: Analysis
     study: Study
     facts: RunFacts
+    samples: Mapping[str, Mapping[str, Sequence[diversity.SampleSet]]]
+    """Evaluation sets by size and by what students learnt from; empty if they are not there."""
     verdicts: Sequence[Verdict]
 
     @property
@@ -91,6 +93,7 @@ def read_all(options: argparse.Namespace) -> list[Read]:
                 "merge again"
             )
         facts = read_facts(analysis.results, analysis.path)
+        samples = {size: diversity.sample_sets(study, size, facts) for size in study.sizes}
         name = (run_folder(analysis.path) or analysis.path).name
         number = 1 + sum(run.name.partition(" (")[0] == name for run in runs)
         runs.append(
@@ -99,7 +102,11 @@ def read_all(options: argparse.Namespace) -> list[Read]:
                 analysis=analysis,
                 study=study,
                 facts=facts,
-                verdicts=[*verdicts(study), *_collapses(study, facts)],
+                samples=samples,
+                verdicts=[
+                    *verdicts(study),
+                    *(v for size, sets in samples.items() for v in diversity.collapse(sets, size)),
+                ],
             )
         )
     return runs
@@ -131,7 +138,7 @@ def write_report(run: Read) -> Path:
         *_text_parts(study, facts),
         Part(heading="The run", body=_run_part(study, facts)),
         Part(heading="What differs from the paper", body=_deviation_part(facts)),
-        *_diversity_parts(study, facts),
+        *_diversity_parts(run),
     ]
     return _save(run.analysis, PAGE, run.name, run.about, parts)
 
@@ -174,7 +181,7 @@ def _save(
 ) -> Path:
     import report_figures
 
-    text = report_page.page(title, about, parts, report_figures.library())
+    text = report_page.page(title, about, parts, report_figures.chart_code())
     return analysis.save(text.encode(), f"{name}.html")
 
 
@@ -222,24 +229,15 @@ def _of_size(study: Study, size: str) -> str:
     return f" (size {size})" if len(study.sizes) > 1 else ""
 
 
-def _collapses(study: Study, facts: RunFacts) -> list[Verdict]:
-    """Return at which tau samples collapse, if the samples are in the run folder."""
-    sets = {size: diversity.sample_sets(study, size, facts) for size in study.sizes}
-    return [
-        v for size, of_size in sets.items() if of_size for v in diversity.collapse(of_size, size)
-    ]
-
-
-def _diversity_parts(study: Study, facts: RunFacts) -> list[Part]:
-    truth = facts.first_of(arms.TRUTH_MODEL)
+def _diversity_parts(run: Read) -> list[Part]:
+    truth = run.facts.first_of(arms.TRUTH_MODEL)
     if truth is None or not (truth.data / "tokenizer.json").is_file():
         return []
     tables = []
-    for size in study.sizes:
-        sets = diversity.sample_sets(study, size, facts)
+    for size, sets in run.samples.items():
         rows = diversity.table_rows(sets, Tokenizer(truth.data))
         cells = [tuple(_named(diversity.cells(row))) for row in rows]
-        title = f"Means over seeds{_of_size(study, size)}"
+        title = f"Means over seeds{_of_size(run.study, size)}"
         if cells:
             tables.append(PageTable(title=title, columns=diversity.COLUMNS, rows=cells))
     body = report_page.paragraphs([diversity.ABOUT]) + "\n".join(map(report_page.table, tables))

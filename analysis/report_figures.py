@@ -4,6 +4,7 @@ Series differ in shape and dash besides colour, so that a figure can be read in 
 one look in all figures of a run. A chart is as wide as its page, or as `FILE_WIDTH` in a file.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
@@ -93,7 +94,7 @@ def images(spec: Spec, title: str) -> dict[str, bytes]:
     }
 
 
-def library() -> str:
+def chart_code() -> str:
     """Return the JavaScript that draws specifications: Vega, Vega-Lite and Vega-Embed."""
     return str(vl_convert.javascript_bundle())  # type: ignore[call-arg]  # optional, unlike its stub
 
@@ -279,17 +280,10 @@ def _parts(rows: Rows, looks: Looks) -> Layers:
     )  # fmt: skip
 
 
-def _rarity(rows: Rows, looks: Looks) -> Layers:
+def _fifths(rows: Rows, looks: Looks, *, of: str) -> Layers:
     return _places(
-        rows, "fifth", "student", looks, x_title="fifth of truth's samples", zero_line=True,
+        rows, "fifth", "student", looks, x_title=f"fifth of {of}", zero_line=True,
         joined="true", y_title="recall change (nats per token)",
-    )  # fmt: skip
-
-
-def _entropy(rows: Rows, looks: Looks) -> Layers:
-    return _places(
-        rows, "fifth", "student", looks, x_title="fifth of positions in truth's samples",
-        zero_line=True, joined="true", y_title="recall change (nats per token)",
     )  # fmt: skip
 
 
@@ -436,8 +430,8 @@ CHARTS: Mapping[str, Callable[[Rows, Looks], Layers]] = {
     "teacher": _precision_recall,
     "equal-precision": _equal_precision,
     "parts": _parts,
-    "rarity": _rarity,
-    "entropy": _entropy,
+    "rarity": functools.partial(_fifths, of="truth's samples"),
+    "entropy": functools.partial(_fifths, of="positions in truth's samples"),
     "curves": _curves,
     "total-variation": _total_variation,
     "best-temperature": _best_temperature,

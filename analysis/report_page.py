@@ -83,14 +83,14 @@ class Part:
     body: str
 
 
-def page(title: str, about: Sequence[str], parts: Iterable[Part], library: str) -> str:
+def page(title: str, about: Sequence[str], parts: Iterable[Part], chart_code: str) -> str:
     """Return a whole page.
 
     Args:
         title: title of the page.
         about: sentences below it.
         parts: the parts, in order; those without a body are left out.
-        library: JavaScript that draws the charts.
+        chart_code: JavaScript that draws the charts.
     """
     shown = "\n".join(f"<h2>{escape(p.heading)}</h2>\n{p.body}" for p in parts if p.body)
     return f"""<!DOCTYPE html>
@@ -106,7 +106,7 @@ def page(title: str, about: Sequence[str], parts: Iterable[Part], library: str) 
 <h1>{escape(title)}</h1>
 {paragraphs(about)}
 {shown}
-<script>{_inside(library)}</script>
+<script>{_inside(chart_code)}</script>
 <script>{DRAW}</script>
 </body>
 </html>

@@ -464,14 +464,8 @@ def parts(study: Study, size: str) -> Figure:
 
 def by_rarity(study: Study, size: str) -> Figure:
     """Return the change of recall against tau 1 on each fifth of truth's samples."""
-    rows: list[Row] = []
     known = study.has_fifths and "1" in study.labels(size)
-    for label in study.labels(size) if known else []:
-        for fifth in range(NUM_GROUPS):
-            change = study.contrast(size, label, "1", _of_fifth(study, fifth))
-            if label != "1" and change is not None:
-                row: Row = {"student": student_name(label), "fifth": _fifth_name(fifth)}
-                rows.append(row | interval(change))
+    rows = _fifths(study, size, study.by_rarity, ("rarest", "likeliest")) if known else []
     return Figure(
         name="rarity",
         title="Recall change against tau 1, by rarity",
@@ -486,15 +480,8 @@ def by_rarity(study: Study, size: str) -> Figure:
 
 def by_entropy(study: Study, size: str) -> Figure:
     """Return the change of recall against tau 1 on each fifth of positions, by truth's entropy."""
-    rows: list[Row] = []
     known = study.has_entropies and "1" in study.labels(size)
-    for label in study.labels(size) if known else []:
-        for fifth in range(NUM_GROUPS):
-            change = study.contrast(size, label, "1", _of_positions(study, fifth))
-            if label != "1" and change is not None:
-                name = {0: "1 surest", NUM_GROUPS - 1: f"{NUM_GROUPS} least sure"}
-                row: Row = {"student": student_name(label)}
-                rows.append(row | {"fifth": name.get(fifth, str(fifth + 1))} | interval(change))
+    rows = _fifths(study, size, study.by_entropy, ("surest", "least sure")) if known else []
     return Figure(
         name="entropy",
         title="Recall change against tau 1, by how sure the truth is",
@@ -508,16 +495,36 @@ def by_entropy(study: Study, size: str) -> Figure:
     )
 
 
-def _of_positions(study: Study, fifth: int) -> Measure:
-    return lambda student: study.by_entropy(student)[fifth]
+def _fifths(
+    study: Study,
+    size: str,
+    in_fifths: Callable[[Student], Sequence[Statistic]],
+    ends: tuple[str, str],
+) -> list[Row]:
+    """Return the change of recall against tau 1 of each student on each fifth.
 
+    Args:
+        study: the run.
+        size: size of the students.
+        in_fifths: returns a student's recall on each fifth.
+        ends: what the first and the last fifth are.
+    """
 
-def _of_fifth(study: Study, fifth: int) -> Measure:
-    return lambda student: study.by_rarity(student)[fifth]
+    def on(fifth: int) -> Measure:
+        return lambda student: in_fifths(student)[fifth]
 
-
-def _fifth_name(fifth: int) -> str:
-    return {0: "1 rarest", NUM_GROUPS - 1: f"{NUM_GROUPS} likeliest"}.get(fifth, str(fifth + 1))
+    words = {0: f" {ends[0]}", NUM_GROUPS - 1: f" {ends[1]}"}
+    rows: list[Row] = []
+    for label in study.labels(size):
+        for fifth in range(NUM_GROUPS):
+            change = study.contrast(size, label, "1", on(fifth))
+            if label != "1" and change is not None:
+                names: Row = {
+                    "student": student_name(label),
+                    "fifth": f"{fifth + 1}{words.get(fifth, '')}",
+                }
+                rows.append(names | interval(change))
+    return rows
 
 
 NEEDS_TOKENS = "per-token scores: a new run with scoring.per_token=true"
