@@ -202,6 +202,11 @@ class Pair:
     """The model that drew the samples, if scores are averaged over its next token."""
 
     @property
+    def is_plain(self) -> bool:
+        """Whether samples are scored as they were drawn, at temperature 1, token by token."""
+        return self.temperatures == (1.0,) and not (self.corruption or self.own_model)
+
+    @property
     def scorer_name(self) -> str:
         """Name of the scores in the results, at temperature 1."""
         return f"{self.scorer}-expected" if self.own_model else self.scorer

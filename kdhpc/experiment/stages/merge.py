@@ -101,7 +101,7 @@ def _scores(work: Work[LanguageConfig], present: frozenset[str]) -> Iterator["Sc
         shards = work.plan.arm(arms.SCORE, pair.arm)
         if not present.issuperset(shard.key for shard in shards):
             continue
-        if pair.arm == f"{pair.sampler}-under-{pair.scorer}":
+        if pair.is_plain:
             scored.setdefault(pair.sampler, shards)
         for temperature in pair.temperatures:
             yield ScorePieces(
@@ -111,7 +111,7 @@ def _scores(work: Work[LanguageConfig], present: frozenset[str]) -> Iterator["Sc
                 pieces=_pieces(work, shards, temperature),
             )
     samplers = dict.fromkeys(
-        (pair.sampler, pair.samples) for pair in arms.pairs(work.config) if not pair.corruption
+        (pair.sampler, pair.samples) for pair in arms.pairs(work.config) if pair.is_plain
     )
     for sampler, samples in samplers:
         shards = work.plan.arm(*samples)
