@@ -1,7 +1,9 @@
 """Turn the words of a command line into a config, and a config into plain data.
 
 A bare word names a preset in `configs/`, which may extend another with `extends:`; `a.b=value` is
-an override. Later words win. This is the only module that imports omegaconf.
+an override. Later words win. A preset that is a folder has one file for each preset that it can be
+added to: `paper capacity` reads `paper.yaml`, then `capacity/paper.yaml`. This is the only module
+that imports omegaconf.
 
 Values are read as text, in YAML files too, and take the type of their field when the config is
 built. A field of text keeps what was typed: `no`, `0123`, `1e5` and `${HOME}` are texts there. A
@@ -40,6 +42,15 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in CONFIGS_DIR.glob("*.yaml"))
 
 
+def added_names() -> dict[str, list[str]]:
+    """Return the presets that are added to others, each with those that it can be added to."""
+    added: dict[str, list[str]] = {}
+    for path in sorted(CONFIGS_DIR.glob("*/*.yaml")):
+        if path.parent.name != "cluster":
+            added.setdefault(path.parent.name, []).append(path.stem)
+    return added
+
+
 def cluster_names() -> list[str]:
     """List the files in configs/cluster/, then those in its folders, such as `sites/lumi`."""
     folder = CONFIGS_DIR / "cluster"
@@ -58,8 +69,8 @@ def compose(words: list[str]) -> dict[str, Json]:
     presets = [word for word in words if "=" not in word]
     overrides = _dotlist([word for word in words if "=" in word])
     merged = OmegaConf.create()
-    for name in presets:
-        merged = _merge(merged, _preset(name))
+    for position, name in enumerate(presets):
+        merged = _merge(merged, _added(name, presets[:position]) or _preset(name))
     try:
         selected = OmegaConf.select(_merge(merged, overrides), "cluster", default="auto")
         cluster = _revealed(str(selected))
@@ -82,7 +93,7 @@ def build(config_class: type[T], values: dict[str, Json]) -> T:
     Raises:
         InputError: if a key is unknown, or a value is missing or has the wrong type.
     """
-    values = _with_minutes(values)
+    values = _with_minutes(_without_nothing(values))
     try:
         merged = OmegaConf.merge(OmegaConf.structured(config_class), _config(values))
         built = _revealed(OmegaConf.to_object(merged))
@@ -90,6 +101,14 @@ def build(config_class: type[T], values: dict[str, Json]) -> T:
         key = getattr(error, "full_key", None) or _list_that_does_not_fit(config_class, values)
         raise InputError(_one_line(error, key)) from error
     return cast(T, built)
+
+
+def _without_nothing(values: dict[str, Json]) -> dict[str, Json]:
+    """Return the same values without sizes of students that are null, which takes them away."""
+    students = values.get("students")
+    if not isinstance(students, dict):
+        return values
+    return {**values, "students": {n: size for n, size in students.items() if size is not None}}
 
 
 def _with_minutes(values: dict[str, Json], key: str = "") -> dict[str, Json]:
@@ -206,13 +225,30 @@ def _merge(*parts: DictConfig) -> DictConfig:
         raise InputError(_one_line(error)) from error
 
 
+def _added(name: str, before: list[str]) -> DictConfig | None:
+    """Load a preset that is added to those before it; None if it is no such preset."""
+    bases = added_names().get(name)
+    if bases is None:
+        return None
+    base = next((word for word in reversed(before) if word in bases), None)
+    if base is None:
+        raise InputError(
+            f"{name}: is added to another preset; expected one of {', '.join(bases)} before it, "
+            f"such as {bases[0]} {name}"
+        )
+    return _load(CONFIGS_DIR / name / f"{base}.yaml")
+
+
 def _preset(name: str, trail: tuple[str, ...] = ()) -> DictConfig:
     if name not in preset_names():
         from difflib import get_close_matches
 
-        close = get_close_matches(name, preset_names(), n=1)
+        names = preset_names() + [
+            f"{base} {more}" for more, to in added_names().items() for base in to
+        ]
+        close = get_close_matches(name, [*preset_names(), *added_names()], n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        raise InputError(f"no preset {name!r}; expected one of {', '.join(preset_names())}.{hint}")
+        raise InputError(f"no preset {name!r}; expected one of {', '.join(names)}.{hint}")
     if name in trail:
         raise InputError(f"configs/{name}.yaml: extends itself through {' > '.join(trail)}")
     loaded = _load(CONFIGS_DIR / f"{name}.yaml")
