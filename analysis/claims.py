@@ -7,59 +7,44 @@ FOLDER has claims.yaml and one or more files scores-*.h5 as `analysis/archive.py
 one run or of runs with other seeds of the same truth and D (`first_seed`). The seeds are pooled.
 The sha256 of claims.yaml must be the one that each run recorded when it was submitted (`claims`).
 
-A claim has one or more terms, each a mean over seeds, and a test: all terms are `greater` or `less`
-than a margin in nats a token, or `within` it of 0. Its p-value is the largest of its terms', and 1
-if a term has no value; Holm's method corrects for the number of claims, in each size of students
-apart. A claim holds if the corrected p-value is at most 0.05. It fails if the 95 % interval of a
-term contradicts it, and is undecided otherwise. With one seed nothing is decided.
+A claim has one or more terms, each a mean over seeds (analysis/claim_terms.py), and a test: all
+terms are `greater` or `less` than a margin in nats a token, or `within` it of 0. Its p-value is the
+largest of its terms', and 1 if a term has no value. Claims whose terms name sizes of students are
+one family; the others are tested for each size, which is a family of its own, and Holm's method
+corrects for the number of claims of a family. A claim holds if the corrected p-value is at most
+0.05. It fails if the 95 % interval of a term contradicts it, and is undecided otherwise. With one
+seed nothing is decided.
 """
 
 import argparse
 import hashlib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from claim_terms import MEASURES, Term, mean_of
 from rich.console import Console
 from rich.table import Table
-from study import SELF, TRUTH, Measure, Study, at_equal_precision
-from verdicts import ENTROPY_SHARE, Decision, detectable, text
+from study import SELF, TRUTH, Study
+from verdicts import Decision, detectable, text
 
 from kdhpc.cluster.display import WIDTH, command
 from kdhpc.config import presets
 from kdhpc.errors import InputError
-from kdhpc.science.intervals import SeedMean, equivalence_p_value, holm, over_seeds
+from kdhpc.science.intervals import SeedMean, equivalence_p_value, holm
 from kdhpc.storage.results import Results, read_results
 from kdhpc.types import Json
 
 ALPHA = 0.05
 ONE_TRAINING = "one training: sampling error only"
-MEASURES = ("precision", "recall", "divergence-beyond-share", "control-recall")
-"""`divergence-beyond-share` is the part of precision that is less KL(p''||p*), less 0.2 of
-precision: a change below 0 says that more than 0.8 of a gain in precision is lower entropy (with
-`eos: mask`, and less of the end tokens, which precision leaves out).
-`control-recall` is the recall of the student `against` at the temperature at which it has the
-precision of the student `of`, less the recall of that."""
 SHARED = ("seed", "prompt", "begin", "length", "eos", "teacher", "students")
 """Fields of the config that runs must share to be pooled, besides the size of D."""
 TESTS = ("greater", "less", "within")
-FIELDS = {"name", "says", "test", "margin", "terms"}
-"""Fields of a claim in its file; all but the margin are required."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Term:
-    """A change of a measure from one student to another."""
-
-    measure: str
-    of: str
-    against: str
-
-    def __str__(self) -> str:
-        return f"{self.measure} of {self.of} against {self.against}"
+FIELDS = {"name", "says", "test", "margin", "terms", "page"}
+"""Fields of a claim in its file; all but the margin and the page are required."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +56,13 @@ class Claim:
     test: str
     margin: float
     terms: tuple[Term, ...]
+    page: str = ""
+    """Page that tells about it, if a file has claims of several."""
+
+    @property
+    def names_sizes(self) -> bool:
+        """Whether its terms say of which size their students are."""
+        return any(term.size for term in self.terms)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +92,11 @@ def read_claims(path: Path) -> list[Claim]:
 
 
 def _claim(entry: Mapping[str, Json]) -> Claim:
-    terms = tuple(Term(**{key: _label(value) for key, value in t.items()}) for t in entry["terms"])
+    terms = tuple(_term(term) for term in entry["terms"])
     if entry["test"] not in TESTS or not terms or {t.measure for t in terms} - {*MEASURES}:
         raise ValueError(f"{entry['name']}: expected a test of {TESTS}, measures of {MEASURES}")
+    if len({term.size is None for term in terms}) > 1:
+        raise ValueError(f"{entry['name']}: expected a size in all of its terms or in none")
     margin = float(str(entry.get("margin", 0.0)))
     if unknown := entry.keys() - FIELDS:
         raise ValueError(f"{entry['name']}: unknown field {min(unknown)}")
@@ -114,7 +108,15 @@ def _claim(entry: Mapping[str, Json]) -> Claim:
         test=entry["test"],
         margin=margin,
         terms=terms,
+        page=entry.get("page", ""),
     )
+
+
+def _term(entry: Mapping[str, Json]) -> Term:
+    """Read a term; what is subtracted from it says only what differs."""
+    own = {key: _label(value) for key, value in entry.items() if key != "minus"}
+    minus = entry.get("minus")
+    return Term(**own, minus=_term({**own, **minus}) if minus else None)
 
 
 def _label(value: Json) -> str:
@@ -179,30 +181,22 @@ def _agree(ours: Json, theirs: Json) -> bool:
 
 def evaluate(study: Study, claim: Claim, size: str) -> Outcome:
     """Compute the terms of a claim for the students of a size."""
-    means = [_mean(study, term, size) for term in claim.terms]
+    means = [mean_of(study, term, size) for term in claim.terms]
     known = tuple(mean for mean in means if mean is not None)
     if len(known) < len(means):
         return Outcome(claim=claim, means=(), p_value=1.0)
     return Outcome(claim=claim, means=known, p_value=max(_p_value(claim, mean) for mean in known))
 
 
-def _mean(study: Study, term: Term, size: str) -> SeedMean | None:
-    measures: dict[str, Measure] = {
-        "precision": study.precision,
-        "recall": study.recall,
-        "divergence-beyond-share": lambda s: (
-            -study.divergence(s) - (1.0 - ENTROPY_SHARE) * study.precision(s)
-        ),
-    }
-    if term.measure == "divergence-beyond-share" and not study.has_divergences:
-        return None
-    if term.measure in measures:
-        return study.contrast(size, term.of, term.against, measures[term.measure])
-    students, bases = study.of(size, term.of), study.of(size, term.against)
-    seeds = [seed for seed in students if seed in bases]
-    kept = [at_equal_precision(study, bases[seed], students[seed]) for seed in seeds]
-    inside = [statistic for statistic in kept if statistic is not None]
-    return over_seeds(inside) if inside and len(inside) == len(kept) else None
+def families(study: Study, claims: Sequence[Claim]) -> Iterator[tuple[list[Outcome], int]]:
+    """Yield the outcomes of claims that are corrected together, and their number of seeds."""
+    for size in study.sizes:
+        if unsized := [claim for claim in claims if not claim.names_sizes]:
+            seeds = {student.seed for student in study.students if student.size == size}
+            yield [evaluate(study, claim, size) for claim in unsized], len(seeds)
+    if sized := [claim for claim in claims if claim.names_sizes]:
+        seeds = {student.seed for student in study.students}
+        yield [evaluate(study, claim, "") for claim in sized], len(seeds)
 
 
 def _p_value(claim: Claim, mean: SeedMean) -> float:
@@ -293,10 +287,8 @@ def main(arguments: list[str]) -> int:
     if study.left_out:
         print(study.left_out)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    for size in study.sizes:
-        seeds = {student.seed for student in study.students if student.size == size}
-        outcomes = [evaluate(study, claim, size) for claim in claims]
-        console.print(table(outcomes, len(seeds)))
+    for outcomes, num_seeds in families(study, claims):
+        console.print(table(outcomes, num_seeds))
     return 0
 
 

@@ -53,8 +53,8 @@ class Study:
     def __init__(self, results: Results) -> None:
         self.results = results
         self.scores = {pair: s for pair, s in results.scores.items() if _has_mean(s)}
-        config = presets.from_yaml(results.provenance.get("config", ""))
-        self.eos_counts: bool = config.get("eos", "learn") == "learn"
+        self._config = presets.from_yaml(results.provenance.get("config", ""))
+        self.eos_counts: bool = self._config.get("eos", "learn") == "learn"
         """Whether end tokens are among the counted tokens."""
         students = [_student(n, f) for n, f in results.models.items() if f["kind"] == "student"]
         self.students = [student for student in students if self._has_both(student)]
@@ -79,6 +79,26 @@ class Study:
     @property
     def sizes(self) -> list[str]:
         return list(dict.fromkeys(student.size for student in self.students))
+
+    def parameters(self, size: str) -> int:
+        """Return the number of parameters of the students of a size."""
+        facts = self.results.models
+        return next(int(str(facts[s.name]["parameters"])) for s in self.students if s.size == size)
+
+    def training(self, size: str) -> Mapping[str, object]:
+        """Return how the students of a size were trained, as the config has it."""
+        model = self._config.get("students", {}).get(size, {})
+        return {name: model.get(name) for name in ("training", "train_sequences")}
+
+    def smaller_sizes(self, size: str) -> list[str]:
+        """Return the sizes with fewer parameters and the same training, from the smallest."""
+        found = [
+            name
+            for name in self.sizes
+            if self.training(name) == self.training(size)
+            and self.parameters(name) < self.parameters(size)
+        ]
+        return sorted(found, key=self.parameters)
 
     def labels(self, size: str) -> list[str]:
         """Return what the students of a size learnt from: `direct`, then taus from the highest."""
