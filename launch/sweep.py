@@ -7,6 +7,7 @@ Without a preset it runs `demo`. Examples:
 
     python launch/sweep.py paper --dry-run
     python launch/sweep.py demo name=second taus=[1.0,0.7]
+    python launch/sweep.py demo capacity reuse=temperature
     python launch/sweep.py paper cluster=mysite slurm.mem_gb=64
 """
 
@@ -32,6 +33,7 @@ from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import look, status_of
 from kdhpc.config.run import RunConfig
 from kdhpc.plan.shards import Plan
+from kdhpc.plan.stages import AnyPipeline
 from kdhpc.storage.files import disk_errors
 from kdhpc.storage.run_folder import Record
 
@@ -56,17 +58,7 @@ def main(arguments: list[str]) -> int:
     pipeline, config = runs.from_words(options.words)
     slurm_here = slurm.available()
     if options.dry_run:
-        executor = "slurm" if slurm_here and config.executor != "local" else "local"
-        plan = pipeline.plan(config)
-        preview = planning.preview(pipeline, plan, config, executor)
-        console().print(preview_view(preview, config, executor))
-        if options.verbose:
-            console().print(stages_table(pipeline))
-        for line in pipeline.estimate(config):
-            print(line)
-        print(f"planned for {executor}, in {config.runs_dir}/{config.name}; nothing was written")
-        planning.check_jobs(preview)
-        return 0
+        return _dry_run(pipeline, config, slurm_here, verbose=options.verbose)
 
     executor = runs.pick_executor(config, slurm_here)
     if not any(word.startswith("runs_dir=") for word in options.words):
@@ -98,6 +90,26 @@ def main(arguments: list[str]) -> int:
         return _watch(run)
     console().print(status_view(status_of(run, look(run))))
     print(f"follow it: squeue --me; python launch/status.py {run.path}")
+    return 0
+
+
+def _dry_run(pipeline: AnyPipeline, config: RunConfig, slurm_here: bool, *, verbose: bool) -> int:
+    """Show what would be submitted; write nothing."""
+    executor = "slurm" if slurm_here and config.executor != "local" else "local"
+    if config.reuse:  # which shards are the same is known with what the run starts from
+        config = reuse.with_place(pipeline.prepare(config))
+    plan = pipeline.plan(config)
+    taken = frozenset(record.key for record in reuse.find(config, plan))
+    preview = planning.preview(pipeline, plan, config, executor, taken)
+    console().print(preview_view(preview, config, executor))
+    if verbose:
+        console().print(stages_table(pipeline))
+    for line in pipeline.estimate(config):
+        print(line)
+    if config.reuse:
+        print(f"{len(taken)} more shards would be taken from {config.reuse} (reuse)")
+    print(f"planned for {executor}, in {config.runs_dir}/{config.name}; nothing was written")
+    planning.check_jobs(preview)
     return 0
 
 

@@ -60,6 +60,21 @@ def test_one_more_size_trains_that_size_only(source: Path) -> None:
     assert not [line for line in listed if line[0].isdigit() and "entries" not in line]
 
 
+def test_a_dry_run_plans_what_is_left(source: Path) -> None:
+    shown = launch("sweep", *words_of(source, f"reuse={source}", SIZE, "--dry-run")).stdout
+    plan = {
+        line.split()[0]: line.split()[1:3] for line in shown.splitlines() if line[1:2].isdigit()
+    }
+    assert plan["2-sample-truth"] == ["0", "0"]
+    assert plan["3-train-on-truth"] == ["1", "1"]
+    assert plan["5-train-students"][0] == "2"
+    [said] = [line for line in shown.splitlines() if "would be taken" in line]
+    whole = launch("sweep", *words_of(source, SIZE, "--dry-run")).stdout
+    total, left = (int(text.split()[1]) for text in (whole, shown))
+    assert int(said.split()[0]) == total - left > 0
+    assert not (source.parent / "more").exists()
+
+
 def _twin(path: Path, source: Path) -> Path:
     """Return the folder of another run that belongs to that of a record."""
     return source / path.parent.relative_to(path.parents[2])

@@ -50,20 +50,35 @@ class Preview:
     """Objections of `sbatch --test-only` to the scripts."""
 
 
-def preview(pipeline: AnyPipeline, plan: Plan, config: RunConfig, executor: str) -> Preview:
-    """Plan every stage as if all stages before it were done, and ask Slurm; submit nothing."""
+def preview(
+    pipeline: AnyPipeline,
+    plan: Plan,
+    config: RunConfig,
+    executor: str,
+    taken: frozenset[str] = frozenset(),
+) -> Preview:
+    """Plan every stage as if all stages before it were done, and ask Slurm; submit nothing.
+
+    Args:
+        pipeline: the pipeline.
+        plan: plan of the config.
+        config: config of the run.
+        executor: `local` or `slurm`.
+        taken: keys of shards that are there already; they are left out.
+    """
     if executor == "local":
         num_gpus = local.num_gpu_devices(config)
         at_once = local.num_workers(config, num_gpus)
-        batches = batches_by_stage(pipeline, plan, config, max_array=None)
+        batches = batches_by_stage(pipeline, plan, config, max_array=None, taken=taken)
         stages = preview_stages(
-            pipeline, plan, config, batches, at_once=at_once, ranks_count=num_gpus > 0, asks=False
-        )
+            pipeline, plan, config, batches, at_once=at_once, ranks_count=num_gpus > 0, asks=False,
+            taken=taken,
+        )  # fmt: skip
         return Preview(stages=stages, at_once=at_once, num_accepted=0, refused=())
     max_array = config.slurm.max_array or slurm.max_array_size()
-    batches = batches_by_stage(pipeline, plan, config, max_array)
+    batches = batches_by_stage(pipeline, plan, config, max_array, taken)
     at_once = config.slurm.max_parallel
-    stages = preview_stages(pipeline, plan, config, batches, at_once=at_once)
+    stages = preview_stages(pipeline, plan, config, batches, at_once=at_once, taken=taken)
     scripts = _scripts(pipeline, plan, config, batches)
     answers = [(what, slurm.check_script(text)) for what, text in scripts]
     return Preview(
@@ -75,7 +90,11 @@ def preview(pipeline: AnyPipeline, plan: Plan, config: RunConfig, executor: str)
 
 
 def batches_by_stage(
-    pipeline: AnyPipeline, plan: Plan, config: RunConfig, max_array: int | None
+    pipeline: AnyPipeline,
+    plan: Plan,
+    config: RunConfig,
+    max_array: int | None,
+    taken: frozenset[str] = frozenset(),
 ) -> dict[str, tuple[Batch, ...]]:
     """Pack every stage as if all stages before it were done.
 
@@ -84,11 +103,12 @@ def batches_by_stage(
         plan: plan of the config.
         config: config of the run.
         max_array: maximum number of tasks in one array; None for processes of this machine.
+        taken: keys of shards that are there already.
     """
     rates = {stage.name: 1.0 / stage.rate(config) for stage in pipeline.stages}
     policy = Policy.unlimited(config, max_array)
     batches = {}
-    done: set[str] = set()
+    done: set[str] = {*taken}
     for stage in pipeline.stages:
         keys = {shard.key for shard in plan.stage(stage.name)}
         others = frozenset(plan.shards) - keys
@@ -107,6 +127,7 @@ def preview_stages(
     at_once: int,
     ranks_count: bool = False,
     asks: bool = True,
+    taken: frozenset[str] = frozenset(),
 ) -> tuple[StagePreview, ...]:
     """Describe every stage; a pure function.
 
@@ -118,11 +139,13 @@ def preview_stages(
         at_once: most tasks of a stage that run at once.
         ranks_count: whether a task with several ranks takes the places of as many tasks.
         asks: whether tasks ask Slurm for resources; on this machine they do not.
+        taken: keys of shards that are there already; they are left out.
     """
     asked_for = plan.stages_until(config.until)
     rows = []
     for stage in pipeline.stages:
-        shards, rate = plan.stage(stage.name), stage.rate(config)
+        shards = [shard for shard in plan.stage(stage.name) if shard.key not in taken]
+        rate = stage.rate(config)
         requests = [f"{config.threads} thread{'s' * (config.threads > 1)}"] if shards else []
         if asks:
             of_batches = [

@@ -15,10 +15,10 @@ from pathlib import Path
 from kdhpc.cluster import places
 from kdhpc.cluster.runs import Run, open_run
 from kdhpc.config.run import RunConfig
-from kdhpc.errors import InputError
+from kdhpc.errors import DamagedError, InputError
 from kdhpc.plan.shards import Plan
 from kdhpc.storage.files import read_once, sync_tree, write_once
-from kdhpc.storage.run_folder import Record
+from kdhpc.storage.run_folder import Record, read_record
 
 
 def with_place(config: RunConfig) -> RunConfig:
@@ -61,7 +61,7 @@ def find(config: RunConfig, plan: Plan) -> list[Record]:
         )
     scan = source.scan()
     for key, problem in scan.damaged.items():
-        if key in plan.shards:
+        if key in plan.shards and _may_be_shared(source, plan, key):
             raise InputError(
                 f"reuse={config.reuse}: {problem}; expected whole shards; let launch/sweep.py make "
                 "it again in that run, or go on without reuse"
@@ -74,6 +74,14 @@ def find(config: RunConfig, plan: Plan) -> list[Record]:
         and (plan.shards[key].recipe, plan.shards[key].row_range)
         == (record.recipe, record.row_range)
     ]
+
+
+def _may_be_shared(source: Run, plan: Plan, key: str) -> bool:
+    """Return whether a damaged shard of another run has the recipe of ours, as far as is known."""
+    try:
+        return read_record(source.record_path(key), key).recipe == plan.shards[key].recipe
+    except DamagedError:
+        return True
 
 
 def take(run: Run, found: Sequence[Record]) -> None:
