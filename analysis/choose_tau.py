@@ -112,25 +112,30 @@ def predicted(study: Study, size: str, pilot: int) -> dict[str, Point] | None:
     }
 
 
-def report(study: Study, size: str, options: argparse.Namespace) -> list[str]:
-    """Print the table of a size, and return what is chosen, in sentences."""
+def chosen(study: Study, size: str, options: argparse.Namespace) -> list[str]:
+    """Return what is chosen for students of a size, in sentences.
+
+    Args:
+        study: the run.
+        size: size of the students.
+        options: `recall_loss`, `precision`, `weight` and `metric`, of which one is not None.
+    """
     if PLAIN not in study.taus(size):
         return [f"{size}: no students of tau 1; nothing is chosen"]
     worth = worth_of(options)
-    seeds = sorted(set.intersection(*({*study.of(size, tau)} for tau in study.taus(size))))
+    seeds = shared_seeds(study, size)
     if not seeds:
         return [f"{size}: no seed has its students of all taus; nothing is chosen"]
     curve = measured(study, size, seeds, options.metric)
-    chosen = choose(curve, worth)
+    best = choose(curve, worth)
     by_seed = Counter(choose(measured(study, size, [s], options.metric), worth) for s in seeds)
     forecast = None if options.metric else predicted(study, size, seeds[0])
-    _print(study, size, curve, forecast)
-    if chosen is None:
-        best = f"{size}: no tau of this sweep is allowed"
+    if best is None:
+        first = f"{size}: no tau of this sweep is allowed"
     else:
-        best = f"{size}: tau {chosen}" + _changes(study, size, chosen)
+        first = f"{size}: tau {best}" + _changes(study, size, best)
     counts = ", ".join(f"{tau or 'none'} in {count}" for tau, count in by_seed.items())
-    lines = [best, f"seed by seed: tau {counts} of {len(seeds)}"]
+    lines = [first, f"seed by seed: tau {counts} of {len(seeds)}"]
     if forecast is not None:
         guess = choose(forecast, worth)
         lines.append(f"predicted from teacher and pilot of seed {seeds[0]}: tau {guess or 'none'}")
@@ -167,7 +172,17 @@ def _interval(change: SeedMean | None) -> str:
     return f"{change.estimate:+.3f} [{change.low:.3f}, {change.high:.3f}]{about}"
 
 
-def _print(study: Study, size: str, curve: Curve, forecast: Curve | None) -> None:
+def shared_seeds(study: Study, size: str) -> list[int]:
+    """Return the seeds that have students of a size at all of its taus."""
+    return sorted(set.intersection(*({*study.of(size, tau)} for tau in study.taus(size))))
+
+
+def _print(study: Study, size: str, scorer: str | None) -> None:
+    """Print the table of a size, if a seed has its students of all taus."""
+    if PLAIN not in study.taus(size) or not (seeds := shared_seeds(study, size)):
+        return
+    curve = measured(study, size, seeds, scorer)
+    forecast = None if scorer else predicted(study, size, seeds[0])
     table = Table(title=f"{size}: mean in nats per token", title_justify="left", box=None)
     table.add_column("tau")
     for name in ("precision", "recall", "predicted precision", "predicted recall"):
@@ -210,7 +225,8 @@ def main(arguments: list[str]) -> int:
     if study.left_out:
         print(study.left_out)
     for size in study.sizes:
-        for line in report(study, size, options):
+        _print(study, size, options.metric)
+        for line in chosen(study, size, options):
             print(line)
     return 0
 

@@ -3,7 +3,7 @@
 
     python analysis/claims.py FOLDER
 
-FOLDER has claims.yaml and one or more files scores-*.h5 as `analysis/archive.py` writes them, of
+FOLDER has claims.yaml and one or more files scores-*.h5.xz as `analysis/archive.py` writes them, of
 one run or of runs with other seeds of the same truth and D (`first_seed`). The seeds are pooled.
 The sha256 of claims.yaml must be the one that each run recorded when it was submitted (`claims`).
 
@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import files
 import numpy as np
 from claim_terms import MEASURES, Term, mean_of
 from rich.console import Console
@@ -35,7 +36,7 @@ from kdhpc.cluster.display import WIDTH, command
 from kdhpc.config import presets
 from kdhpc.errors import InputError
 from kdhpc.science.intervals import SeedMean, equivalence_p_value, holm
-from kdhpc.storage.results import Results, read_results
+from kdhpc.storage.results import Results
 from kdhpc.types import Json
 
 ALPHA = 0.05
@@ -257,19 +258,18 @@ def _about(mean: SeedMean, num_seeds: int) -> str:
     return f"{fewer}detectable {detectable(mean):.3f}"
 
 
-def main(arguments: list[str]) -> int:
-    """Read claims and scores, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, help="folder with claims.yaml and scores-*.h5")
-    folder: Path = parser.parse_args(arguments).folder
+def read(folder: Path) -> tuple[list[Claim], Study]:
+    """Read the claims in a folder, and the scores that they are tested on.
+
+    Raises:
+        InputError: if there are no scores, or they are of a run that recorded other claims.
+    """
     file = folder / "claims.yaml"
     claims = read_claims(file)
-    paths = sorted(folder.glob("scores-*.h5"))
+    paths = sorted(folder.glob("scores-*.h5*"))
     if not paths:
-        raise InputError(f"{folder}: no scores-*.h5; expected files of analysis/archive.py")
-    parts = [read_results(path) for path in paths]
+        raise InputError(f"{folder}: no scores-*.h5.xz; expected files of analysis/archive.py")
+    parts = [files.read_file(path) for path in paths]
     expected = hashlib.sha256(file.read_bytes()).hexdigest()
     for path, part in zip(paths, parts, strict=True):
         config = presets.from_yaml(part.provenance.get("config", ""))
@@ -284,6 +284,16 @@ def main(arguments: list[str]) -> int:
     for path, part in zip(paths, parts, strict=True):
         if not part.complete:
             print(f"warning: {path}: some planned shards are missing", file=sys.stderr)
+    return claims, study
+
+
+def main(arguments: list[str]) -> int:
+    """Read claims and scores, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="folder with claims.yaml and scores-*.h5.xz")
+    claims, study = read(parser.parse_args(arguments).folder)
     if study.left_out:
         print(study.left_out)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)

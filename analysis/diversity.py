@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from report_run import RunFacts, read_facts
 from rich.console import Console
 from rich.table import Table
-from study import TRUTH, Study
+from study import SELF, TRUTH, Study
 from verdicts import Decision, Verdict, text
 
 from kdhpc.cluster.display import command
@@ -93,7 +93,7 @@ def sample_sets(study: Study, size: str, facts: RunFacts) -> dict[str, list[Samp
         label: [
             SampleSet(samples=samples, rows=rows)
             for arm, rows in of_seeds
-            if (samples := _read(facts, arm)) is not None
+            if (samples := _read(facts, arm) or _archived(study, rows)) is not None
         ]
         for label, of_seeds in names.items()
     }
@@ -124,6 +124,15 @@ def _read(facts: RunFacts, arm: arms.ArmName) -> Samples | None:
     """Read the sequences of an arm in order; None if it is not whole."""
     records = facts.all_of(arm)
     return read_samples([record.data for record in records]) if records else None
+
+
+def _archived(study: Study, sampler: str) -> Samples | None:
+    """Return the sequences that an archive has kept; None if it has not."""
+    own = study.scores.get((sampler, SELF))
+    if own is None or own.ids is None or own.length is None:
+        return None
+    sums = own.log_prob_sum
+    return Samples(ids=own.ids, length=own.length, log_prob_sum=sums, log_prob_tau_sum=sums)
 
 
 def table_rows(sets: Mapping[str, Sequence[SampleSet]], tokenizer: Tokenizer) -> list[Row]:

@@ -2,8 +2,10 @@
 
 import argparse
 import csv
+import lzma
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from kdhpc.cluster import places
-from kdhpc.errors import InputError
+from kdhpc.errors import DamagedError, InputError
 from kdhpc.pipeline import MIXTURE
 from kdhpc.plan.stages import Pipeline
 from kdhpc.storage.results import Results, read_results
@@ -97,6 +99,23 @@ class Analysis:
         return self.out / (file_name if self.results.complete else f"partial-{file_name}")
 
 
+def read_file(path: Path) -> Results:
+    """Read a file of results, or one that `analysis/archive.py` has compressed.
+
+    Raises:
+        DamagedError: if it cannot be read.
+    """
+    if path.suffix != ".xz":
+        return read_results(path)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / path.stem
+        try:
+            plain.write_bytes(lzma.decompress(path.read_bytes()))
+        except lzma.LZMAError as error:
+            raise DamagedError(f"{path}: not a whole xz file ({error})") from error
+        return read_results(plain)  # its arrays are mapped, and stay when the name is gone
+
+
 def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> Analysis:
     """Read the results of a run.
 
@@ -122,7 +141,7 @@ def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> Analysis:
             f"{path}: no results here; expected the file that a run writes at its end, so let "
             "launch/sweep.py finish it"
         )
-    results = read_results(path)
+    results = read_file(path)
     if bool(results.tables) != (pipeline is MIXTURE):
         raise InputError(
             f"{path}: results of another pipeline; expected those of {pipeline.name}, use the "

@@ -1,0 +1,310 @@
+#!/usr/bin/env python
+"""Write what was found into the pages of the experiments in docs/experiments.
+
+    python analysis/experiment.py [temperature|capacity|convergence ...]
+
+Each page has what was predicted, written by hand before the run was scored. Between two marks in it
+this command writes tables, sentences and a figure, from the scores in the folder beside the page;
+nothing else on the page changes. Figures need `pip install 'kdhpc[report]'`.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import choose_tau
+import claims
+import diversity
+import prediction
+import report_rows
+from claim_terms import Term, mean_of, students_of, teachers
+from claims import Claim, Outcome
+from report_rows import Figure
+from report_run import RunFacts
+from study import Study
+from verdicts import Decision, decide, text
+
+from kdhpc.cluster.display import command
+from kdhpc.errors import InputError
+from kdhpc.science.intervals import SeedMean, holm, over_seeds
+
+PAGES_DIR = Path(__file__).resolve().parents[1] / "docs" / "experiments"
+START, END = "<!-- found: made by analysis/experiment.py -->", "<!-- end -->"
+PURPOSES: Mapping[str, Mapping[str, float]] = {
+    "the highest precision that costs at most 0.05 nats of recall": {"recall_loss": 0.05},
+    "the highest precision + recall": {"weight": 1.0},
+    "the highest precision + 3 recall": {"weight": 3.0},
+}
+"""Purposes for which a tau is chosen, as options of analysis/choose_tau.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What a page is made of."""
+
+    folder: str
+    """Folder of its claims and scores."""
+    figure: Callable[[Study], Figure]
+    sections: Callable[[Study], Iterator[str]]
+    """Yields tables and sentences below the claims."""
+
+
+def main(arguments: list[str]) -> int:
+    """Write the pages that were named, or all."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("page", nargs="*", help="a page (default: all)")
+    for name in parser.parse_args(arguments).page or PAGES:
+        if name not in PAGES:
+            raise InputError(f"{name}: no such page; expected one of {', '.join(PAGES)}")
+        path = PAGES_DIR / f"{name}.md"
+        study, block = found(name)
+        path.write_text(with_block(path.read_text(), block))
+        _draw(PAGES[name].figure(study), path.with_suffix(".png"))
+        print(path)
+    return 0
+
+
+def with_block(page: str, block: str) -> str:
+    """Return the text of a page with another block between its marks."""
+    before, _, rest = page.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n{block}{END}{after}"
+
+
+def found(name: str) -> tuple[Study, str]:
+    """Return the scores of a page, and the text that says what was found."""
+    page = PAGES[name]
+    all_claims, study = claims.read(PAGES_DIR / page.folder)
+    parts = [_run(study), f"![{page.figure(study).title}]({name}.png)", page.figure(study).reading]
+    for outcomes, num_seeds in claims.families(study, all_claims):
+        parts.append(claim_table(outcomes, num_seeds, name))
+    parts += page.sections(study)
+    return study, "\n\n".join(parts) + "\n"
+
+
+def claim_table(outcomes: Sequence[Outcome], num_seeds: int, page: str) -> str:
+    """Return the claims of a page as a table; those of other pages count in the correction."""
+    corrected = holm([outcome.p_value for outcome in outcomes])
+    rows = [
+        (
+            outcome.claim.says,
+            claims.decide(outcome, p_value),
+            f"{p_value:.4f}",
+            "<br>".join(_terms(outcome.claim, outcome.means)) or "a term has no value",
+        )
+        for outcome, p_value in zip(outcomes, corrected, strict=True)
+        if outcome.claim.page in ("", page)
+    ]
+    title = f"{len(outcomes)} claims, {num_seeds} seeds, 95 % intervals in nats per token:"
+    return f"{title}\n\n" + table(("claim", "decision", "p, corrected", "estimate"), rows)
+
+
+def _terms(claim: Claim, means: Sequence[SeedMean]) -> list[str]:
+    return [f"{t}: {text(mean)}" for t, mean in zip(claim.terms, means, strict=False)]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+    )
+
+
+def _run(study: Study) -> str:
+    """Say what was run, and what it cost."""
+    provenance = study.results.provenance
+    num_seeds = len({student.seed for student in study.students})
+    hours = float(provenance["seconds"]) / 3600
+    versions = ", ".join(f"{n} {v}" for n, v in json.loads(provenance["versions"]).items())
+    return (
+        f"{len(study.students)} students, {num_seeds} seeds, {hours:.2f} core-hours of work with "
+        f"all that they are made from (Python {provenance['python']}, {versions})."
+    )
+
+
+def temperature(study: Study) -> Iterator[str]:
+    """Yield what a tau changes, where it beats another T, what collapses, and what to choose."""
+    [size] = study.sizes
+    collapsed = {
+        verdict.name.removeprefix("collapse-"): verdict
+        for verdict in diversity.collapse(
+            diversity.sample_sets(study, size, RunFacts(config=None, records={})), size
+        )
+    }
+    rows: list[tuple[str, ...]] = []
+    beats: dict[str, list[str]] = {words: [] for words in BEATS.values()}
+    for tau in study.taus(size):
+        controls = [
+            mean_of(study, Term(measure="control-recall", of=tau, against=base), size)
+            for base in ("direct", "1")
+            if base != tau
+        ]
+        rows.append(
+            (
+                tau,
+                *(_change(study, size, measure, tau) for measure in ("precision", "recall")),
+                *(_teacher_change(study, measure, tau) for measure in ("precision", "recall")),
+                *(text(mean) if mean else "not reached" for mean in controls),
+                *([""] if tau == "1" else []),
+                COLLAPSE[collapsed[tau].decision] if tau in collapsed else "",
+            )
+        )
+        if controls[0] is not None:
+            beats[BEATS[decide([controls[0]], -1)]].append(tau)
+    yield (
+        "By tau: the change from tau 1 of the student and of its teacher; the recall that another "
+        "T of the direct student, or of the student of tau 1, keeps at the precision of the "
+        "distilled student, less its recall (below 0, distillation is better); collapse.\n\n"
+    ) + table(
+        (
+            "tau", "precision", "recall", "teacher's precision", "teacher's recall",
+            "kept by direct", "kept by tau 1", "samples",
+        ),
+        rows,
+    )  # fmt: skip
+    said = [f"{words} at tau {', '.join(taus)}" for words, taus in beats.items() if taus]
+    yield f"Against the direct student at another T, distillation {'; it '.join(said)}."
+    yield "What `analysis/choose_tau.py` chooses:\n\n" + "\n".join(
+        f"- {purpose}: {'; '.join(choose_tau.chosen(study, size, _options(wanted)))}"
+        for purpose, wanted in PURPOSES.items()
+    )
+    yield from _predictions(study, [size])
+
+
+COLLAPSE: Mapping[Decision, str] = {
+    "holds": "not collapsed", "fails": "collapsed", "undecided": "undecided",
+}  # fmt: skip
+BEATS: Mapping[Decision, str] = {"holds": "wins", "fails": "loses", "undecided": "is undecided"}
+
+
+def _options(wanted: Mapping[str, float]) -> argparse.Namespace:
+    none = dict.fromkeys(("recall_loss", "precision", "weight", "metric"))
+    return argparse.Namespace(**{**none, **wanted})
+
+
+def _change(study: Study, size: str, measure: str, tau: str, against: str = "1") -> str:
+    """Return a change of the students as text; empty if there is none."""
+    if tau == against:
+        return ""
+    changes = students_of(study, measure, tau, against, size)
+    return text(over_seeds([*changes.values()])) if changes else "not known"
+
+
+def _teacher_change(study: Study, measure: str, tau: str) -> str:
+    if tau == "1":
+        return ""
+    changes = teachers(study, measure, tau, "1")
+    return text(over_seeds([*changes.values()])) if changes else "not known"
+
+
+def capacity(study: Study) -> Iterator[str]:
+    """Yield changes by size and training beside the teacher's, and what predicts them."""
+    lowest = study.taus(study.sizes[0])[-1]
+    own = [_teacher_change(study, measure, lowest) for measure in ("precision", "recall")]
+    rows = [
+        (
+            *_name(study, size),
+            *(_change(study, size, measure, lowest) for measure in ("precision", "recall")),
+            *(_control(study, size, lowest),),
+        )
+        for group in trainings(study)
+        for size in group
+    ]
+    yield (
+        f"Change from tau 1 to {lowest}; divided by {1.0 - float(lowest):.1f} it is the slope "
+        f"against tau. *Kept* is the recall that the direct student at another T keeps at the "
+        f"precision of the distilled one, less its recall.\n\n"
+    ) + table(
+        ("size", "passes", "parameters", "precision", "recall", "kept"),
+        [*rows, ("teacher", "", "", *own, "")],
+    )
+    for group in trainings(study):
+        yield from _predictions(study, group)
+
+
+def _control(study: Study, size: str, tau: str) -> str:
+    mean = mean_of(study, Term(measure="control-recall", of=tau, against="direct"), size)
+    return text(mean) if mean else "not reached"
+
+
+def convergence(study: Study) -> Iterator[str]:
+    """Yield what sets direct apart from tau 1, and the part of divergence, by size and training."""
+    lowest = study.taus(study.sizes[0])[-1]
+    rows = [
+        (
+            *_name(study, size),
+            *(_change(study, size, m, "direct") for m in ("precision", "recall")),
+            _change(study, size, "divergence", lowest),
+        )
+        for group in trainings(study)
+        for size in group
+    ]
+    yield (
+        f"The direct student less that of tau 1, and the change of KL(p''\\|\\|p\\*) from tau 1 to "
+        f"{lowest}:\n\n"
+    ) + table(("size", "passes", "parameters", "precision", "recall", "KL"), rows)
+
+
+def trainings(study: Study) -> list[list[str]]:
+    """Return the sizes in groups of the same training, each from the smallest."""
+    groups: dict[str, list[str]] = {}
+    for size in sorted(study.sizes, key=study.parameters):
+        groups.setdefault(json.dumps(study.training(size)), []).append(size)
+    return [*groups.values()]
+
+
+def _name(study: Study, size: str) -> tuple[str, str, str]:
+    """Return the size, its passes over the data, and its number of parameters."""
+    training: Any = study.training(size)["training"]
+    return size, f"{training['epochs']:g}", f"{study.parameters(size):,}"
+
+
+def _predictions(study: Study, sizes: list[str]) -> Iterator[str]:
+    """Yield the errors of predictions from teachers and one pilot student."""
+    found = prediction.errors(study, sizes)
+    if not found:
+        return
+    scale = prediction.factor(study, sizes[0])
+    rows = [
+        (
+            error.size, error.tau, text(error.precision), text(error.precision_error),
+            f"{error.largest[0]:.3f}", text(error.recall), text(error.recall_error),
+            f"{error.largest[1]:.3f}",
+        )
+        for error in found
+    ]  # fmt: skip
+    yield (
+        "Predicted from the teachers: the change of precision is "
+        f"{scale:.2f} times the teacher's, as in the pilot (seed {prediction.pilot_seed(study)}, "
+        f"{sizes[0]}, the lowest tau), and the change of recall is the teacher's. Over the other "
+        "seeds, the change from tau 1, what it is more than predicted, and the largest error of "
+        "one seed:\n\n"
+    ) + table(("size", "tau", "precision", "error", "largest", "recall", "error", "largest"), rows)
+
+
+def _draw(figure: Figure, path: Path) -> None:
+    import report_figures
+
+    spec = report_figures.page_spec(figure)
+    path.write_bytes(report_figures.images(spec, figure.title)[".png"])
+
+
+def _crossover(study: Study) -> Figure:
+    return report_rows.equal_precision(study, study.sizes[0])
+
+
+PAGES: Mapping[str, Page] = {
+    "temperature": Page(folder="temperature", figure=_crossover, sections=temperature),
+    "capacity": Page(folder="capacity", figure=_crossover, sections=capacity),
+    "convergence": Page(folder="capacity", figure=_crossover, sections=convergence),
+}
+
+
+if __name__ == "__main__":
+    command(main)
