@@ -93,7 +93,7 @@ def read_claims(path: Path) -> list[Claim]:
 
 
 def _claim(entry: Mapping[str, Json]) -> Claim:
-    terms = tuple(_term(term) for term in entry["terms"])
+    terms = tuple(read_term(term) for term in entry["terms"])
     if entry["test"] not in TESTS or not terms or {t.measure for t in terms} - {*MEASURES}:
         raise ValueError(f"{entry['name']}: expected a test of {TESTS}, measures of {MEASURES}")
     if len({term.size is None for term in terms}) > 1:
@@ -113,11 +113,11 @@ def _claim(entry: Mapping[str, Json]) -> Claim:
     )
 
 
-def _term(entry: Mapping[str, Json]) -> Term:
+def read_term(entry: Mapping[str, Json]) -> Term:
     """Read a term; what is subtracted from it says only what differs."""
     own = {key: _label(value) for key, value in entry.items() if key != "minus"}
     minus = entry.get("minus")
-    return Term(**own, minus=_term({**own, **minus}) if minus else None)
+    return Term(**own, minus=read_term({**own, **minus}) if minus else None)
 
 
 def _label(value: Json) -> str:

@@ -33,7 +33,7 @@ from real_slurm import (
 )
 
 from kdhpc.cluster import slurm
-from kdhpc.storage.results import logical_digest
+from kdhpc.storage.results import logical_digest, read_results
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,6 +59,46 @@ def test_tiny_gives_the_same_digest_as_local_processes(tiny_run: Path, tmp_path:
     assert list((run / "attempts").rglob("0.1.jsonl")), "no task was packed"
     name = "8-merge/results.h5"
     assert logical_digest(run / name) == logical_digest(tiny_run / name)
+
+
+def test_an_experiment_takes_what_another_one_made(tmp_path: Path) -> None:
+    where, memory = f"runs_dir={tmp_path}", ["slurm.mem_gb=1.5", "slurm.gate.mem_gb=0.2"]
+    launch("sweep", "tiny", "temperature", "seeds=1", "cluster=local", where)
+    fewer = [f"students.{size}=null" for size in ("h16", "h32", "h16x4", "h32x4")]
+    words = ["tiny", "capacity", "seeds=1", *fewer, *memory, where, "reuse=tiny-temperature"]
+    launch("sweep", *words)
+    run = tmp_path / "tiny-capacity"
+    wait_for_end(run)
+    report = status(run, code=0)
+    assert report["complete"]
+    assert report["executor"] == "slurm"
+    assert any("taken from" in note and "(reuse)" in note for note in report["notes"])
+    made = {
+        path.parent.name
+        for path in run.glob("[1-6]-*/*/*.json")
+        if "reused_from" not in json.loads(path.read_text())
+    }
+    assert made
+    assert all(name.startswith("student-s0-h8") for name in made)
+    results = read_results(run / "8-merge" / "results.h5")
+    assert {str(facts["size"]) for facts in results.models.values()} == {"teacher", "h8", "h8x4"}
+
+
+@pytest.mark.skipif(
+    os.environ.get("FAULTS") != "all", reason="long: two whole runs take minutes (FAULTS=all)"
+)
+@pytest.mark.parametrize("experiment", ["temperature", "capacity"])
+def test_an_experiment_gives_the_same_digest_as_local_processes(
+    experiment: str, tmp_path: Path
+) -> None:
+    digests = []
+    for where in ("slurm", "local"):
+        launch("sweep", "tiny", experiment, f"cluster={where}", f"runs_dir={tmp_path / where}")
+        run = tmp_path / where / f"tiny-{experiment}"
+        wait_for_end(run)
+        assert status(run, code=0)["complete"]
+        digests.append(logical_digest(run / "8-merge" / "results.h5"))
+    assert digests[0] == digests[1]
 
 
 def test_a_job_that_another_launcher_released_may_have_ended() -> None:
