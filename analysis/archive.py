@@ -4,7 +4,7 @@
     python analysis/archive.py RUN FILE.h5.xz [--samples]
 
 RUN is a run's name or folder, or a file of results. FILE must not exist yet; it has all facts, sums
-and counts, and every analysis that needs no token reads it. Sums are rounded to 1/128 nat a
+and counts, and every analysis that needs no token reads it. Sums are rounded to 1/32 nat a
 sequence, which moves means over sequences by far less than their errors. End tokens are left out
 if they count, as their part of the sums is not needed then. A name without .xz is not compressed.
 
@@ -32,7 +32,7 @@ from kdhpc.pipeline import LANGUAGE
 from kdhpc.storage.results import ScorePieces, write_results
 from kdhpc.storage.token_shards import read_samples
 
-FRACTION = 128.0
+FRACTION = 32.0
 """Sums are rounded to multiples of one nat divided by this."""
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "lp": 3, "pb": 3}]
 """Settings of xz for arrays of 8-byte numbers."""
