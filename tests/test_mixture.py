@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import importlib
 import math
 import shutil
 import subprocess
@@ -40,8 +41,8 @@ def config(*words: str) -> MixtureConfig:
     return MIXTURE.checked(presets.build(MixtureConfig, presets.compose(["mixture", *words])))
 
 
-def analyse(path: Path, *words: str) -> list[Path]:
-    """Run the analysis and return the files that it says it wrote."""
+def printed(path: Path, *words: str) -> list[str]:
+    """Run the analysis and return the lines that it prints."""
     finished = subprocess.run(
         [sys.executable, str(ROOT / "analysis" / "mixture.py"), str(path), *words],
         capture_output=True,
@@ -49,7 +50,12 @@ def analyse(path: Path, *words: str) -> list[Path]:
         check=True,
     )
     assert finished.stderr == ""
-    return [Path(line) for line in finished.stdout.splitlines() if line.startswith("/")]
+    return finished.stdout.splitlines()
+
+
+def analyse(path: Path, *words: str) -> list[Path]:
+    """Run the analysis and return the files that it says it wrote."""
+    return [Path(line) for line in printed(path, *words) if line.startswith("/")]
 
 
 # The reference curve.
@@ -176,6 +182,22 @@ def test_narrowing_ends_in_the_hole_of_the_grid_and_distillation_does_not(paper:
     assert np.mean(by_beta[1.5] < distilled) > 0.8
 
 
+def test_recall_at_a_precision_is_interpolated_in_each_seed_and_never_extrapolated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "analysis")
+    mixture_arms = importlib.import_module("mixture_arms")
+    points = [
+        (np.array([-8.0, -8.0, -8.0, -8.0]), np.array([-2.0, -2.0, -2.0, -2.0])),
+        (np.array([-6.0, -6.0, -9.0, -8.0]), np.array([-3.0, -3.0, -3.0, -3.0])),
+        (np.array([-7.0, -7.0, -5.0, -4.0]), np.array([-5.0, -5.0, -4.0, -7.0])),
+    ]
+    # A quarter of the first step; above all; on the second step only; at the start of that step.
+    targets = np.array([-7.5, -5.9, -7.0, -8.0])
+    recalls = mixture_arms.at_equal_precision(points, targets)
+    np.testing.assert_allclose(recalls, [-2.25, math.nan, -3.5, -3.0])
+
+
 def test_plans_have_the_control_of_students_that_have_one() -> None:
     def narrowed(*words: str) -> set[str]:
         arms = MIXTURE.plan(config("decode_betas=[0.5,2]", *words)).arms("fit-students")
@@ -220,6 +242,26 @@ def test_the_trade_off_needs_few_points_and_a_small_student(tmp_path: Path) -> N
     results = read_results(path / RESULTS)
     gaps = results.tables["large-beta1"]["gap_nats"]
     assert (gaps > 4.0 * results.tables["large-beta1"]["gap_error_nats"]).all()
+    with written["control.csv"].open() as file:
+        compared = {(row["narrowed"], row["beta"]): row for row in csv.DictReader(file)}
+    assert compared.keys() == {
+        ("direct", "1.0"), ("direct", "20.0"), ("direct", "100.0"),
+        ("beta1", "20.0"), ("beta1", "100.0"),
+    }  # fmt: skip
+    near, far = compared["direct", "1.0"], compared["direct", "100.0"]
+    assert near["seeds_outside"] == "0"
+    assert abs(float(near["recall_kept_mean"])) < 0.05
+    assert float(near["lead_low"]) > 0.0
+    outside = int(far["seeds_outside"])
+    assert outside > 4
+    assert math.isnan(float(far["recall_kept_mean"]))  # not the mean of the other seeds
+    assert float(far["lead_high"]) < 0.0
+    title = "narrowed less distilled"
+    lines = printed(path)
+    assert any(title in line for line in lines)
+    assert any(f"{outside} of 8" in line for line in lines)
+    several = printed(path, "--setting", "large", "--out", str(tmp_path / "large"))
+    assert not any(title in line or "control.csv" in line for line in several)
     with pytest.raises(subprocess.CalledProcessError):
         analyse(path, "--setting", "none")
 
