@@ -8,10 +8,11 @@ FOLDER; the names of those of partial results begin with partial-. Tables (CSV):
     students   every quantity of every arm, mean and 95 % interval over seeds
     terms      the parts of J in one setting, if its students have one component
     effects    for each setting, the change from the smallest to the largest beta, paired by seed
+    control    narrowed students beside distilled ones in one setting, if there are any
 Figures (PNG and PDF) of one setting:
     panels             how sharpening changes teacher and student, for one seed in two dimensions
     against_beta       precision and recall against beta
-    precision_recall   the curve that beta traces
+    precision_recall   the curve that beta traces, and that of the narrowed direct student
     modes              modes that the teacher emphasises and modes that the student covers
     terms              terms of the bound J that a student of one component may ignore
 Figures of all settings, if there are several:
@@ -35,7 +36,9 @@ from mixture_arms import (
     DEFINED,
     PUBLISHED,
     Arms,
+    Control,
     Effect,
+    controls,
     effects,
     is_paper,
     mean_of,
@@ -142,6 +145,28 @@ def curve_table(arms: Arms) -> Table:
     return curve
 
 
+def control_table(setting: str, compared: list[Control]) -> Table:
+    """Tabulate the recall and the precision of narrowed students less those of distilled ones.
+
+    Where some seeds are outside, no mean is taken of the others.
+    """
+    title = f"{setting}: narrowed less distilled, nats per point, mean [95 % interval over seeds]"
+    comparison = Table(title=title, title_justify="left", box=None)
+    names = ("narrowed", "beta", "recall at equal precision", "seeds outside", "highest precision")
+    for name in names:
+        comparison.add_column(name)
+    for control in compared:
+        outside = control.num_outside
+        comparison.add_row(
+            "direct" if control.base == "direct" else "beta = 1",
+            f"{control.beta:g}",
+            "" if outside else str(mean_of(control.kept)),
+            f"{outside} of {len(control.kept)}",
+            str(mean_of(control.lead)),
+        )
+    return comparison
+
+
 def effect_table(all_effects: list[Effect]) -> Table:
     """Tabulate what beta changes in every setting, and whether the trade-off is absent."""
     low, high = all_effects[0].arms.betas[0], all_effects[0].arms.betas[-1]
@@ -174,7 +199,11 @@ def main(arguments: list[str]) -> int:
     arms, all_effects = Arms(results, options.setting or names[0]), effects(results)
 
     console = Console(width=None if sys.stdout.isatty() else 140)
-    for table in (published_table(arms), curve_table(arms), effect_table(all_effects)):
+    tables = [published_table(arms), curve_table(arms), effect_table(all_effects)]
+    compared = list(controls(arms))
+    if compared:
+        tables.insert(2, control_table(arms.setting, compared))
+    for table in tables:
         console.print(analysis.titled(table))
     seconds = float(json.loads(results.provenance["seconds"]))
     print(f"measured cost: {seconds:.0f} core-seconds")
@@ -182,6 +211,8 @@ def main(arguments: list[str]) -> int:
     print(analysis.path)
     print(analysis.save_csv(list(student_rows(results)), "students"))
     print(analysis.save_csv([effect.row for effect in all_effects], "effects"))
+    if compared:
+        print(analysis.save_csv([control.row for control in compared], "control"))
     figures = {
         "against_beta": mixture_figures.against_beta(arms),
         "precision_recall": mixture_figures.precision_recall(arms),

@@ -1,7 +1,9 @@
 """Views of a mixture run for tables and figures: arms of a setting, means over seeds, effects."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -47,7 +49,9 @@ class Arms:
     def __init__(self, results: Results, setting: str) -> None:
         self.setting = setting
         facts = [f for f in results.models.values() if f["setting"] == setting]
-        self.betas = sorted(f["beta"] for f in facts if "beta" in f)
+        self.betas = sorted(f["beta"] for f in facts if "beta" in f and "decode_beta" not in f)
+        self.decode_betas = sorted({f["decode_beta"] for f in facts if "decode_beta" in f})
+        """Betas of the control; empty if the run or the setting has none."""
         self.facts = facts[0]
         self._tables = {f["arm"]: results.tables[f"{setting}-{f['arm']}"] for f in facts}
 
@@ -68,6 +72,11 @@ class Arms:
         change: Floats = self.table(self.betas[-1])[quantity] - self.table(self.betas[0])[quantity]
         return change
 
+    def narrowed(self, base: str) -> dict[float, Arrays]:
+        """Return the tables of a student by decode beta, from the smallest; 1 is as fitted."""
+        tables = {beta: self._tables[f"{base}-decode{beta:g}"] for beta in self.decode_betas}
+        return dict(sorted({1.0: self._tables[base], **tables}.items()))
+
     def terms(self, beta: float) -> dict[str, Floats]:
         """Return the parts of J for a student of one component.
 
@@ -80,6 +89,81 @@ class Arms:
         order = np.argsort(-weight, axis=1)
         weight, misfit = (np.take_along_axis(part, order, axis=1) for part in (weight, misfit))
         return {"weight": weight, "misfit": misfit, "term": weight * misfit}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Control:
+    """A narrowed student beside a distilled one, in nats per point, by seed [S]."""
+
+    base: str
+    """The student that is narrowed: `direct` or `beta1`."""
+    beta: float
+    """Beta of the distilled student."""
+    kept: Floats
+    """Recall that the narrowed student keeps, less that of the distilled one, at the precision of
+    the latter; NaN where no decode beta reaches that precision."""
+    lead: Floats
+    """Precision at the best decode beta of each seed, less that of the distilled student."""
+
+    @property
+    def num_outside(self) -> int:
+        """Number of seeds in which no decode beta reaches the precision."""
+        return int(np.isnan(self.kept).sum())
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The comparison as a row of a table; means of `kept` are NaN if a seed is outside."""
+        return {
+            "narrowed": self.base,
+            "beta": self.beta,
+            **{f"recall_kept_{name}": value for name, value in asdict(mean_of(self.kept)).items()},
+            "seeds_outside": self.num_outside,
+            "seeds": len(self.kept),
+            **{f"lead_{name}": value for name, value in asdict(mean_of(self.lead)).items()},
+        }
+
+
+def controls(arms: Arms) -> Iterator[Control]:
+    """Yield the comparison of each narrowed student with each distilled one."""
+    bases = ["direct", "beta1"] if 1.0 in arms.betas else ["direct"]
+    for base in bases if arms.decode_betas else ():
+        points = [
+            (table["precision_as_defined"], table["recall_as_defined"])
+            for table in arms.narrowed(base).values()
+        ]
+        for beta in arms.betas:
+            if base == f"beta{beta:g}":
+                continue
+            precision, recall = (
+                arms.table(beta)[f"{metric}_as_defined"] for metric in ("precision", "recall")
+            )
+            yield Control(
+                base=base,
+                beta=beta,
+                kept=at_equal_precision(points, precision) - recall,
+                lead=np.max([of for of, _ in points], axis=0) - precision,
+            )
+
+
+def at_equal_precision(points: list[tuple[Floats, Floats]], targets: Floats) -> Floats:
+    """Return the recall at a precision, interpolated linearly in precision in each seed.
+
+    Where several steps enclose the precision, the first counts; steps at which precision does not
+    rise enclose nothing.
+
+    Args:
+        points: precision and recall at each decode beta, from the smallest, each [S].
+        targets: precisions [S].
+
+    Returns:
+        [S], NaN in seeds whose precision no step encloses.
+    """
+    recalls = np.full(len(targets), np.nan)
+    for (p_low, r_low), (p_high, r_high) in pairwise(points):
+        inside = np.isnan(recalls) & (p_low < p_high) & (p_low <= targets) & (targets <= p_high)
+        weights = (targets - p_low)[inside] / (p_high - p_low)[inside]
+        recalls[inside] = (1.0 - weights) * r_low[inside] + weights * r_high[inside]
+    return recalls
 
 
 def settings(results: Results) -> list[str]:

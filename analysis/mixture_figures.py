@@ -222,7 +222,7 @@ def _ends(means: list[Mean]) -> list[float]:
 
 
 def precision_recall(arms: Arms) -> Figure:
-    """Draw the curve that beta traces, as defined and as published."""
+    """Draw the curve that beta traces, as defined and as published, and that of the control."""
     figure, panel = plt.subplots(figsize=(6.5, 5), layout="constrained")
     for name, label, color, fmt in (
         ("defined", DEFINED, "black", "o-"),
@@ -262,6 +262,17 @@ def precision_recall(arms: Arms) -> Figure:
         label=f"direct student, as published at β = {arms.betas[-1]:g}",
     )
     ends = _ends([*arms.series("recall_as_defined"), *arms.series("recall_as_published")])
+    if arms.decode_betas:
+        narrowed = arms.narrowed("direct")
+        x, y = (
+            [mean_of(table[f"{metric}_as_defined"]) for table in narrowed.values()]
+            for metric in ("recall", "precision")
+        )
+        low, *_, high = narrowed
+        label = f"direct student, narrowed by b = {low:g} to {high:g}"
+        style = {"color": "0.3", "fmt": "^:"}
+        _line(panel, [m.mean for m in x], y, label, xerr=_bars(x), **style)
+        ends += _ends(x)
     if is_paper(arms):
         for student, numbers in PUBLISHED.items():
             _star(panel, numbers[1], numbers[0], student)

@@ -136,6 +136,21 @@ def test_more_points_of_a_stream_begin_with_the_same_ones(
     assert not np.allclose(gaussian.draw(mixture, few, seed=3, stream="b"), short)
 
 
+@given(mixtures(), st.floats(0.5, 5.0), st.floats(0.5, 5.0))
+def test_one_component_is_tempered_by_the_product_and_several_are_refused(
+    mixture: Mixture, one: float, two: float
+) -> None:
+    if mixture.num_components > 1:
+        with pytest.raises(ValueError, match="expected one"):
+            gaussian.temper(mixture, one)
+        return
+    twice = gaussian.temper(gaussian.temper(mixture, one), two)
+    np.testing.assert_allclose(
+        twice.covariances, gaussian.temper(mixture, one * two).covariances, rtol=1e-12
+    )
+    np.testing.assert_array_equal(gaussian.temper(mixture, 1.0).covariances, mixture.covariances)
+
+
 # Closed forms, Monte Carlo and independent libraries.
 
 
@@ -176,6 +191,29 @@ def test_closed_forms_agree_with_monte_carlo(truth: Mixture, seed: int) -> None:
     entropy = gaussian.entropy(student, own)
     assert entropy.error == 0.0
     assert_agree(-entropy.value, gaussian.monte_carlo(gaussian.log_prob(student, own)))
+
+
+@pytest.mark.parametrize("beta", [0.5, 3.0])
+def test_a_tempered_gaussian_and_its_scores_are_sums_over_a_grid(beta: float) -> None:
+    truth, student = gaussian.grid_truth(), made(3, 1, 2)
+    reach = 8.0 * math.sqrt(np.linalg.eigvalsh(student.covariances[0]).max() / min(beta, 1.0))
+    axes = [np.linspace(center - reach, center + reach, 1001) for center in student.means[0]]
+    points = np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2)
+    cell = math.prod(float(axis[1] - axis[0]) for axis in axes)
+    log_powers = beta * gaussian.log_prob(student, points)
+    log_density = log_powers - math.log(np.exp(log_powers).sum() * cell)
+    narrowed = gaussian.temper(student, beta)
+    np.testing.assert_allclose(gaussian.log_prob(narrowed, points), log_density, atol=1e-6)
+
+    own = points_of(narrowed)
+    truth_log_density = gaussian.log_prob(truth, points)
+    precision = float(np.exp(log_density) @ truth_log_density) * cell
+    recall = float(np.exp(truth_log_density) @ log_density) * cell
+    entropy = -float(np.exp(log_density) @ log_density) * cell
+    assert_agree(precision, gaussian.expected_log_prob(narrowed, truth, own))
+    closed = gaussian.expected_log_prob(truth, narrowed, points_of(truth))
+    assert math.isclose(closed.value, recall, rel_tol=1e-6)
+    assert math.isclose(gaussian.entropy(narrowed, own).value, entropy, rel_tol=1e-6)
 
 
 @settings(max_examples=20)

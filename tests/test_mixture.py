@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import importlib
 import math
 import shutil
 import subprocess
@@ -19,7 +20,8 @@ from kdhpc.storage.results import Results, logical_digest, read_results
 
 RESULTS = Path("3-merge/results.h5")
 QUICK = [
-    "seeds=4", "shard_seeds=2", "eval_points=400", "betas=[1,100]", "settings.random.truth=random",
+    "seeds=4", "shard_seeds=2", "eval_points=400", "betas=[1,100]", "decode_betas=[2]",
+    "settings.random.truth=random",
 ]  # fmt: skip
 
 
@@ -39,8 +41,8 @@ def config(*words: str) -> MixtureConfig:
     return MIXTURE.checked(presets.build(MixtureConfig, presets.compose(["mixture", *words])))
 
 
-def analyse(path: Path, *words: str) -> list[Path]:
-    """Run the analysis and return the files that it says it wrote."""
+def printed(path: Path, *words: str) -> list[str]:
+    """Run the analysis and return the lines that it prints."""
     finished = subprocess.run(
         [sys.executable, str(ROOT / "analysis" / "mixture.py"), str(path), *words],
         capture_output=True,
@@ -48,7 +50,12 @@ def analyse(path: Path, *words: str) -> list[Path]:
         check=True,
     )
     assert finished.stderr == ""
-    return [Path(line) for line in finished.stdout.splitlines() if line.startswith("/")]
+    return finished.stdout.splitlines()
+
+
+def analyse(path: Path, *words: str) -> list[Path]:
+    """Run the analysis and return the files that it says it wrote."""
+    return [Path(line) for line in printed(path, *words) if line.startswith("/")]
 
 
 # The reference curve.
@@ -57,7 +64,7 @@ def analyse(path: Path, *words: str) -> list[Path]:
 @pytest.fixture(scope="module")
 def paper(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Return the results of the preset with fewer seeds."""
-    path = run(tmp_path_factory.mktemp("runs"), "seeds=40")
+    path = run(tmp_path_factory.mktemp("runs"), "seeds=40", "decode_betas=[0.8,1.5,5]")
     return read_results(path / RESULTS)
 
 
@@ -136,12 +143,78 @@ def test_numbers_in_the_results_agree_with_each_other(paper: Results) -> None:
     assert (facts["setting"], facts["beta"], facts["train_points"]) == ("paper", 100.0, 100)
 
 
+# The control.
+
+
+def test_a_narrowed_student_is_the_fitted_one_with_less_spread(paper: Results) -> None:
+    for fitted in ("direct", "beta1"):
+        wide = paper.tables[f"paper-{fitted}"]
+        for beta in (0.8, 1.5, 5.0):
+            narrow = paper.tables[f"paper-{fitted}-decode{beta:g}"]
+            np.testing.assert_array_equal(narrow["student_means"], wide["student_means"])
+            np.testing.assert_array_equal(
+                narrow["student_covariances"], wide["student_covariances"] / beta
+            )
+            # In the plane, C / b has an entropy of log b less, and log |C| is less by 2 log b.
+            np.testing.assert_allclose(
+                narrow["student_entropy_nats"], wide["student_entropy_nats"] - math.log(beta)
+            )
+            log_peak = 1.0 - wide["student_entropy_nats"]
+            distance = log_peak - wide["recall_as_defined"]
+            np.testing.assert_allclose(
+                narrow["recall_as_defined"], log_peak + math.log(beta) - beta * distance
+            )
+            assert not narrow["recall_error"].any()
+    facts = paper.models["paper-beta1-decode1.5"]
+    assert (facts["beta"], facts["decode_beta"]) == (1.0, 1.5)
+
+
+def test_narrowing_ends_in_the_hole_of_the_grid_and_distillation_does_not(paper: Results) -> None:
+    """The mean of the eight modes is where the grid has none."""
+    by_beta = {
+        beta: paper.tables[f"paper-direct{name}"]["precision_as_defined"]
+        for beta, name in ((0.8, "-decode0.8"), (1.0, ""), (1.5, "-decode1.5"), (5.0, "-decode5"))
+    }
+    assert (by_beta[0.8] < by_beta[1.0]).all()
+    assert (by_beta[1.0] < by_beta[1.5]).all()
+    assert (by_beta[5.0] < by_beta[1.5]).all()
+    distilled = paper.tables["paper-beta100"]["precision_as_defined"]
+    assert np.mean(by_beta[1.5] < distilled) > 0.8
+
+
+def test_recall_at_a_precision_is_interpolated_in_each_seed_and_never_extrapolated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "analysis")
+    mixture_arms = importlib.import_module("mixture_arms")
+    points = [
+        (np.array([-8.0, -8.0, -8.0, -8.0]), np.array([-2.0, -2.0, -2.0, -2.0])),
+        (np.array([-6.0, -6.0, -9.0, -8.0]), np.array([-3.0, -3.0, -3.0, -3.0])),
+        (np.array([-7.0, -7.0, -5.0, -4.0]), np.array([-5.0, -5.0, -4.0, -7.0])),
+    ]
+    # A quarter of the first step; above all; on the second step only; at the start of that step.
+    targets = np.array([-7.5, -5.9, -7.0, -8.0])
+    recalls = mixture_arms.at_equal_precision(points, targets)
+    np.testing.assert_allclose(recalls, [-2.25, math.nan, -3.5, -3.0])
+
+
+def test_plans_have_the_control_of_students_that_have_one() -> None:
+    def narrowed(*words: str) -> set[str]:
+        arms = MIXTURE.plan(config("decode_betas=[0.5,2]", *words)).arms("fit-students")
+        return {name for name in arms if "decode" in name}
+
+    direct = {"paper-direct-decode0.5", "paper-direct-decode2"}
+    assert narrowed() == direct | {"paper-beta1-decode0.5", "paper-beta1-decode2"}
+    assert narrowed("betas=[2,100]") == direct
+    assert narrowed("settings.paper.student_components=2") == set()
+
+
 # The trade-off, and where it is absent.
 
 
 def test_the_trade_off_needs_few_points_and_a_small_student(tmp_path: Path) -> None:
     path = run(
-        tmp_path, "seeds=8", "betas=[1,20,100]", "eval_points=2000",
+        tmp_path, "seeds=8", "betas=[1,20,100]", "eval_points=2000", "decode_betas=[0.8,1.5,3]",
         "settings.many.train_points=50000", "settings.many.em_starts=1",
         "settings.large.student_components=4", "settings.large.em_starts=3",
     )  # fmt: skip
@@ -169,6 +242,26 @@ def test_the_trade_off_needs_few_points_and_a_small_student(tmp_path: Path) -> N
     results = read_results(path / RESULTS)
     gaps = results.tables["large-beta1"]["gap_nats"]
     assert (gaps > 4.0 * results.tables["large-beta1"]["gap_error_nats"]).all()
+    with written["control.csv"].open() as file:
+        compared = {(row["narrowed"], row["beta"]): row for row in csv.DictReader(file)}
+    assert compared.keys() == {
+        ("direct", "1.0"), ("direct", "20.0"), ("direct", "100.0"),
+        ("beta1", "20.0"), ("beta1", "100.0"),
+    }  # fmt: skip
+    near, far = compared["direct", "1.0"], compared["direct", "100.0"]
+    assert near["seeds_outside"] == "0"
+    assert abs(float(near["recall_kept_mean"])) < 0.05
+    assert float(near["lead_low"]) > 0.0
+    outside = int(far["seeds_outside"])
+    assert outside > 4
+    assert math.isnan(float(far["recall_kept_mean"]))  # not the mean of the other seeds
+    assert float(far["lead_high"]) < 0.0
+    title = "narrowed less distilled"
+    lines = printed(path)
+    assert any(title in line for line in lines)
+    assert any(f"{outside} of 8" in line for line in lines)
+    several = printed(path, "--setting", "large", "--out", str(tmp_path / "large"))
+    assert not any(title in line or "control.csv" in line for line in several)
     with pytest.raises(subprocess.CalledProcessError):
         analyse(path, "--setting", "none")
 
@@ -205,7 +298,10 @@ def test_two_runs_have_one_digest_and_a_third_launch_repeats_nothing(
 def test_a_beta_a_seed_and_a_setting_cost_what_they_are(copy: Path) -> None:
     path = copy
     before, old = records(path), read_results(path / RESULTS)
-    words = [*QUICK, "seeds=6", "betas=[1,10,100]", "settings.more.student_components=2"]
+    words = [
+        *QUICK, "seeds=6", "betas=[1,10,100]", "decode_betas=[2,3]",
+        "settings.more.student_components=2",
+    ]  # fmt: skip
     run(path.parent, *words)
     after, new = records(path), read_results(path / RESULTS)
     assert {name: after[name] for name in before} == before
@@ -213,6 +309,7 @@ def test_a_beta_a_seed_and_a_setting_cost_what_they_are(copy: Path) -> None:
     assert {name.split("/")[1] for name in added if not name.endswith("/00002.json")} == {
         "paper-beta10",
         "random-beta10",
+        *(f"{name}-{arm}-decode3" for name in ("paper", "random") for arm in ("direct", "beta1")),
         *(f"more-{arm}" for arm in ("teachers", "direct", "beta1", "beta10", "beta100")),
     }
     for name, arrays in old.tables.items():
@@ -230,7 +327,7 @@ def test_shards_of_seeds_change_no_number(quick: Path, tmp_path: Path) -> None:
 
 
 def test_adding_betas_and_seeds_changes_no_recipe_but_the_merge() -> None:
-    before = MIXTURE.plan(config()).shards
+    before = MIXTURE.plan(config("decode_betas=[]")).shards
     after = MIXTURE.plan(config("seeds=220", "betas=[0.5,1,2,5,10,20,50,100]")).shards
     assert [key.split("/")[0] for key in before if key not in after] == ["merge"]
     assert all(after[key].recipe == before[key].recipe for key in before if key in after)

@@ -113,7 +113,8 @@ def test_a_job_that_another_launcher_released_may_have_ended() -> None:
 
 
 def test_the_mixture_gives_the_same_digest_as_local_processes(tmp_path: Path) -> None:
-    words = ["mixture", "seeds=2", "shard_seeds=1", "betas=[1,100]", "eval_points=400"]
+    words = ["mixture", "seeds=2", "shard_seeds=1", "betas=[100]", "eval_points=400"]
+    words.append("decode_betas=[2]")
     launch("sweep", *words, *SMALL, f"runs_dir={tmp_path / 'slurm'}")
     launch("sweep", *words, "cluster=local", f"runs_dir={tmp_path / 'local'}")
     one, two = (tmp_path / where / "mixture" for where in ("slurm", "local"))

@@ -52,6 +52,10 @@ class MixtureConfig(RunConfig):
     betas: tuple[Positive, ...]
     """Exponents that sharpen the teacher's weights, each of which gets a student of its own. A
     direct student is always fitted too."""
+    decode_betas: tuple[Positive, ...] = ()
+    """Exponents other than 1 that sharpen the density of finished students, as a control for
+    `betas`: that of direct students and of those of beta 1. Only students of one component have a
+    closed form of it; settings with more have no control."""
     eval_points: AtLeastTwo = 20000
     """Number of fresh points for every expectation that has no closed form."""
 
@@ -59,6 +63,10 @@ class MixtureConfig(RunConfig):
 def mixture_problems(config: MixtureConfig) -> Iterator[str]:
     """Yield what is wrong with a mixture simulation whose values are within their bounds."""
     yield from list_problems("beta", config.betas, "[1,100]")
+    if config.decode_betas:
+        yield from list_problems("decode_beta", config.decode_betas, "[1.5,2]")
+    if "1" in {f"{beta:g}" for beta in config.decode_betas}:
+        yield "decode_betas: 1 is always scored; expected exponents other than 1"
     if not config.settings:
         yield "settings={}: expected at least one, such as settings.paper.train_points=100"
     yield from name_problems("settings", config.settings)

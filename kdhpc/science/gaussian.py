@@ -174,6 +174,21 @@ def sharpen(mixture: Mixture, beta: float) -> Mixture:
     )
 
 
+def temper(mixture: Mixture, beta: float) -> Mixture:
+    """Raise the density of one Gaussian to the power beta and normalise it.
+
+    N(m, C) becomes N(m, C / beta), which is narrower if beta is above 1; beta = 1 is the identity.
+
+    Raises:
+        ValueError: if there are several components; then the normaliser has no closed form.
+    """
+    if mixture.num_components > 1:
+        raise ValueError(f"{mixture.num_components} components; expected one")
+    return Mixture(
+        weights=mixture.weights, means=mixture.means, covariances=mixture.covariances / beta
+    )
+
+
 def component_log_prob(mixture: Mixture, points: Floats) -> Floats:
     """Compute the log-density of every component at every point [N, D].
 

@@ -8,21 +8,22 @@ writes  arrays [S, ...] with one row per seed: p*, teacher and direct student as
 fit-students
 reads   the arrays of fit-teachers
 writes  arrays [S, ...] with one row per seed: the student, and what `score_student` and
-        `score_distillation` of `kdhpc.science.distillation` return for it, in nats per point
+        `score_distillation` of `kdhpc.science.distillation` return for it, in nats per point; a
+        narrowed student, whose density is sharpened by a decode beta, has only the former
 
 merge
 reads   the arrays of both stages
 writes  results.h5: /tables/<setting>-<arm>/<array>, /models, /provenance; an arm is `teachers`,
-        `direct` or, for example, `beta100`
+        `direct` or, for example, `beta100`; `direct-decode2` is the direct student, narrowed by 2
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from kdhpc.config.mixture import MixtureConfig
-from kdhpc.plan.shards import Arm, Plan, Shard, cut, fields_of, merge_of, settings_of
+from kdhpc.config.mixture import MixtureConfig, Setting
+from kdhpc.plan.shards import ADDED, Arm, Plan, Shard, cut, fields_of, merge_of, settings_of
 from kdhpc.plan.stages import Stage
 from kdhpc.storage.run_folder import RESULTS
 from kdhpc.storage.work import Work, Written
@@ -66,7 +67,8 @@ class StudentSettings:
     stream: str
     threads: int
     arm: str
-    """Part of the names of its random streams."""
+    """Part of the names of its random streams; a narrowed student shares those of the student that
+    it is made from."""
     beta: float | None
     """Sharpening of the teacher's weights; None for the direct student."""
     distill_points: int
@@ -74,13 +76,32 @@ class StudentSettings:
     student_components: int
     student_covariance: Literal["diagonal", "full"]
     em_starts: int
+    decode_beta: float | None = dataclasses.field(default=None, metadata=ADDED)
+    """Sharpening of the finished student's density; None if it is not narrowed."""
 
 
-def arms(config: MixtureConfig) -> Iterator[tuple[str, float | None]]:
-    """Yield name and beta of every student of a setting; beta is None for the direct student."""
-    yield DIRECT, None
-    for beta in config.betas:
-        yield f"beta{beta:g}", beta
+class StudentArm(NamedTuple):
+    """The students of a setting that share both betas."""
+
+    name: str
+    fitted: str
+    """Name of the arm in which the same students are not narrowed."""
+    beta: float | None
+    """Sharpening of the teacher's weights; None for the direct student."""
+    decode_beta: float | None = None
+    """Sharpening of the finished student's density; None if it is not narrowed."""
+
+
+def arms(config: MixtureConfig, setting: Setting) -> Iterator[StudentArm]:
+    """Yield the arms of the students of a setting: fitted ones, then narrowed ones."""
+    betas = {DIRECT: None, **{f"beta{beta:g}": beta for beta in config.betas}}
+    for name, beta in betas.items():
+        yield StudentArm(name, name, beta)
+    if setting.student_components > 1:
+        return
+    for name in (DIRECT, "beta1"):
+        for decode_beta in config.decode_betas if name in betas else ():
+            yield StudentArm(f"{name}-decode{decode_beta:g}", name, betas[name], decode_beta)
 
 
 def plan_teachers(config: MixtureConfig, before: Plan) -> list[Shard]:
@@ -131,22 +152,23 @@ def plan_students(config: MixtureConfig, before: Plan) -> list[Shard]:
     shards = []
     for name, setting in config.settings.items():
         teachers = before.arm("fit-teachers", f"{name}-{TEACHERS}")
-        for arm_name, beta in arms(config):
+        for student in arms(config, setting):
             settings = StudentSettings(
                 seed=config.seed,
                 stream=name,
                 threads=config.threads,
-                arm=arm_name,
-                beta=beta,
+                arm=student.fitted,
+                beta=student.beta,
                 distill_points=setting.distill_points,
                 eval_points=config.eval_points,
                 student_components=setting.student_components,
                 student_covariance=setting.student_covariance,
                 em_starts=setting.em_starts,
+                decode_beta=student.decode_beta,
             )
             arm = Arm(
                 stage="fit-students",
-                name=f"{name}-{arm_name}",
+                name=f"{name}-{student.name}",
                 fields=fields_of(settings),
                 inputs={TEACHERS: teachers[0].arm.recipe},
             )
@@ -217,7 +239,8 @@ def run_students(shard: Shard, work: Work[MixtureConfig]) -> Written:
 
         @functools.cache
         def points_of(mixture: "Mixture", role: str) -> "Floats":
-            # Every arm is scored on the same points of p*, so that arms can be compared.
+            # Every arm is scored on the same points of p*, so that arms can be compared, and a
+            # narrowed student's own points are those of the fitted one, scaled about its mean.
             prefix = stream if role == "truth" else f"{stream}/{arm}"
             return gaussian.draw(
                 mixture, settings.eval_points, seed=seed, stream=f"{prefix}/{role}/eval"
@@ -237,7 +260,10 @@ def run_students(shard: Shard, work: Work[MixtureConfig]) -> Written:
                 seed=seed,
                 stream=f"{stream}/{arm}/fit",
             )
-            scores = distillation.score_distillation(truth, teacher, student, direct, points_of)
+            if settings.decode_beta is None:
+                scores = distillation.score_distillation(truth, teacher, student, direct, points_of)
+        if settings.decode_beta is not None:
+            student = gaussian.temper(student, settings.decode_beta)
         points = teachers["train_points"][row]
         scores |= distillation.score_student(truth, student, points, points_of)
         return scores | _parts("student", student)
@@ -272,14 +298,15 @@ def _tables(work: Work[MixtureConfig]) -> Iterator[tuple[str, "Arrays"]]:
 def _facts(config: MixtureConfig) -> dict[str, dict[str, Json]]:
     """Return the facts about every arm that the analysis needs, by the arm's name."""
     return {
-        f"{name}-{arm}": {
+        f"{name}-{arm.name}": {
             "setting": name,
-            "arm": arm,
-            **({} if beta is None else {"beta": beta}),
+            "arm": arm.name,
+            **({} if arm.beta is None else {"beta": arm.beta}),
+            **({} if arm.decode_beta is None else {"decode_beta": arm.decode_beta}),
             **dataclasses.asdict(setting),
         }
         for name, setting in config.settings.items()
-        for arm, beta in [(TEACHERS, None), *arms(config)]
+        for arm in [StudentArm(TEACHERS, TEACHERS, None), *arms(config, setting)]
     }
 
 
@@ -344,7 +371,7 @@ FIT_TEACHERS = Stage(
 FIT_STUDENTS = Stage(
     name="fit-students",
     reads="p*, D, teachers and direct students",
-    writes="students of each D'_beta and their scores in nats; arrays [S, ...], one row per seed",
+    writes="students, also narrowed, and their scores in nats; arrays [S, ...], one row per seed",
     plan=plan_students,
     run=run_students,
     rate=lambda config: 1.5e6,
