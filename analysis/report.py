@@ -23,6 +23,7 @@ import report_intro
 import report_page
 import report_rows
 import report_run
+import report_sizes
 from files import Analysis
 from report_page import Drawn, Part
 from report_rows import Figure
@@ -137,7 +138,7 @@ def write_report(run: Read) -> Path:
     figures = [figure for size in sizes for figure in report_rows.figures(study, size)]
     parts = [
         _introduction([report_intro.subject(study, facts.config)]),
-        Part(heading="Across sizes", body=_verdict_part(run, run.across)),
+        Part(heading="Across sizes", body=_across_part(run)),
         Part(heading="Verdicts", body=_verdict_part(run, run.verdicts)),
         Part(heading="Figures", body=_figure_part(run.analysis, figures)),
         Part(heading="Tables", body="\n".join(map(report_page.table, _tables(study)))),
@@ -189,6 +190,13 @@ def _save(
 
     text = report_page.page(title, about, parts, report_figures.chart_code())
     return analysis.save(text.encode(), f"{name}.html")
+
+
+def _across_part(run: Read) -> str:
+    """Return what compares the sizes of a run; nothing if none can be compared."""
+    figures = report_sizes.figures(run.study)
+    drawn = _figure_part(run.analysis, figures) if figures else ""
+    return _verdict_part(run, run.across) + drawn
 
 
 def _verdict_part(run: Read, made: Sequence[Verdict]) -> str:

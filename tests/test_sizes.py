@@ -10,11 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import ROOT
+from test_report import (
+    LAPTOP,
+    MEASURE,
+    PHONE,
+    Browser,
+    Reported,
+    browser,
+    overlapping,
+    reported,
+    run_report,
+)
 
 from kdhpc.cluster import runs
 from kdhpc.config import presets
 from kdhpc.storage.results import ScorePieces, read_results, write_results
 
+__all__ = ["browser"]  # a fixture
 NUM_ROWS, TOKENS, SEED_ERROR = 400, 10, 0.004
 
 
@@ -124,6 +136,11 @@ def size_verdicts(study_module: ModuleType) -> ModuleType:
     return importlib.import_module("size_verdicts")
 
 
+@pytest.fixture
+def report_sizes(study_module: ModuleType) -> ModuleType:
+    return importlib.import_module("report_sizes")
+
+
 def study_of(study_module: ModuleType, path: Path) -> Any:
     return study_module.Study(read_results(path))
 
@@ -200,15 +217,122 @@ def test_one_seed_decides_nothing_about_sizes(
 
 
 def test_sizes_are_compared_only_where_their_trainings_are_known(
-    tmp_path: Path, study_module: ModuleType, size_verdicts: ModuleType
+    tmp_path: Path, study_module: ModuleType, size_verdicts: ModuleType, report_sizes: ModuleType
 ) -> None:
-    for name, sizes, config, num_verdicts in (
-        ("unknown", SIZES, False, 0),
-        ("one", {"h8": SIZES["h8"]}, True, 0),
-        ("capacity", {n: SIZES[n] for n in ("h8", "h32")}, True, 4),
-        ("convergence", {n: SIZES[n] for n in ("h8", "h8x4")}, True, 3),
-        ("neither", {n: SIZES[n] for n in ("h8", "h32x4")}, True, 0),
+    for name, sizes, config, num_verdicts, figures in (
+        ("unknown", SIZES, False, 0, []),
+        ("one", {"h8": SIZES["h8"]}, True, 0, []),
+        ("capacity", {n: SIZES[n] for n in ("h8", "h32")}, True, 4, ["capacity"]),
+        ("convergence", {n: SIZES[n] for n in ("h8", "h8x4")}, True, 3, ["convergence"]),
+        ("neither", {n: SIZES[n] for n in ("h8", "h32x4")}, True, 0, []),
     ):
         study = study_of(study_module, sized(tmp_path / f"{name}.h5", sizes, config=config))
         assert len(size_verdicts.across_sizes(study)) == num_verdicts
+        assert [figure.name for figure in report_sizes.figures(study)] == figures
     assert list(size_verdicts.trainings(study)) == ["epochs 1", "epochs 4"]
+
+
+def test_figures_have_a_row_for_each_size_and_the_teacher(
+    tmp_path: Path, study_module: ModuleType, report_sizes: ModuleType
+) -> None:
+    study = study_of(study_module, sized(tmp_path / "r.h5"))
+    capacity, convergence = report_sizes.figures(study)
+    assert (capacity.notes, convergence.notes) == ((), ())
+    own = {(row["panel"], row.get("size", "teacher")): row["estimate"] for row in capacity.rows}
+    precision, recall = (
+        f"{name} of tau 0.6 less that of tau 1" for name in ("precision", "recall")
+    )
+    assert own == pytest.approx(
+        {(precision, size): made.gain for size, made in SIZES.items()}
+        | {(recall, size): made.loss for size, made in SIZES.items()}
+        | {(precision, "teacher"): 1.0, (recall, "teacher"): -0.3},
+        abs=0.03,
+    )
+    changes = {(row["panel"], row["size"]): row["estimate"] for row in convergence.rows}
+    panels = [*(f"{name} of direct less that of tau 1" for name in ("precision", "recall"))]
+    panels.append("KL(p''||p*) of tau 0.6 less that of tau 1")
+    assert changes == pytest.approx(
+        {
+            (panel, size): value
+            for size, made in SIZES.items()
+            for panel, value in zip(panels, (*made.direct, made.kl), strict=True)
+        },
+        abs=0.03,
+    )
+    for row in (*capacity.rows, *convergence.rows):
+        assert row["low"] < row["estimate"] < row["high"]
+        if "size" in row:
+            assert row["parameters"] == SIZES[row["size"]].parameters
+            assert row["series"] == ("epochs 4" if row["size"].endswith("x4") else "epochs 1")
+    assert [line["size"] for line in capacity.numbers] == [*SIZES, "teacher"]
+    assert all(len(line) == 6 for line in convergence.numbers)
+
+
+def test_what_a_figure_of_sizes_lacks_is_said(
+    tmp_path: Path, study_module: ModuleType, size_verdicts: ModuleType, report_sizes: ModuleType
+) -> None:
+    path = sized(tmp_path / "r.h5", teacher=None, left_out=("-h32-tau0.6", "-h8x4-direct"))
+    study = study_of(study_module, path)
+    capacity, convergence = report_sizes.figures(study)
+    assert [note.partition(":")[0] for note in capacity.notes] == [
+        "Left out, as a student or a score is missing",
+        "The teacher's own change is not drawn",
+    ]
+    assert "h32 in precision of tau 0.6 less that of tau 1, h32 in recall of" in capacity.notes[0]
+    [left_out] = convergence.notes
+    assert "h8x4 in precision of direct less that of tau 1" in left_out
+    assert "h32 in KL" in left_out
+    claims = [verdict.claim for verdict in size_verdicts.across_sizes(study)]
+    assert any("smaller from size h8 to h16" in claim for claim in claims)
+    assert not any("teacher" in claim for claim in claims)
+    without = sized(tmp_path / "s.h5", left_out=("tau0.6",))
+    capacity, convergence = report_sizes.figures(study_of(study_module, without))
+    assert not capacity.rows
+    assert convergence.notes == (
+        "The change of KL(p''||p*) is not drawn: it needs students of tau 1 and of a lower tau.",
+    )
+
+
+@pytest.mark.parametrize("sizes", [tuple(SIZES), ("h8", "h8x4")])
+def test_a_figure_of_sizes_can_be_drawn_by_itself(
+    sizes: tuple[str, ...], tmp_path: Path, study_module: ModuleType, report_sizes: ModuleType
+) -> None:
+    charts = importlib.import_module("report_figures")
+    path = sized(tmp_path / "r.h5", {size: SIZES[size] for size in sizes})
+    figure = report_sizes.convergence(study_of(study_module, path))
+    drawn = charts.images(charts.page_spec(figure), figure.title)
+    assert drawn.keys() == {".svg", ".png", ".pdf"}
+    text = drawn[".svg"].decode()
+    assert figure.title in text
+    assert ("h16x4" in text) == ("h16x4" in sizes)
+    assert text.count(" of direct less that of tau 1</text>") == 2
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Reported:
+    """Return the report of made-up results of several sizes."""
+    path = sized(tmp_path_factory.mktemp("sizes") / "results.h5")
+    return reported(run_report(path))
+
+
+@pytest.mark.parametrize("size", [LAPTOP, PHONE], ids=["laptop", "phone"])
+def test_a_page_has_a_part_that_compares_sizes_in_which_no_label_lies_on_another(
+    size: tuple[int, int], report: Reported, browser: Browser
+) -> None:
+    assert report.headings[:4] == ["What this page says", "Across sizes", "Verdicts", "Figures"]
+    part = report.spaced.partition("<h2>Across sizes")[2].partition("<h2>Verdicts")[0]
+    assert "gets smaller from size h8 to h32</p>" in part
+    assert "within 20 % of it (size h32x4)" in part
+    assert part.count('<div class="chart">') == 2
+    for name in ("capacity", "convergence"):
+        assert len(report.rows(f"report-{name}")) > 12
+        for suffix in (".svg", ".png", ".pdf"):
+            assert (report.page.parent / f"report-{name}{suffix}").stat().st_size
+    assert "gets smaller from size h8 to h32" in report.printed
+    measured = browser.look(report.page, size, MEASURE)
+    assert measured["wide"] <= measured["inner"] == size[0]
+    for chart, names in zip(measured["charts"], (["teacher"], []), strict=False):
+        labels = ["h8h8x45k", "h16h16x420k", "h32h32x480k"]  # each of three lines
+        assert {*labels, "epochs 1", "epochs 4", *names} <= {*chart["texts"]}
+        assert overlapping(chart["boxes"]) == []
+        assert chart["right"] <= size[0]
