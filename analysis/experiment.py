@@ -20,12 +20,14 @@ import claims
 import diversity
 import prediction
 import report_rows
+import report_sizes
 from claim_terms import Term, mean_of, students_of, teachers
 from claims import Claim, Outcome
 from report_rows import Figure
 from report_run import RunFacts
+from size_verdicts import trainings
 from study import Study
-from verdicts import Decision, decide, text
+from verdicts import Decision, Verdict, decide, text
 
 from kdhpc.cluster.display import command
 from kdhpc.errors import InputError
@@ -152,7 +154,7 @@ def temperature(study: Study) -> Iterator[str]:
                 *(_teacher_change(study, measure, tau) for measure in ("precision", "recall")),
                 *(text(mean) if mean else "not reached" for mean in controls),
                 *([""] if tau == "1" else []),
-                COLLAPSE[collapsed[tau].decision] if tau in collapsed else "",
+                _collapse(collapsed[tau]) if tau in collapsed else "",
             )
         )
         if controls[0] is not None:
@@ -160,7 +162,8 @@ def temperature(study: Study) -> Iterator[str]:
     yield (
         "By tau: the change from tau 1 of the student and of its teacher; the recall that another "
         "T of the direct student, or of the student of tau 1, keeps at the precision of the "
-        "distilled student, less its recall (below 0, distillation is better); collapse.\n\n"
+        "distilled student, less its recall (below 0, distillation is better); whether samples "
+        "have collapsed, and the share of texts with a repeated 4-gram, less truth's.\n\n"
     ) + table(
         (
             "tau", "precision", "recall", "teacher's precision", "teacher's recall",
@@ -175,6 +178,11 @@ def temperature(study: Study) -> Iterator[str]:
         for purpose, wanted in PURPOSES.items()
     )
     yield from _predictions(study, [size])
+
+
+def _collapse(verdict: Verdict) -> str:
+    """Return whether samples have collapsed, and the excess of texts with a repeated 4-gram."""
+    return f"{COLLAPSE[verdict.decision]}: {text(verdict.means['excess of repeated'])}"
 
 
 COLLAPSE: Mapping[Decision, str] = {
@@ -213,7 +221,7 @@ def capacity(study: Study) -> Iterator[str]:
             *(_change(study, size, measure, lowest) for measure in ("precision", "recall")),
             *(_control(study, size, lowest),),
         )
-        for group in trainings(study)
+        for group in trainings(study).values()
         for size in group
     ]
     yield (
@@ -224,7 +232,7 @@ def capacity(study: Study) -> Iterator[str]:
         ("size", "passes", "parameters", "precision", "recall", "kept"),
         [*rows, ("teacher", "", "", *own, "")],
     )
-    for group in trainings(study):
+    for group in trainings(study).values():
         yield from _predictions(study, group)
 
 
@@ -242,21 +250,13 @@ def convergence(study: Study) -> Iterator[str]:
             *(_change(study, size, m, "direct") for m in ("precision", "recall")),
             _change(study, size, "divergence", lowest),
         )
-        for group in trainings(study)
+        for group in trainings(study).values()
         for size in group
     ]
     yield (
         f"The direct student less that of tau 1, and the change of KL(p''\\|\\|p\\*) from tau 1 to "
         f"{lowest}:\n\n"
     ) + table(("size", "passes", "parameters", "precision", "recall", "KL"), rows)
-
-
-def trainings(study: Study) -> list[list[str]]:
-    """Return the sizes in groups of the same training, each from the smallest."""
-    groups: dict[str, list[str]] = {}
-    for size in sorted(study.sizes, key=study.parameters):
-        groups.setdefault(json.dumps(study.training(size)), []).append(size)
-    return [*groups.values()]
 
 
 def _name(study: Study, size: str) -> tuple[str, str, str]:
@@ -301,8 +301,8 @@ def _crossover(study: Study) -> Figure:
 
 PAGES: Mapping[str, Page] = {
     "temperature": Page(folder="temperature", figure=_crossover, sections=temperature),
-    "capacity": Page(folder="capacity", figure=_crossover, sections=capacity),
-    "convergence": Page(folder="capacity", figure=_crossover, sections=convergence),
+    "capacity": Page(folder="capacity", figure=report_sizes.capacity, sections=capacity),
+    "convergence": Page(folder="capacity", figure=report_sizes.convergence, sections=convergence),
 }
 
 

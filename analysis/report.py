@@ -23,6 +23,7 @@ import report_intro
 import report_page
 import report_rows
 import report_run
+import report_sizes
 from files import Analysis
 from report_page import Drawn, Part
 from report_rows import Figure
@@ -31,8 +32,9 @@ from report_run import Table as PageTable
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
+from size_verdicts import across_sizes
 from study import Study
-from verdicts import Verdict, verdicts
+from verdicts import Verdict, claim_of, verdicts
 
 from kdhpc.cluster.display import WIDTH, command
 from kdhpc.config import presets
@@ -56,7 +58,10 @@ class Read:
     facts: RunFacts
     samples: Mapping[str, Mapping[str, Sequence[diversity.SampleSet]]]
     """Evaluation sets by size and by what students learnt from; empty if they are not there."""
+    across: Sequence[Verdict]
+    """Verdicts that compare sizes of students; none if they were not trained to be compared."""
     verdicts: Sequence[Verdict]
+    """Verdicts about the students of each size."""
 
     @property
     def about(self) -> list[str]:
@@ -103,6 +108,7 @@ def read_all(options: argparse.Namespace) -> list[Read]:
                 study=study,
                 facts=facts,
                 samples=samples,
+                across=across_sizes(study),
                 verdicts=[
                     *verdicts(study),
                     *(v for size, sets in samples.items() for v in diversity.collapse(sets, size)),
@@ -117,11 +123,11 @@ def verdict_table(run: Read) -> Table:
     table = Table(box=None, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
-    for verdict in run.verdicts:
-        size = f" (size {verdict.size})" if len(run.study.sizes) > 1 else ""
+    several = len(run.study.sizes) > 1
+    for verdict in (*run.across, *run.verdicts):
         table.add_row(
             Text(verdict.decision, style="bold"),
-            Group(Text(verdict.claim + size, style="bold"), Text(verdict.sentence)),
+            Group(Text(claim_of(verdict, several=several), style="bold"), Text(verdict.sentence)),
         )
     return table
 
@@ -132,7 +138,8 @@ def write_report(run: Read) -> Path:
     figures = [figure for size in sizes for figure in report_rows.figures(study, size)]
     parts = [
         _introduction([report_intro.subject(study, facts.config)]),
-        Part(heading="Verdicts", body=report_page.verdict_part(run.verdicts)),
+        Part(heading="Across sizes", body=_across_part(run)),
+        Part(heading="Verdicts", body=_verdict_part(run, run.verdicts)),
         Part(heading="Figures", body=_figure_part(run.analysis, figures)),
         Part(heading="Tables", body="\n".join(map(report_page.table, _tables(study)))),
         *_text_parts(study, facts),
@@ -146,7 +153,7 @@ def write_report(run: Read) -> Path:
 def write_comparison(runs: Sequence[Read]) -> Path:
     """Write the page that compares runs, beside the results of the first; return its path."""
     first = runs[0].analysis
-    by_run = {run.name: run.verdicts for run in runs}
+    by_run = {run.name: [*run.across, *run.verdicts] for run in runs}
     figures = report_rows.compared({run.name: run.study for run in runs})
     subjects = [f"{r.name}: {report_intro.subject(r.study, r.facts.config)}" for r in runs]
     parts = [
@@ -183,6 +190,17 @@ def _save(
 
     text = report_page.page(title, about, parts, report_figures.chart_code())
     return analysis.save(text.encode(), f"{name}.html")
+
+
+def _across_part(run: Read) -> str:
+    """Return what compares the sizes of a run; nothing if none can be compared."""
+    figures = report_sizes.figures(run.study)
+    drawn = _figure_part(run.analysis, figures) if figures else ""
+    return _verdict_part(run, run.across) + drawn
+
+
+def _verdict_part(run: Read, made: Sequence[Verdict]) -> str:
+    return report_page.verdict_part(made, several=len(run.study.sizes) > 1)
 
 
 def _figure_part(analysis: Analysis, figures: Sequence[Figure]) -> str:

@@ -5,6 +5,8 @@ one look in all figures of a run. A chart is as wide as its page, or as `FILE_WI
 """
 
 import functools
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
@@ -50,6 +52,10 @@ LABEL_PART = 0.4
 """Part of the axis that this label takes on a phone."""
 DODGE = 0.007
 """Part of an axis of numbers by which series are moved apart."""
+PANEL, GAP = 230, 34
+"""Height of a panel of a figure that has several, and of the space between two of them."""
+PANEL_DODGE = 0.025
+"""Part of the axis of a panel by which series are moved apart."""
 SHOWN_PREFIX = 4
 """Number of tokens that the exact curves show at first."""
 CONFIG = {
@@ -75,7 +81,7 @@ def page_spec(figure: Figure) -> Spec:
     return spec | {
         "config": CONFIG,
         "width": "container",
-        "height": HEIGHT,
+        "height": spec.get("height", HEIGHT),
         "autosize": {"type": "fit-x", "contains": "padding"},
         "description": written(f"{figure.title}. {figure.reading}"),
     }
@@ -425,6 +431,101 @@ def _best_temperature(rows: Rows, looks: Looks) -> Layers:
     ).add_params(_zoom("x", "y"))
 
 
+def _across_sizes(rows: Rows, looks: Looks) -> Layers:
+    """Draw changes by number of parameters, a panel above another for each thing that changes.
+
+    The panels share the x axis: they are layers of one view, and each has a part of its height.
+    """
+    series, panels = _names(rows, "series"), _names(rows, "panel")
+    look = _look("series", series, looks)
+    places = sorted({float(row["parameters"]) for row in rows if "parameters" in row})
+    low, high = math.log(places[0]), math.log(places[-1])
+    room, step = MARGIN * (high - low) or 1.0, PANEL_DODGE * (high - low) or PANEL_DODGE
+    middle = (len(series) - 1) / 2.0
+
+    def place_of(row: Row) -> Row:
+        aside = step * (series.index(str(row["series"])) - middle)
+        return {"x": float(row["parameters"]) * math.exp(aside)} if "parameters" in row else {}
+
+    sizes = {
+        place: [str(r["size"]) for r in rows if r.get("parameters") == place] for place in places
+    }
+    labels = {f"{at:.0f}": [*dict.fromkeys(found), _short(at)] for at, found in sizes.items()}
+    x = alt.X(
+        "x:Q",
+        title="number of parameters of the students",
+        scale=alt.Scale(
+            type="log", domain=[math.exp(low - room), math.exp(high + room)], nice=False
+        ),
+        axis=alt.Axis(values=places, labelExpr=f"({json.dumps(labels)})[datum.value]", grid=False),
+    )
+    layers = [
+        _panel(
+            [row | place_of(row) for row in rows if row["panel"] == panel], panel, index, x, look
+        )
+        for index, panel in enumerate(panels)
+    ]
+    chart: Layers = alt.layer(*layers).add_params(_zoom("x")).resolve_scale(y="independent")
+    return chart.properties(height=len(panels) * (PANEL + GAP) - GAP)
+
+
+def _panel(rows: Rows, name: str, index: int, x: alt.X, look: Mapping[str, Any]) -> Layers:
+    """Draw a panel; the teacher's own change, which has no place, is a line with a band.
+
+    Args:
+        rows: rows of the panel.
+        name: what changes, the title of its y axis.
+        index: number of the panel, from the top.
+        x: the x axis.
+        look: colour, shape and dash of the series.
+    """
+    top = index * (PANEL + GAP)
+    scale = _axis(rows, "estimate", zero=True)
+    scale.range = [top + PANEL, top]
+    axis = alt.Axis(orient="left", tickCount=6, grid=True)
+    y = alt.Y("estimate:Q", title=name, scale=scale, axis=axis)
+    y_low = alt.Y("low:Q", scale=scale)
+    hover = [alt.Tooltip(f"{field}:N") for field in ("series", "size")]
+    hover += [alt.Tooltip("parameters:Q", format=","), *_numbers("")]
+    everything = _chart(rows)
+    teacher = everything.transform_filter(f"datum.series == '{TEACHER}'")
+    students = everything.transform_filter(f"datum.series != '{TEACHER}'")
+    return alt.layer(
+        # The first layer has both axes, as zooming takes those that it has.
+        students.mark_line(strokeWidth=1.2, opacity=0.7, clip=True).encode(
+            x=x, y=y, color=look["color"], strokeDash=look["dash"]
+        ),
+        _chart([{"estimate": 0}]).mark_rule(color="#333333").encode(y=y),
+        teacher.mark_rect(opacity=0.15).encode(y=y_low, y2="high:Q", color=look["color"]),
+        teacher.mark_rule(strokeWidth=1.5).encode(
+            y=y, color=look["color"], strokeDash=look["dash"]
+        ),
+        teacher.mark_point(filled=True, size=60, opacity=1).encode(
+            x=alt.value("width"),
+            y=y,
+            color=look["color"],
+            shape=look["shape"],
+            tooltip=[hover[0], *_numbers("")],
+        ),
+        students.mark_rule(strokeWidth=1.5, clip=True).encode(
+            x=x, y=y_low, y2="high:Q", color=look["color"], tooltip=hover
+        ),
+        students.mark_point(filled=True, size=60, opacity=1, clip=True).encode(
+            x=x, y=y, color=look["color"], shape=look["shape"], tooltip=hover
+        ),
+    )
+
+
+def _short(number: float) -> str:
+    """Return a number of parameters with three digits, such as `5.1k` or `360M`."""
+    unit, name = next(
+        (unit, name)
+        for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+        if number >= unit
+    )
+    return f"{number / unit:.3g}{name}"
+
+
 CHARTS: Mapping[str, Callable[[Rows, Looks], Layers]] = {
     "precision-recall": _precision_recall,
     "teacher": _precision_recall,
@@ -435,6 +536,8 @@ CHARTS: Mapping[str, Callable[[Rows, Looks], Layers]] = {
     "curves": _curves,
     "total-variation": _total_variation,
     "best-temperature": _best_temperature,
+    "capacity": _across_sizes,
+    "convergence": _across_sizes,
 }
 
 

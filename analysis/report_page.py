@@ -8,7 +8,7 @@ from html import escape
 from report_rows import Figure
 from report_run import LineOf, Table, table_of
 from report_text import to_html
-from verdicts import Verdict
+from verdicts import Verdict, claim_of
 
 from kdhpc.types import Json
 
@@ -124,17 +124,20 @@ def paragraphs(lines: Iterable[str], style: str = "") -> str:
     return "\n".join(f"<p{attribute}>{to_html(line)}</p>" for line in lines)
 
 
-def verdict_part(verdicts: Sequence[Verdict]) -> str:
-    """Return verdicts: the decision, the claim, and what the numbers say."""
-    several = len({verdict.size for verdict in verdicts}) > 1
+def verdict_part(verdicts: Sequence[Verdict], *, several: bool) -> str:
+    """Return verdicts: the decision, the claim, and what the numbers say.
+
+    Args:
+        verdicts: the verdicts.
+        several: whether the run has several sizes of students, so that claims name them.
+    """
     return "\n".join(_verdict(verdict, several) for verdict in verdicts)
 
 
-def _verdict(verdict: Verdict, names_size: bool) -> str:
-    size = f" (size {verdict.size})" if names_size else ""
+def _verdict(verdict: Verdict, several: bool) -> str:
     return f"""<div class="verdict">
 {decision_of(verdict)}
-<p class="claim">{to_html(verdict.claim + size)}</p>
+<p class="claim">{to_html(claim_of(verdict, several=several))}</p>
 <p>{to_html(verdict.sentence)}</p>
 </div>"""
 
@@ -230,7 +233,7 @@ def compared_part(by_run: Mapping[str, Sequence[Verdict]]) -> str:
     sizes = {verdict.size for verdict in claims.values()}
     head = [escape(name) for name in ("claim", *by_run)]
     rows = [
-        [to_html(verdict.claim + (f" (size {verdict.size})" if len(sizes) > 1 else ""))]
+        [to_html(claim_of(verdict, several=len(sizes) > 1))]
         + [_cell(of_run.get(key)) for of_run in found.values()]
         for key, verdict in claims.items()
     ]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ from kdhpc.storage.score_shards import Scores
 TRUTH, SELF = "truth", "self"
 NUM_GROUPS = 5
 """Number of equal groups that truth's samples are cut into, from the rarest."""
+TRAINING = ("training", "train_sequences")
+"""Settings of a model that say how it is trained; the others say what it is before that."""
 BLOCK_ROWS = 4096
 """Number of rows whose tokens are in memory at once."""
 Numbers = NDArray[np.float64]
@@ -87,8 +90,24 @@ class Study:
 
     def training(self, size: str) -> Mapping[str, object]:
         """Return how the students of a size were trained, as the config has it."""
-        model = self._config.get("students", {}).get(size, {})
-        return {name: model.get(name) for name in ("training", "train_sequences")}
+        model = self._model(size)
+        return {name: model.get(name) for name in TRAINING}
+
+    def untrained(self, size: str) -> Mapping[str, object]:
+        """Return what the students of a size were before training, as the config has it."""
+        return {name: value for name, value in self._model(size).items() if name not in TRAINING}
+
+    def sequences_seen(self, size: str) -> float:
+        """Return how many sequences a student of a size was trained on, each pass counted."""
+        model = self._model(size)
+        passes = model["training"].get("stop_after_epochs") or model["training"]["epochs"]
+        all_sequences = self._config.get("sampling", {}).get("train_sequences", 1)
+        return float(passes * (model.get("train_sequences") or all_sequences))
+
+    def _model(self, size: str) -> Mapping[str, Any]:
+        """Return the settings of the students of a size; none if the results have no config."""
+        model: Mapping[str, Any] = self._config.get("students", {}).get(size, {})
+        return model
 
     def smaller_sizes(self, size: str) -> list[str]:
         """Return the sizes with fewer parameters and the same training, from the smallest."""

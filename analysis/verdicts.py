@@ -30,7 +30,7 @@ class Verdict:
 
     name: str
     size: str
-    """Size of the students that it is about."""
+    """Size of the students that it is about; empty if it compares sizes, which it then names."""
     claim: str
     """What would be said if it held."""
     decision: Decision
@@ -56,6 +56,11 @@ def verdicts(study: Study) -> list[Verdict]:
         ):
             found += make(study, size)
     return found
+
+
+def claim_of(verdict: Verdict, *, several: bool) -> str:
+    """Return the claim of a verdict, with the size of its students if there are several sizes."""
+    return verdict.claim + (f" (size {verdict.size})" if several and verdict.size else "")
 
 
 def text(mean: SeedMean, *, sign: bool = True) -> str:
@@ -117,7 +122,7 @@ def _monotone(
             size=size,
             claim=f"{metric} {verb} with every step to a lower tau",
             decision=decide([*steps.values()], direction),
-            sentence=_capitalised("; ".join(parts)),
+            sentence=capitalised("; ".join(parts)),
             means=steps,
         )
     ]
@@ -137,7 +142,7 @@ def trade_off(study: Study, size: str) -> list[Verdict]:
                 size=size,
                 claim=f"distillation at tau {tau} trades recall for precision, against direct "
                 "training",
-                decision=_all_of((decide([gain], 1), decide([loss], -1))),
+                decision=all_of((decide([gain], 1), decide([loss], -1))),
                 sentence=f"From the direct student to that of tau {tau}, precision changes by "
                 f"{text(gain)} and recall by {text(loss)}",
                 means={"precision": gain, "recall": loss},
@@ -161,7 +166,7 @@ def cost_of_a_teacher(study: Study, size: str) -> list[Verdict]:
             name="cost-of-a-teacher",
             size=size,
             claim="learning from a teacher at tau 1, not from truth, costs precision and recall",
-            decision=_all_of(decisions),
+            decision=all_of(decisions),
             sentence="From the direct student to that of tau 1, precision changes by "
             f"{text(means['precision'])} and recall by {text(means['recall'])}"
             f"{_decidable(means)}",
@@ -368,7 +373,7 @@ def rare_pays(study: Study, size: str) -> list[Verdict]:
     ]
 
 
-def _all_of(decisions: Sequence[Decision]) -> Decision:
+def all_of(decisions: Sequence[Decision]) -> Decision:
     """Return the decision that all of some claims hold."""
     if "fails" in decisions:
         return "fails"
@@ -379,5 +384,6 @@ def _base_name(label: str) -> str:
     return "direct" if label == "direct" else f"tau-{label}"
 
 
-def _capitalised(sentence: str) -> str:
+def capitalised(sentence: str) -> str:
+    """Return a sentence that begins with a capital letter."""
     return sentence[:1].upper() + sentence[1:]

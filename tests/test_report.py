@@ -40,6 +40,7 @@ addEventListener("load", () => setTimeout(() => {
     texts: [...svg.querySelectorAll("text")].map(text => text.textContent),
     labels: [...svg.querySelectorAll(".mark-text.role-mark text, .role-legend text")]
       .filter(shown).map(box),
+    boxes: [...svg.querySelectorAll("text")].filter(shown).map(box),
     right: svg.getBoundingClientRect().right,
   }));
   const wide = document.scrollingElement.scrollWidth;
