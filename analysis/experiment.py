@@ -27,7 +27,7 @@ from report_rows import Figure
 from report_run import RunFacts
 from size_verdicts import trainings
 from study import Study
-from verdicts import Decision, Verdict, decide, text
+from verdicts import Decision, Verdict, decide, gain_is_entropy, text
 
 from kdhpc.cluster.display import command
 from kdhpc.errors import InputError
@@ -139,6 +139,7 @@ def temperature(study: Study) -> Iterator[str]:
             diversity.sample_sets(study, size, RunFacts(config=None, records={})), size
         )
     }
+    shares = {v.name.removeprefix("gain-is-entropy-"): v for v in gain_is_entropy(study, size)}
     rows: list[tuple[str, ...]] = []
     beats: dict[str, list[str]] = {words: [] for words in BEATS.values()}
     for tau in study.taus(size):
@@ -151,7 +152,7 @@ def temperature(study: Study) -> Iterator[str]:
             (
                 tau,
                 *(_change(study, size, measure, tau) for measure in ("precision", "recall")),
-                *(_teacher_change(study, measure, tau) for measure in ("precision", "recall")),
+                _share(shares[tau]) if tau in shares else "",
                 *(text(mean) if mean else "not reached" for mean in controls),
                 *([""] if tau == "1" else []),
                 _collapse(collapsed[tau]) if tau in collapsed else "",
@@ -160,14 +161,15 @@ def temperature(study: Study) -> Iterator[str]:
         if controls[0] is not None:
             beats[BEATS[decide([controls[0]], -1)]].append(tau)
     yield (
-        "By tau: the change from tau 1 of the student and of its teacher; the recall that another "
+        "By tau: the change of the student from tau 1; the part of it in precision that is lower "
+        "entropy; the recall that another "
         "T of the direct student, or of the student of tau 1, keeps at the precision of the "
         "distilled student, less its recall (below 0, distillation is better); whether samples "
         "have collapsed, and the share of texts with a repeated 4-gram, less truth's.\n\n"
     ) + table(
         (
-            "tau", "precision", "recall", "teacher's precision", "teacher's recall",
-            "kept by direct", "kept by tau 1", "samples",
+            "tau", "precision", "recall", "entropy's share", "kept by direct", "kept by tau 1",
+            "samples",
         ),
         rows,
     )  # fmt: skip
@@ -178,6 +180,15 @@ def temperature(study: Study) -> Iterator[str]:
         for purpose, wanted in PURPOSES.items()
     )
     yield from _predictions(study, [size])
+
+
+def _share(verdict: Verdict) -> str:
+    """Return the share of a gain in precision that is lower entropy; empty without a gain."""
+    off = verdict.means.get("share less its estimate")
+    if off is None:
+        return ""
+    share = verdict.means["entropy"].estimate / verdict.means["precision"].estimate
+    return f"{share:.2f} [{share + off.low:.2f}, {share + off.high:.2f}]"
 
 
 def _collapse(verdict: Verdict) -> str:
