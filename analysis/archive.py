@@ -13,6 +13,7 @@ if they count, as their part of the sums is not needed then. A name without .xz 
 """
 
 import argparse
+import json
 import lzma
 import tempfile
 from collections.abc import Mapping
@@ -91,8 +92,27 @@ def write(path: Path, analysis: files.Analysis, samples: Mapping[str, Arrays]) -
         models=results.models,
         recipe=results.recipe,
         complete=results.complete,
-        provenance=results.provenance,
+        provenance={**results.provenance, **costs(analysis)},
     )
+
+
+def costs(analysis: files.Analysis) -> dict[str, str]:
+    """Return the seconds of work of each stage, of the run's own shards and of those it reused.
+
+    Returns:
+        JSON by the names `seconds_by_stage` and `seconds_reused`; nothing outside of a run folder.
+    """
+    facts = read_facts(analysis.results, analysis.path)
+    seconds: dict[str, dict[str, float]] = {"seconds_by_stage": {}, "seconds_reused": {}}
+    for key, record in facts.records.items():
+        stages = seconds["seconds_reused" if record.reused_from else "seconds_by_stage"]
+        stage = key.partition("/")[0]
+        stages[stage] = stages.get(stage, 0.0) + record.seconds
+    if not facts.records:
+        return {}
+    return {
+        name: json.dumps({s: round(t, 1) for s, t in of.items()}) for name, of in seconds.items()
+    }
 
 
 def _rounded(array: NDArray[Any]) -> NDArray[Any]:

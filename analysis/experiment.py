@@ -122,11 +122,13 @@ def _run(study: Study) -> str:
     """Say what was run, and what it cost."""
     provenance = study.results.provenance
     num_seeds = len({student.seed for student in study.students})
-    hours = float(provenance["seconds"]) / 3600
+    own = sum(json.loads(provenance["seconds_by_stage"]).values()) / 3600
+    reused = sum(json.loads(provenance["seconds_reused"]).values()) / 3600
+    more = f", and {reused:.2f} of the run that it takes from" if reused else ""
     versions = ", ".join(f"{n} {v}" for n, v in json.loads(provenance["versions"]).items())
     return (
-        f"{len(study.students)} students, {num_seeds} seeds, {hours:.2f} core-hours of work with "
-        f"all that they are made from (Python {provenance['python']}, {versions})."
+        f"{len(study.students)} students, {num_seeds} seeds, {own:.2f} core-hours of work{more} "
+        f"(Python {provenance['python']}, {versions})."
     )
 
 

@@ -225,3 +225,18 @@ def test_an_archive_is_compressed_and_keeps_samples(
     path.write_bytes(lzma.compress(b"text"))
     with pytest.raises(DamagedError):
         files.read_file(path)
+
+
+@pytest.mark.parametrize("name", ["temperature", "capacity", "convergence"])
+def test_a_page_says_what_its_scores_say(name: str) -> None:
+    experiment = importlib.import_module("experiment")
+    assert name in experiment.PAGES
+    page = (experiment.PAGES_DIR / f"{name}.md").read_text()
+    _, block = experiment.found(name)
+    assert experiment.with_block(page, block) == page
+    folder = experiment.PAGES_DIR / experiment.PAGES[name].folder
+    claims = importlib.import_module("claims").read_claims(folder / "claims.yaml")
+    predicted = page.partition("## Predicted")[2].partition("## Found")[0]
+    rows = [line for line in predicted.splitlines() if line.startswith("| ")]
+    assert len(rows) - 1 == len([claim for claim in claims if claim.page in ("", name)])
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 5e6
