@@ -52,14 +52,19 @@ def main(arguments: list[str]) -> int:
     if options.file.exists():
         # It could be the very file that is read, whose arrays are mapped.
         raise InputError(f"{options.file}: exists already; expected the name of a new file")
-    analysis = files.read(argparse.Namespace(run=options.run, out=options.file.parent), LANGUAGE)
-    with tempfile.TemporaryDirectory(dir=options.file.parent) as folder:
+    analysis = files.read(argparse.Namespace(run=options.run, out=None), LANGUAGE)
+    with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "scores.h5"
         write(plain, analysis, _samples(analysis) if options.samples else {})
         content = plain.read_bytes()
     if options.file.suffix == ".xz":
         content = lzma.compress(content, filters=FILTERS)
-    options.file.write_bytes(content)
+    part = options.file.with_name(f".{options.file.name}.part")
+    try:
+        part.write_bytes(content)
+        part.rename(options.file)
+    except OSError as error:
+        raise InputError(f"{options.file}: cannot be written ({error.strerror})") from error
     print(f"{options.file}: {len(content) / 1e6:.1f} MB")
     return 0
 

@@ -1,63 +1,25 @@
-"""What a claim is about: a measure of one student against another, as statistics of each seed.
+"""Terms of claims (kdhpc/experiment/claims.py says what they are) as statistics of each seed."""
 
-`MEASURES` are in nats per token:
-
-    precision, recall, divergence (KL(p''||p*))  a change from the student `against` to `of`
-    divergence-beyond-share  the part of precision that is less KL(p''||p*), less 0.2 of precision:
-                  a change below 0 says that more than 0.8 of a gain in precision is lower entropy
-                  (with `eos: mask`, and less of the end tokens, which precision leaves out)
-    control-recall  recall of the student `against` at the temperature at which it has the precision
-                  of the student `of`, less the recall of that
-    held-out-precision, held-out-recall  two predictions of the change of the students of `size`
-                  from those of all smaller sizes with the same training, each a power law in the
-                  number of parameters: towards 0, or towards the change of their teachers. The
-                  error of the first less the error of the second; above 0, the second is better
-"""
-
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 from study import Measure, Study, at_equal_precision
 from verdicts import ENTROPY_SHARE
 
-from kdhpc.science.intervals import SeedMean, Statistic, over_seeds
+from kdhpc.experiment.claims import HELD_OUT, OF_TEACHERS, TEACHER, Term
+from kdhpc.science.intervals import SeedMean, Statistic, over_seeds, through
 
-TEACHER = "teacher"
-"""Stands for a size: the change is then that of the teachers, sampled and scored at each tau."""
-HELD_OUT = {"held-out-precision": "precision", "held-out-recall": "recall"}
-MEASURES = (
-    "precision", "recall", "divergence", "divergence-beyond-share", "control-recall", *HELD_OUT,
-)  # fmt: skip
-EXPONENTS = np.arange(41) * 0.05
+EXPONENTS = np.arange(2001) * 0.001
 """Exponents of the power laws that are tried, 0 to 2; with 0 nothing changes with size."""
-STEP = 1e-4
-"""Step of numerical derivatives, in nats per token."""
 Floats = NDArray[np.float64]
 BySeed = Mapping[int, Statistic]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Term:
-    """A change of a measure from one student to another."""
-
-    measure: str
-    of: str
-    against: str
-    size: str | None = None
-    """Size of the students, or `teacher`; None for a claim about each size."""
-    minus: "Term | None" = None
-    """A term that is subtracted, seed by seed."""
-
-    def __str__(self) -> str:
-        own = f"{self.measure} of {self.of} against {self.against}"
-        own += f" at {self.size}" if self.size else ""
-        return f"{own}, less {self.minus}" if self.minus else own
-
-
 def mean_of(study: Study, term: Term, size: str) -> SeedMean | None:
-    """Return the mean of a term over seeds; None if it has no value in some seed.
+    """Return the mean of a term over the seeds that have its students.
+
+    None if there is none, or if it has no value in one of them.
 
     Args:
         study: the run.
@@ -116,7 +78,7 @@ def students_of(study: Study, measure: str, of: str, against: str, size: str) ->
 
 def teachers(study: Study, measure: str, of: str, against: str) -> BySeed:
     """Return the change of the teachers' precision or recall from one tau to another, by seed."""
-    column = ("precision", "recall").index(measure)
+    column = OF_TEACHERS.index(measure)
     changes = {}
     for seed in sorted({student.seed for student in study.students}):
         name = f"{TEACHER}-s{seed}"
@@ -129,7 +91,7 @@ def teachers(study: Study, measure: str, of: str, against: str) -> BySeed:
 def _held_out(study: Study, term: Term, size: str) -> BySeed:
     """Return the error of `towards 0` less that of `towards the teacher`, by seed."""
     measure = HELD_OUT[term.measure]
-    smaller = study.smaller_sizes(size)
+    smaller = study.smaller_sizes(size) if size in study.sizes else []
     of_sizes = [
         students_of(study, measure, term.of, term.against, name) for name in (*smaller, size)
     ]
@@ -165,15 +127,3 @@ def extrapolate(parameters: Floats, values: Floats, at: float) -> float:
     scales = (powers * values[:, None]).sum(axis=0) / (powers**2).sum(axis=0)
     errors = ((scales * powers - values[:, None]) ** 2).sum(axis=0)
     return float(scales[int(errors.argmin())])
-
-
-def through(function: Callable[[Floats], float], of: Sequence[Statistic]) -> Statistic:
-    """Return a function of statistics of one seed, linearised by central differences."""
-    values = np.array([statistic.value for statistic in of])
-    result = Statistic(value=function(values), influence={})
-    for index, statistic in enumerate(of):
-        step = np.zeros(len(of))
-        step[index] = STEP
-        slope = (function(values + step) - function(values - step)) / (2.0 * STEP)
-        result = result + slope * replace(statistic, value=0.0)
-    return result

@@ -7,26 +7,26 @@ FOLDER has claims.yaml and one or more files scores-*.h5.xz as `analysis/archive
 one run or of runs with other seeds of the same truth and D (`first_seed`). The seeds are pooled.
 The sha256 of claims.yaml must be the one that each run recorded when it was submitted (`claims`).
 
-A claim has one or more terms, each a mean over seeds (analysis/claim_terms.py), and a test: all
-terms are `greater` or `less` than a margin in nats a token, or `within` it of 0. Its p-value is the
-largest of its terms', and 1 if a term has no value. Claims whose terms name sizes of students are
-one family; the others are tested for each size, which is a family of its own, and Holm's method
-corrects for the number of claims of a family. A claim holds if the corrected p-value is at most
-0.05. It fails if the 95 % interval of a term contradicts it, and is undecided otherwise. With one
-seed nothing is decided.
+A claim has one or more terms, each a mean over seeds (kdhpc/experiment/claims.py says what they
+are), and a test: all terms are `greater` or `less` than a margin in nats a token, or `within` it of
+0. Its p-value is the largest of its terms', and 1 if a term has no value. Claims whose terms name
+sizes of students are one family; the others are tested for each size, which is a family of its own,
+and Holm's method corrects for the number of claims of a family. A claim holds if the corrected
+p-value is at most 0.05. It fails if the 95 % interval of a term contradicts it, and is undecided
+otherwise. With one seed nothing is decided.
 """
 
 import argparse
 import hashlib
-import math
+import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import files
 import numpy as np
-from claim_terms import MEASURES, Term, mean_of
+from claim_terms import mean_of
 from rich.console import Console
 from rich.table import Table
 from study import SELF, TRUTH, Study
@@ -35,6 +35,7 @@ from verdicts import Decision, detectable, text
 from kdhpc.cluster.display import WIDTH, command
 from kdhpc.config import presets
 from kdhpc.errors import InputError
+from kdhpc.experiment.claims import Claim, read_claims
 from kdhpc.science.intervals import SeedMean, equivalence_p_value, holm
 from kdhpc.storage.results import Results
 from kdhpc.types import Json
@@ -43,27 +44,6 @@ ALPHA = 0.05
 ONE_TRAINING = "one training: sampling error only"
 SHARED = ("seed", "prompt", "begin", "length", "eos", "teacher", "students")
 """Fields of the config that runs must share to be pooled, besides the size of D."""
-TESTS = ("greater", "less", "within")
-FIELDS = {"name", "says", "test", "margin", "terms", "page"}
-"""Fields of a claim in its file; all but the margin and the page are required."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """What was claimed, and how it is tested."""
-
-    name: str
-    says: str
-    test: str
-    margin: float
-    terms: tuple[Term, ...]
-    page: str = ""
-    """Page that tells about it, if a file has claims of several."""
-
-    @property
-    def names_sizes(self) -> bool:
-        """Whether its terms say of which size their students are."""
-        return any(term.size for term in self.terms)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,54 +55,6 @@ class Outcome:
     """One for each term; empty if a term has no value in some seed."""
     p_value: float
     """Not corrected; 1 without means."""
-
-
-def read_claims(path: Path) -> list[Claim]:
-    """Read a file of claims.
-
-    Raises:
-        InputError: if it is not readable, or a claim is not complete.
-    """
-    try:
-        claims = [_claim(entry) for entry in presets.from_yaml(path.read_text())["claims"]]
-        if not claims or len({claim.name for claim in claims}) < len(claims):
-            raise ValueError("expected at least one claim, each of a name of its own")
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not a file of claims ({error!r})") from error
-    return claims
-
-
-def _claim(entry: Mapping[str, Json]) -> Claim:
-    terms = tuple(read_term(term) for term in entry["terms"])
-    if entry["test"] not in TESTS or not terms or {t.measure for t in terms} - {*MEASURES}:
-        raise ValueError(f"{entry['name']}: expected a test of {TESTS}, measures of {MEASURES}")
-    if len({term.size is None for term in terms}) > 1:
-        raise ValueError(f"{entry['name']}: expected a size in all of its terms or in none")
-    margin = float(str(entry.get("margin", 0.0)))
-    if unknown := entry.keys() - FIELDS:
-        raise ValueError(f"{entry['name']}: unknown field {min(unknown)}")
-    if not math.isfinite(margin) or (entry["test"] == "within" and margin <= 0.0):
-        raise ValueError(f"{entry['name']}: margin {margin:g}; expected one above 0 for `within`")
-    return Claim(
-        name=entry["name"],
-        says=entry["says"],
-        test=entry["test"],
-        margin=margin,
-        terms=terms,
-        page=entry.get("page", ""),
-    )
-
-
-def read_term(entry: Mapping[str, Json]) -> Term:
-    """Read a term; what is subtracted from it says only what differs."""
-    own = {key: _label(value) for key, value in entry.items() if key != "minus"}
-    minus = entry.get("minus")
-    return Term(**own, minus=read_term({**own, **minus}) if minus else None)
-
-
-def _label(value: Json) -> str:
-    """Return a text as it is, and a tau that is given as a number as its students are called."""
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def pool(parts: Sequence[Results]) -> Results:
@@ -155,8 +87,18 @@ def pool(parts: Sequence[Results]) -> Results:
         models=models,
         recipe=first.recipe,
         complete=all(part.complete for part in parts),
-        provenance=first.provenance,
+        provenance={**first.provenance, **_costs(parts)},
     )
+
+
+def _costs(parts: Sequence[Results]) -> dict[str, str]:
+    """Return the seconds of all parts together, as analysis/archive.py keeps them."""
+    totals: dict[str, dict[str, float]] = {"seconds_by_stage": {}, "seconds_reused": {}}
+    for part in parts:
+        for name, total in totals.items():
+            for stage, seconds in json.loads(part.provenance.get(name, "{}")).items():
+                total[stage] = round(total.get(stage, 0.0) + seconds, 1)
+    return {name: json.dumps(total) for name, total in totals.items()}
 
 
 def _difference(first: Results, other: Results) -> str | None:

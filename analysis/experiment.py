@@ -21,16 +21,17 @@ import diversity
 import prediction
 import report_rows
 import report_sizes
-from claim_terms import Term, mean_of, students_of, teachers
-from claims import Claim, Outcome
+from claim_terms import mean_of, students_of, teachers
+from claims import Outcome
 from report_rows import Figure
 from report_run import RunFacts
 from size_verdicts import trainings
-from study import Study
+from study import Study, at_equal_precision_smoothly
 from verdicts import Decision, Verdict, decide, gain_is_entropy, text
 
 from kdhpc.cluster.display import command
 from kdhpc.errors import InputError
+from kdhpc.experiment.claims import Claim, Term
 from kdhpc.science.intervals import SeedMean, holm, over_seeds
 
 PAGES_DIR = Path(__file__).resolve().parents[1] / "docs" / "experiments"
@@ -60,28 +61,49 @@ def main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("page", nargs="*", help="a page (default: all)")
-    for name in parser.parse_args(arguments).page or PAGES:
+    names = parser.parse_args(arguments).page or PAGES
+    for name in names:
         if name not in PAGES:
             raise InputError(f"{name}: no such page; expected one of {', '.join(PAGES)}")
+        with_block(PAGES_DIR / f"{name}.md", "")
+    for name in names:
         path = PAGES_DIR / f"{name}.md"
         study, block = found(name)
-        path.write_text(with_block(path.read_text(), block))
+        path.write_text(with_block(path, block))
         _draw(PAGES[name].figure(study), path.with_suffix(".png"))
         print(path)
     return 0
 
 
-def with_block(page: str, block: str) -> str:
-    """Return the text of a page with another block between its marks."""
-    before, _, rest = page.partition(START)
-    _, _, after = rest.partition(END)
+def with_block(path: Path, block: str) -> str:
+    """Return the text of a page with another block between its marks.
+
+    Raises:
+        InputError: if there is no such page, or it lacks a mark.
+    """
+    try:
+        page = path.read_text()
+    except OSError as error:
+        raise InputError(f"{path}: not readable ({error.strerror}); expected a page") from error
+    before, start, rest = page.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise InputError(f"{path}: expected a line {START} and below it a line {END}")
     return f"{before}{START}\n{block}{END}{after}"
 
 
 def found(name: str) -> tuple[Study, str]:
-    """Return the scores of a page, and the text that says what was found."""
+    """Return the scores of a page, and the text that says what was found.
+
+    Raises:
+        InputError: if the scores are partial, or there are none.
+    """
     page = PAGES[name]
     all_claims, study = claims.read(PAGES_DIR / page.folder)
+    if not study.results.complete or study.unscored:
+        raise InputError(
+            f"{PAGES_DIR / page.folder}: its scores are partial; expected those of a whole run"
+        )
     parts = [_run(study), f"![{page.figure(study).title}]({name}.png)", page.figure(study).reading]
     for outcomes, num_seeds in claims.families(study, all_claims):
         parts.append(claim_table(outcomes, num_seeds, name))
@@ -102,7 +124,11 @@ def claim_table(outcomes: Sequence[Outcome], num_seeds: int, page: str) -> str:
         for outcome, p_value in zip(outcomes, corrected, strict=True)
         if outcome.claim.page in ("", page)
     ]
-    title = f"{len(outcomes)} claims, {num_seeds} seeds, 95 % intervals in nats per token:"
+    more = "" if len(rows) == len(outcomes) else f" ({len(outcomes)} with those of other pages)"
+    title = (
+        f"{len(rows)} claims{more}, corrected together; {num_seeds} seeds, 95 % intervals in nats "
+        "per token; `kdhpc/experiment/claims.py` says what the measures are:"
+    )
     return f"{title}\n\n" + table(("claim", "decision", "p, corrected", "estimate"), rows)
 
 
@@ -175,6 +201,7 @@ def temperature(study: Study) -> Iterator[str]:
         ),
         rows,
     )  # fmt: skip
+    yield _smooth(study, size)
     said = [f"{words} at tau {', '.join(taus)}" for words, taus in beats.items() if taus]
     yield f"Against the direct student at another T, distillation {'; it '.join(said)}."
     yield "What `analysis/choose_tau.py` chooses:\n\n" + "\n".join(
@@ -182,6 +209,29 @@ def temperature(study: Study) -> Iterator[str]:
         for purpose, wanted in PURPOSES.items()
     )
     yield from _predictions(study, [size])
+
+
+def _smooth(study: Study, size: str) -> str:
+    """Return what other temperatures keep at equal precision, with a smooth interpolation."""
+    rows = []
+    for tau in study.taus(size):
+        kept = {base: _smoothly(study, size, base, tau) for base in ("direct", "1") if base != tau}
+        rows.append((tau, kept["direct"], kept.get("1", "")))
+    return (
+        "The claims interpolate recall linearly between temperatures, which understates what "
+        "another T keeps. With a smooth curve instead:\n\n"
+    ) + table(("tau", "kept by direct", "kept by tau 1"), rows)
+
+
+def _smoothly(study: Study, size: str, base: str, tau: str) -> str:
+    bases, students = study.of(size, base), study.of(size, tau)
+    kept = [
+        at_equal_precision_smoothly(study, bases[seed], students[seed])
+        for seed in students
+        if seed in bases
+    ]
+    known = [statistic for statistic in kept if statistic is not None]
+    return text(over_seeds(known)) if known and len(known) == len(kept) else "not reached"
 
 
 def _share(verdict: Verdict) -> str:

@@ -112,8 +112,13 @@ def read_file(path: Path) -> Results:
         try:
             plain.write_bytes(lzma.decompress(path.read_bytes()))
         except lzma.LZMAError as error:
-            raise DamagedError(f"{path}: not a whole xz file ({error})") from error
-        return read_results(plain)  # its arrays are mapped, and stay when the name is gone
+            raise DamagedError(
+                f"{path}: not a whole xz file ({error}); fetch or archive it again"
+            ) from error
+        try:
+            return read_results(plain)  # its arrays are mapped, and stay when the name is gone
+        except DamagedError as error:
+            raise DamagedError(str(error).replace(str(plain), str(path))) from error
 
 
 def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> Analysis:

@@ -6,11 +6,13 @@ is the number of parameters. The teacher's own change is a row without a place.
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from claim_terms import TEACHER, Term, mean_of
+from claim_terms import mean_of
 from report_rows import ADD_TEMPERATURES, Figure, Row, interval
 from report_text import value_text
 from size_verdicts import by_capacity, by_training, change, lowest_tau, trainings, what_changes
 from study import Study
+
+from kdhpc.experiment.claims import TEACHER, Term
 
 MEASURES = ("precision", "recall")
 

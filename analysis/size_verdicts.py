@@ -10,10 +10,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from claim_terms import Term, mean_of, students_of, teachers
+from claim_terms import mean_of, students_of, teachers
 from study import Study
 from verdicts import Verdict, all_of, capitalised, decide, text
 
+from kdhpc.experiment.claims import Term
 from kdhpc.science.intervals import SeedMean, over_seeds
 
 MARGIN_SHARE = 0.2

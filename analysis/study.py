@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.interpolate import PchipInterpolator
 
 from kdhpc.config import presets
 from kdhpc.experiment.arms import at_temperature
 from kdhpc.science import curves
-from kdhpc.science.intervals import SeedMean, Statistic, over_seeds, ratio
+from kdhpc.science.intervals import SeedMean, Statistic, over_seeds, ratio, through
 from kdhpc.storage.results import Results
 from kdhpc.storage.score_shards import Scores
 
@@ -400,6 +401,31 @@ def at_equal_precision(study: Study, base: Student, student: Student) -> Statist
         off = target - ((1.0 - weight) * p_low + weight * p_high)  # 0, with the errors of all three
         return recall + slope * off - study.recall(student)
     return None
+
+
+def at_equal_precision_smoothly(study: Study, base: Student, student: Student) -> Statistic | None:
+    """Return what `at_equal_precision` does, with a smooth curve through all temperatures.
+
+    Between temperatures recall bends downwards, so straight lines understate what the base keeps.
+    The curve is a monotone cubic in each part (F. N. Fritsch, R. E. Carlson, SIAM J. Numer. Anal.
+    17 (1980), 238-246). None if precision does not rise at every step to a lower temperature, or
+    its range does not contain the student's.
+    """
+    temperatures = study.temperatures(base)
+    precisions = [study.precision(base, t) for t in temperatures]
+    recalls = [study.recall(base, t) for t in temperatures]
+    target, num = study.precision(student), len(temperatures)
+    values = [precision.value for precision in precisions]
+    rises = all(low < high for low, high in pairwise(values))
+    if num < 2 or not rises or not values[0] <= target.value <= values[-1]:
+        return None
+
+    def recall_at_target(of: Numbers) -> float:
+        return float(PchipInterpolator(of[:num], of[num : 2 * num], extrapolate=True)(of[-1]))
+
+    least = min(high - low for low, high in pairwise(values))
+    kept = through(recall_at_target, [*precisions, *recalls, target], step=min(0.01, least / 4))
+    return kept - study.recall(student)
 
 
 def best_recall(study: Study, student: Student) -> tuple[float, Statistic]:

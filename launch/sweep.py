@@ -63,6 +63,7 @@ def main(arguments: list[str]) -> int:
     executor = runs.pick_executor(config, slurm_here)
     if not any(word.startswith("runs_dir=") for word in options.words):
         runs.check_place(config)
+    config = reuse.with_place(config)
     if executor == "slurm":
         planning.check_partitions(config)
     config = pipeline.prepare(config)
@@ -70,7 +71,6 @@ def main(arguments: list[str]) -> int:
     if executor == "slurm":
         planning.check_jobs(planning.preview(pipeline, plan, config, executor))
         note_ignored_variables()
-    config = reuse.with_place(config)
     reused = reuse.find(config, plan)
     run = runs.open_for(config, plan)
     if executor == "slurm":
@@ -96,8 +96,9 @@ def main(arguments: list[str]) -> int:
 def _dry_run(pipeline: AnyPipeline, config: RunConfig, slurm_here: bool, *, verbose: bool) -> int:
     """Show what would be submitted; write nothing."""
     executor = "slurm" if slurm_here and config.executor != "local" else "local"
+    config = reuse.with_place(config)
     if config.reuse:  # which shards are the same is known with what the run starts from
-        config = reuse.with_place(pipeline.prepare(config))
+        config = pipeline.prepare(config)
     plan = pipeline.plan(config)
     taken = frozenset(record.key for record in reuse.find(config, plan))
     preview = planning.preview(pipeline, plan, config, executor, taken)
@@ -107,7 +108,7 @@ def _dry_run(pipeline: AnyPipeline, config: RunConfig, slurm_here: bool, *, verb
     for line in pipeline.estimate(config):
         print(line)
     if config.reuse:
-        print(f"{len(taken)} more shards would be taken from {config.reuse} (reuse)")
+        print(f"not in the table: {len(taken)} shards that are taken from {config.reuse} (reuse)")
     print(f"planned for {executor}, in {config.runs_dir}/{config.name}; nothing was written")
     planning.check_jobs(preview)
     return 0

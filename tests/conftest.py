@@ -46,7 +46,7 @@ def extended_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     before = {path: path.read_bytes() for path in run.glob("[1-7]-*/*/*.json")}
     words = ["tiny", "cluster=local", f"runs_dir={runs_dir}", "decode_temperatures=[0.7,1.3]"]
     words += ["scoring.corruptions=[swap]", "scoring.expected=true"]
-    launch("sweep", *words, f"claims={Path(__file__).parent}/data/claims.yaml")
+    launch("sweep", *words, f"claims={Path(__file__).parent}/data/tiny-claims.yaml")
     assert status(run, code=0)["complete"]
     assert {path: path.read_bytes() for path in before} == before
     new = {path.parent.name for path in run.glob("[1-7]-*/*/*.json") if path not in before}

@@ -15,7 +15,8 @@ from kdhpc.cluster import runs
 from kdhpc.cluster.planning import batches_by_stage, preview_stages
 from kdhpc.config import presets
 from kdhpc.errors import DamagedError, InputError
-from kdhpc.science.intervals import ratio
+from kdhpc.experiment.claims import read_term
+from kdhpc.science.intervals import ratio, through
 from kdhpc.storage.results import ScorePieces, read_results, write_results
 
 BASES = ("demo", "paper", "tiny")
@@ -134,7 +135,7 @@ def terms_of(path: Path, *terms: Mapping[str, Any]) -> list[float | None]:
     """Return the estimates of terms, for students of size a where a term names none."""
     claims, study = (importlib.import_module(name) for name in ("claims", "study"))
     scores = study.Study(read_results(path))
-    means = [claims.mean_of(scores, claims.read_term(term), "a") for term in terms]
+    means = [claims.mean_of(scores, read_term(term, "here"), "a") for term in terms]
     return [None if mean is None else round(mean.estimate, 6) for mean in means]
 
 
@@ -177,7 +178,7 @@ def test_a_power_law_is_fitted_and_a_function_is_linearised() -> None:
     assert terms.extrapolate(parameters, np.full(3, 2.0), 1e4) == pytest.approx(2.0)
     noise = np.random.default_rng(0)
     one, two = (ratio(noise.normal(m, 1.0, 50), rows="r") for m in (2.0, 3.0))
-    made = terms.through(lambda of: float(of[0] * of[1]), [one, two])
+    made = through(lambda of: float(of[0] * of[1]), [one, two])
     by_hand = two.value * one + one.value * two
     assert made.value == one.value * two.value
     assert made.influence["r"] == pytest.approx(by_hand.influence["r"], rel=1e-6)
@@ -231,9 +232,10 @@ def test_an_archive_is_compressed_and_keeps_samples(
 def test_a_page_says_what_its_scores_say(name: str) -> None:
     experiment = importlib.import_module("experiment")
     assert name in experiment.PAGES
-    page = (experiment.PAGES_DIR / f"{name}.md").read_text()
+    path = experiment.PAGES_DIR / f"{name}.md"
+    page = path.read_text()
     _, block = experiment.found(name)
-    assert experiment.with_block(page, block) == page
+    assert experiment.with_block(path, block) == page
     folder = experiment.PAGES_DIR / experiment.PAGES[name].folder
     claims = importlib.import_module("claims").read_claims(folder / "claims.yaml")
     predicted = page.partition("## Predicted")[2].partition("## Found")[0]

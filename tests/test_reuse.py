@@ -68,10 +68,10 @@ def test_a_dry_run_plans_what_is_left(source: Path) -> None:
     assert plan["2-sample-truth"] == ["0", "0"]
     assert plan["3-train-on-truth"] == ["1", "1"]
     assert plan["5-train-students"][0] == "2"
-    [said] = [line for line in shown.splitlines() if "would be taken" in line]
+    [said] = [line for line in shown.splitlines() if "are taken from" in line]
     whole = launch("sweep", *words_of(source, SIZE, "--dry-run")).stdout
     total, left = (int(text.split()[1]) for text in (whole, shown))
-    assert int(said.split()[0]) == total - left > 0
+    assert int(said.split()[4]) == total - left > 0
     assert not (source.parent / "more").exists()
 
 
@@ -89,14 +89,15 @@ def test_a_shard_that_is_gone_is_named_before_anything_is_written(source: Path) 
     assert refused.stderr.count("\n") == 1
     assert not (source.parent / "more").exists()
     # What this plan does not share may be missing.
-    other = words_of(source, f"reuse={source}", "seed=5", "--dry-run")
-    launch("sweep", *other)
+    launch("sweep", *words_of(source, f"reuse={source}", "first_seed=1", "--dry-run"))
 
 
 def test_what_is_no_run_to_take_from_is_refused(source: Path, tmp_path: Path) -> None:
     for words, message in (
         ([f"reuse={tmp_path}/none"], "no such folder"),
-        (["reuse=none"], "no run of this name"),
+        (["reuse=none"], "reuse=none: no run of this name"),
+        (["reuse=tiny", "name=tiny"], "is this run itself"),
+        ([f"reuse={source}", "seed=5"], "nothing with the settings of this run"),
     ):
         refused = launch("sweep", *words_of(source, *words), code=2)
         assert message in refused.stderr

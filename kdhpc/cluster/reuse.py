@@ -24,12 +24,20 @@ from kdhpc.storage.run_folder import Record, read_record
 def with_place(config: RunConfig) -> RunConfig:
     """Return the config with the absolute path of the run that it reuses, if it does.
 
+    A name is looked for in `runs_dir` first.
+
     Raises:
         InputError: if there is no such run.
     """
     if config.reuse is None:
         return config
-    return dataclasses.replace(config, reuse=str(places.locate(config.reuse)))
+    beside = Path(config.runs_dir).expanduser() / config.reuse
+    try:
+        there = (beside / "run.json").is_file()
+        place = beside.resolve() if there else places.locate(config.reuse)
+    except InputError as error:
+        raise InputError(f"reuse={error}") from error
+    return dataclasses.replace(config, reuse=str(place))
 
 
 def find(config: RunConfig, plan: Plan) -> list[Record]:
@@ -52,6 +60,8 @@ def find(config: RunConfig, plan: Plan) -> list[Record]:
             f"{config.pipeline}"
         )
     target = Path(config.runs_dir).expanduser().resolve()
+    if target / config.name == source.path:
+        raise InputError(f"reuse={config.reuse}: is this run itself; expected another one")
     while not target.exists():
         target = target.parent
     if target.stat().st_dev != source.path.stat().st_dev:
@@ -66,7 +76,7 @@ def find(config: RunConfig, plan: Plan) -> list[Record]:
                 f"reuse={config.reuse}: {problem}; expected whole shards; let launch/sweep.py make "
                 "it again in that run, or go on without reuse"
             )
-    return [
+    found = [
         record
         for key, record in scan.records.items()
         if key in plan.shards
@@ -74,6 +84,12 @@ def find(config: RunConfig, plan: Plan) -> list[Record]:
         and (plan.shards[key].recipe, plan.shards[key].row_range)
         == (record.recipe, record.row_range)
     ]
+    if not found:
+        raise InputError(
+            f"reuse={config.reuse}: has published nothing with the settings of this run; expected "
+            "a run of the same truth and seed, or no reuse"
+        )
+    return found
 
 
 def _may_be_shared(source: Run, plan: Plan, key: str) -> bool:

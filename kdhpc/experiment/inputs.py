@@ -12,6 +12,7 @@ from kdhpc.config.language import LanguageConfig, Truth, language_problems
 from kdhpc.config.model import Model
 from kdhpc.errors import InputError
 from kdhpc.experiment import arms, given
+from kdhpc.experiment.claims import check_claims, read_claims
 
 
 def problems(config: LanguageConfig) -> Iterator[str]:
@@ -64,7 +65,7 @@ def _with_claims(config: LanguageConfig) -> LanguageConfig:
     """Identify the file of claims, if there is one.
 
     Raises:
-        InputError: if it is not readable, or has changed.
+        InputError: if it is not readable or has changed, or is about students that are not planned.
     """
     if config.claims is None:
         return config
@@ -78,6 +79,7 @@ def _with_claims(config: LanguageConfig) -> LanguageConfig:
             f"claims={config.claims}: has changed since the run was submitted; expected the file "
             f"with sha256 {config.claims_fingerprint[:12]}"
         )
+    check_claims(read_claims(Path(config.claims).expanduser()), config)
     return dataclasses.replace(
         config, claims=_whole_path(config.claims), claims_fingerprint=fingerprint
     )

@@ -23,7 +23,7 @@ page and its measured coverage.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -122,6 +122,27 @@ def ratio(numerators: Numbers, denominators: Numbers | None = None, *, rows: str
             "a positive sum of denominators"
         )
     return Statistic(value=value, influence={rows: (above - value * below) / total})
+
+
+def through(
+    function: Callable[[Floats], float], of: Sequence[Statistic], step: float = 0.01
+) -> Statistic:
+    """Return a function of statistics of one seed, linearised by central differences.
+
+    Args:
+        function: takes their values [M] and returns a number.
+        of: M statistics.
+        step: step of the differences, in the unit of the values. It should be about their errors,
+            so that a function with small kinks is linearised over what the values may be.
+    """
+    values = np.array([statistic.value for statistic in of])
+    result = Statistic(value=function(values), influence={})
+    for index, statistic in enumerate(of):
+        change = np.zeros(len(of))
+        change[index] = step
+        slope = (function(values + change) - function(values - change)) / (2.0 * step)
+        result = result + slope * Statistic(value=0.0, influence=statistic.influence)
+    return result
 
 
 @dataclass(frozen=True, kw_only=True)
