@@ -204,7 +204,9 @@ def temperature(study: Study) -> Iterator[str]:
     yield _smooth(study, size)
     said = [f"{words} at tau {', '.join(taus)}" for words, taus in beats.items() if taus]
     yield f"Against the direct student at another T, distillation {'; it '.join(said)}."
-    yield "What `analysis/choose_tau.py` chooses:\n\n" + "\n".join(
+    yield (
+        "What `analysis/choose_tau.py` chooses from the means, whose errors it does not weigh:\n\n"
+    ) + "\n".join(
         f"- {purpose}: {'; '.join(choose_tau.chosen(study, size, _options(wanted)))}"
         for purpose, wanted in PURPOSES.items()
     )

@@ -38,7 +38,7 @@ def capacity(study: Study) -> Figure:
         reading="If the trade-off vanishes as students grow, both changes go to the line at 0. If "
         "a large student equals its teacher, they go to the teacher's own change, which is the "
         "dashed line, with its interval as a band. Lines join sizes of the same training. "
-        "Intervals that overlap decide nothing: the verdicts compare sizes seed by seed.",
+        "Intervals that overlap decide nothing, as sizes are compared seed by seed.",
         needs="students of tau 1 and of a lower tau with both of their scores",
         rows=[*rows, *teachers],
         notes=(*_left_out(rows, sizes, panels), *([] if teachers or not rows else [unscored])),
@@ -67,7 +67,7 @@ def convergence(study: Study) -> Figure:
         "from truth is better than learning from a teacher at tau 1. KL(p''||p*) of the lowest "
         "tau less that of tau 1: above 0, the lower tau moves students away from the truth. Lines "
         "join sizes of the same training; that training changes something is in the distance "
-        "between lines at one size, which the verdicts decide seed by seed.",
+        "between lines at one size, which is decided seed by seed.",
         needs="direct students and students of tau 1 with both of their scores",
         rows=rows,
         notes=(*_left_out(rows, sizes, panels), *([] if known or not rows else [without])),
