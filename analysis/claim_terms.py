@@ -101,18 +101,28 @@ def _held_out(study: Study, term: Term, size: str) -> BySeed:
     if len(smaller) < 2:
         return {}
 
-    def error(values: Floats) -> float:
-        *changes, limit = values
-        known, target = np.array(changes[:-1]), changes[-1]
-        towards = [
-            end + extrapolate(parameters[:-1], known - end, parameters[-1]) for end in (0.0, limit)
-        ]
-        return float(abs(towards[0] - target) - abs(towards[1] - target))
-
     return {
-        seed: through(error, [*(of_size[seed] for of_size in of_sizes), limits[seed]])
+        seed: through(
+            lambda values: law_errors(parameters, values),
+            [*(of_size[seed] for of_size in of_sizes), limits[seed]],
+        )
         for seed in sorted(seeds)
     }
+
+
+def law_errors(parameters: Floats, values: Floats) -> float:
+    """Return the error of a law towards 0 less that of a law towards the teacher's change.
+
+    Args:
+        parameters: [M] numbers of parameters, the held-out size last.
+        values: [M + 1] changes at these sizes, and the teacher's.
+    """
+    *changes, limit = values
+    known, target = np.array(changes[:-1]), changes[-1]
+    towards = [
+        end + extrapolate(parameters[:-1], known - end, parameters[-1]) for end in (0.0, limit)
+    ]
+    return float(abs(towards[0] - target) - abs(towards[1] - target))
 
 
 def extrapolate(parameters: Floats, values: Floats, at: float) -> float:

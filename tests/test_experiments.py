@@ -3,6 +3,7 @@
 import importlib
 import lzma
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from kdhpc.cluster.planning import batches_by_stage, preview_stages
 from kdhpc.config import presets
 from kdhpc.errors import DamagedError, InputError
 from kdhpc.experiment.claims import read_term
-from kdhpc.science.intervals import ratio, through
+from kdhpc.science.intervals import Statistic, ratio, through
 from kdhpc.storage.results import ScorePieces, read_results, write_results
 
 BASES = ("demo", "paper", "tiny")
@@ -182,6 +183,22 @@ def test_a_power_law_is_fitted_and_a_function_is_linearised() -> None:
     by_hand = two.value * one + one.value * two
     assert made.value == one.value * two.value
     assert made.influence["r"] == pytest.approx(by_hand.influence["r"], rel=1e-6)
+
+
+def test_the_slopes_of_the_laws_are_those_of_smooth_functions() -> None:
+    """A law on a coarse grid of exponents jumps, which a small step takes for a steep slope."""
+    terms = importlib.import_module("claim_terms")
+    parameters = np.array([1.0, 2.5, 8.0, 18.0]) * 1000
+    own = Statistic(value=0.0, influence={"r": np.array([-1.0, 1.0])})
+    steepest = 0.0
+    for change in np.linspace(-0.13, -0.08, 60):
+        law = [-0.3 + (change + 0.3) * (n / 1000) ** -0.5 for n in parameters]
+        of = [replace(own, value=value) for value in (*law, -0.3)]
+        for one in of:
+            alone = [s if s is one else replace(s, influence={}) for s in of]
+            made = through(lambda values: terms.law_errors(parameters, values), alone)
+            steepest = max(steepest, abs(made.influence["r"][1]))
+    assert steepest < 3.0
 
 
 def test_a_claim_names_a_size_in_all_of_its_terms_or_in_none(tmp_path: Path) -> None:
