@@ -3,7 +3,6 @@
 import importlib
 import lzma
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,20 +184,16 @@ def test_a_power_law_is_fitted_and_a_function_is_linearised() -> None:
     assert made.influence["r"] == pytest.approx(by_hand.influence["r"], rel=1e-6)
 
 
-def test_the_slopes_of_the_laws_are_those_of_smooth_functions() -> None:
-    """A law on a coarse grid of exponents jumps, which a small step takes for a steep slope."""
+def test_the_slopes_of_the_laws_are_those_of_a_smooth_function() -> None:
+    """Laws on a coarse grid of exponents jump, which a small step takes for steep slopes."""
     terms = importlib.import_module("claim_terms")
-    parameters = np.array([1.0, 2.5, 8.0, 18.0]) * 1000
-    own = Statistic(value=0.0, influence={"r": np.array([-1.0, 1.0])})
-    steepest = 0.0
-    for change in np.linspace(-0.13, -0.08, 60):
-        law = [-0.3 + (change + 0.3) * (n / 1000) ** -0.5 for n in parameters]
-        of = [replace(own, value=value) for value in (*law, -0.3)]
-        for one in of:
-            alone = [s if s is one else replace(s, influence={}) for s in of]
-            made = through(lambda values: terms.law_errors(parameters, values), alone)
-            steepest = max(steepest, abs(made.influence["r"][1]))
-    assert steepest < 3.0
+    parameters = np.array([1000.0, 2500.0, 8000.0, 18000.0])
+    law = [-0.3 + 0.2 * (num / 1000) ** -0.5 for num in parameters]
+    others = [Statistic(value=value, influence={}) for value in (*law[1:], -0.3)]
+    for change in np.linspace(-0.13, -0.08, 200):
+        first = Statistic(value=change, influence={"r": np.array([-1.0, 1.0])})
+        made = through(lambda of: terms.law_errors(parameters, of), [first, *others])
+        assert abs(made.influence["r"][1]) < 2.0
 
 
 def test_a_claim_names_a_size_in_all_of_its_terms_or_in_none(tmp_path: Path) -> None:
