@@ -23,9 +23,10 @@ from kdhpc.storage.token_shards import Samples, read_samples
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
-def test_ngrams_are_those_of_a_loop(n: int) -> None:
+@pytest.mark.parametrize("spread", [1, 40_000])
+def test_ngrams_are_those_of_a_loop(n: int, spread: int) -> None:
     noise = np.random.default_rng(0)
-    ids = noise.integers(0, 3, (50, 12)).astype(np.uint16)
+    ids = (spread * noise.integers(0, 3, (50, 12))).astype(np.uint32)
     length = noise.integers(2, 13, 50)
     rows = [row[:stop].tolist() for row, stop in zip(ids, length, strict=True)]
     grams = [[tuple(row[i : i + n]) for i in range(len(row) - n + 1)] for row in rows]

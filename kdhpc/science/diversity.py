@@ -41,7 +41,12 @@ def ngrams(ids: Ids, length: NDArray[np.integer], n: int) -> tuple[NDArray[np.in
         return np.empty((len(ids), 0), np.int64), np.empty((len(ids), 0), np.bool_)
     windows = np.lib.stride_tricks.sliding_window_view(ids, n, axis=1)
     inside = np.arange(windows.shape[1]) + n <= length[:, None]
-    _, numbers = np.unique(windows[inside], axis=0, return_inverse=True)
+    base = int(ids.max(initial=0)) + 1
+    if base**n < 2**63:  # one number for each n-gram sorts much faster than n of them
+        powers = base ** np.arange(n - 1, -1, -1, dtype=np.int64)
+        _, numbers = np.unique(windows[inside].astype(np.int64) @ powers, return_inverse=True)
+    else:
+        _, numbers = np.unique(windows[inside], axis=0, return_inverse=True)
     out = np.full(inside.shape, -1, dtype=np.int64)
     out[inside] = numbers.reshape(-1)
     return out, inside
