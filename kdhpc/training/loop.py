@@ -127,6 +127,8 @@ def train(
                 )
             step_s = time.perf_counter() - began
             num_positions = settings.batch_sequences * batch.parts[0][0].shape[1]
+            flops_per_s = watch.flops_per_token * num_positions / step_s
+            peak = max(peak, flops_per_s)  # it was measured while the machine was busy
             facts = {
                 "step": step,
                 "steps": schedule.last,
@@ -135,7 +137,7 @@ def train(
                 "learning_rate": rate,
                 "gradient_norm": norm,
                 "tokens_per_s": batch.num_counted / step_s,
-                "mfu": watch.flops_per_token * num_positions / step_s / peak,
+                "mfu": flops_per_s / peak,
                 "step_s": step_s,
                 "data_s": batches.waited_s,
             }
