@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from kdhpc.cluster.task import find_rank
+from kdhpc.cluster.task import end_process, find_rank
 from kdhpc.config.model import Shape, Training
 from kdhpc.models import huggingface
 from kdhpc.scoring.counting import Counting
@@ -121,3 +121,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process(0)

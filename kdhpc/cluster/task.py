@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from kdhpc.cluster import failures, runs
 from kdhpc.cluster.ledger import AttemptEvent, Failure, Ledger, Submission
@@ -292,7 +293,20 @@ def main() -> None:
     if sys.argv[2] == "--serve":
         serve(path)
         return
-    sys.exit(run_task(path, int(sys.argv[2]), int(os.environ["SLURM_ARRAY_TASK_ID"])))
+    code = run_task(path, int(sys.argv[2]), int(os.environ["SLURM_ARRAY_TASK_ID"]))
+    end_process(code)
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process at once, with everything that it printed.
+
+    Threads of torch.distributed would otherwise end with the library's own variables, in any order.
+    Now and then that aborts a rank that is done, and srun then ends the others, also one that still
+    saves the model.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
