@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Write what was found into the pages of the experiments in docs/experiments.
+"""Write what was found into the pages of the experiments in docs.
 
-    python analysis/experiment.py [temperature|capacity|convergence ...]
+    python analysis/experiment.py [temperature|capacity|convergence|smollm2 ...]
 
 Each page has what was predicted, written by hand before the run was scored. Between two marks in it
 this command writes tables, sentences and a figure, from the scores in the folder beside the page;
@@ -17,6 +17,7 @@ from typing import Any
 
 import choose_tau
 import claims
+import costs
 import diversity
 import prediction
 import report_rows
@@ -34,7 +35,7 @@ from kdhpc.errors import InputError
 from kdhpc.experiment.claims import Claim, Term
 from kdhpc.science.intervals import SeedMean, holm, over_seeds
 
-PAGES_DIR = Path(__file__).resolve().parents[1] / "docs" / "experiments"
+DOCS_DIR = Path(__file__).resolve().parents[1] / "docs"
 START, END = "<!-- found: made by analysis/experiment.py -->", "<!-- end -->"
 PURPOSES: Mapping[str, Mapping[str, float]] = {
     "the highest precision that costs at most 0.05 nats of recall": {"recall_loss": 0.05},
@@ -48,29 +49,32 @@ PURPOSES: Mapping[str, Mapping[str, float]] = {
 class Page:
     """What a page is made of."""
 
+    path: str
+    """Its file in docs/."""
     folder: str
-    """Folder of its claims and scores."""
+    """Folder in docs/ of its claims and scores."""
     figure: Callable[[Study], Figure]
     sections: Callable[[Study], Iterator[str]]
     """Yields tables and sentences below the claims."""
 
 
 def main(arguments: list[str]) -> int:
-    """Write the pages that were named, or all."""
+    """Write the pages that were named, or all that have scores."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("page", nargs="*", help="a page (default: all)")
-    names = parser.parse_args(arguments).page or PAGES
+    parser.add_argument("page", nargs="*", help="a page (default: all that have scores)")
+    made = [n for n, page in PAGES.items() if [*(DOCS_DIR / page.folder).glob("scores-*")]]
+    names = parser.parse_args(arguments).page or made
     for name in names:
         if name not in PAGES:
             raise InputError(f"{name}: no such page; expected one of {', '.join(PAGES)}")
-        with_block(PAGES_DIR / f"{name}.md", "")
+        with_block(DOCS_DIR / PAGES[name].path, "")
     for name in names:
-        path = PAGES_DIR / f"{name}.md"
+        path = DOCS_DIR / PAGES[name].path
         study, block = found(name)
         path.write_text(with_block(path, block))
-        _draw(PAGES[name].figure(study), path.with_suffix(".png"))
+        _draw(PAGES[name].figure(study), path.with_name(f"{name}.png"))
         print(path)
     return 0
 
@@ -99,10 +103,10 @@ def found(name: str) -> tuple[Study, str]:
         InputError: if the scores are partial, or there are none.
     """
     page = PAGES[name]
-    all_claims, study = claims.read(PAGES_DIR / page.folder)
+    all_claims, study = claims.read(DOCS_DIR / page.folder)
     if not study.results.complete or study.unscored:
         raise InputError(
-            f"{PAGES_DIR / page.folder}: its scores are partial; expected those of a whole run"
+            f"{DOCS_DIR / page.folder}: its scores are partial; expected those of a whole run"
         )
     parts = [_run(study), f"![{page.figure(study).title}]({name}.png)", page.figure(study).reading]
     for outcomes, num_seeds in claims.families(study, all_claims):
@@ -364,11 +368,50 @@ def _crossover(study: Study) -> Figure:
     return report_rows.equal_precision(study, study.sizes[0])
 
 
+def replication(study: Study) -> Iterator[str]:
+    """Yield the students' means, what a tau changes, and what the run cost."""
+    [size] = study.sizes
+    yield (
+        "Means over seeds, in nats per token; the truth's own samples have "
+        f"{text(over_seeds([study.truth_log_prob()]), sign=False)} under it.\n\n"
+    ) + table(
+        ("student", "precision", "recall", "entropy", "KL(p''||p*)"),
+        [
+            (
+                report_rows.student_name(label),
+                *(
+                    text(study.mean(size, label, measure), sign=False)
+                    for measure in (study.precision, study.recall, study.entropy, study.divergence)
+                ),
+            )
+            for label in study.labels(size)
+        ],
+    )
+    yield from temperature(study)
+    yield "Cost by stage:\n\n" + table(
+        ("stage", "core-hours", "10^12 operations"), costs.by_stage(study)
+    )
+    yield costs.in_words(study)
+
+
 PAGES: Mapping[str, Page] = {
-    "temperature": Page(folder="temperature", figure=_crossover, sections=temperature),
-    "capacity": Page(folder="capacity", figure=report_sizes.capacity, sections=capacity),
-    "convergence": Page(folder="capacity", figure=report_sizes.convergence, sections=convergence),
-}
+    "temperature": Page(
+        path="experiments/temperature.md", folder="experiments/temperature", figure=_crossover,
+        sections=temperature,
+    ),
+    "capacity": Page(
+        path="experiments/capacity.md", folder="experiments/capacity",
+        figure=report_sizes.capacity, sections=capacity,
+    ),
+    "convergence": Page(
+        path="experiments/convergence.md", folder="experiments/capacity",
+        figure=report_sizes.convergence, sections=convergence,
+    ),
+    "smollm2": Page(
+        path="results/smollm2/README.md", folder="results/smollm2", figure=_crossover,
+        sections=replication,
+    ),
+}  # fmt: skip
 
 
 if __name__ == "__main__":

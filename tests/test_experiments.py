@@ -14,8 +14,10 @@ from test_project import golden
 from kdhpc.cluster import runs
 from kdhpc.cluster.planning import batches_by_stage, preview_stages
 from kdhpc.config import presets
+from kdhpc.config.language import LanguageConfig
 from kdhpc.errors import DamagedError, InputError
 from kdhpc.experiment.claims import read_term
+from kdhpc.models.sizes import forward_flops, training_flops
 from kdhpc.science.intervals import Statistic, ratio, through
 from kdhpc.storage.results import ScorePieces, read_results, write_results
 
@@ -240,15 +242,31 @@ def test_an_archive_is_compressed_and_keeps_samples(
         files.read_file(path)
 
 
+def test_the_arithmetic_of_a_run_is_that_of_its_models() -> None:
+    claims, costs = (importlib.import_module(name) for name in ("claims", "costs"))
+    _, study = claims.read(ROOT / "docs" / "experiments" / "temperature")
+    _, config = runs.from_words(["demo", "temperature"])
+    shape = presets.build(LanguageConfig, presets.plain(config)).students["small"].shape
+    assert shape is not None
+    found = costs.flops(study)
+    by_hand = 8 * 8 * 8192 * 2 * 64 * training_flops(shape, 257, 64)  # seeds, taus, rows, epochs
+    assert found["train-students"] == pytest.approx(by_hand)
+    teacher = presets.build(LanguageConfig, presets.plain(config)).teacher.shape
+    assert teacher is not None
+    by_hand = 8 * 8 * 8192 * 64 * forward_flops(teacher, 257, 64)
+    assert found["sample-teacher"] == pytest.approx(by_hand)
+    assert "GPU-hours" in costs.in_words(study)
+
+
 @pytest.mark.parametrize("name", ["temperature", "capacity", "convergence"])
 def test_a_page_says_what_its_scores_say(name: str) -> None:
     experiment = importlib.import_module("experiment")
     assert name in experiment.PAGES
-    path = experiment.PAGES_DIR / f"{name}.md"
+    path = experiment.DOCS_DIR / experiment.PAGES[name].path
     page = path.read_text()
     _, block = experiment.found(name)
     assert experiment.with_block(path, block) == page
-    folder = experiment.PAGES_DIR / experiment.PAGES[name].folder
+    folder = experiment.DOCS_DIR / experiment.PAGES[name].folder
     claims = importlib.import_module("claims").read_claims(folder / "claims.yaml")
     predicted = page.partition("## Predicted")[2].partition("## Found")[0]
     rows = [line for line in predicted.splitlines() if line.startswith("| ")]

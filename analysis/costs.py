@@ -1,0 +1,100 @@
+"""What a run cost, and what its arithmetic would cost on GPUs, for the page of a result."""
+
+import json
+from dataclasses import replace
+
+from study import Study
+
+from kdhpc.config import presets
+from kdhpc.config.language import LanguageConfig, num_ids
+from kdhpc.config.model import Model
+from kdhpc.experiment import arms
+from kdhpc.models.sizes import forward_flops, training_flops
+from kdhpc.pipeline import LANGUAGE
+
+WATTS = 8.0
+"""Assumed power of one busy core with its part of the machine, at the wall."""
+H100_FLOPS_PER_S = 989e12
+"""Bfloat16 products and sums of one H100, from its data sheet."""
+SHARE = 0.1
+"""Assumed part of that which models of this size reach: their steps are too small to fill it."""
+DOLLARS = 2.5
+"""Assumed price of one H100 for an hour."""
+GPUS = 4
+"""GPUs that the paper's experiment is priced on."""
+
+
+def by_stage(study: Study) -> list[tuple[str, str, str]]:
+    """Return each stage with its core-hours and its arithmetic in 10^12 operations."""
+    seconds = _seconds(study)
+    operations = flops(study)
+    return [
+        (
+            stage,
+            f"{seconds.get(stage, 0.0) / 3600:.2f}",
+            f"{operations.get(stage, 0.0) / 1e12:,.0f}",
+        )
+        for stage in arms.STAGES
+    ]
+
+
+def _seconds(study: Study) -> dict[str, float]:
+    own: dict[str, float] = json.loads(study.results.provenance["seconds_by_stage"])
+    return own
+
+
+def in_words(study: Study) -> str:
+    """Say what the run took, what that is in energy, and what the same would cost on GPUs."""
+    hours = sum(_seconds(study).values()) / 3600
+    operations = sum(flops(study).values())
+    gpu_hours = operations / (SHARE * H100_FLOPS_PER_S) / 3600
+    paper = paper_hours()
+    return (
+        f"{hours:.1f} core-hours, about {hours * WATTS / 1000:.2f} kWh if a busy core takes "
+        f"{WATTS:g} W at the wall. Its arithmetic, {operations:.1e} operations, takes one H100 "
+        f"{60 * gpu_hours:.0f} minutes if models so small reach {SHARE:.0%} of its peak: "
+        f"${gpu_hours * DOLLARS:.2f} at ${DOLLARS:g} an hour. The paper's sizes (preset `paper`, "
+        f"five seeds) are planned with {paper:,.0f} GPU-hours, which is {paper / GPUS / 24:.0f} "
+        f"days of {GPUS} H100s and ${paper * DOLLARS:,.0f}. Only the core-hours are measured."
+    )
+
+
+def flops(study: Study) -> dict[str, float]:
+    """Return the operations of each stage for all seeds of a study."""
+    config = presets.build(LanguageConfig, presets.from_yaml(study.results.provenance["config"]))
+    config = replace(config, seeds=len({student.seed for student in study.students}))
+    ids, length = num_ids(config.truth), config.length
+    truth = 2.0 * float(str(study.results.models[arms.TRUTH]["parameters"]))
+    total = dict.fromkeys(arms.STAGES, 0.0)
+
+    def forward(model: Model) -> float:
+        return forward_flops(model.shape, ids, length) if model.shape else 0.0
+
+    passes = {arms.TRUTH: truth}
+    for trainee in arms.trainees(config):
+        model = trainee.model
+        passes[trainee.name] = forward(model)
+        if model.shape and model.training:
+            rows = model.train_sequences or config.sampling.train_sequences
+            epochs = model.training.stop_after_epochs or model.training.epochs
+            total[trainee.stage] += (
+                training_flops(model.shape, ids, length) * rows * epochs * length
+            )
+    for samples in arms.sample_sets(config):
+        sizes = config.sampling
+        rows = sizes.eval_sequences if samples.evaluation else sizes.train_sequences
+        total[samples.stage] += passes[samples.model[1]] * rows * length
+    for pair in arms.pairs(config):
+        total[arms.SCORE] += passes[pair.model[1]] * config.sampling.eval_sequences * length
+    return total
+
+
+def paper_hours() -> float:
+    """Return the GPU-hours that preset `paper` is planned with."""
+    config = LANGUAGE.checked(presets.build(LanguageConfig, presets.compose(["paper"])))
+    plan = LANGUAGE.plan(config)
+    return sum(
+        shard.work * shard.arm.nodes * shard.arm.ranks_per_node / stage.rate(config) / 3600
+        for stage in LANGUAGE.stages
+        for shard in plan.stage(stage.name)
+    )
