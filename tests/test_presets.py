@@ -107,6 +107,15 @@ def test_a_cluster_file_keeps_texts_and_refuses_a_key_that_is_given_twice(
         built("cluster=site")
 
 
+@pytest.mark.parametrize("preset", ["tiny", "paper", "smollm2"])
+def test_a_cluster_with_its_defaults_leaves_time_and_memory_to_the_preset(preset: str) -> None:
+    alone, there = (
+        presets.build(LanguageConfig, presets.compose([preset, *words])).slurm
+        for words in ([], ["cluster=slurm"])
+    )
+    assert (there.time_min, there.mem_gb) == (alone.time_min, alone.mem_gb)
+
+
 def test_the_path_of_a_corpus_is_absolute_before_it_is_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,7 +83,10 @@ def compose(words: list[str]) -> dict[str, Json]:
                 f"cluster={cluster}: no file {path}; expected auto or one of "
                 f"{', '.join(cluster_names())}"
             )
-        merged = _merge(merged, _load(path))
+        site = _load(path)
+        if "slurm" in site and site["slurm"] is None:
+            site.pop("slurm")  # all of its lines are comments
+        merged = _merge(merged, site)
     return _plain(_merge(merged, overrides))
 
 
