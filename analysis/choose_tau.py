@@ -222,8 +222,8 @@ def main(arguments: list[str]) -> int:
         )
     if options.metric:
         _check_metric(study, study.students, options.metric)
-    if study.left_out:
-        print(study.left_out)
+    for note in study.notes:
+        print(note)
     for size in study.sizes:
         _print(study, size, options.metric)
         for line in chosen(study, size, options):

@@ -236,8 +236,8 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("folder", type=Path, help="folder with claims.yaml and scores-*.h5.xz")
     claims, study = read(parser.parse_args(arguments).folder)
-    if study.left_out:
-        print(study.left_out)
+    for note in study.notes:
+        print(note)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for outcomes, num_seeds in families(study, claims):
         console.print(table(outcomes, num_seeds))

@@ -186,8 +186,8 @@ def main(arguments: list[str]) -> int:
     Console(width=None if sys.stdout.isatty() else 100).print(
         analysis.titled(table(study, all_rows))
     )
-    if study.unscored:
-        print(study.left_out)
+    for note in study.notes:
+        print(note)
     print(analysis.path)
     print(analysis.save_csv([asdict(row) for row in all_rows], "precision_recall"))
     for written in analysis.save_figure(draw(all_rows), "precision_recall"):

@@ -66,7 +66,7 @@ class Read:
     @property
     def about(self) -> list[str]:
         """What the intervals cover, and which students are left out."""
-        return [line for line in (self.given, self.study.left_out) if line]
+        return [self.given, *self.study.notes]
 
     @property
     def given(self) -> str:

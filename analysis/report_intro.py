@@ -49,7 +49,10 @@ def subject(study: Study, config: LanguageConfig | None) -> str:
 
 def _of_config(config: LanguageConfig) -> Iterator[str]:
     truth, sampling = config.truth, config.sampling
-    if truth.model == "train":
+    if truth.source == "corpus":
+        corpus = CORPORA.get(truth.corpus, truth.corpus)
+        yield f"Here truth is a corpus, {corpus}, split by document."
+    elif truth.model == "train":
         corpus = CORPORA.get(truth.corpus, truth.corpus)
         yield f"Here truth is a small Llama over bytes that the run itself trained on {corpus}."
     else:

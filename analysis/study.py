@@ -81,6 +81,27 @@ class Study:
         )
 
     @property
+    def judged_by(self) -> str:
+        """What stands for p* if the truth is a corpus, in one line; empty if it is a model."""
+        truth = self._config.get("truth", {})
+        if truth.get("source", "model") == "model":
+            return ""
+        judge = (
+            "a model that was trained on its other documents"
+            if truth.get("model") == "train"
+            else str(truth.get("model"))
+        )
+        return (
+            f"truth is a corpus ({truth.get('corpus')}), whose own probabilities nobody knows: "
+            f"precision is judged by {judge}, which stands for p* in everything but recall"
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """What has to be known to read the numbers, a line each."""
+        return [line for line in (self.judged_by, self.left_out) if line]
+
+    @property
     def sizes(self) -> list[str]:
         return list(dict.fromkeys(student.size for student in self.students))
 

@@ -33,8 +33,14 @@ def analysis() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("experiment", ["temperature", "capacity"])
+@pytest.mark.parametrize(
+    ("base", "experiment"),
+    [
+        *((base, name) for base in BASES for name in ("temperature", "capacity")),
+        ("demo", "real_data"),
+        ("tiny", "real_data"),
+    ],
+)
 def test_an_experiment_plans_to_its_golden(base: str, experiment: str) -> None:
     pipeline, config = runs.from_words([base, experiment])
     plan = pipeline.plan(config)

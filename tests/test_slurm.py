@@ -88,14 +88,14 @@ def test_an_experiment_takes_what_another_one_made(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     os.environ.get("FAULTS") != "all", reason="long: two whole runs take minutes (FAULTS=all)"
 )
-@pytest.mark.parametrize("experiment", ["temperature", "capacity"])
+@pytest.mark.parametrize("experiment", ["temperature", "capacity", "real_data"])
 def test_an_experiment_gives_the_same_digest_as_local_processes(
     experiment: str, tmp_path: Path
 ) -> None:
     digests = []
     for where in ("slurm", "local"):
         launch("sweep", "tiny", experiment, f"cluster={where}", f"runs_dir={tmp_path / where}")
-        run = tmp_path / where / f"tiny-{experiment}"
+        run = tmp_path / where / f"tiny-{experiment.replace('_', '-')}"
         wait_for_end(run)
         assert status(run, code=0)["complete"]
         digests.append(logical_digest(run / "8-merge" / "results.h5"))

@@ -7,6 +7,7 @@ from typing import Literal
 from kdhpc.config.bounds import (
     AtLeastTwo,
     Count,
+    Fraction,
     Positive,
     Whole,
     list_problems,
@@ -29,9 +30,18 @@ class Truth:
     `.gguf` file, or `package:NAME/FILE` for a file that an installed Python package ships."""
     revision: str = "main"
     """Branch, tag or commit to fetch if `model` is a hub id."""
+    source: Literal["model", "corpus"] = "model"
+    """Where D and truth's evaluation set come from. `model` samples them from p*. `corpus` cuts
+    them from documents of `corpus`; `model` is then a judge, which stands for p* where precision
+    is scored, and learns from other documents if it is trained in the run."""
+    judge_share: Fraction = 0.4
+    """Share of the documents that a judge is trained on; only with `source: corpus`."""
+    held_out_share: Fraction = 0.2
+    """Share of the documents of truth's evaluation set; only with `source: corpus`."""
     corpus: str = "python-docs"
-    """Text that `model: train` trains on: `python-docs` (the documentation inside the installed
-    Python), a `.txt`, `.jsonl` or `.parquet` file, or a hub id of a data set."""
+    """Text that `model: train` trains on, or of `source: corpus`: `python-docs` (the documentation
+    inside the installed Python), `python-source` (the code of its standard library), a `.txt`,
+    `.jsonl` or `.parquet` file, or a hub id of a data set."""
     text_column: str = "text"
     """Name of the column of the corpus that holds the text."""
     tokenizer: str = "model"
@@ -57,6 +67,8 @@ class Truth:
     fingerprint: str = ""
     """Identity of the model or corpus (sha256 or commit). It is filled in when a run is submitted;
     if it is given, a model or corpus with another identity is refused."""
+    corpus_fingerprint: str = ""
+    """Identity of the corpus beside a given judge, as `fingerprint`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +209,7 @@ def language_problems(config: LanguageConfig) -> Iterator[str]:
     yield from _scoring_problems(config.scoring)
     yield from _corruption_problems(config.scoring)
     yield from _truth_problems(config.truth)
+    yield from _source_problems(config)
     yield from _prompt_problems(config)
     if not config.students:
         yield "students={}: expected at least one size"
@@ -242,6 +255,22 @@ def _scoring_problems(scoring: Scoring) -> Iterator[str]:
 def _corruption_problems(scoring: Scoring) -> Iterator[str]:
     for name in repeated(scoring.corruptions):
         yield f"scoring.corruptions={list(scoring.corruptions)}: duplicate {name}"
+
+
+def _source_problems(config: LanguageConfig) -> Iterator[str]:
+    truth = config.truth
+    if truth.source == "model":
+        return
+    if truth.judge_share + truth.held_out_share >= 1.0:
+        yield (
+            f"truth.judge_share={truth.judge_share:g}, truth.held_out_share="
+            f"{truth.held_out_share:g}: leave no documents for D; expected a sum below 1"
+        )
+    if config.scoring.expected:
+        yield (
+            "scoring.expected=true: needs the next token of p*, which a corpus does not have; "
+            "expected truth.source=model, or false"
+        )
 
 
 def _truth_problems(truth: Truth) -> Iterator[str]:

@@ -5,13 +5,14 @@ Files are found and fetched on the login node, so that compute nodes need no net
 
 import dataclasses
 import hashlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from kdhpc.config.language import LanguageConfig, Truth, language_problems
 from kdhpc.config.model import Model
 from kdhpc.errors import InputError
-from kdhpc.experiment import arms, given
+from kdhpc.experiment import arms, documents, given
 from kdhpc.experiment.claims import check_claims, read_claims
 
 
@@ -48,6 +49,10 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
             "truth", truth.model, truth.revision, truth.fingerprint, length=config.length
         )
     truth = dataclasses.replace(truth, fingerprint=fingerprint)
+    if truth.source == "corpus" and truth.model != "train":
+        corpus = corpus_fingerprint(truth.corpus, truth.text_column)
+        given.compare(truth.corpus_fingerprint, corpus, "truth")
+        truth = dataclasses.replace(truth, corpus_fingerprint=corpus)
     if truth.model != "train":
         folder = given.files_of("truth", truth.model, fingerprint)
         _compare_tokenizers(truth, folder)
@@ -57,8 +62,29 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
         for size, model in config.students.items()
     }
     teacher = _identified("teacher", config.teacher, truth, config.length)
+    if truth.source == "corpus":
+        _check_documents(dataclasses.replace(config, truth=truth))
     identified = _with_claims(config)
     return dataclasses.replace(identified, truth=truth, teacher=teacher, students=students)
+
+
+def _check_documents(config: LanguageConfig) -> None:
+    """Check that the corpus is as large as D and the evaluation set together.
+
+    Raises:
+        InputError: if it is not.
+    """
+    from kdhpc.models.huggingface import byte_tokenizer
+    from kdhpc.models.tokenizer import Tokenizer
+
+    truth = config.truth
+    if truth.model != "train":
+        folder = given.files_of("truth", truth.model, truth.fingerprint)
+        documents.check_sizes(config, Tokenizer(folder))
+        return
+    with tempfile.TemporaryDirectory() as folder_name:
+        byte_tokenizer().save_pretrained(folder_name)
+        documents.check_sizes(config, Tokenizer(Path(folder_name)))
 
 
 def _with_claims(config: LanguageConfig) -> LanguageConfig:

@@ -195,6 +195,22 @@ class Tokenizer:
                 )
         return [self._new_ids[whole] for whole in ids]
 
+    def text_ids(self, text: str) -> list[int]:
+        """Return the ids of a text, without special tokens.
+
+        Raises:
+            InputError: if it has a token that is not in a vocabulary that was cut.
+        """
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if self._whole_ids is None:
+            return ids
+        if unknown := {*ids} - self._new_ids.keys():
+            raise InputError(
+                f"truth.corpus: has the token {self._tokenizer.id_to_token(min(unknown))!r}, which "
+                f"is not in the vocabulary of {self.size} ids; expected truth.vocabulary=null"
+            )
+        return [self._new_ids[whole] for whole in ids]
+
     def _begin_ids(self, prompt: str, begin: str) -> list[int]:
         """Return the id in tokenizer.json of the begin token if it comes first; else nothing."""
         whole = None if self.begin is None else self._whole(self.begin)

@@ -19,7 +19,7 @@ def read_corpus(source: str, text_column: str) -> list[str]:
     of documents.
 
     Args:
-        source: `python-docs`, a local text, JSONL or Parquet file, or a hub id.
+        source: a name of `BUILT_IN`, a local text, JSONL or Parquet file, or a hub id.
         text_column: name of the column that holds the text.
 
     Raises:
@@ -28,11 +28,8 @@ def read_corpus(source: str, text_column: str) -> list[str]:
     """
     import datasets
 
-    if source == "python-docs":
-        from pydoc_data import topics
-
-        texts = [topics.topics[name] for name in sorted(topics.topics)]
-        return [part for text in texts for part in _paragraphs(text)]
+    if source in BUILT_IN:
+        return [part for text in BUILT_IN[source]() for part in _paragraphs(text)]
     path = Path(source)
     datasets.disable_progress_bars()
     try:
@@ -70,6 +67,31 @@ def read_corpus(source: str, text_column: str) -> list[str]:
             f"{text_column}; expected documents"
         )
     return texts
+
+
+def read_documents(source: str, text_column: str) -> list[str]:
+    """Read the documents of a corpus whole, not in paragraphs; each built-in text is one.
+
+    Raises:
+        InputError: as `read_corpus`.
+    """
+    return BUILT_IN[source]() if source in BUILT_IN else read_corpus(source, text_column)
+
+
+def _python_docs() -> list[str]:
+    from pydoc_data import topics
+
+    return [topics.topics[name] for name in sorted(topics.topics)]
+
+
+def _python_source() -> list[str]:
+    paths = sorted(Path(os.__file__).parent.glob("*.py"))
+    return [path.read_text("utf-8", errors="replace") for path in paths]
+
+
+BUILT_IN = {"python-docs": _python_docs, "python-source": _python_source}
+"""Texts that every installation has: the topics of Python's documentation, and the modules of its
+standard library that are single files."""
 
 
 def _kind_of(value: object) -> str:
@@ -145,10 +167,8 @@ def corpus_fingerprint(source: str, text_column: str = "text") -> str:
     Raises:
         InputError: if a local file is missing, empty, of an unknown type, or lacks the column.
     """
-    if source == "python-docs":
-        from pydoc_data import topics
-
-        text = "\0".join(topics.topics[name] for name in sorted(topics.topics))
+    if source in BUILT_IN:
+        text = "\0".join(BUILT_IN[source]())
         return hashlib.sha256(text.encode()).hexdigest()
     path = Path(source)
     if path.is_dir():

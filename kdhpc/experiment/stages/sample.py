@@ -9,10 +9,12 @@ writes  token shards: ids [N, L] uint16 (uint32 if the model has more than 65,53
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from kdhpc.config.language import LanguageConfig, num_ids, tokens_per_s
-from kdhpc.experiment import arms
+from kdhpc.experiment import arms, documents
+from kdhpc.experiment.documents import Documents
 from kdhpc.plan.shards import ADDED, Arm, Plan, Shard, cut, fields_of, settings_of
 from kdhpc.plan.stages import Stage
 from kdhpc.selection import Selection
@@ -39,6 +41,53 @@ class SampleSettings:
     begin: str = field(default="tokenizer", metadata=ADDED)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CorpusSettings:
+    """Settings that determine rows that are cut from a corpus, and what a judge says of them."""
+
+    part: Literal["train", "eval"]
+    documents: Documents
+    seed: int
+    length: int
+    eos: str
+    dtype: str
+    batch_rows: int
+    head_tokens: int
+    threads: int
+
+
+def _settings(
+    config: LanguageConfig, sample_set: arms.SampleSet
+) -> "SampleSettings | CorpusSettings":
+    cut_from = Documents.of(config)
+    if cut_from is not None and sample_set.stage == arms.SAMPLE_TRUTH:
+        return CorpusSettings(
+            part="eval" if sample_set.evaluation else "train",
+            documents=cut_from,
+            seed=config.seed,
+            length=config.length,
+            eos=config.eos,
+            dtype=config.scoring.dtype,
+            batch_rows=config.scoring.batch_rows,
+            head_tokens=config.scoring.head_tokens,
+            threads=config.threads,
+        )
+    return SampleSettings(
+        seed=config.seed,
+        stream=sample_set.stream,
+        prompt=config.prompt,
+        length=config.length,
+        eos=config.eos,
+        dtype=sample_set.dtype,
+        batch_rows=config.sampling.batch_rows,
+        draw=config.sampling.draw,
+        engine=config.sampling.engine,
+        threads=config.threads,
+        selection=sample_set.selection,
+        begin=config.begin,
+    )
+
+
 def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
     """Plan the shards of every sample set of one stage; work is in tokens of whole rows."""
     shards: list[Shard] = []
@@ -47,24 +96,10 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
         if sample_set.stage != stage:
             continue
         [model] = before.arm(*sample_set.model)
-        settings = SampleSettings(
-            seed=config.seed,
-            stream=sample_set.stream,
-            prompt=config.prompt,
-            length=config.length,
-            eos=config.eos,
-            dtype=sample_set.dtype,
-            batch_rows=config.sampling.batch_rows,
-            draw=config.sampling.draw,
-            engine=config.sampling.engine,
-            threads=config.threads,
-            selection=sample_set.selection,
-            begin=config.begin,
-        )
         arm = Arm(
             stage=stage,
             name=sample_set.arm,
-            fields=fields_of(settings),
+            fields=fields_of(_settings(config, sample_set)),
             inputs={"model": model.recipe},
         )
         sizes = config.sampling
@@ -86,7 +121,9 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
 
 
 def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
-    """Sample one shard."""
+    """Sample one shard, or cut it from a corpus."""
+    if "part" in shard.arm.fields:
+        return _cut(shard, work)
     from kdhpc.models import devices, loading
     from kdhpc.sampling.sampler import sample, sampler_for
     from kdhpc.scoring.counting import Counting
@@ -131,6 +168,53 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
             "decoder": sampler.decoder.name,
             "arrays": sorted(samples.arrays()),
         },
+    )
+
+
+def _cut(shard: Shard, work: Work[LanguageConfig]) -> Written:
+    """Cut one shard from a corpus, and let the judge score it in place of the p* that drew it."""
+    from kdhpc.models import devices, loading
+    from kdhpc.scoring import scorer
+    from kdhpc.scoring.counting import Counting
+    from kdhpc.storage.token_shards import write_samples
+
+    settings = settings_of(shard.arm.fields, CorpusSettings)
+    devices.set_threads(settings.threads)
+    loaded = loading.load(work.local_input(shard.reads[0]), settings.dtype, work.config.device)
+    tokenizer, prompt = loaded.tokenizer, settings.documents
+    start, stop = shard.row_range or (0, 0)
+    rows = documents.rows_of(settings.part, work.config, tokenizer)[start:stop]
+    if len(rows) < stop - start:
+        documents.check_sizes(work.config, tokenizer)
+    samples = documents.padded(rows, settings.length, tokenizer.size)
+    work.ready()
+    scores = scorer.score(
+        loaded.model,
+        samples,
+        counting=Counting.with_tokenizer(
+            tokenizer,
+            num_prompt=len(tokenizer.prompt_ids(prompt.prompt, prompt.begin)),
+            count_eos=settings.eos == "learn",
+        ),
+        batch_rows=settings.batch_rows,
+        head_tokens=settings.head_tokens,
+        per_token=work.config.scoring.per_token and settings.part == "eval",
+        on_batch=lambda done: work.progress(done / shard.num_rows),
+    )[1.0]
+    judged = replace(
+        samples,
+        log_prob_sum=scores.log_prob_sum,
+        log_prob_tau_sum=scores.log_prob_sum,
+        end_log_prob=scores.end_log_prob,
+        end_log_prob_tau=scores.end_log_prob,
+        token_log_prob_tau=scores.token_log_prob,
+    )
+    path = work.new_path(shard, ".arrow")
+    write_samples(path, judged, {"kdhpc.key": shard.key, "kdhpc.recipe": shard.recipe})
+    return Written(
+        path=path,
+        num_rows=len(judged),
+        stats={"device": loaded.model.device.type, "arrays": sorted(judged.arrays())},
     )
 
 

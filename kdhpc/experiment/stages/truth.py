@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal
 from kdhpc.config.language import LanguageConfig, Truth, tokens_per_s
 from kdhpc.config.model import Model, Training
 from kdhpc.errors import InputError
-from kdhpc.experiment import arms, given
+from kdhpc.experiment import arms, documents, given
+from kdhpc.experiment.documents import Documents
 from kdhpc.experiment.trainings import TrainSettings, join_ranks, progress, train_shard
 from kdhpc.experiment.vocabulary import Cut
 from kdhpc.models.sizes import num_parameters
@@ -45,6 +46,8 @@ class TruthSettings:
     """In which a given model is stored; None for a trained one, whose training says it."""
     vocabulary: Cut | None = dataclasses.field(default=None, metadata=ADDED)
     """How the vocabulary of a given model is cut; None if it is kept whole."""
+    documents: Documents | None = dataclasses.field(default=None, metadata=ADDED)
+    """How a judge's documents are set apart; None if the model is p*, or is not trained."""
 
 
 def _training(config: LanguageConfig) -> Training | None:
@@ -62,6 +65,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
             text_column=truth.text_column if training else None,
             dtype=None if training else truth.dtype,
             vocabulary=Cut.of(config),
+            documents=Documents.of(config) if training else None,
         )
     )
     if training is None or truth.shape is None:
@@ -93,7 +97,10 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
         tokenizer = huggingface.byte_tokenizer()
         with tempfile.TemporaryDirectory() as tokenizer_dir:
             tokenizer.save_pretrained(tokenizer_dir)
-            corpus = _text_corpus(truth, work.config.length, tokenizer)
+            if truth.source == "corpus":
+                corpus = _judge_corpus(work.config, Path(tokenizer_dir))
+            else:
+                corpus = _text_corpus(truth, work.config.length, tokenizer)
             return train_shard(shard, work, training, corpus, Path(tokenizer_dir))
     devices.set_threads(work.config.threads)
     return _take(shard, work)
@@ -124,6 +131,33 @@ def _take(shard: Shard, work: Work[LanguageConfig]) -> Written:
             given.check_taken(path, work.config, dtype=dtype, name=name)
     stats["parameters"] = loading.count_parameters(path)
     return Written(path=path, num_rows=1, stats=stats)
+
+
+def _judge_corpus(config: LanguageConfig, tokenizer_path: Path) -> "Corpus":
+    """Return the rows that a judge learns from: those of its own documents, cut as D's are.
+
+    Raises:
+        InputError: if there are too few.
+    """
+    from kdhpc.models.tokenizer import Tokenizer
+    from kdhpc.scoring.counting import Counting
+    from kdhpc.training.data import Corpus
+
+    tokenizer = Tokenizer(tokenizer_path)
+    rows = documents.rows_of("judge", config, tokenizer)
+    batch = config.truth.training.batch_sequences if config.truth.training else 1
+    if len(rows) < batch:
+        raise InputError(
+            f"truth.judge_share={config.truth.judge_share:g}: makes {len(rows)} rows of "
+            f"{config.length} tokens; expected at least truth.training.batch_sequences={batch}"
+        )
+    samples = documents.padded(rows, config.length, tokenizer.size)
+    num_prompt = len(tokenizer.prompt_ids(config.prompt, config.begin))
+    return Corpus(
+        ids=samples.ids,
+        length=samples.length,
+        counting=Counting.with_tokenizer(tokenizer, num_prompt=num_prompt, count_eos=True),
+    )
 
 
 def _text_corpus(truth: Truth, length: int, tokenizer: "PreTrainedTokenizerBase") -> "Corpus":
