@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import files
+from prediction import PLAIN, factor
 from rich.console import Console
 from rich.table import Table
 from study import Student, Study
@@ -34,9 +35,6 @@ from kdhpc.cluster.display import command
 from kdhpc.errors import InputError
 from kdhpc.pipeline import LANGUAGE
 from kdhpc.science.intervals import SeedMean, Statistic, over_seeds
-
-PLAIN = "1"
-"""Label of the tau that others are compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +97,9 @@ def predicted(study: Study, size: str, pilot: int) -> dict[str, Point] | None:
     if any(not study.has_teacher(teacher, float(tau)) for tau in taus):
         return None
     curve = {tau: study.teacher(teacher, float(tau)) for tau in taus}
-    plain, lowest = study.of(size, PLAIN)[pilot], study.of(size, taus[-1])[pilot]
+    plain = study.of(size, PLAIN)[pilot]
     start = Point(precision=study.precision(plain).value, recall=study.recall(plain).value)
-    gain = curve[taus[-1]][0].value - curve[PLAIN][0].value
-    scale = (study.precision(lowest).value - start.precision) / gain if gain else 1.0
+    scale = factor(study, size, pilot) or 1.0
     return {
         tau: Point(
             precision=start.precision + scale * (precision.value - curve[PLAIN][0].value),

@@ -1,10 +1,10 @@
 """Terms of claims (kdhpc/experiment/claims.py says what they are) as statistics of each seed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from study import Measure, Study, at_equal_precision
+from study import Measure, Student, Study, at_equal_precision
 from verdicts import ENTROPY_SHARE
 
 from kdhpc.experiment.claims import HELD_OUT, OF_TEACHERS, TEACHER, Term
@@ -26,7 +26,11 @@ def mean_of(study: Study, term: Term, size: str) -> SeedMean | None:
         term: the term.
         size: size of the students, if the term names none.
     """
-    values = _values(study, term, size)
+    return whole_mean(_values(study, term, size))
+
+
+def whole_mean(values: Mapping[int, Statistic | None]) -> SeedMean | None:
+    """Return the mean of statistics by seed; None if there is none, or one is not known."""
     if not values or any(value is None for value in values.values()):
         return None
     return over_seeds([value for value in values.values() if value is not None])
@@ -41,18 +45,33 @@ def _values(study: Study, term: Term, size: str) -> dict[int, Statistic | None]:
     elif size == TEACHER:
         values = {**teachers(study, term.measure, term.of, term.against)}
     elif term.measure == "control-recall":
-        students, bases = study.of(size, term.of), study.of(size, term.against)
-        values = {
-            seed: at_equal_precision(study, bases[seed], students[seed])
-            for seed in students
-            if seed in bases
-        }
+        values = kept(study, term.of, term.against, size, at_equal_precision)
     else:
         values = {**students_of(study, term.measure, term.of, term.against, size)}
     if term.minus is None:
         return values
     others = _values(study, term.minus, size)
     return {seed: _less(value, others[seed]) for seed, value in values.items() if seed in others}
+
+
+def kept(
+    study: Study,
+    of: str,
+    against: str,
+    size: str,
+    interpolated: Callable[[Study, Student, Student], Statistic | None],
+) -> dict[int, Statistic | None]:
+    """Return the recall that the student `against` keeps at the precision of `of`, by seed.
+
+    Args:
+        study: the run.
+        of: label of the distilled student.
+        against: label of the student whose temperature is changed.
+        size: size of both.
+        interpolated: `at_equal_precision`, or the same with a smooth curve.
+    """
+    students, bases = study.of(size, of), study.of(size, against)
+    return {s: interpolated(study, bases[s], students[s]) for s in students if s in bases}
 
 
 def _less(value: Statistic | None, other: Statistic | None) -> Statistic | None:

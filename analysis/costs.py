@@ -60,7 +60,7 @@ def in_words(study: Study) -> str:
 
 
 def flops(study: Study) -> dict[str, float]:
-    """Return the operations of each stage for all seeds of a study."""
+    """Return the operations of each stage for all seeds; those that trained p* are not counted."""
     config = presets.build(LanguageConfig, presets.from_yaml(study.results.provenance["config"]))
     config = replace(config, seeds=len({student.seed for student in study.students}))
     ids, length = num_ids(config.truth), config.length

@@ -22,7 +22,7 @@ import diversity
 import prediction
 import report_rows
 import report_sizes
-from claim_terms import mean_of, students_of, teachers
+from claim_terms import kept, mean_of, students_of, teachers, whole_mean
 from claims import Outcome
 from report_rows import Figure
 from report_run import RunFacts
@@ -72,9 +72,9 @@ def main(arguments: list[str]) -> int:
         with_block(DOCS_DIR / PAGES[name].path, "")
     for name in names:
         path = DOCS_DIR / PAGES[name].path
-        study, block = found(name)
+        figure, block = found(name)
         path.write_text(with_block(path, block))
-        _draw(PAGES[name].figure(study), path.with_name(f"{name}.png"))
+        _draw(figure, path.with_name(f"{name}.png"))
         print(path)
     return 0
 
@@ -96,8 +96,8 @@ def with_block(path: Path, block: str) -> str:
     return f"{before}{START}\n{block}{END}{after}"
 
 
-def found(name: str) -> tuple[Study, str]:
-    """Return the scores of a page, and the text that says what was found.
+def found(name: str) -> tuple[Figure, str]:
+    """Return the figure of a page, and the text that says what was found.
 
     Raises:
         InputError: if the scores are partial, or there are none.
@@ -108,11 +108,12 @@ def found(name: str) -> tuple[Study, str]:
         raise InputError(
             f"{DOCS_DIR / page.folder}: its scores are partial; expected those of a whole run"
         )
-    parts = [_run(study), f"![{page.figure(study).title}]({name}.png)", page.figure(study).reading]
+    figure = page.figure(study)
+    parts = [_run(study), f"![{figure.title}]({name}.png)", figure.reading]
     for outcomes, num_seeds in claims.families(study, all_claims):
         parts.append(claim_table(outcomes, num_seeds, name))
     parts += page.sections(study)
-    return study, "\n\n".join(parts) + "\n"
+    return figure, "\n\n".join(parts) + "\n"
 
 
 def claim_table(outcomes: Sequence[Outcome], num_seeds: int, page: str) -> str:
@@ -221,8 +222,8 @@ def _smooth(study: Study, size: str) -> str:
     """Return what other temperatures keep at equal precision, with a smooth interpolation."""
     rows = []
     for tau in study.taus(size):
-        kept = {base: _smoothly(study, size, base, tau) for base in ("direct", "1") if base != tau}
-        rows.append((tau, kept["direct"], kept.get("1", "")))
+        by_base = {b: _smoothly(study, size, b, tau) for b in ("direct", "1") if b != tau}
+        rows.append((tau, by_base["direct"], by_base.get("1", "")))
     return (
         "The claims interpolate recall linearly between temperatures, which understates what "
         "another T keeps. With a smooth curve instead:\n\n"
@@ -230,14 +231,8 @@ def _smooth(study: Study, size: str) -> str:
 
 
 def _smoothly(study: Study, size: str, base: str, tau: str) -> str:
-    bases, students = study.of(size, base), study.of(size, tau)
-    kept = [
-        at_equal_precision_smoothly(study, bases[seed], students[seed])
-        for seed in students
-        if seed in bases
-    ]
-    known = [statistic for statistic in kept if statistic is not None]
-    return text(over_seeds(known)) if known and len(known) == len(kept) else "not reached"
+    mean = whole_mean(kept(study, tau, base, size, at_equal_precision_smoothly))
+    return text(mean) if mean else "not reached"
 
 
 def _share(verdict: Verdict) -> str:
@@ -339,7 +334,8 @@ def _predictions(study: Study, sizes: list[str]) -> Iterator[str]:
     found = prediction.errors(study, sizes)
     if not found:
         return
-    scale = prediction.factor(study, sizes[0])
+    pilot = prediction.pilot_seed(study)
+    scale = prediction.factor(study, sizes[0], pilot)
     rows = [
         (
             error.size, error.tau, text(error.precision), text(error.precision_error),
@@ -350,7 +346,7 @@ def _predictions(study: Study, sizes: list[str]) -> Iterator[str]:
     ]  # fmt: skip
     yield (
         "Predicted from the teachers: the change of precision is "
-        f"{scale:.2f} times the teacher's, as in the pilot (seed {prediction.pilot_seed(study)}, "
+        f"{scale:.2f} times the teacher's, as in the pilot (seed {pilot}, "
         f"{sizes[0]}, the lowest tau), and the change of recall is the teacher's. Over the other "
         "seeds, the change from tau 1, what it is more than predicted, and the largest error of "
         "one seed:\n\n"

@@ -35,18 +35,22 @@ class Error:
     """Largest error of a single seed without its sign, in precision and in recall."""
 
 
-def factor(study: Study, size: str) -> float | None:
+def factor(study: Study, size: str, pilot: int) -> float | None:
     """Return a, the precision that the pilot gains, divided by that of its teacher.
 
-    None if there is no such pilot, or its teacher was not scored at its tau.
+    None if there is no such pilot, or its teacher gains nothing or was not scored at its tau.
+
+    Args:
+        study: the run.
+        size: size of the pilot.
+        pilot: seed of the pilot.
     """
     taus = study.taus(size)
     if PLAIN not in taus or taus[-1] == PLAIN:
         return None
     student = students_of(study, "precision", taus[-1], PLAIN, size)
     teacher = teachers(study, "precision", taus[-1], PLAIN)
-    pilot = pilot_seed(study)
-    if pilot not in student or pilot not in teacher:
+    if pilot not in student or pilot not in teacher or not teacher[pilot].value:
         return None
     return student[pilot].value / teacher[pilot].value
 
@@ -63,7 +67,8 @@ def errors(study: Study, sizes: list[str]) -> list[Error]:
         study: the run.
         sizes: sizes of students, the smallest first.
     """
-    pilot, scale = pilot_seed(study), factor(study, sizes[0])
+    pilot = pilot_seed(study)
+    scale = factor(study, sizes[0], pilot)
     if scale is None:
         return []
     found = []

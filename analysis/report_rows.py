@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
+from claim_terms import mean_of
 from report_text import value_text
 from study import (
     NUM_GROUPS,
@@ -20,11 +21,11 @@ from study import (
     Measure,
     Student,
     Study,
-    at_equal_precision,
     label_order,
 )
 from verdicts import POWER, detectable, text
 
+from kdhpc.experiment.claims import Term
 from kdhpc.science.curves import PREFIXES
 from kdhpc.science.intervals import SeedMean, Statistic, over_seeds, ratio
 
@@ -417,11 +418,7 @@ def equal_precision(study: Study, size: str) -> Figure:
 
 def _kept(study: Study, size: str, base: str, tau: str) -> SeedMean | None:
     """Return the mean over the seeds that have both students; None if it is unknown for one."""
-    bases, students = study.of(size, base), study.of(size, tau)
-    seeds = [seed for seed in students if seed in bases]
-    kept = [at_equal_precision(study, bases[seed], students[seed]) for seed in seeds]
-    known = [statistic for statistic in kept if statistic is not None]
-    return over_seeds(known) if known and len(known) == len(seeds) else None
+    return mean_of(study, Term(measure="control-recall", of=tau, against=base), size)
 
 
 ENTROPY, DIVERGENCE, ENDS = "entropy H(p'')", "KL(p''||p*)", "end tokens"

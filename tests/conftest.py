@@ -1,11 +1,20 @@
 """Fixtures that several test files share."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from commands import launch, status
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked as long, because it takes minutes of two cores, unless FAULTS=all."""
+    for item in items:
+        if item.get_closest_marker("long") and os.environ.get("FAULTS") != "all":
+            reason = "long: takes minutes of two cores; FAULTS=all plays it"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -105,10 +105,6 @@ def test_intervals_cover_and_are_not_needlessly_wide() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.skipif(
-    os.environ.get("FAULTS") != "all",
-    reason="long: 2,000 replicates take a minute of two cores; 200 are always run (FAULTS=all)",
-)
 def test_intervals_cover_in_every_cell_of_two_thousand_replicates() -> None:
     rows = coverage(replicates=2000)
     assert len(rows) == 5 * 5 * 3

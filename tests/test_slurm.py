@@ -85,9 +85,7 @@ def test_an_experiment_takes_what_another_one_made(tmp_path: Path) -> None:
     assert sizes == {"teacher", "h8", "h8x4"}
 
 
-@pytest.mark.skipif(
-    os.environ.get("FAULTS") != "all", reason="long: two whole runs take minutes (FAULTS=all)"
-)
+@pytest.mark.long
 @pytest.mark.parametrize("experiment", ["temperature", "capacity", "real_data"])
 def test_an_experiment_gives_the_same_digest_as_local_processes(
     experiment: str, tmp_path: Path

@@ -74,8 +74,7 @@ def _check_documents(config: LanguageConfig) -> None:
     Raises:
         InputError: if it is not.
     """
-    from kdhpc.models.huggingface import byte_tokenizer
-    from kdhpc.models.tokenizer import Tokenizer
+    from kdhpc.models.tokenizer import Tokenizer, write_byte_tokenizer
 
     truth = config.truth
     if truth.model != "train":
@@ -83,7 +82,7 @@ def _check_documents(config: LanguageConfig) -> None:
         documents.check_sizes(config, Tokenizer(folder))
         return
     with tempfile.TemporaryDirectory() as folder_name:
-        byte_tokenizer().save_pretrained(folder_name)
+        write_byte_tokenizer(Path(folder_name))
         documents.check_sizes(config, Tokenizer(Path(folder_name)))
 
 

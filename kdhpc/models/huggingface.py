@@ -27,6 +27,7 @@ from kdhpc.config.model import Shape
 from kdhpc.errors import DamagedError, InputError
 from kdhpc.models.devices import DTYPES, Linear, frozen_head
 from kdhpc.models.tokenizer import (
+    END_OF_TEXT,
     VOCABULARY,
     Tokenizer,
     read,
@@ -34,11 +35,10 @@ from kdhpc.models.tokenizer import (
     read_vocabulary,
     write_vocabulary,
 )
+from kdhpc.models.tokenizer import byte_tokenizer as bytes_alone
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
-
-END_OF_TEXT = "<|endoftext|>"
 
 
 def new_model(
@@ -213,17 +213,9 @@ def _keep_tokenizer_file(source: Path, out: Path) -> None:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """Make a tokenizer of 257 ids: end of text, then the 256 bytes."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
-    from tokenizers import models as tokenizer_models
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {END_OF_TEXT: 0} | {symbol: 1 + i for i, symbol in enumerate(alphabet)}
-    tokenizer = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    """Make the tokenizer of bytes as transformers has it."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
+        tokenizer_object=bytes_alone(), bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
     )
 
 

@@ -21,6 +21,10 @@ VOCABULARY = "vocabulary.json"
 tokenizer.json of each id of the model, in increasing order."""
 
 
+END_OF_TEXT = "<|endoftext|>"
+"""Token of the tokenizer of bytes that begins and ends a text."""
+
+
 def read(path: Path) -> "tokenizers.Tokenizer":
     """Read the tokenizer.json of a checkpoint folder, without truncation or padding.
 
@@ -42,6 +46,26 @@ def read(path: Path) -> "tokenizers.Tokenizer":
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def byte_tokenizer() -> "tokenizers.Tokenizer":
+    """Make a tokenizer of 257 ids: end of text, then the 256 bytes."""
+    from tokenizers import Tokenizer as Whole
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {END_OF_TEXT: 0} | {symbol: 1 + i for i, symbol in enumerate(alphabet)}
+    tokenizer = Whole(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def write_byte_tokenizer(path: Path) -> None:
+    """Write the tokenizer of bytes into a folder, as far as `Tokenizer` reads it."""
+    byte_tokenizer().save(str(path / "tokenizer.json"))
+    config = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def prompt_ids(tokenizer: "tokenizers.Tokenizer", prompt: str) -> list[int]:

@@ -14,13 +14,6 @@ from faults.scenario import Row, Scenario, write_table
 ROWS: list[Row] = []
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip scenarios marked as long unless FAULTS=all."""
-    for item in items:
-        if item.get_closest_marker("long") and os.environ.get("FAULTS") != "all":
-            item.add_marker(pytest.mark.skip(reason="long: FAULTS=all make faults"))
-
-
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.environ["FAULTS_DIR"] = str(tmp_path_factory.mktemp("faults"))
