@@ -23,13 +23,13 @@ RETRY_S = 15.0
 
 
 def main() -> None:
-    """Advance the run, and tell the user if nothing of it is queued or running any more."""
+    """Advance the run; tell the user if it has ended, unless that was what cancel.py asked for."""
     path = Path(sys.argv[1])
     check_run_folder(path)  # it may have been moved since the gate was submitted
     _use_newest_code(path)
     state = patiently(runs.open_run(path))
     print(f"{len(state.situation.done)} of {len(state.plan.shards)} shards are done", flush=True)
-    if not state.situation.active:
+    if not state.situation.active and not state.situation.stopped:
         tell(path, state)
 
 

@@ -107,6 +107,27 @@ def test_a_cancel_while_sbatch_is_slow_leaves_nothing_running(scenario: Scenario
 
 
 @pytest.mark.scenario(22)
+def test_a_cancel_while_a_gate_submits_leaves_nothing_queued(scenario: Scenario) -> None:
+    """What sbatch has sent is a job, even if Slurm kills the gate before it hears of it."""
+    begun = scenario.folder / "begun"
+    answer = scenario.folder / "answer"
+    script = f"""case "$*" in *0002.gate.sh) ;; *) exec $real "$@";; esac
+touch {begun}
+(setsid bash -c "sleep 2; $real $* > {answer}.part; mv {answer}.part {answer}" &)
+until [ -e {answer} ]; do sleep 0.1; done; cat {answer}"""
+    path = wrapper(scenario.folder / "bin", "sbatch", script)
+    scenario.inject("cancel.py while the sbatch of a gate is at work; then rerun.py")
+    scenario.sweep(PATH=path)
+    wait_for(begun.exists, "the gate to submit")
+    launch("cancel", str(scenario.run))
+    wait_for(answer.exists, "what sbatch had sent")
+    wait_for(lambda: not queue(), "the end of what was submitted")
+    scenario.rerun()
+    scenario.wait()
+    scenario.assert_whole(reruns=0)
+
+
+@pytest.mark.scenario(22)
 def test_a_cancel_works_on_a_full_disk(scenario: Scenario, small_disk: Path) -> None:
     scenario.use_disk(small_disk)
     stuck = scenario.sweep_until_hung(KEY)
