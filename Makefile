@@ -3,7 +3,7 @@ PYTHON ?= python3
 SEED ?= 1
 VENV ?= .venv
 BIN := $(VENV)/bin
-BENCHMARKS := login_node start_up merge core_seconds sampling scoring vocabulary growth training roofline coverage analysis
+BENCHMARKS := login_node start_up merge core_seconds sampling prompts scoring vocabulary growth training roofline coverage analysis
 
 .PHONY: help install native demo mixture test faults chaos mutations check bench clean
 

@@ -42,7 +42,10 @@ from kdhpc.types import Json
 
 ALPHA = 0.05
 ONE_TRAINING = "one training: sampling error only"
-SHARED = ("seed", "prompt", "begin", "length", "eos", "teacher", "students")
+SHARED = (
+    "seed", "prompt", "prompts_fingerprint", "held_out_prompts", "begin", "length", "eos",
+    "teacher", "students",
+)  # fmt: skip
 """Fields of the config that runs must share to be pooled, besides the size of D."""
 
 

@@ -27,7 +27,7 @@ from verdicts import POWER, detectable, text
 
 from kdhpc.experiment.claims import Term
 from kdhpc.science.curves import PREFIXES
-from kdhpc.science.intervals import SeedMean, Statistic, over_seeds, ratio
+from kdhpc.science.intervals import SeedMean, Statistic, over_seeds
 
 Row: TypeAlias = dict[str, str | float]
 MAX_ROWS = 5000
@@ -229,7 +229,7 @@ def per_sequence(study: Study, size: str) -> list[dict[str, str]]:
 
 def _tokens(study: Study, sampler: str) -> Statistic:
     """Return the mean number of counted tokens of a sampler's sequences."""
-    return ratio(study.scores[sampler, SELF].num_tokens, rows=sampler)
+    return study.ratio(study.scores[sampler, SELF].num_tokens, rows=sampler)
 
 
 def compared(studies: Mapping[str, Study]) -> list[Figure]:

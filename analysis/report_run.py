@@ -129,7 +129,7 @@ def _first_texts(record: Record, tokenizer: Tokenizer) -> list[str]:
 def about_texts(study: Study, size: str, facts: RunFacts) -> list[str]:
     """Return which texts `texts` returns, in one line."""
     seeds = sorted({next(iter(study.of(size, label))) for label in study.labels(size)})
-    prompt = f" Each starts with the prompt {facts.config.prompt!r}." if facts.config else ""
+    prompt = f" Each starts with {_prompt(facts.config)}." if facts.config else ""
     return [
         f"The first {NUM_TEXTS} sequences of each evaluation set: of truth, and of the students of "
         f"seed {', '.join(map(str, seeds))}; they were not chosen.{prompt} A text is cut at "
@@ -281,7 +281,7 @@ def _sizes(config: LanguageConfig) -> dict[str, str]:
         "taus": ", ".join(f"{tau:g}" for tau in sorted(config.taus)),
         "truncations": ", ".join(sampling.truncations) or "none",
         "seeds": str(config.seeds),
-        "prompt": config.prompt,
+        "prompt": _prompt(config),
         "tokens of a sequence": f"{config.length:,}",
         "sequences in D and each D'": f"{sampling.train_sequences:,}",
         "sequences that are scored": f"{sampling.eval_sequences:,}",
@@ -290,6 +290,13 @@ def _sizes(config: LanguageConfig) -> dict[str, str]:
         "passes of the teacher": _passes(config.teacher),
         "passes of the students": ", ".join(dict.fromkeys(map(_passes, students))),
     }
+
+
+def _prompt(config: LanguageConfig) -> str:
+    """Return what sequences start with, in words."""
+    if config.prompts is None:
+        return f"the prompt {config.prompt!r}"
+    return f"one of {config.eval_prompts:,} prompts of {config.prompts}"
 
 
 def _shape(model: Model) -> str:

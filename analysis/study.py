@@ -18,11 +18,20 @@ from scipy.interpolate import PchipInterpolator
 from kdhpc.config import presets
 from kdhpc.experiment.arms import at_temperature
 from kdhpc.science import curves
-from kdhpc.science.intervals import SeedMean, Statistic, over_seeds, ratio, through
+from kdhpc.science.intervals import (
+    SeedMean,
+    Statistic,
+    by_cluster,
+    over_seeds,
+    ratio,
+    through,
+)
 from kdhpc.storage.results import Results
 from kdhpc.storage.score_shards import Scores
 
 TRUTH, SELF = "truth", "self"
+PROMPTS = "prompts"
+"""Name of the clusters of rows if there are several prompts; they are those of every sampler."""
 NUM_GROUPS = 5
 """Number of equal groups that truth's samples are cut into, from the rarest."""
 TRAINING = ("training", "train_sequences")
@@ -60,6 +69,8 @@ class Study:
         self._config = presets.from_yaml(results.provenance.get("config", ""))
         self.eos_counts: bool = self._config.get("eos", "learn") == "learn"
         """Whether end tokens are among the counted tokens."""
+        self.num_prompts: int = self._config.get("eval_prompts") or 0
+        """Number of different prompts of evaluation sets; 0 if all sequences have the same."""
         students = [_student(n, f) for n, f in results.models.items() if f["kind"] == "student"]
         self.students = [student for student in students if self._has_both(student)]
         self.unscored = [student.name for student in students if not self._has_both(student)]
@@ -99,7 +110,13 @@ class Study:
     @property
     def notes(self) -> list[str]:
         """What has to be known to read the numbers, a line each."""
-        return [line for line in (self.judged_by, self.left_out) if line]
+        prompts = (
+            f"sequences start with {self.num_prompts} prompts that are the same for every model: "
+            "precision and recall are given the prompt, and intervals are over prompts and seeds"
+            if self.num_prompts
+            else ""
+        )
+        return [line for line in (self.judged_by, prompts, self.left_out) if line]
 
     @property
     def sizes(self) -> list[str]:
@@ -201,7 +218,7 @@ class Study:
         """Return H(p''), end tokens included, over the student's samples."""
         name = at_temperature(student.name, temperature)
         own = -self._whole(name, SELF)
-        return ratio(own, self._tokens(name, per_sequence), rows=name)
+        return self.ratio(own, self._tokens(name, per_sequence), rows=name)
 
     def divergence(
         self, student: Student, temperature: float = 1.0, *, per_sequence: bool = False
@@ -209,7 +226,7 @@ class Study:
         """Return KL(p''||p*), end tokens included, over the student's samples."""
         name = at_temperature(student.name, temperature)
         log_ratio = self._whole(name, SELF) - self._whole(name, TRUTH)
-        return ratio(log_ratio, self._tokens(name, per_sequence), rows=name)
+        return self.ratio(log_ratio, self._tokens(name, per_sequence), rows=name)
 
     def missed(
         self, student: Student, temperature: float = 1.0, *, per_sequence: bool = False
@@ -217,7 +234,7 @@ class Study:
         """Return KL(p*||p''), end tokens included, over truth's samples."""
         name = at_temperature(student.name, temperature)
         log_ratio = self._whole(TRUTH, SELF) - self._whole(TRUTH, name)
-        return ratio(log_ratio, self._tokens(TRUTH, per_sequence), rows=TRUTH)
+        return self.ratio(log_ratio, self._tokens(TRUTH, per_sequence), rows=TRUTH)
 
     @property
     def has_averages(self) -> bool:
@@ -236,7 +253,7 @@ class Study:
 
     def _averaged(self, sampler: str, scorer: str) -> Statistic:
         divergence = self.scores[sampler, f"{scorer}-expected"].divergence_sum
-        return ratio(np.asarray(divergence, dtype=np.float64), rows=sampler)
+        return self.ratio(np.asarray(divergence, dtype=np.float64), rows=sampler)
 
     def end_part(self, student: Student) -> Statistic:
         """Return E of log p* of the end tokens, which precision leaves out with `eos: mask`.
@@ -246,7 +263,7 @@ class Study:
         scores = self.scores[student.name, TRUTH]
         zero = np.zeros(len(scores.num_tokens))
         ends = zero if self.eos_counts else _ends(scores)
-        return ratio(ends, scores.num_tokens, rows=student.name)
+        return self.ratio(ends, scores.num_tokens, rows=student.name)
 
     @property
     def has_divergences(self) -> bool:
@@ -277,12 +294,12 @@ class Study:
         """
         log_ratio = self._prefix_ratio(student.name, student.name, prefix)
         terms = curves.precision_terms(log_ratio, log_factors)
-        return [ratio(column, rows=student.name) for column in terms.T]
+        return [self.ratio(column, rows=student.name) for column in terms.T]
 
     def coverages(self, student: Student, prefix: int, log_factors: Numbers) -> list[Statistic]:
         """Return the recall beta of the student's curve at each factor, over truth's samples."""
         terms = curves.recall_terms(self._prefix_ratio(TRUTH, student.name, prefix), log_factors)
-        return [ratio(column, rows=TRUTH) for column in terms.T]
+        return [self.ratio(column, rows=TRUTH) for column in terms.T]
 
     def total_variation(self, student: Student, prefix: int) -> Statistic:
         """Return the total variation between p'' and p* of prefixes, from both sets of samples."""
@@ -327,7 +344,7 @@ class Study:
         scores = self.scores[TRUTH, at_temperature(student.name, temperature)]
         order = np.argsort(own.log_prob_sum / np.maximum(own.num_tokens, 1), kind="stable")
         order = order[own.num_tokens[order] > 0]
-        return in_fifths(
+        return self._in_fifths(
             scores.log_prob_sum[order], scores.num_tokens[order], order, len(own.num_tokens)
         )
 
@@ -359,7 +376,7 @@ class Study:
         positions = self._positions_by_entropy
         picked = tokens.ravel()[positions].astype(np.float64)
         ones = np.ones(len(picked))
-        return in_fifths(picked, ones, positions // tokens.shape[1], len(tokens))
+        return self._in_fifths(picked, ones, positions // tokens.shape[1], len(tokens))
 
     @cached_property
     def _positions_by_entropy(self) -> NDArray[np.int64]:
@@ -385,7 +402,27 @@ class Study:
 
     def _mean_of(self, sampler: str, scorer: str) -> Statistic:
         scores = self.scores[sampler, scorer]
-        return ratio(scores.log_prob_sum, scores.num_tokens, rows=sampler)
+        return self.ratio(scores.log_prob_sum, scores.num_tokens, rows=sampler)
+
+    def ratio(
+        self,
+        numerators: NDArray[np.floating | np.integer],
+        denominators: NDArray[np.floating | np.integer] | None = None,
+        *,
+        rows: str,
+    ) -> Statistic:
+        """Return a ratio of sums over sequences; its unit is the prompt if there are several."""
+        return self._by_prompt(ratio(numerators, denominators, rows=rows))
+
+    def _by_prompt(self, statistic: Statistic) -> Statistic:
+        """Add up what sequences of one prompt do to a statistic, if there are several prompts."""
+        if self.num_prompts < 2:
+            return statistic
+        num_rows = {len(influence) for influence in statistic.influence.values()}.pop()
+        return by_cluster(statistic, np.arange(num_rows) % self.num_prompts, rows=PROMPTS)
+
+    def _in_fifths(self, *of: Any) -> list[Statistic]:
+        return [self._by_prompt(fifth) for fifth in in_fifths(*of)]
 
     def _tokens(self, sampler: str, per_sequence: bool) -> Numbers | None:
         return None if per_sequence else self.scores[sampler, SELF].num_tokens.astype(np.float64)

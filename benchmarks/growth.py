@@ -17,7 +17,7 @@ import torch
 from kdhpc.config.model import Shape
 from kdhpc.models import devices, huggingface
 from kdhpc.models.llama import Llama
-from kdhpc.sampling.sampler import Sampler, sample
+from kdhpc.sampling.sampler import Prompt, Sampler, sample
 from kdhpc.scoring import likelihood
 from kdhpc.scoring.counting import Counting
 from kdhpc.selection import Selection
@@ -60,8 +60,9 @@ def main() -> None:
 def sampling_of(sequences: int, length: int, batch: int) -> Any:
     """Return a function that samples."""
     sampler = Sampler(
-        model(length), prompt_ids=[1], length=length, batch_rows=batch, selection=Selection(),
-        draw="inverse_cdf", counting=Counting(num_prompt=1, eos=-1, count_eos=True),
+        model(length), prompts=[Prompt(ids=(1,))], length=length, batch_rows=batch,
+        selection=Selection(), draw="inverse_cdf",
+        counting=Counting(num_prompt=1, eos=-1, count_eos=True),
     )  # fmt: skip
     return lambda: sample(sampler, rows=range(sequences), seed=0, stream="growth")
 

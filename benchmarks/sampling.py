@@ -207,13 +207,13 @@ class _Timed:
 
 def _kdhpc(model: Any, options: argparse.Namespace) -> Callable[[], turns.Answer]:
     """Return a function that samples the next batch."""
-    from kdhpc.sampling.sampler import Sampler, sample
+    from kdhpc.sampling.sampler import Prompt, Sampler, sample
     from kdhpc.scoring.counting import Counting
     from kdhpc.selection import Selection
 
     sampler = Sampler(
         model,
-        prompt_ids=[PROMPT_ID],
+        prompts=[Prompt(ids=(PROMPT_ID,))],
         length=options.new_tokens + 1,
         batch_rows=options.rows,
         selection=Selection(),

@@ -71,7 +71,7 @@ def work(options: argparse.Namespace) -> None:
 
     from kdhpc.config.model import Training
     from kdhpc.models import devices, huggingface, loading
-    from kdhpc.sampling.sampler import Sampler
+    from kdhpc.sampling.sampler import Prompt, Sampler
     from kdhpc.scoring import scorer
     from kdhpc.scoring.counting import Counting
     from kdhpc.selection import Selection
@@ -91,7 +91,7 @@ def work(options: argparse.Namespace) -> None:
         to_train = huggingface.model_to_train(path)
     counting = Counting(num_prompt=1, eos=-1, count_eos=True)
     sampler = Sampler(
-        model, prompt_ids=[1], length=LENGTH, batch_rows=ROWS, selection=Selection(),
+        model, prompts=[Prompt(ids=(1,))], length=LENGTH, batch_rows=ROWS, selection=Selection(),
         draw="inverse_cdf", counting=counting,
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ counter, so a draw is a pure function of run seed, stream, sequence index and po
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,23 @@ def uniforms(
     Returns:
         [N, num_positions] float64; row n belongs to the n-th of the N `sequence_indices`.
     """
-    rows = [_philox(seed, stream, i).random_raw(num_positions) for i in sequence_indices]
+    return uniforms_of(seed, [(stream, index) for index in sequence_indices], num_positions)
+
+
+def uniforms_of(
+    seed: int, sequences: Sequence[tuple[str, int]], num_positions: int
+) -> NDArray[np.float64]:
+    """Draw uniform numbers as `uniforms` does, for sequences of several streams.
+
+    Args:
+        seed: seed of the run.
+        sequences: stream and index in it of N sequences.
+        num_positions: how many numbers each of them gets.
+
+    Returns:
+        [N, num_positions] float64.
+    """
+    rows = [_philox(seed, stream, i).random_raw(num_positions) for stream, i in sequences]
     return (np.stack(rows) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -22,7 +22,7 @@ from kdhpc.experiment import given, inputs, vocabulary
 from kdhpc.models import huggingface
 from kdhpc.models.tokenizer import Tokenizer
 from kdhpc.pipeline import LANGUAGE
-from kdhpc.sampling.sampler import Sampler, sample
+from kdhpc.sampling.sampler import Prompt, Sampler, sample
 from kdhpc.scoring.counting import Counting
 from kdhpc.selection import Selection
 from kdhpc.storage.token_shards import Samples, read_samples
@@ -110,7 +110,7 @@ def test_a_sequence_is_cut_off_at_the_first_of_its_ends(count_eos: bool) -> None
     def draw(*other_ends: int) -> tuple[Samples, Counting]:
         counting = Counting(num_prompt=2, eos=0, other_ends=other_ends, count_eos=count_eos)
         sampler = Sampler(
-            model, prompt_ids=[2, 5], length=24, batch_rows=64, selection=Selection(),
+            model, prompts=[Prompt(ids=(2, 5))], length=24, batch_rows=64, selection=Selection(),
             draw="inverse_cdf", counting=counting,
         )  # fmt: skip
         return sample(sampler, rows=range(64), seed=0, stream="test"), counting

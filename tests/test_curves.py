@@ -9,7 +9,7 @@ from models_for_tests import llama_of, small_model
 from numpy.typing import NDArray
 
 from kdhpc.models.llama import Llama
-from kdhpc.sampling.sampler import Sampler, sample
+from kdhpc.sampling.sampler import Prompt, Sampler, sample
 from kdhpc.science.curves import precision_terms, prefix_log_prob, recall_terms
 from kdhpc.scoring.counting import Counting
 from kdhpc.scoring.expected import score_expected
@@ -55,7 +55,7 @@ def draw_and_score(
     """Sample the first model at a temperature and score its samples under the second."""
     counting = Counting(num_prompt=1, eos=0, count_eos=count_eos)
     sampler = Sampler(
-        models[0], prompt_ids=[1], length=1 + NEW, batch_rows=5000, draw="inverse_cdf",
+        models[0], prompts=[Prompt(ids=(1,))], length=1 + NEW, batch_rows=5000, draw="inverse_cdf",
         selection=Selection(tau=temperature), counting=counting, per_token=True,
     )  # fmt: skip
     samples = sample(sampler, rows=range(NUM_SAMPLES), seed=3, stream=f"{temperature}")

@@ -21,7 +21,7 @@ from kdhpc.cluster import failures
 from kdhpc.errors import ClusterError, InputError
 from kdhpc.models import attention, devices, huggingface
 from kdhpc.sampling.decoding import LlamaDecoder
-from kdhpc.sampling.sampler import Sampler, sample
+from kdhpc.sampling.sampler import Prompt, Sampler, sample
 from kdhpc.scoring.counting import Counting
 from kdhpc.selection import Selection
 from kdhpc.training.engine import load_deepspeed
@@ -266,7 +266,7 @@ def test_replayed_steps_draw_what_eager_steps_draw(
     for capture in (False, True):
         sampler = Sampler(
             llama_of(small_model(257, 40)),
-            prompt_ids=[2, 3],
+            prompts=[Prompt(ids=(2, 3))],
             length=40,
             batch_rows=4,
             selection=Selection(),

@@ -28,7 +28,7 @@ from kdhpc.models import huggingface
 from kdhpc.models.loading import load_model
 from kdhpc.models.tokenizer import Tokenizer, read_vocabulary, write_vocabulary
 from kdhpc.sampling.decoding import difference_of_steps
-from kdhpc.sampling.sampler import Sampler, sample
+from kdhpc.sampling.sampler import Prompt, Sampler, sample
 from kdhpc.scoring.counting import Counting
 from kdhpc.scoring.scorer import score
 from kdhpc.selection import Selection
@@ -124,7 +124,7 @@ def differences(path: Path) -> tuple[float, float]:
     model = load_model(path, dtype="float32", device=CPU)
     counting = Counting(num_prompt=2, eos=0, count_eos=True)
     sampler = Sampler(
-        model, prompt_ids=[2, 3], length=LENGTH, batch_rows=ROWS, selection=Selection(),
+        model, prompts=[Prompt(ids=(2, 3))], length=LENGTH, batch_rows=ROWS, selection=Selection(),
         draw="inverse_cdf", counting=counting,
     )  # fmt: skip
     samples = sample(sampler, rows=range(ROWS), seed=0, stream="test")

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdhpc.models.huggingface import TransformersModel
 from kdhpc.sampling import native
-from kdhpc.sampling.sampler import Sampler, sample
+from kdhpc.sampling.sampler import Prompt, Sampler, sample
 from kdhpc.scoring.counting import Counting
 from kdhpc.scoring.likelihood import CPU_HEAD_TOKENS, token_log_probs
 from kdhpc.selection import Selection
@@ -83,7 +83,14 @@ def test_the_samplers_own_sums_agree_with_the_scorer() -> None:
         for tau in (1.0, 0.7):
             sampler = Sampler(
                 model,
-                prompt_ids=[2, 3],
+                prompts=[
+                    Prompt(
+                        ids=(
+                            2,
+                            3,
+                        )
+                    )
+                ],
                 length=12,
                 batch_rows=32,
                 selection=Selection(tau=tau),
@@ -109,7 +116,7 @@ def test_the_samplers_own_bfloat16_sums_agree_with_the_scorer_in_the_mean(engine
     shape = replace(SHAPE, hidden=192, heads=6, kv_heads=2, ffn=96)
     model = llama_of(small_model(300, 40, shape=shape).to(torch.bfloat16))
     sampler = Sampler(
-        model, prompt_ids=[2], length=40, batch_rows=64, selection=Selection(),
+        model, prompts=[Prompt(ids=(2,))], length=40, batch_rows=64, selection=Selection(),
         draw="inverse_cdf", counting=Counting(num_prompt=1, eos=-1, count_eos=True), engine=engine,
     )  # fmt: skip
     samples = sample(sampler, rows=range(128), seed=0, stream="test")

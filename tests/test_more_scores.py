@@ -15,7 +15,7 @@ from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
 from kdhpc.experiment import arms
 from kdhpc.pipeline import LANGUAGE
-from kdhpc.sampling.sampler import Sampler, sample
+from kdhpc.sampling.sampler import Prompt, Sampler, sample
 from kdhpc.scoring.corruption import corrupt
 from kdhpc.scoring.counting import Counting
 from kdhpc.scoring.scorer import score
@@ -52,7 +52,7 @@ def test_end_tokens_are_kept_apart_whether_they_count_or_not(temperature: float)
     for count_eos in (True, False):
         counting = Counting(num_prompt=2, eos=0, other_ends=(5,), count_eos=count_eos)
         sampler = Sampler(
-            model, prompt_ids=[2, 0], length=24, batch_rows=64, draw="inverse_cdf",
+            model, prompts=[Prompt(ids=(2, 0))], length=24, batch_rows=64, draw="inverse_cdf",
             selection=Selection(tau=temperature), counting=counting, per_token=True,
         )  # fmt: skip
         samples = sample(sampler, rows=range(100), seed=0, stream="test")

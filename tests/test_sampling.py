@@ -21,7 +21,7 @@ from kdhpc.sampling import native
 from kdhpc.sampling.decoding import LlamaDecoder, TransformersDecoder, bucket_of
 from kdhpc.sampling.draws import DRAWS, Gumbel, InverseCdf, philox, select
 from kdhpc.sampling.native import NativeDecoder
-from kdhpc.sampling.sampler import Sampler, sample
+from kdhpc.sampling.sampler import Prompt, Sampler, sample
 from kdhpc.scoring.counting import Counting
 from kdhpc.scoring.scorer import score
 from kdhpc.selection import Selection
@@ -40,7 +40,7 @@ def need_native(request: pytest.FixtureRequest) -> None:
 
 def sampler(model: Any, **changes: Any) -> Sampler:
     options: dict[str, Any] = {
-        "prompt_ids": [2, 3],
+        "prompts": [Prompt(ids=(2, 3))],
         "length": 10,
         "batch_rows": 32,
         "selection": Selection(),
@@ -191,7 +191,7 @@ def test_sequences_follow_the_exact_distribution(tau: float, method: str, engine
     samples = draw(
         model,
         range(num),
-        prompt_ids=[2],
+        prompts=[Prompt(ids=(2,))],
         length=4,
         batch_rows=1000,
         selection=Selection(tau=tau),
@@ -224,7 +224,9 @@ def test_sequences_follow_the_exact_distribution(tau: float, method: str, engine
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_token_of_rank_beyond_50_appears(engine: str) -> None:
     model = small_model(300, 4)
-    samples = draw(model, range(4096), prompt_ids=[2], length=2, batch_rows=1024, engine=engine)
+    samples = draw(
+        model, range(4096), prompts=[Prompt(ids=(2,))], length=2, batch_rows=1024, engine=engine
+    )
     order = model(torch.tensor([[2]])).logits[0, -1].argsort(descending=True)
     rare = set(order[50:].tolist())
     assert sum(int(token) in rare for token in samples.ids[:, 1]) > 100
@@ -269,7 +271,7 @@ def test_no_uniform_draws_an_impossible_token(engine: str) -> None:
 def test_draws_give_the_log_probabilities_of_what_they_drew(method: str, tau: float) -> None:
     logits = torch.randn(64, 1001) * 3
     drawn = (DRAWS | {"native": native.NativeDraw})[method](Selection(tau=tau), 64, 4, CPU)
-    drawn.load(0, "u", range(64))
+    drawn.load(0, [("u", row) for row in range(64)])
     tokens, log_prob_tau, log_prob = drawn(logits, torch.tensor([2]))
     for reported, divisor in ((log_prob_tau, tau), (log_prob, 1.0)):
         exact = (logits.double() / divisor).log_softmax(1).gather(1, tokens[:, None]).squeeze(1)
@@ -319,12 +321,12 @@ def test_philox_gives_the_published_words() -> None:
 
 def test_gumbel_noise_depends_on_sequence_position_and_token_only() -> None:
     drawn = Gumbel(Selection(), 3, 8, CPU)
-    drawn.load(5, "noise", range(10, 13))
+    drawn.load(5, [("noise", row) for row in range(10, 13)])
     whole = drawn.noise(torch.tensor([4]), range(1001))
     parts = [drawn.noise(torch.tensor([4]), part) for part in (range(500), range(500, 1001))]
     assert torch.equal(whole, torch.cat(parts, dim=1))
     assert not torch.equal(whole, drawn.noise(torch.tensor([5]), range(1001)))
-    drawn.load(5, "noise", range(12, 15))
+    drawn.load(5, [("noise", row) for row in range(12, 15)])
     assert torch.equal(whole[2], drawn.noise(torch.tensor([4]), range(1001))[0])
     many = torch.cat([drawn.noise(torch.tensor([p]), range(20000)) for p in range(5)])
     assert stats.kstest(many.flatten().numpy(), "gumbel_r").pvalue > 1e-4
@@ -348,10 +350,10 @@ def test_a_step_never_waits_for_the_device(method: str, selection: Selection) ->
             return out
 
     decoding = sampler(small_model(300, 10), draw=method, selection=selection)
-    decoding.draw.load(0, "test", range(32))
+    decoding.draw.load(0, [("test", row) for row in range(32)])
     traces = []
     for start in (range(32), range(32, 64)):
-        decoding.draw.load(0, "test", start)
+        decoding.draw.load(0, [("test", row) for row in start])
         seen.clear()
         with torch.inference_mode(), Look():  # type: ignore[no-untyped-call]
             decoding.step(10)

@@ -22,7 +22,7 @@ from kdhpc.experiment import given, inputs, vocabulary
 from kdhpc.experiment.estimates import batches_that_fit
 from kdhpc.models.loading import Loaded, load_model
 from kdhpc.models.tokenizer import VOCABULARY, Tokenizer, read_vocabulary
-from kdhpc.sampling.sampler import Sampler, sample
+from kdhpc.sampling.sampler import Prompt, Sampler, sample
 from kdhpc.scoring.counting import Counting
 from kdhpc.scoring.scorer import score
 from kdhpc.selection import Selection
@@ -66,8 +66,8 @@ def samples_of(path: Path, length: int, rows: int) -> tuple[Loaded, Samples, Cou
     prompt = loaded.tokenizer.prompt_ids(PROMPT)
     counting = Counting(num_prompt=len(prompt), eos=loaded.tokenizer.eos, count_eos=True)
     sampler = Sampler(
-        loaded.model, prompt_ids=prompt, length=length, batch_rows=rows, selection=Selection(),
-        draw="inverse_cdf", counting=counting,
+        loaded.model, prompts=[Prompt(ids=tuple(prompt))], length=length, batch_rows=rows,
+        selection=Selection(), draw="inverse_cdf", counting=counting,
     )  # fmt: skip
     return loaded, sample(sampler, rows=range(rows), seed=0, stream="test"), counting
 

@@ -142,6 +142,19 @@ class LanguageConfig(RunConfig):
     prompt: str = "The"
     """Text that every sequence starts with; its tokens are never trained on or scored. It may hold
     special tokens, such as `<|im_start|>`."""
+    prompts: str | None = None
+    """Prompts that sequences start with instead of `prompt`, each equally often: a `.jsonl` file
+    with `text`, or `messages` for the model's chat template, in each line; or `python-signatures`,
+    the first lines of functions of Python's standard library."""
+    held_out_prompts: Fraction = 0.2
+    """Share of the prompts that only evaluation sets start with. If it is 0, training and
+    evaluation sets have all of them."""
+    prompts_fingerprint: str = ""
+    """Digest of the prompts. It is filled in when a run is submitted; if it is given, other prompts
+    are refused."""
+    eval_prompts: Whole = 0
+    """Number of the prompts of evaluation sets; row i starts with prompt i modulo this number. It
+    is filled in when a run is submitted."""
     begin: Literal["tokenizer", "always", "never"] = "tokenizer"
     """Whether the tokenizer's begin token comes first in every sequence, as part of the prompt:
     `tokenizer` if the tokenizer puts it before a text by itself."""
@@ -171,6 +184,11 @@ class LanguageConfig(RunConfig):
     throughput: dict[str, Positive] = field(default_factory=dict)
     """Expected speed by stage name, in tokens per second per rank, for estimates of time. Measured
     speeds replace it as soon as there are any."""
+
+
+def only_prompt(config: LanguageConfig) -> str:
+    """Return the text that every sequence starts with; empty if there are several prompts."""
+    return config.prompt if config.prompts is None else ""
 
 
 def num_ids(truth: Truth) -> int:
@@ -221,6 +239,18 @@ def language_problems(config: LanguageConfig) -> Iterator[str]:
 
 def _prompt_problems(config: LanguageConfig) -> Iterator[str]:
     prompt, length = config.prompt, config.length
+    if config.prompts is not None:
+        if config.truth.source == "corpus":
+            yield (
+                f"prompts={config.prompts}: rows of a corpus start with `prompt` alone; expected "
+                "prompts=null, or truth.source=model"
+            )
+        if config.held_out_prompts >= 1.0:
+            yield (
+                f"held_out_prompts={config.held_out_prompts:g}: leaves no prompts to train on; "
+                "expected a share below 1"
+            )
+        return
     if not prompt:
         yield "prompt='': expected at least one token to start from"
     if config.truth.tokenizer == "bytes" and len(prompt.encode()) >= length:

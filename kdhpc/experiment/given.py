@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from kdhpc.config.language import LanguageConfig, Truth
 from kdhpc.errors import DamagedError, InputError, KdhpcError
+from kdhpc.experiment.prompts import all_ids
 from kdhpc.types import Json
 
 if TYPE_CHECKING:
@@ -400,18 +401,18 @@ def tokenizer_of(folder: Path, name: str) -> "Tokenizer":
 
 
 def check_prompt(tokenizer: "Tokenizer", config: LanguageConfig) -> list[int]:
-    """Return the ids of the prompt of a run.
+    """Return the ids of all prompts of a run.
 
     Raises:
-        InputError: if it has no tokens, or leaves no room for one more.
+        InputError: if one has no tokens, or leaves no room for one more.
     """
-    ids = tokenizer.prompt_ids(config.prompt, config.begin)
-    if len(ids) >= config.length:
-        raise InputError(
-            f"prompt={config.prompt!r}: has {len(ids)} tokens; expected fewer than "
-            f"length={config.length}"
-        )
-    return ids
+    return all_ids(
+        tokenizer,
+        prompt=config.prompt,
+        begin=config.begin,
+        source=config.prompts,
+        length=config.length,
+    )
 
 
 def check_taken(path: Path, config: LanguageConfig, *, dtype: str, name: str) -> None:

@@ -3,17 +3,22 @@
 Files are found and fetched on the login node, so that compute nodes need no network.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kdhpc.config.language import LanguageConfig, Truth, language_problems
 from kdhpc.config.model import Model
 from kdhpc.errors import InputError
-from kdhpc.experiment import arms, documents, given
+from kdhpc.experiment import arms, documents, given, prompts
 from kdhpc.experiment.claims import check_claims, read_claims
+
+if TYPE_CHECKING:
+    from kdhpc.models.tokenizer import Tokenizer
 
 
 def problems(config: LanguageConfig) -> Iterator[str]:
@@ -64,7 +69,7 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
     teacher = _identified("teacher", config.teacher, truth, config.length)
     if truth.source == "corpus":
         _check_documents(dataclasses.replace(config, truth=truth))
-    identified = _with_claims(config)
+    identified = _with_prompts(_with_claims(config))
     return dataclasses.replace(identified, truth=truth, teacher=teacher, students=students)
 
 
@@ -74,16 +79,47 @@ def _check_documents(config: LanguageConfig) -> None:
     Raises:
         InputError: if it is not.
     """
-    from kdhpc.models.tokenizer import Tokenizer, write_byte_tokenizer
+    from kdhpc.models.tokenizer import Tokenizer
 
     truth = config.truth
     if truth.model != "train":
         folder = given.files_of("truth", truth.model, truth.fingerprint)
         documents.check_sizes(config, Tokenizer(folder))
         return
+    with _byte_tokenizer() as tokenizer:
+        documents.check_sizes(config, tokenizer)
+
+
+@contextlib.contextmanager
+def _byte_tokenizer() -> Iterator["Tokenizer"]:
+    """Provide the tokenizer of a truth that is trained in the run."""
+    from kdhpc.models.tokenizer import Tokenizer, write_byte_tokenizer
+
     with tempfile.TemporaryDirectory() as folder_name:
         write_byte_tokenizer(Path(folder_name))
-        documents.check_sizes(config, Tokenizer(Path(folder_name)))
+        yield Tokenizer(Path(folder_name))
+
+
+def _with_prompts(config: LanguageConfig) -> LanguageConfig:
+    """Identify the prompts, if there are several, and count those of evaluation sets.
+
+    Raises:
+        InputError: if they are not readable, have changed, or do not fit.
+    """
+    if config.prompts is None:
+        return config
+    fingerprint = prompts.fingerprint_of(prompts.read_prompts(config.prompts))
+    if config.prompts_fingerprint not in {"", fingerprint}:
+        raise InputError(prompts.changed(config.prompts, config.prompts_fingerprint))
+    if config.truth.model == "train":
+        with _byte_tokenizer() as tokenizer:
+            given.check_prompt(tokenizer, config)
+    return dataclasses.replace(
+        config,
+        prompts=_whole_path(config.prompts),
+        prompts_fingerprint=fingerprint,
+        eval_prompts=prompts.num_prompts(config),
+    )
 
 
 def _with_claims(config: LanguageConfig) -> LanguageConfig:

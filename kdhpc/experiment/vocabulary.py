@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdhpc.config.language import LanguageConfig
+from kdhpc.config.language import LanguageConfig, only_prompt
 from kdhpc.errors import InputError
+from kdhpc.experiment.prompts import Prompts, all_ids, prompts_of
 from kdhpc.plan.shards import ADDED, digest
 from kdhpc.types import Json
 
@@ -47,6 +48,7 @@ class Cut:
     """Number of tokens of each sample, the prompt included."""
     threads: int
     begin: str = dataclasses.field(default="tokenizer", metadata=ADDED)
+    prompts: Prompts | None = dataclasses.field(default=None, metadata=ADDED)
 
     @staticmethod
     def of(config: LanguageConfig) -> "Cut | None":
@@ -58,10 +60,11 @@ class Cut:
             num_ids=truth.vocabulary,
             fingerprint=truth.vocabulary_fingerprint,
             seed=config.seed,
-            prompt=config.prompt,
+            prompt=only_prompt(config),
             length=config.length,
             threads=config.threads,
             begin=config.begin,
+            prompts=Prompts.of(config, "train"),
         )
 
 
@@ -103,7 +106,7 @@ def check(
         tokenizer: tokenizer of the whole model.
         num_ids: number of ids that are kept.
         ids: increasing ids of the file; None if the likeliest are kept.
-        prompt: ids of the prompt.
+        prompt: ids of all prompts.
 
     Raises:
         InputError: if the model lacks an id, or one is missing that every run needs.
@@ -132,13 +135,15 @@ def _needed(tokenizer: "Tokenizer", prompt: Sequence[int]) -> set[int]:
     return {*prompt, tokenizer.eos, *tokenizer.other_ends, *begin}
 
 
-def _prompt(tokenizer: "Tokenizer", settings: Cut) -> list[int]:
-    """Return the ids that every sequence starts with."""
-    return tokenizer.prompt_ids(settings.prompt, settings.begin)
-
-
 def cut(
-    whole_path: Path, out: Path, settings: Cut, *, ids_file: str | None, dtype: str, device: str
+    whole_path: Path,
+    out: Path,
+    settings: Cut,
+    *,
+    ids_file: str | None,
+    dtype: str,
+    device: str,
+    prompts_file: str | None = None,
 ) -> dict[str, Json]:
     """Choose the ids that are kept, save the cut model, and measure what it lost.
 
@@ -149,6 +154,7 @@ def cut(
         ids_file: file of the ids; None if the likeliest are kept.
         dtype: dtype in which both models are sampled.
         device: device of the config.
+        prompts_file: where the prompts are, if there are several.
 
     Returns:
         `num_ids`; `mass_kept` and `mass_kept_own`, the probability that the whole model gives to
@@ -161,10 +167,11 @@ def cut(
 
     from kdhpc.models import huggingface, loading
 
-    ids, mass_kept, num_whole = _choose(whole_path, settings, ids_file, dtype, device)
+    ids, mass_kept, num_whole = _choose(whole_path, settings, ids_file, dtype, device, prompts_file)
     loading.forget()  # two large models may not fit into memory
     huggingface.cut_vocabulary(whole_path, ids, out)
-    own = _sample(loading.load(out, dtype, device), settings, f"{STREAM}/own", range(MASS_ROWS))
+    cut_model, stream = loading.load(out, dtype, device), f"{STREAM}/own"
+    own = _sample(cut_model, settings, stream, range(MASS_ROWS), prompts_file)
     own = dataclasses.replace(own, ids=np.array(ids, np.uint32)[own.ids])
     mass_kept_own = _mass(loading.load(whole_path, dtype, device), own, ids, settings)
     loading.forget()
@@ -177,7 +184,12 @@ def cut(
 
 
 def _choose(
-    path: Path, settings: Cut, ids_file: str | None, dtype: str, device: str
+    path: Path,
+    settings: Cut,
+    ids_file: str | None,
+    dtype: str,
+    device: str,
+    prompts_file: str | None,
 ) -> tuple[list[int], float, int]:
     """Return the ids that are kept, the probability that they have, and the number of all ids.
 
@@ -191,11 +203,12 @@ def _choose(
     if ids_file is not None and ids is not None and fingerprint_of(ids) != settings.fingerprint:
         raise InputError(changed(ids_file, settings.fingerprint))
     tokenizer = Tokenizer(path)
-    prompt = _prompt(tokenizer, settings)
+    prompt = all_ids(tokenizer, prompt=settings.prompt, begin=settings.begin, source=prompts_file)
     check(tokenizer, settings.num_ids, ids, prompt)
     whole = loading.load(path, dtype, device)
     first = CHOOSE_ROWS if ids else 0
-    samples = _sample(whole, settings, STREAM, range(first, CHOOSE_ROWS + MASS_ROWS))
+    rows = range(first, CHOOSE_ROWS + MASS_ROWS)
+    samples = _sample(whole, settings, STREAM, rows, prompts_file)
     if ids is None:
         mean = _mean_probability(whole, samples[:CHOOSE_ROWS], settings)
         ids = _likeliest(mean, settings.num_ids, _needed(tokenizer, prompt))
@@ -222,18 +235,27 @@ def _counting(loaded: "Loaded", settings: Cut) -> "Counting":
     """Return which tokens are measured: all after the prompt, the end of a sequence included."""
     from kdhpc.scoring.counting import Counting
 
-    num_prompt = len(_prompt(loaded.tokenizer, settings))
+    num_prompt = loaded.tokenizer.num_prompt(settings.prompt, settings.begin)
     return Counting.with_tokenizer(loaded.tokenizer, num_prompt=num_prompt, count_eos=True)
 
 
-def _sample(loaded: "Loaded", settings: Cut, stream: str, rows: range) -> "Samples":
+def _sample(
+    loaded: "Loaded", settings: Cut, stream: str, rows: range, prompts_file: str | None
+) -> "Samples":
     """Draw sequences from a model at temperature 1, in batches of `BATCH_ROWS`."""
     from kdhpc.sampling.sampler import Sampler, sample
     from kdhpc.selection import Selection
 
     sampler = Sampler(
         loaded.model,
-        prompt_ids=_prompt(loaded.tokenizer, settings),
+        prompts=prompts_of(
+            loaded.tokenizer,
+            prompt=settings.prompt,
+            begin=settings.begin,
+            prompts=settings.prompts,
+            source=prompts_file,
+            seed=settings.seed,
+        ),
         length=settings.length,
         batch_rows=BATCH_ROWS,
         selection=Selection(),
@@ -254,6 +276,7 @@ def _mean_probability(loaded: "Loaded", samples: "Samples", settings: Cut) -> "T
     import torch
 
     from kdhpc.models.devices import exact_matmuls
+    from kdhpc.scoring.scorer import lengths_of
 
     model, counting = loaded.model, _counting(loaded, settings)
     total = torch.zeros(model.vocab_size, dtype=torch.float64, device=model.device)
@@ -262,7 +285,7 @@ def _mean_probability(loaded: "Loaded", samples: "Samples", settings: Cut) -> "T
         for start in range(0, len(samples), BATCH_ROWS):
             batch = samples[start : start + BATCH_ROWS]
             ids = torch.from_numpy(batch.ids.astype(np.int64)).to(model.device)
-            counts = counting.of(ids, torch.from_numpy(batch.length.copy()).to(model.device))
+            counts = counting.of(ids, *lengths_of(batch, model.device))
             # The state before a token predicts it.
             states = model.hidden(ids)[:, :-1][counts[:, 1:]]
             for some in torch.split(states, HEAD_TOKENS):

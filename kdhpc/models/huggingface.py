@@ -4,7 +4,7 @@ import functools
 import json
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +204,32 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     """
     AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(out)
     _keep_tokenizer_file(source, out)
+
+
+def chat_text(path: Path, messages: Sequence[Mapping[str, str]]) -> str:
+    """Put messages through the chat template of a folder, up to where an answer begins.
+
+    Raises:
+        InputError: if there is no chat template, or it refuses the messages.
+    """
+    try:
+        text: str = _whole_tokenizer(path).apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # the template raises what it wants
+        cause = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"prompts: messages need a chat template, and that in {path} cannot be used ({cause}); "
+            "expected text, or a model with a chat template"
+        ) from error
+    return text
+
+
+@functools.lru_cache(maxsize=1)
+def _whole_tokenizer(path: Path) -> Any:
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
 def _keep_tokenizer_file(source: Path, out: Path) -> None:

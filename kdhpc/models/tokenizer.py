@@ -156,7 +156,8 @@ class Tokenizer:
             InputError: if there is no tokenizer.json, or no end-of-sequence token.
         """
         self._tokenizer = read(path)
-        self._path = path
+        self.path = path
+        """The folder."""
         self._whole_ids = read_vocabulary(path)
         """Id in tokenizer.json of each id of the model; None if they are the same."""
         self._new_ids = {whole: new for new, whole in enumerate(self._whole_ids or ())}
@@ -219,6 +220,10 @@ class Tokenizer:
                 )
         return [self._new_ids[whole] for whole in ids]
 
+    def num_prompt(self, prompt: str, begin: str = "tokenizer") -> int:
+        """Return the number of ids of the prompt; 0 if it is empty, because rows have their own."""
+        return len(self.prompt_ids(prompt, begin)) if prompt else 0
+
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens.
 
@@ -240,7 +245,7 @@ class Tokenizer:
         whole = None if self.begin is None else self._whole(self.begin)
         if begin == "always" and whole is None:
             raise InputError(
-                f"begin=always: the tokenizer in {self._path} has no begin token; expected "
+                f"begin=always: the tokenizer in {self.path} has no begin token; expected "
                 "begin=tokenizer or begin=never"
             )
         if whole is None or begin == "never":

@@ -41,8 +41,8 @@ def select(logits: Tensor, selection: Selection) -> Tensor:
 class Draw(Protocol):
     """A way to draw one token per row with the random numbers of a batch of sequences."""
 
-    def load(self, seed: int, stream: str, rows: range) -> None:
-        """Load the random numbers of the sequences `rows` of a stream."""
+    def load(self, seed: int, sequences: Sequence[tuple[str, int]]) -> None:
+        """Load the random numbers of sequences, given by stream and index: one for each row."""
         ...
 
     def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,8 +66,8 @@ class InverseCdf:
         self.selection = selection
         self.uniform = torch.zeros((length, rows), dtype=torch.float64, device=device)
 
-    def load(self, seed: int, stream: str, rows: range) -> None:
-        uniforms = seeding.uniforms(seed, stream, rows, len(self.uniform))
+    def load(self, seed: int, sequences: Sequence[tuple[str, int]]) -> None:
+        uniforms = seeding.uniforms_of(seed, sequences, len(self.uniform))
         self.uniform.copy_(torch.from_numpy(uniforms.T.copy()))
 
     def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,14 +126,14 @@ class Gumbel:
 
     def __init__(self, selection: Selection, rows: int, length: int, device: torch.device) -> None:
         self.selection = selection
-        self.key = torch.zeros(2, dtype=torch.int64, device=device)
+        self.key = torch.zeros((2, rows, 1), dtype=torch.int64, device=device)
         self.sequence = torch.zeros((rows, 1), dtype=torch.int64, device=device)
 
-    def load(self, seed: int, stream: str, rows: range) -> None:
-        digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
-        words = [int.from_bytes(digest[at : at + 4], "little") for at in (0, 4)]
-        self.key.copy_(torch.tensor(words))
-        self.sequence.copy_(torch.arange(rows.start, rows.stop)[:, None])
+    def load(self, seed: int, sequences: Sequence[tuple[str, int]]) -> None:
+        digests = [hashlib.sha256(f"{seed}/{stream}".encode()).digest() for stream, _ in sequences]
+        words = [[int.from_bytes(d[at : at + 4], "little") for d in digests] for at in (0, 4)]
+        self.key.copy_(torch.tensor(words)[:, :, None])
+        self.sequence.copy_(torch.tensor([index for _, index in sequences])[:, None])
 
     def noise(self, position: Tensor, vocab: range) -> Tensor:
         """Return standard Gumbel noise [B, len(vocab)] float64 for a range of vocabulary entries.

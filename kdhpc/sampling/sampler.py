@@ -1,13 +1,15 @@
-"""Exact ancestral sampling with a static cache: from a prompt to ids and their log-probabilities.
+"""Exact ancestral sampling with a static cache: from prompts to ids and their log-probabilities.
 
-All rows of a batch start together and are always at the same position. Rows that have ended are
-masked; no other row takes their place. A row's ids depend on its own random stream and on the shape
+All rows of a batch start together and are always at the same position. While a row is inside its
+prompt, the prompt's token is taken in place of the drawn one. Rows that have ended are masked; no
+other row takes their place. A row's ids depend on its own prompt and random stream and on the shape
 of the batch, never on the other rows. A step only reads and writes buffers, so on GPUs it is
 captured once for each bucket of positions and then replayed.
 """
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -28,6 +30,16 @@ LOOK_EVERY = 64
 points where the host waits for the device."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What sequences start with."""
+
+    ids: tuple[int, ...]
+    """At least one id."""
+    stream: str = ""
+    """Name of its random stream inside that of the sample set; empty for the only prompt."""
+
+
 class Sampler:
     """Draws batches of sequences from one model, reusing its buffers for every batch."""
 
@@ -35,7 +47,7 @@ class Sampler:
         self,
         model: LanguageModel,
         *,
-        prompt_ids: Sequence[int],
+        prompts: Sequence[Prompt],
         length: int,
         batch_rows: int,
         selection: Selection,
@@ -48,7 +60,7 @@ class Sampler:
 
         Args:
             model: a causal language model on its device.
-            prompt_ids: ids that every sequence starts with.
+            prompts: P prompts; sequence i is sample i // P of prompt i % P.
             length: number of tokens of a sequence, the prompt included.
             batch_rows: number of rows that are decoded together.
             selection: temperature and truncation.
@@ -58,7 +70,10 @@ class Sampler:
             per_token: whether to keep the log-probability of every token besides the sums.
         """
         self.device = device = model.device
-        self.prompt, self.batch_rows = torch.tensor(prompt_ids, device=device), batch_rows
+        self.prompts, self.batch_rows = prompts, batch_rows
+        sizes = {len(prompt.ids) for prompt in prompts}
+        self.shortest, self.mixed = min(sizes), len(sizes) > 1
+        self.num_prompt = torch.zeros(batch_rows, dtype=torch.int64, device=device)
         self.counting, self.id_type = counting, id_type(model.vocab_size)
         self.decoder, self.draw = _parts(model, batch_rows, length, selection, draw, engine)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
@@ -79,24 +94,21 @@ class Sampler:
     @torch.inference_mode()
     def batch(self, seed: int, stream: str, rows: range) -> Samples:
         """Draw the sequences `rows` of a stream, exactly `batch_rows` of them."""
-        length, num_prompt = len(self.ids), len(self.prompt)
-        self.draw.load(seed, stream, rows)
+        length = len(self.ids)
+        self._load(seed, stream, rows)
         self.decoder.restart()
-        self.ids.zero_()
-        self.ids[:num_prompt] = self.prompt[:, None]
-        self.length.fill_(num_prompt)
         for numbers in (self.sums, self.position):
             numbers.zero_()
         if self.token_log_prob_tau is not None:
             self.token_log_prob_tau.fill_(torch.nan)
         self.alive.fill_(True)
         with exact_matmuls():
-            for position in range(num_prompt - 1):
+            for position in range(self.shortest - 1):
                 self.decoder.step(
                     self.ids[position], self.position, bucket_of(position, self.device, length)
                 )
                 self.position += 1
-            for position in range(num_prompt - 1, length - 1):
+            for position in range(self.shortest - 1, length - 1):
                 if position % LOOK_EVERY == 0 and not bool(self.alive.any()):
                     break
                 self._replay(bucket_of(position, self.device, length))
@@ -110,7 +122,25 @@ class Sampler:
             token_log_prob_tau=None
             if self.token_log_prob_tau is None
             else np.array(self.token_log_prob_tau.T.cpu().numpy(), order="C"),
+            num_prompt=self.num_prompt.cpu().numpy().astype(np.int32)
+            if any(prompt.stream for prompt in self.prompts)
+            else None,
         )
+
+    def _load(self, seed: int, stream: str, rows: range) -> None:
+        """Put the prompts and random numbers of the sequences `rows` into the buffers."""
+        ids = np.zeros(self.ids.shape, np.int64)
+        num_prompt, sequences = [], []
+        for column, row in enumerate(rows):
+            sample, which = divmod(row, len(self.prompts))
+            prompt = self.prompts[which]
+            ids[: len(prompt.ids), column] = prompt.ids
+            num_prompt.append(len(prompt.ids))
+            sequences.append((f"{stream}/{prompt.stream}" if prompt.stream else stream, sample))
+        self.draw.load(seed, sequences)
+        self.ids.copy_(torch.from_numpy(ids))
+        self.num_prompt.copy_(torch.tensor(num_prompt))
+        self.length.copy_(self.num_prompt)
 
     def step(self, num_keys: int) -> None:
         """Feed the tokens at the current position, draw the next ones and advance the position."""
@@ -119,9 +149,13 @@ class Sampler:
         )
         self.position += 1
         token, log_prob_tau, log_prob = self.draw(logits, self.position)
-        ended = self.counting.ends(token)
-        self.length += self.alive
-        counts = self.counting.at(self.position, self.length, ended)
+        ended, drawn = self.counting.ends(token), self.alive
+        if self.mixed:
+            inside = self.position < self.num_prompt
+            token = torch.where(inside, self.ids.index_select(0, self.position)[0], token)
+            ended, drawn = ended & ~inside, drawn & ~inside
+        self.length += drawn
+        counts = self.counting.at(self.position, self.length, ended, self.num_prompt)
         self.log_prob += log_prob.masked_fill(~counts, 0.0)
         self.log_prob_tau += log_prob_tau.masked_fill(~counts, 0.0)
         ends_now = self.alive & ended

@@ -124,6 +124,30 @@ def ratio(numerators: Numbers, denominators: Numbers | None = None, *, rows: str
     return Statistic(value=value, influence={rows: (above - value * below) / total})
 
 
+def by_cluster(statistic: Statistic, clusters: NDArray[np.int64], *, rows: str) -> Statistic:
+    """Return a statistic whose sequences are drawn in clusters, such as those of one prompt.
+
+    The influence of a cluster is the sum of those of its sequences, so what sequences of one
+    cluster have in common is in the sampling variance. Statistics with the same name of clusters
+    are paired cluster by cluster.
+
+    Source: K.-Y. Liang, S. L. Zeger, Biometrika 73 (1986), 13-22.
+
+    Args:
+        statistic: a statistic of rows that all belong to clusters.
+        clusters: [N] the cluster of each row, from 0 to C-1 without gaps.
+        rows: name of the set of clusters.
+
+    Raises:
+        ValueError: if the statistic has another number of rows.
+    """
+    influence = np.zeros(int(clusters.max()) + 1)
+    for name, values in statistic.influence.items():
+        _check_lengths(name, (values, clusters))
+        influence += np.bincount(clusters, values, len(influence))
+    return Statistic(value=statistic.value, influence={rows: influence})
+
+
 def through(
     function: Callable[[Floats], float], of: Sequence[Statistic], step: float = 0.01
 ) -> Statistic:

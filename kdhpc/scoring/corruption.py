@@ -32,14 +32,16 @@ def corrupt(
     """
     ids, length = samples.ids.copy(), samples.length.copy()
     ends = {counting.eos, *counting.other_ends}
+    prompts = samples.num_prompt
+    starts = np.full(len(length), counting.num_prompt) if prompts is None else prompts
     places = seeding.uniforms(seed, f"corrupt/{kind}", rows, 1)[:, 0]
     for row, place in enumerate(places):
-        stop = int(length[row])
-        stop -= stop > counting.num_prompt and int(ids[row, stop - 1]) in ends
-        size = stop - counting.num_prompt
+        start, stop = int(starts[row]), int(length[row])
+        stop -= stop > start and int(ids[row, stop - 1]) in ends
+        size = stop - start
         if size < 2:
             continue
-        at = counting.num_prompt + int(place * (size - (kind == "swap")))
+        at = start + int(place * (size - (kind == "swap")))
         if kind == "swap":
             ids[row, [at, at + 1]] = ids[row, [at + 1, at]]
         elif kind == "drop":
@@ -49,4 +51,6 @@ def corrupt(
             ids[row, at + 1 :] = ids[row, at:-1].copy()
             length[row] = min(length[row] + 1, ids.shape[1])
     unknown = np.full(len(length), np.nan)
-    return Samples(ids=ids, length=length, log_prob_sum=unknown, log_prob_tau_sum=unknown)
+    return Samples(
+        ids=ids, length=length, log_prob_sum=unknown, log_prob_tau_sum=unknown, num_prompt=prompts
+    )

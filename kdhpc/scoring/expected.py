@@ -14,6 +14,7 @@ from kdhpc.models.devices import exact_matmuls
 from kdhpc.models.loading import LanguageModel
 from kdhpc.scoring.counting import Counting
 from kdhpc.scoring.likelihood import CPU_HEAD_TOKENS
+from kdhpc.scoring.scorer import lengths_of
 from kdhpc.storage.score_shards import Scores, join_scores
 from kdhpc.storage.token_shards import Samples
 
@@ -53,9 +54,7 @@ def score_expected(
     for start in range(0, len(samples), batch_rows):
         rows = slice(start, start + batch_rows)
         ids = torch.from_numpy(samples.ids[rows].astype(np.int64)).to(own.device)
-        length = torch.from_numpy(samples.length[rows].copy()).to(own.device)
-        position = torch.arange(ids.shape[1], device=own.device)
-        drawn = (position >= counting.num_prompt) & (position < length[:, None])
+        drawn = counting.drawn(ids, *lengths_of(samples[rows], own.device))
         under, divergence = _expected(own, scorer, ids, head_tokens)
         sums = (
             torch.where(drawn, x, 0.0).double().sum(1).cpu().numpy() for x in (under, divergence)

@@ -49,8 +49,9 @@ def score(
     for start in range(0, len(samples), batch_rows):
         rows = slice(start, start + batch_rows)
         ids = torch.from_numpy(samples.ids[rows].astype(np.int64)).to(model.device)
-        length = torch.from_numpy(samples.length[rows].copy()).to(model.device)
-        counts, end = counting.of(ids, length), counting.end_of(ids, length)
+        length, num_prompt = lengths_of(samples[rows], model.device)
+        counts = counting.of(ids, length, num_prompt)
+        end = counting.end_of(ids, length, num_prompt)
         log_probs = token_log_probs(
             model, ids, head_tokens=head_tokens, taus=temperatures, head=head
         )
@@ -66,6 +67,14 @@ def score(
             )
         on_batch(min(start + batch_rows, len(samples)))
     return {temperature: join_scores(scores) for temperature, scores in parts.items()}
+
+
+def lengths_of(samples: Samples, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return the number of tokens of sequences [N] and of their prompts [N], as `Counting` asks."""
+    length = torch.from_numpy(samples.length.copy()).to(device)
+    if samples.num_prompt is None:
+        return length, None
+    return length, torch.from_numpy(samples.num_prompt.copy()).to(device)
 
 
 def _masked_sum(log_prob: Tensor, mask: Tensor) -> NDArray[np.float64]:

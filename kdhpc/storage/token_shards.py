@@ -22,8 +22,9 @@ OPTIONAL_COLUMNS = {
     "end_log_prob": np.float64,
     "end_log_prob_tau": np.float64,
     "token_log_prob_tau": np.float32,
+    "num_prompt": np.int32,
 }
-"""Columns that older shards lack, and shards of training sets in part; the last one has rows."""
+"""Columns that older shards lack, and others in part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,8 @@ class Samples:
     token_log_prob_tau: NDArray[np.float32] | None = None
     """[N, L] nats: log-probability of each token under that distribution, NaN where it does not
     count. Only in evaluation sets, with `scoring.per_token`."""
+    num_prompt: NDArray[np.int32] | None = None
+    """[N] number of tokens of each sequence's prompt; None if all have the same prompt."""
 
     def __len__(self) -> int:
         return len(self.length)
@@ -113,6 +116,8 @@ class TokenRows:
     """Token ids [n_i, L] of each shard."""
     length: NDArray[np.int32]
     """[N] number of tokens in each row."""
+    num_prompt: NDArray[np.int32] | None = None
+    """[N] number of tokens of each row's prompt; None if all have the same prompt."""
 
     def __len__(self) -> int:
         return len(self.length)
@@ -136,9 +141,11 @@ def map_token_rows(paths: Sequence[Path]) -> TokenRows:
         DamagedError: if a file is no token shard.
     """
     parts = [_read_sample_shard(path) for path in paths]
+    prompts = [part.num_prompt for part in parts if part.num_prompt is not None]
     return TokenRows(
         parts=tuple(part.ids for part in parts),
         length=np.concatenate([part.length for part in parts]),
+        num_prompt=np.concatenate(prompts) if len(prompts) == len(parts) else None,
     )
 
 

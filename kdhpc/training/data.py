@@ -34,6 +34,8 @@ class Corpus:
     """[N] number of tokens in each row; ids beyond it are ignored."""
     counting: Counting
     """Which tokens count."""
+    num_prompt: NDArray[np.int32] | None = None
+    """[N] number of tokens of each row's prompt; None if it is that of every row."""
 
     def __len__(self) -> int:
         return len(self.length)
@@ -47,9 +49,11 @@ class Corpus:
         Returns:
             Ids [B, L] and the target of each position [B, L], -100 if the target does not count.
         """
-        ids = torch.from_numpy(self.ids[np.maximum(rows, 0)].astype(np.int64))
-        length = torch.from_numpy(np.where(rows < 0, 0, self.length[np.maximum(rows, 0)]))
-        counts = self.counting.of(ids, length)
+        index = np.maximum(rows, 0)
+        ids = torch.from_numpy(self.ids[index].astype(np.int64))
+        length = torch.from_numpy(np.where(rows < 0, 0, self.length[index]))
+        num_prompt = None if self.num_prompt is None else torch.from_numpy(self.num_prompt[index])
+        counts = self.counting.of(ids, length, num_prompt)
         targets = torch.full_like(ids, -100)
         targets[:, :-1] = ids[:, 1:].where(counts[:, 1:], -100)
         return ids, targets

@@ -5,16 +5,18 @@ writes  token shards: ids [N, L] uint16 (uint32 if the model has more than 65,53
         length [N] int32, log_prob_sum [N] float64 (nats, at temperature 1) and log_prob_tau_sum [N]
         float64 (nats, under the distribution that was drawn from), end_log_prob and
         end_log_prob_tau [N] float64 (nats, of the end token alone), and in evaluation sets with
-        `scoring.per_token` also token_log_prob_tau [N, L] float32
+        `scoring.per_token` also token_log_prob_tau [N, L] float32; num_prompt [N] int32, the tokens
+        of each row's prompt, if there are several prompts
 """
 
 import functools
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from kdhpc.config.language import LanguageConfig, num_ids, tokens_per_s
+from kdhpc.config.language import LanguageConfig, num_ids, only_prompt, tokens_per_s
 from kdhpc.experiment import arms, documents
 from kdhpc.experiment.documents import Documents
+from kdhpc.experiment.prompts import Prompts, prompts_of
 from kdhpc.plan.shards import ADDED, Arm, Plan, Shard, cut, fields_of, settings_of
 from kdhpc.plan.stages import Stage
 from kdhpc.selection import Selection
@@ -39,6 +41,8 @@ class SampleSettings:
     threads: int
     selection: Selection
     begin: str = field(default="tokenizer", metadata=ADDED)
+    prompts: Prompts | None = field(default=None, metadata=ADDED)
+    """Which prompts sequences start with, if there are several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +79,7 @@ def _settings(
     return SampleSettings(
         seed=config.seed,
         stream=sample_set.stream,
-        prompt=config.prompt,
+        prompt=only_prompt(config),
         length=config.length,
         eos=config.eos,
         dtype=sample_set.dtype,
@@ -85,6 +89,7 @@ def _settings(
         threads=config.threads,
         selection=sample_set.selection,
         begin=config.begin,
+        prompts=Prompts.of(config, "eval" if sample_set.evaluation else "train"),
     )
 
 
@@ -104,7 +109,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
         )
         sizes = config.sampling
         token_bytes = id_bytes + 4.0 * (sample_set.evaluation and config.scoring.per_token)
-        row_bytes = token_bytes * config.length + 36
+        row_bytes = token_bytes * config.length + 36 + 4 * (config.prompts is not None)
         num_rows = sizes.eval_sequences if sample_set.evaluation else sizes.train_sequences
         shards += [
             Shard(
@@ -134,16 +139,23 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     devices.set_threads(settings.threads)
     devices.set_allocator(keep_freed=True)
     loaded = loading.load(model_path, settings.dtype, work.config.device)
-    prompt_ids = tuple(loaded.tokenizer.prompt_ids(settings.prompt, settings.begin))
+    prompts = prompts_of(
+        loaded.tokenizer,
+        prompt=settings.prompt,
+        begin=settings.begin,
+        prompts=settings.prompts,
+        source=work.config.prompts,
+        seed=settings.seed,
+    )
     sampler = sampler_for(
         loaded,
-        prompt_ids=prompt_ids,
+        prompts=prompts,
         length=settings.length,
         batch_rows=settings.batch_rows,
         selection=settings.selection,
         draw=settings.draw,
         counting=Counting.with_tokenizer(
-            loaded.tokenizer, num_prompt=len(prompt_ids), count_eos=settings.eos == "learn"
+            loaded.tokenizer, num_prompt=len(prompts[0].ids), count_eos=settings.eos == "learn"
         ),
         engine=settings.engine,
         # This changes no sequence, so it is not part of the recipe.

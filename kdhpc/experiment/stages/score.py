@@ -11,7 +11,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kdhpc.config.language import LanguageConfig, tokens_per_s
+from kdhpc.config.language import LanguageConfig, only_prompt, tokens_per_s
 from kdhpc.experiment import arms
 from kdhpc.plan.shards import ADDED, Arm, Plan, Shard, cut, fields_of, settings_of
 from kdhpc.plan.stages import Stage
@@ -54,7 +54,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
     row_bytes = 20 + 4 * config.length * scoring.per_token
     settings = ScoreSettings(
         eos=config.eos,
-        prompt=config.prompt,
+        prompt=only_prompt(config),
         dtype=scoring.dtype,
         batch_rows=scoring.batch_rows,
         head_tokens=scoring.head_tokens,
@@ -119,7 +119,7 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     loaded = loading.load(work.local_input(shard.reads[0]), settings.dtype, work.config.device)
     counting = Counting.with_tokenizer(
         loaded.tokenizer,
-        num_prompt=len(loaded.tokenizer.prompt_ids(settings.prompt, settings.begin)),
+        num_prompt=loaded.tokenizer.num_prompt(settings.prompt, settings.begin),
         count_eos=settings.eos == "learn",
     )
     samples = _samples(shard, work)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from kdhpc.config.language import LanguageConfig, num_ids, tokens_per_s
+from kdhpc.config.language import LanguageConfig, num_ids, only_prompt, tokens_per_s
 from kdhpc.config.model import Model
 from kdhpc.experiment import arms, given
 from kdhpc.experiment.trainings import TrainSettings, join_ranks, progress, train_shard
@@ -51,7 +51,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
             training,
             config,
             stream=stream,
-            prompt=config.prompt,
+            prompt=only_prompt(config),
             begin=config.begin,
             eos=config.eos,
         )
@@ -139,14 +139,19 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
     begin = fields.get("begin", TrainSettings.begin)
     counting = Counting.with_tokenizer(
         tokenizer,
-        num_prompt=len(tokenizer.prompt_ids(fields["prompt"], begin)),
+        num_prompt=tokenizer.num_prompt(fields["prompt"], begin),
         count_eos=fields["eos"] == "learn",
     )
 
     def corpus(stage: str, arm: str, num_rows: int | None = None) -> Corpus:
         keys = [s.key for s in work.plan.arm(stage, arm) if s.key in shard.reads]
         rows = map_token_rows([work.input(key) for key in keys])
-        return Corpus(ids=rows, length=rows.length[:num_rows], counting=counting)
+        return Corpus(
+            ids=rows,
+            length=rows.length[:num_rows],
+            counting=counting,
+            num_prompt=None if rows.num_prompt is None else rows.num_prompt[:num_rows],
+        )
 
     validation = corpus(*arms.TRUTH_EVAL) if training.validate_every_steps else None
     data = corpus(*trainee.data, fields["train_sequences"])

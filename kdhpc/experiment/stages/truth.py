@@ -125,6 +125,7 @@ def _take(shard: Shard, work: Work[LanguageConfig]) -> Written:
                 path,
                 settings.vocabulary,
                 ids_file=truth.vocabulary_file,
+                prompts_file=work.config.prompts,
                 dtype=dtype,
                 device=work.config.device,
             )

@@ -1,0 +1,270 @@
+"""Prompts: many texts that sequences start with, in place of one.
+
+Row i of a sample set starts with prompt i % P of its P prompts and is that prompt's sample i // P.
+Its random numbers belong to the prompt and to the number of the sample, so they do not depend on
+which other prompts there are, or on the order in which a file has them.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from kdhpc.config.language import LanguageConfig
+from kdhpc.errors import InputError
+from kdhpc.types import Json
+
+if TYPE_CHECKING:
+    from kdhpc.models.tokenizer import Tokenizer
+    from kdhpc.sampling.sampler import Prompt
+
+Part = Literal["train", "eval"]
+Entry: TypeAlias = str
+"""A prompt as a line of its file has it, in canonical JSON: `text` or `messages` alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Settings that determine the prompts of an arm, besides the run's seed and the tokenizer."""
+
+    fingerprint: str
+    """Digest of all prompts; where they are kept determines nothing."""
+    held_out_share: float
+    part: Part
+
+    @staticmethod
+    def of(config: LanguageConfig, part: Part) -> "Prompts | None":
+        """Return those of a part of a run; None if all sequences start with `prompt`."""
+        if config.prompts is None:
+            return None
+        return Prompts(
+            fingerprint=config.prompts_fingerprint,
+            held_out_share=config.held_out_prompts,
+            part=part,
+        )
+
+
+def read_prompts(source: str) -> list[Entry]:
+    """Read prompts, each once, in an order that does not depend on that of the file.
+
+    Args:
+        source: a name of `BUILT_IN`, or a `.jsonl` file.
+
+    Raises:
+        InputError: if a line is no prompt; the message names it.
+    """
+    if source in BUILT_IN:
+        entries = {_canonical({"text": text}) for text in BUILT_IN[source]()}
+    else:
+        entries = {*_lines(source)}
+    return sorted(entries, key=_digest)
+
+
+def fingerprint_of(entries: Sequence[Entry]) -> str:
+    """Return the digest of prompts as 64 hexadecimal digits."""
+    return hashlib.sha256("\n".join(entries).encode()).hexdigest()
+
+
+def changed(source: str, fingerprint: str) -> str:
+    """Return the error of prompts that are no longer those that a run was submitted with."""
+    return (
+        f"prompts={source}: have changed since the run was submitted; expected those with "
+        f"fingerprint {fingerprint[:12]}"
+    )
+
+
+def part_of(entries: Sequence[Entry], part: Part, held_out_share: float, seed: int) -> list[Entry]:
+    """Return the prompts of the training sets or of the evaluation sets.
+
+    A prompt is in the same part whatever other prompts there are. If none are held out, both parts
+    have all of them.
+    """
+    if not held_out_share:
+        return list(entries)
+    chosen = []
+    for entry in entries:
+        place = int(hashlib.sha256(f"{seed}\0{entry}".encode()).hexdigest()[:16], 16) / 16.0**16
+        if (place < held_out_share) == (part == "eval"):
+            chosen.append(entry)
+    return chosen
+
+
+def prompts_of(
+    tokenizer: "Tokenizer",
+    *,
+    prompt: str,
+    begin: str,
+    prompts: Prompts | None = None,
+    source: str | None = None,
+    seed: int = 0,
+) -> "tuple[Prompt, ...]":
+    """Return what the sequences of an arm start with, as ids.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        prompt: the only prompt, if there are no others.
+        begin: whether the begin token comes first, as the config has it.
+        prompts: which of many prompts it has instead.
+        source: where these are.
+        seed: seed of the run.
+
+    Raises:
+        InputError: if the prompts have changed since the run was submitted, or have no ids.
+    """
+    from kdhpc.sampling.sampler import Prompt
+
+    if prompts is None or source is None:
+        return (Prompt(ids=tuple(tokenizer.prompt_ids(prompt, begin))),)
+    entries = read_prompts(source)
+    if prompts.fingerprint not in {"", fingerprint_of(entries)}:
+        raise InputError(changed(source, prompts.fingerprint))
+    return tuple(
+        Prompt(ids=tuple(_ids(entry, tokenizer, begin)), stream=_digest(entry)[:16])
+        for entry in part_of(entries, prompts.part, prompts.held_out_share, seed)
+    )
+
+
+def all_ids(
+    tokenizer: "Tokenizer",
+    *,
+    prompt: str,
+    begin: str,
+    source: str | None,
+    length: int | None = None,
+) -> list[int]:
+    """Return the ids of all prompts of a run, one after the other.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        prompt: the only prompt, if there are no others.
+        begin: whether the begin token comes first, as the config has it.
+        source: where other prompts are.
+        length: number of tokens of a sequence, which must leave room for one more; None to check
+            nothing.
+
+    Raises:
+        InputError: if a prompt has no tokens, or too many.
+    """
+    if source is None:
+        prompts = {f"prompt={prompt!r}": tokenizer.prompt_ids(prompt, begin)}
+    else:
+        prompts = {
+            f"prompts={source}: {_shown(entry)}": _ids(entry, tokenizer, begin)
+            for entry in read_prompts(source)
+        }
+    for name, ids in prompts.items():
+        if length is not None and len(ids) >= length:
+            raise InputError(f"{name}: has {len(ids)} tokens; expected fewer than length={length}")
+    return [i for ids in prompts.values() for i in ids]
+
+
+def num_prompts(config: LanguageConfig) -> int:
+    """Return the number of prompts of evaluation sets.
+
+    Raises:
+        InputError: if they, or training sets, have none.
+    """
+    entries, share = read_prompts(config.prompts or ""), config.held_out_prompts
+    num_train = len(part_of(entries, "train", share, config.seed))
+    num_eval = len(part_of(entries, "eval", share, config.seed))
+    if not num_train or not num_eval:
+        raise InputError(
+            f"held_out_prompts={share:g}: leaves {num_train} of {len(entries)} prompts for "
+            f"training sets and {num_eval} for evaluation sets; expected at least one each, or 0, "
+            "with which both have all of them"
+        )
+    return num_eval
+
+
+def _ids(entry: Entry, tokenizer: "Tokenizer", begin: str) -> list[int]:
+    """Return the ids of a prompt; messages are put through the model's chat template."""
+    content = json.loads(entry)
+    if "text" in content:
+        return tokenizer.prompt_ids(content["text"], begin)
+    from kdhpc.models import huggingface
+
+    text = huggingface.chat_text(tokenizer.path, content["messages"])
+    return tokenizer.prompt_ids(text, "never")
+
+
+def _lines(source: str) -> Iterator[Entry]:
+    path = Path(source)
+    if path.suffix != ".jsonl" or path.is_dir():
+        raise InputError(
+            f"prompts={source}: expected a file that ends in .jsonl, or {', '.join(BUILT_IN)}"
+        )
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(f"prompts={source}: not readable ({error.strerror})") from error
+    found = False
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            found = True
+            yield _entry(line, f"prompts={source}: line {number}")
+    if not found:
+        raise InputError(f"prompts={source}: has no lines; expected a prompt in each")
+
+
+def _entry(line: bytes, name: str) -> Entry:
+    """Return the prompt in a line of a file.
+
+    Raises:
+        InputError: if it is none.
+    """
+    expected = 'expected {"text": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
+    try:
+        content: Json = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{name} is not JSON ({error}); {expected}") from error
+    keys = {"text", "messages"} & {*content} if isinstance(content, dict) else {*""}
+    if len(keys) != 1:
+        raise InputError(f"{name} has {'both' if keys else 'neither'} of the two; {expected}")
+    [key] = keys
+    value = content[key]
+    if key == "text":
+        if not isinstance(value, str) or not value:
+            raise InputError(f"{name}: its text is empty or no text; {expected}")
+    elif not _are_messages(value):
+        raise InputError(f"{name}: its messages lack a role or a content; {expected}")
+    return _canonical({key: value})
+
+
+def _are_messages(value: Json) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(message, dict)
+            and all(isinstance(message.get(key), str) for key in ("role", "content"))
+            for message in value
+        )
+    )
+
+
+def _canonical(content: Json) -> Entry:
+    return json.dumps(content, sort_keys=True, ensure_ascii=False)
+
+
+def _digest(entry: Entry) -> str:
+    return hashlib.sha256(entry.encode()).hexdigest()
+
+
+def _shown(entry: Entry) -> str:
+    """Return the start of a prompt for a message."""
+    return entry if len(entry) <= 60 else f"{entry[:57]}..."
+
+
+def _python_signatures() -> list[str]:
+    from kdhpc.storage.corpora import BUILT_IN as CORPORA
+
+    sources = "\n".join(CORPORA["python-source"]())
+    return [f"{line}\n" for line in re.findall(r"^ *(def \w+\([^\n]*\):)$", sources, re.MULTILINE)]
+
+
+BUILT_IN = {"python-signatures": _python_signatures}
+"""Prompts that every installation has: the first lines of the functions in the modules of Python's
+standard library that are single files, such as `def read(self, size=-1):` and a line break."""
