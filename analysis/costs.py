@@ -74,9 +74,9 @@ def flops(study: Study) -> dict[str, float]:
     for trainee in arms.trainees(config):
         model = trainee.model
         passes[trainee.name] = forward(model)
-        if model.shape and model.training:
+        if model.shape and trainee.training:
             rows = model.train_sequences or config.sampling.train_sequences
-            epochs = model.training.stop_after_epochs or model.training.epochs
+            epochs = trainee.training.stop_after_epochs or trainee.training.epochs
             total[trainee.stage] += (
                 training_flops(model.shape, ids, length) * rows * epochs * length
             )

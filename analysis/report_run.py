@@ -12,7 +12,7 @@ from study import Study
 from kdhpc.cluster.display import duration
 from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
-from kdhpc.config.model import Model
+from kdhpc.config.model import Model, Training
 from kdhpc.experiment import arms
 from kdhpc.models.tokenizer import Tokenizer
 from kdhpc.pipeline import LANGUAGE
@@ -247,7 +247,8 @@ def _of_training(config: LanguageConfig) -> Iterator[str]:
             "New models start from the architecture's own initialisation; in the released code "
             "RMSNorm keeps its pretrained gains (decision 4)."
         )
-    settings = [model.training for model in trained if model.training is not None]
+    both = [settings for model in trained for settings in (model.training, model.fine_tuning)]
+    settings = [training for training in both if training is not None]
     kinds = {f"ZeRO-{training.zero_stage} with {training.dtype}" for training in settings}
     if kinds - {"ZeRO-2 with float16"}:
         yield (
@@ -308,5 +309,12 @@ def _shape(model: Model) -> str:
 def _passes(model: Model) -> str:
     if (training := model.training) is None:
         return "none"
+    passes = " then ".join(
+        _epochs(settings) for settings in (training, model.fine_tuning) if settings is not None
+    )
+    return passes if model.fine_tuning is None else f"{passes} from the direct student's weights"
+
+
+def _epochs(training: Training) -> str:
     taken = training.stop_after_epochs or training.epochs
     return f"{taken:g}" + (f" of {training.epochs:g}" if taken != training.epochs else "")

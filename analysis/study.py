@@ -34,7 +34,7 @@ PROMPTS = "prompts"
 """Name of the clusters of rows if there are several prompts; they are those of every sampler."""
 NUM_GROUPS = 5
 """Number of equal groups that truth's samples are cut into, from the rarest."""
-TRAINING = ("training", "train_sequences")
+TRAINING = ("training", "fine_tuning", "train_sequences")
 """Settings of a model that say how it is trained; the others say what it is before that."""
 BLOCK_ROWS = 4096
 """Number of rows whose tokens are in memory at once."""

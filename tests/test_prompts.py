@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
+from kdhpc import seeding
+from kdhpc.config import presets
+from kdhpc.config.language import LanguageConfig, language_problems
 from kdhpc.errors import InputError
 from kdhpc.experiment import prompts
 from kdhpc.models import huggingface
@@ -226,6 +229,7 @@ def test_signatures_come_from_every_installation() -> None:
     assert len(entries) > 1000
     texts = [json.loads(entry)["text"] for entry in entries]
     assert all(text.startswith("def ") and text.endswith(":\n") for text in texts)
+    assert max(map(len, texts)) <= 40
 
 
 TEMPLATE = (
@@ -339,6 +343,52 @@ def test_prompts_are_not_learnt(run: Path) -> None:
     scores = read_results(run / "8-merge" / "results.h5").scores["truth", "student-s0-small-direct"]
     recall = scores.log_prob_sum.sum() / scores.num_tokens.sum()
     assert lines[-1]["validation_loss"] == pytest.approx(-recall, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tuned")
+    launch("sweep", "tiny", "post_training", "cluster=local", f"runs_dir={folder}")
+    assert status(folder / "tiny-post-training", code=0)["complete"]
+    return folder / "tiny-post-training"
+
+
+def log_of(run: Path, stage: str, name: str) -> list[dict[str, float]]:
+    path = run / stage / name / "00000.checkpoints" / "train.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_fine_tuning_starts_from_the_direct_student(tuned: Path) -> None:
+    direct = log_of(tuned, "3-train-on-truth", "student-s0-small-direct")
+    for tau in ("1", "0.6"):
+        after = log_of(tuned, "5-train-students", f"student-s0-small-tau{tau}")
+        assert len(after) == 256 // 32
+        assert after[0]["loss"] < direct[0]["loss"] - 0.2
+        assert after[0]["loss"] == pytest.approx(loss_at_start(tuned, tau), abs=1e-3)
+
+
+def test_what_cannot_be_fine_tuned_is_named() -> None:
+    settings = "{learning_rate: 0.1, epochs: 1, batch_sequences: 512, micro_batch_sequences: 8}"
+    words = [f"{model}.fine_tuning={settings}" for model in ("teacher", "students.small")]
+    config = presets.build(LanguageConfig, presets.compose(["tiny", *words]))
+    found = "; ".join(language_problems(config))
+    assert "teacher.fine_tuning: expected null; only distilled students are fine-tuned" in found
+    assert (
+        "students.small.fine_tuning.batch_sequences=512: expected at most "
+        "sampling.train_sequences=256"
+    ) in found
+
+
+def loss_at_start(run: Path, tau: str) -> float:
+    """Return the loss of the direct student on the first batch that a fine-tuning sees."""
+    samples = samples_of(run, "4-sample-teacher", f"s0-tau{tau}")
+    rows = seeding.permutation(0, "student/s0/small/order", 0, len(samples))[:32]
+    chosen = Samples(
+        ids=samples.ids[rows], length=samples.length[rows], log_prob_sum=samples.log_prob_sum[rows],
+        log_prob_tau_sum=samples.log_prob_tau_sum[rows], num_prompt=prompt_sizes(samples)[rows],
+    )  # fmt: skip
+    path = model_of(run, "3-train-on-truth", "student-s0-small-direct")
+    return float(-np.nanmean(oracle(AutoModelForCausalLM.from_pretrained(path), chosen)))
 
 
 BAD = {

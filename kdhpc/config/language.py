@@ -145,7 +145,7 @@ class LanguageConfig(RunConfig):
     prompts: str | None = None
     """Prompts that sequences start with instead of `prompt`, each equally often: a `.jsonl` file
     with `text`, or `messages` for the model's chat template, in each line; or `python-signatures`,
-    the first lines of functions of Python's standard library."""
+    the first lines of functions of Python's standard library, up to 40 characters."""
     held_out_prompts: Fraction = 0.2
     """Share of the prompts that only evaluation sets start with. If it is 0, training and
     evaluation sets have all of them."""

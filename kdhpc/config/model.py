@@ -144,6 +144,10 @@ class Model:
     """Architecture of a model with new weights."""
     training: Training | None = None
     """How the model is trained. A teacher with a `model` and without this is taken as it is."""
+    fine_tuning: Training | None = None
+    """How distilled students of this size are trained on D'_tau if they start from the weights of
+    the direct student, which has learnt D. None trains them as `training` says, from where the
+    direct student started too."""
     train_sequences: Count | None = None
     """Number of sequences that the model is trained on, the first ones of its data; all of
     `sampling.train_sequences` if not given."""
@@ -180,19 +184,38 @@ def model_problems(
         return
     if model.model is not None and training.compile:
         yield f"{key}.training.compile=true: expected false, because it starts from {key}.model"
-    yield from _schedule_problems(f"{key}.training", training)
-    yield from _layout_problems(f"{key}.training", training, device)
-    if num_sequences is None:
-        return
-    used, name = model.train_sequences or num_sequences, "sampling.train_sequences"
-    if used > num_sequences:
-        yield f"{key}.train_sequences={used}: expected at most {name}={num_sequences}"
-    if training.batch_sequences > used:
-        name = f"{key}.train_sequences" if model.train_sequences else name
-        yield (
-            f"{key}.training.batch_sequences={training.batch_sequences}: expected at most "
-            f"{name}={used}"
+    yield from _training_problems(f"{key}.training", training, model, device, num_sequences)
+    if (fine_tuning := model.fine_tuning) is not None:
+        if not key.startswith("students."):
+            yield f"{key}.fine_tuning: expected null; only distilled students are fine-tuned"
+        if fine_tuning.compile:
+            yield (
+                f"{key}.fine_tuning.compile=true: expected false, because it starts from the "
+                "direct student"
+            )
+        yield from _training_problems(
+            f"{key}.fine_tuning", fine_tuning, model, device, num_sequences
         )
+    if num_sequences is not None and (model.train_sequences or 0) > num_sequences:
+        yield (
+            f"{key}.train_sequences={model.train_sequences}: expected at most "
+            f"sampling.train_sequences={num_sequences}"
+        )
+
+
+def _training_problems(
+    key: str, training: Training, model: Model, device: Device, num_sequences: int | None
+) -> Iterator[str]:
+    """Yield what is wrong with one training of a model."""
+    yield from _schedule_problems(key, training)
+    yield from _layout_problems(key, training, device)
+    used, name = model.train_sequences or num_sequences, "sampling.train_sequences"
+    if num_sequences is None or used is None:
+        return
+    if model.train_sequences:
+        name = f"{key.rpartition('.')[0]}.train_sequences"
+    if training.batch_sequences > used:
+        yield (f"{key}.batch_sequences={training.batch_sequences}: expected at most {name}={used}")
 
 
 def _shape_problems(key: str, shape: Shape) -> Iterator[str]:

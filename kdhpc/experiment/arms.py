@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kdhpc.config.language import LanguageConfig
-from kdhpc.config.model import Model
+from kdhpc.config.model import Dtype, Model, Training
 from kdhpc.selection import Selection
 from kdhpc.types import Corruption
 
@@ -75,6 +75,23 @@ class Trainee:
         if self.kind == "teacher":
             return teacher_name(self.seed)
         return f"student-s{self.seed}-{self.size}-{self.arm}"
+
+    @property
+    def start(self) -> ArmName | None:
+        """The direct student whose weights it starts from, if it is fine-tuned."""
+        if self.selection is None or self.model.fine_tuning is None:
+            return None
+        return TRAIN_ON_TRUTH, replace(self, selection=None).name
+
+    @property
+    def training(self) -> Training | None:
+        """How it is trained; None if it is taken as it is."""
+        return self.model.fine_tuning if self.start else self.model.training
+
+    @property
+    def sampled_dtype(self) -> Dtype:
+        """Dtype in which it is stored and sampled."""
+        return self.training.dtype if self.training else self.model.dtype
 
     @property
     def stage(self) -> str:
@@ -151,7 +168,7 @@ def sample_sets(config: LanguageConfig) -> Iterator[SampleSet]:
                     arm=at_temperature(trainee.name, temperature),
                     stream=at_temperature(model, temperature) + "/eval",
                     model=(trainee.stage, trainee.name),
-                    dtype=trainee.model.sampled_dtype,
+                    dtype=trainee.sampled_dtype,
                     selection=Selection(tau=temperature),
                     evaluation=True,
                 )

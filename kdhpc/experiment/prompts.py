@@ -262,9 +262,12 @@ def _python_signatures() -> list[str]:
     from kdhpc.storage.corpora import BUILT_IN as CORPORA
 
     sources = "\n".join(CORPORA["python-source"]())
-    return [f"{line}\n" for line in re.findall(r"^ *(def \w+\([^\n]*\):)$", sources, re.MULTILINE)]
+    lines = re.findall(r"^ *(def \w+\([^\n]*\):)$", sources, re.MULTILINE)
+    return [f"{line}\n" for line in lines if len(line) < LONGEST]
 
 
+LONGEST = 40
+"""Number of characters of the longest built-in prompt."""
 BUILT_IN = {"python-signatures": _python_signatures}
-"""Prompts that every installation has: the first lines of the functions in the modules of Python's
-standard library that are single files, such as `def read(self, size=-1):` and a line break."""
+"""Prompts that every installation has: the short ones among the first lines of functions in the
+modules of Python's standard library that are single files, such as `def read(self, size=-1):`."""

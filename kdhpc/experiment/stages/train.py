@@ -21,6 +21,8 @@ from kdhpc.plan.shards import Arm, Plan, Shard, fields_of
 from kdhpc.plan.stages import Stage
 from kdhpc.storage.work import Work, Written
 
+START = "start"
+"""Role of the direct student from whose weights a fine-tuning starts."""
 WRITES = "Hugging Face checkpoint folders (safetensors, tokenizer)"
 
 
@@ -31,7 +33,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
     for trainee in arms.trainees(config):
         if trainee.stage != stage:
             continue
-        training = trainee.model.training
+        training = trainee.training
         if training is None:
             shards.append(_taken(trainee, truth))
             continue
@@ -45,6 +47,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
             sequences // training.batch_sequences
         )
         validation = before.arm(*arms.TRUTH_EVAL) if training.validate_every_steps else []
+        start = before.arm(*trainee.start) if trainee.start else []
         stream = f"{trainee.kind}/s{trainee.seed}/{trainee.size}"
         settings = TrainSettings.of(
             trainee.model,
@@ -55,11 +58,15 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
             begin=config.begin,
             eos=config.eos,
         )
+        if start:
+            # The weights are those of an input, so that no architecture determines them here.
+            settings = dataclasses.replace(settings, shape=None, start="")
         arm = Arm(
             stage=stage,
             name=trainee.name,
             fields=settings.fields | {"train_sequences": sequences},
-            inputs={"data": data[0].arm.recipe, "tokenizer": truth.recipe},
+            inputs={"data": data[0].arm.recipe, "tokenizer": truth.recipe}
+            | ({START: start[0].recipe} if start else {}),
             nodes=training.nodes,
             ranks_per_node=training.ranks_per_node,
         )
@@ -67,7 +74,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
             Shard(
                 arm=arm,
                 name="00000",
-                reads=(truth.key, *(shard.key for shard in (*data, *validation))),
+                reads=(truth.key, *(shard.key for shard in (*data, *validation, *start))),
                 work=steps * training.batch_sequences * config.length / training.world_size,
                 num_bytes=4.0 * num_parameters(trainee.model.shape, num_ids(config.truth))
                 if trainee.model.shape
@@ -129,7 +136,7 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
 
     trainee = next(t for t in arms.trainees(work.config) if t.name == shard.arm.name)
     [truth] = work.plan.arm(*arms.TRUTH_MODEL)
-    training = trainee.model.training
+    training = trainee.training
     if training is None:
         return _take(shard, trainee.model, work.input(truth.key), work)
     join_ranks(training, work)
@@ -155,7 +162,7 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
 
     validation = corpus(*arms.TRUTH_EVAL) if training.validate_every_steps else None
     data = corpus(*trainee.data, fields["train_sequences"])
-    with _start(trainee, tokenizer_path) as start_path:
+    with _start(trainee, tokenizer_path, work) as start_path:
         return train_shard(
             shard,
             work,
@@ -168,9 +175,15 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
 
 
 @contextlib.contextmanager
-def _start(trainee: arms.Trainee, tokenizer_path: Path) -> Iterator[Path | None]:
+def _start(
+    trainee: arms.Trainee, tokenizer_path: Path, work: Work[LanguageConfig]
+) -> Iterator[Path | None]:
     """Provide a folder with the weights that a training starts from; None for new weights."""
     model = trainee.model
+    if trainee.start:
+        [direct] = work.plan.arm(*trainee.start)
+        yield work.input(direct.key)
+        return
     if model.model is None:
         yield None
         return
