@@ -26,6 +26,7 @@ from kdhpc.science.intervals import (
     ratio,
     through,
 )
+from kdhpc.science.pass_at_k import pass_at_k
 from kdhpc.storage.results import Results
 from kdhpc.storage.score_shards import Scores
 
@@ -207,6 +208,35 @@ class Study:
     def recall(self, student: Student, temperature: float = 1.0) -> Statistic:
         """Return E over truth's samples of log p''."""
         return self._mean_of(TRUTH, at_temperature(student.name, temperature))
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether it is known which sequences of all students have the right answer."""
+        return all(self.scores[pair].right is not None for pair in self._own_pairs)
+
+    @property
+    def _own_pairs(self) -> list[tuple[str, str]]:
+        return [(s.name, SELF) for s in self.students if (s.name, SELF) in self.scores]
+
+    @property
+    def answers_per_prompt(self) -> int:
+        """The smallest number of sequences of a prompt."""
+        rows = min(len(self.scores[pair].num_tokens) for pair in self._own_pairs)
+        return rows // max(1, self.num_prompts)
+
+    def pass_at(self, sampler: str, k: int) -> Statistic:
+        """Return the probability that one of k answers of a sampler is right, over prompts.
+
+        Raises:
+            ValueError: if it is not known which are right, or a prompt has fewer than k.
+        """
+        right = self.scores[sampler, SELF].right
+        if right is None:
+            raise ValueError(f"{sampler}: its prompts have no answers")
+        prompt = np.arange(len(right)) % self.num_prompts
+        drawn = np.bincount(prompt)
+        passed = pass_at_k(np.bincount(prompt, right).astype(np.int64), drawn, k)
+        return ratio(passed, rows=PROMPTS)
 
     def truth_log_prob(self) -> Statistic:
         """Return E over truth's samples of log p*: less its entropy."""

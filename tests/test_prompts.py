@@ -271,7 +271,8 @@ TEXTS = ["The", "An if statement", "See also", "A", "Note that the", "Its syntax
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prompts")
     file = folder / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    lines = [json.dumps({"text": text, "answer": "e"}) for text in TEXTS]
+    file.write_text("\n".join(lines))
     launch(
         "sweep", "tiny", "cluster=local", f"runs_dir={folder}", f"prompts={file}", "seeds=2",
         "held_out_prompts=0.4", "scoring.expected=true", "scoring.corruptions=[swap]",
@@ -336,6 +337,23 @@ def test_results_are_conditional_on_prompts(run: Path) -> None:
         assert ours == pytest.approx([mean.estimate, mean.low, mean.high], abs=1e-3)
 
 
+def test_right_answers_are_merged(run: Path) -> None:
+    """Of a model that hardly knows letters, one in a few hundred texts ends in a line of `e`."""
+    tokenizer = Tokenizer(model_of(run, "1-truth", "truth"))
+    results = read_results(run / "8-merge" / "results.h5")
+    for stage, arm, name in (
+        ("2-sample-truth", "eval", "truth"),
+        ("6-sample-students", "student-s1-small-tau0.6", "student-s1-small-tau0.6"),
+    ):
+        samples = samples_of(run, stage, arm)
+        rows = zip(samples.ids, prompt_sizes(samples), samples.length, strict=True)
+        texts = [tokenizer.decode(ids[first:stop]) for ids, first, stop in rows]
+        lines = [text.removesuffix("<|endoftext|>").strip().splitlines()[-1:] for text in texts]
+        right = results.scores[name, "self"].right
+        assert right is not None
+        assert right.tolist() == [int([line.strip() for line in last] == ["e"]) for last in lines]
+
+
 def test_prompts_are_not_learnt(run: Path) -> None:
     """The loss of a training, here on truth's evaluation set, is over drawn tokens alone."""
     folder = run / "3-train-on-truth" / "student-s0-small-direct" / "00000.checkpoints"
@@ -397,6 +415,7 @@ BAD = {
     "both": ('{"text": "x", "messages": []}\n', "line 1 has both of the two"),
     "empty text": ('{"text": "a"}\n{"text": ""}\n', "line 2: its text is empty"),
     "no role": ('{"messages": [{"content": "x"}]}\n', "line 1: its messages lack a role"),
+    "answer": ('{"text": "x", "answer": " 7"}\n', "line 1: its answer is ' 7'"),
     "no lines": ("\n\n", "has no lines"),
     "too long": (json.dumps({"text": "x" * 24}) + "\n", "has 24 tokens; expected fewer than"),
     "no template": (

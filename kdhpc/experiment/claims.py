@@ -13,12 +13,14 @@ A term is the change of a measure from the student `against` to the student `of`
 `direct`, by their tau, or by their truncation. `size` is a size of students or `teacher`; without
 it the claim is tested for each size. What `minus` says differently is subtracted, seed by seed.
 
-Measures, in nats per token:
+Measures, in nats per token unless they are probabilities:
 
     precision, recall, divergence  that of the student; divergence is KL(p''||p*)
     divergence-beyond-share  precision's part that is less divergence, less 0.2 of precision: below
                     0, more than 0.8 of a gain in precision is lower entropy (with `eos: mask`, and
                     less of the end tokens, which precision leaves out)
+    pass@1, pass@16 and the like  the probability that one of so many answers of the student is
+                    right, over prompts with answers
     control-recall  recall of the student `against` at the temperature at which it is as precise as
                     the student `of`, less the recall of that
     held-out-precision, held-out-recall  two predictions of the change of the students of `size`
@@ -28,6 +30,7 @@ Measures, in nats per token:
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -46,6 +49,8 @@ OF_TEACHERS = ("precision", "recall")
 MEASURES = (
     *OF_TEACHERS, "divergence", "divergence-beyond-share", "control-recall", *HELD_OUT,
 )  # fmt: skip
+PASS_AT = re.compile(r"pass@([1-9]\d*)")
+"""Measures of the right answers of students, by their number."""
 TESTS = ("greater", "less", "within")
 
 
@@ -187,8 +192,8 @@ def _problems(claim: Claim) -> Iterator[str]:
     if len({term.size is None for term in claim.terms}) > 1:
         yield "expected a size in all of its terms or in none"
     for term in claim.all_terms:
-        if term.measure not in MEASURES:
-            yield f"measure {term.measure}: expected one of {', '.join(MEASURES)}"
+        if term.measure not in MEASURES and not PASS_AT.fullmatch(term.measure):
+            yield f"measure {term.measure}: expected one of {', '.join(MEASURES)}, or pass@1"
         taus = all(label[:1].isdigit() for label in (term.of, term.against))
         if term.size == TEACHER and (term.measure not in OF_TEACHERS or not taus):
             yield f"{term}: of teachers, expected precision or recall at two taus"

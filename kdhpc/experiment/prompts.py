@@ -13,17 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from kdhpc import addition
 from kdhpc.config.language import LanguageConfig
 from kdhpc.errors import InputError
 from kdhpc.types import Json
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from kdhpc.models.tokenizer import Tokenizer
     from kdhpc.sampling.sampler import Prompt
+    from kdhpc.storage.token_shards import Samples
 
 Part = Literal["train", "eval"]
 Entry: TypeAlias = str
-"""A prompt as a line of its file has it, in canonical JSON: `text` or `messages` alone."""
+"""A prompt as a line of its file has it, in canonical JSON: `text` or `messages`, and `answer`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,7 @@ def read_prompts(source: str) -> list[Entry]:
         InputError: if a line is no prompt; the message names it.
     """
     if source in BUILT_IN:
-        entries = {_canonical({"text": text}) for text in BUILT_IN[source]()}
+        entries = {_canonical(content) for content in BUILT_IN[source]()}
     else:
         entries = {*_lines(source)}
     return sorted(entries, key=_digest)
@@ -122,9 +127,41 @@ def prompts_of(
     if prompts.fingerprint not in {"", fingerprint_of(entries)}:
         raise InputError(changed(source, prompts.fingerprint))
     return tuple(
-        Prompt(ids=tuple(_ids(entry, tokenizer, begin)), stream=_digest(entry)[:16])
+        Prompt(
+            ids=tuple(_ids(entry, tokenizer, begin)),
+            stream=_digest(entry)[:16],
+            answer=json.loads(entry).get("answer"),
+        )
         for entry in part_of(entries, prompts.part, prompts.held_out_share, seed)
     )
+
+
+def right_answers(
+    samples: "Samples", prompts: "Sequence[Prompt]", first_row: int, tokenizer: "Tokenizer"
+) -> "NDArray[np.uint8] | None":
+    """Return which sequences [N] have the right answer in their last line, as 0 and 1.
+
+    Args:
+        samples: N sequences of consecutive rows.
+        prompts: what they start with.
+        first_row: index of the first row.
+        tokenizer: the tokenizer of the model.
+
+    Returns:
+        None if not every prompt has an answer.
+    """
+    import numpy as np
+
+    if any(prompt.answer is None for prompt in prompts):
+        return None
+    right = np.zeros(len(samples), np.uint8)
+    ends = {tokenizer.eos, *tokenizer.other_ends}
+    for row, (ids, length) in enumerate(zip(samples.ids, samples.length, strict=True)):
+        prompt = prompts[(first_row + row) % len(prompts)]
+        drawn = [i for i in ids[len(prompt.ids) : length].tolist() if i not in ends]
+        lines = tokenizer.decode(drawn).strip().splitlines()
+        right[row] = bool(lines) and lines[-1].strip() == prompt.answer
+    return right
 
 
 def all_ids(
@@ -224,13 +261,15 @@ def _entry(line: bytes, name: str) -> Entry:
     if len(keys) != 1:
         raise InputError(f"{name} has {'both' if keys else 'neither'} of the two; {expected}")
     [key] = keys
-    value = content[key]
+    value, answer = content[key], content.get("answer")
+    if answer is not None and (not isinstance(answer, str) or answer != answer.strip()):
+        raise InputError(f"{name}: its answer is {answer!r}; expected text without space around it")
     if key == "text":
         if not isinstance(value, str) or not value:
             raise InputError(f"{name}: its text is empty or no text; {expected}")
     elif not _are_messages(value):
         raise InputError(f"{name}: its messages lack a role or a content; {expected}")
-    return _canonical({key: value})
+    return _canonical({key: value} | ({} if answer is None else {"answer": answer}))
 
 
 def _are_messages(value: Json) -> bool:
@@ -258,16 +297,17 @@ def _shown(entry: Entry) -> str:
     return entry if len(entry) <= 60 else f"{entry[:57]}..."
 
 
-def _python_signatures() -> list[str]:
+def _python_signatures() -> list[dict[str, str]]:
     from kdhpc.storage.corpora import BUILT_IN as CORPORA
 
     sources = "\n".join(CORPORA["python-source"]())
     lines = re.findall(r"^ *(def \w+\([^\n]*\):)$", sources, re.MULTILINE)
-    return [f"{line}\n" for line in lines if len(line) < LONGEST]
+    return [{"text": f"{line}\n"} for line in lines if len(line) < LONGEST]
 
 
 LONGEST = 40
-"""Number of characters of the longest built-in prompt."""
-BUILT_IN = {"python-signatures": _python_signatures}
+"""Number of characters of the longest signature."""
+BUILT_IN = {"python-signatures": _python_signatures, "addition": addition.prompts}
 """Prompts that every installation has: the short ones among the first lines of functions in the
-modules of Python's standard library that are single files, such as `def read(self, size=-1):`."""
+modules of Python's standard library that are single files, such as `def read(self, size=-1):`; and
+sums with their answers (kdhpc/addition.py)."""

@@ -38,6 +38,8 @@ class Prompt:
     """At least one id."""
     stream: str = ""
     """Name of its random stream inside that of the sample set; empty for the only prompt."""
+    answer: str | None = None
+    """The last line of a right sequence, if it is known."""
 
 
 class Sampler:

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+from kdhpc import addition
 from kdhpc.errors import InputError
 
 CORPUS_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -89,9 +90,11 @@ def _python_source() -> list[str]:
     return [path.read_text("utf-8", errors="replace") for path in paths]
 
 
-BUILT_IN = {"python-docs": _python_docs, "python-source": _python_source}
-"""Texts that every installation has: the topics of Python's documentation, and the modules of its
-standard library that are single files."""
+BUILT_IN = {
+    "python-docs": _python_docs, "python-source": _python_source, "addition": addition.texts,
+}  # fmt: skip
+"""Texts that every installation has: the topics of Python's documentation, the modules of its
+standard library that are single files, and sums (kdhpc/addition.py)."""
 
 
 def _kind_of(value: object) -> str:

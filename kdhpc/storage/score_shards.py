@@ -32,6 +32,9 @@ class Scores:
     divergence_sum: NDArray[np.float64] | None = None
     """[N] nats: KL divergence of the sampler from the scorer over all drawn tokens, each averaged
     over the vocabulary; only with `scoring.expected`, whose `log_prob_sum` is averaged too."""
+    right: NDArray[np.uint8] | None = None
+    """[N] 1 if the sequence's answer is right, else 0; only for prompts with answers, where the
+    scorer is `self`."""
     ids: NDArray[np.uint16] | NDArray[np.uint32] | None = None
     """[N, L] token ids of the sequences; only in archives that keep them (analysis/archive.py)."""
     length: NDArray[np.int32] | None = None

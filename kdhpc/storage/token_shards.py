@@ -23,6 +23,7 @@ OPTIONAL_COLUMNS = {
     "end_log_prob_tau": np.float64,
     "token_log_prob_tau": np.float32,
     "num_prompt": np.int32,
+    "right": np.uint8,
 }
 """Columns that older shards lack, and others in part."""
 
@@ -49,6 +50,8 @@ class Samples:
     count. Only in evaluation sets, with `scoring.per_token`."""
     num_prompt: NDArray[np.int32] | None = None
     """[N] number of tokens of each sequence's prompt; None if all have the same prompt."""
+    right: NDArray[np.uint8] | None = None
+    """[N] 1 if the answer is right, else 0; only for prompts with answers."""
 
     def __len__(self) -> int:
         return len(self.length)

@@ -1,0 +1,164 @@
+"""Right answers: sums, what counts as right, pass@k, and whether its curves cross."""
+
+import importlib
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import ROOT
+from numpy.typing import NDArray
+
+from kdhpc import addition
+from kdhpc.errors import InputError
+from kdhpc.experiment import prompts
+from kdhpc.experiment.claims import read_term
+from kdhpc.models.tokenizer import Tokenizer, write_byte_tokenizer
+from kdhpc.sampling.sampler import Prompt
+from kdhpc.science.pass_at_k import pass_at_k
+from kdhpc.storage.results import ScorePieces, read_results, write_results
+from kdhpc.storage.token_shards import Samples
+
+Run = Callable[[Path, list[str]], str]
+
+
+def test_sums_are_worked_out_digit_by_digit() -> None:
+    assert addition.text_of(47, 85) == "47+85=\n7+5=12\n4+8+1=13\n132"
+    for text in addition.texts():
+        problem, units, tens, answer = text.split("\n")
+        for line in (problem.rstrip("=") + f"={answer}", units, tens):
+            left, right = line.split("=")
+            assert sum(map(int, left.split("+"))) == int(right)
+    assert len(addition.texts()) == len({*addition.texts()}) == 8100
+    lines = addition.prompts()
+    assert len({line["text"] for line in lines}) == addition.NUM_PROMPTS
+    texts = {*addition.texts()}
+    assert all(any(t.startswith(p["text"]) and t.endswith(f"\n{p['answer']}") for t in texts)
+               for p in lines[:20])  # fmt: skip
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_pass_at_k_is_the_share_of_the_choices_with_a_right_answer(k: int) -> None:
+    for n in range(k, 8):
+        for c in range(n + 1):
+            answers = [True] * c + [False] * (n - c)
+            share = np.mean([any(some) for some in itertools.combinations(answers, k)])
+            [found] = pass_at_k(np.array([c]), np.array([n]), k)
+            assert found == pytest.approx(share, abs=1e-12)
+
+
+def test_pass_at_k_of_many_answers_is_exact() -> None:
+    [found] = pass_at_k(np.array([3]), np.array([2000]), 64)
+    exact = 1 - math.comb(1997, 64) / math.comb(2000, 64)
+    assert found == pytest.approx(exact, rel=1e-12)
+    with pytest.raises(ValueError, match="expected at least 5"):
+        pass_at_k(np.array([1, 0]), np.array([9, 4]), 5)
+
+
+def test_the_last_line_decides(tmp_path: Path) -> None:
+    write_byte_tokenizer(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    asked = [
+        Prompt(ids=tuple(tokenizer.prompt_ids(text)), stream=text, answer=answer)
+        for text, answer in (("1+1=", "2"), ("23+4=\n", "27"))
+    ]
+    drawn = [
+        ("3+4=7\n27", True, True), ("2", True, True), ("27\n7", True, False), ("12", True, False),
+        (" 27 ", False, True), ("1\n2\n", False, True), ("", True, False), ("2 2", True, False),
+    ]  # fmt: skip
+    ids = np.zeros((len(drawn), 24), np.uint16)
+    length = np.zeros(len(drawn), np.int32)
+    for row, (text, ended, _) in enumerate(drawn):
+        whole = [*asked[(3 + row) % 2].ids, *tokenizer.text_ids(text), *[tokenizer.eos] * ended]
+        ids[row, : len(whole)], length[row] = whole, len(whole)
+        ids[row, len(whole) :] = tokenizer.text_ids("9")[0]  # what is beyond the length is nothing
+    zeros = np.zeros(len(drawn))
+    samples = Samples(ids=ids, length=length, log_prob_sum=zeros, log_prob_tau_sum=zeros)
+    right = prompts.right_answers(samples, asked, 3, tokenizer)
+    assert right is not None
+    assert right.tolist() == [int(is_right) for _, _, is_right in drawn]
+    unknown = [*asked[:1], Prompt(ids=(1,), stream="?")]
+    assert prompts.right_answers(samples, unknown, 0, tokenizer) is None
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    monkeypatch.syspath_prepend(ROOT / "analysis")
+    script = importlib.import_module("pass_at_k")
+
+    def on(path: Path, words: list[str]) -> str:
+        assert script.main([str(path), *words]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    return on
+
+
+NUM_PROMPTS, ANSWERS = 60, 16
+
+
+def results_of(path: Path, shares: dict[str, tuple[float, float]]) -> Path:
+    """Write results in which a share of the prompts is solved, each with some probability."""
+    generator = np.random.default_rng(0)
+    parts, models = [], {}
+    rows = NUM_PROMPTS * ANSWERS
+    for seed, (label, (solved, chance)) in itertools.product(range(4), shares.items()):
+        arm = "direct" if label == "direct" else f"tau{label}"
+        name = f"student-s{seed}-small-{arm}"
+        models[name] = {
+            "kind": "student", "seed": seed, "size": "small", "arm": arm,
+            "tau": 1.0 if label == "direct" else float(label), "parameters": 1,
+        }  # fmt: skip
+        known = np.arange(rows) % NUM_PROMPTS < solved * NUM_PROMPTS
+        right = (known & (generator.random(rows) < chance)).astype(np.uint8)
+        numbers: dict[str, NDArray[Any]] = {
+            "log_prob_sum": -np.ones(rows),
+            "num_tokens": np.ones(rows, np.int32),
+        }
+        for sampler, scorer in ((name, "truth"), ("truth", name), (name, "self")):
+            arrays = numbers | ({"right": right} if scorer == "self" else {})
+            parts.append(
+                ScorePieces(sampler=sampler, scorer=scorer, num_rows=rows, pieces=[*arrays.items()])
+            )
+    config = f"prompts: addition\neval_prompts: {NUM_PROMPTS}\n"
+    write_results(path, recipe="r", provenance={"config": config}, scores=parts, models=models)
+    return path
+
+
+def test_curves_that_cross_are_told_from_those_that_do_not(tmp_path: Path, run: Run) -> None:
+    shares = {"direct": (0.9, 0.3), "1": (0.9, 0.3), "0.6": (0.5, 0.9)}
+    path = results_of(tmp_path / "results.h5", shares)
+    said = run(path, ["--k", "1", "16", "--out", str(tmp_path)])
+    assert "holds: the curves of tau 0.6 and of direct cross" in said
+    assert "undecided: the curves of tau 1 and of direct cross" in said
+    worse = results_of(tmp_path / "worse.h5", shares | {"0.6": (0.5, 0.2)})
+    said = run(worse, ["--out", str(tmp_path)])
+    assert "fails: the curves of tau 0.6 and of direct cross" in said
+    assert "pass@16" in said
+    assert "pass@32" not in said
+
+
+def test_more_answers_than_there_are_and_runs_without_any_are_refused(
+    tmp_path: Path, tiny_run: Path, run: Run
+) -> None:
+    path = results_of(tmp_path / "results.h5", {"direct": (0.5, 0.5)})
+    with pytest.raises(InputError, match="expected numbers from 1 to 16"):
+        run(path, ["--k", "32"])
+    with pytest.raises(InputError, match="its prompts have no answers"):
+        run(tiny_run, [])
+
+
+def test_claims_may_be_about_right_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "analysis")
+    terms, study = (importlib.import_module(name) for name in ("claim_terms", "study"))
+    path = results_of(tmp_path / "results.h5", {"direct": (0.9, 0.3), "0.6": (0.5, 0.9)})
+    of = study.Study(read_results(path))
+    for measure, sign in (("pass@1", 1), ("pass@16", -1)):
+        term = read_term({"measure": measure, "of": "0.6", "against": "direct"}, "test")
+        mean = terms.mean_of(of, term, "small")
+        assert sign * mean.estimate > 0.1
+        assert mean.num_rows == NUM_PROMPTS
+    too_many = read_term({"measure": "pass@64", "of": "0.6", "against": "direct"}, "test")
+    assert terms.mean_of(of, too_many, "small") is None
