@@ -359,8 +359,10 @@ class Study:
 
     @cached_property
     def _prefix_stop(self) -> int:
-        """Position after the longest prefix; the prompt has no log-probabilities."""
+        """Position after the longest prefix of every row; prompts have no log-probabilities."""
         tokens = self.scores[TRUTH, SELF].token_log_prob
+        if tokens is not None and self.num_prompts:
+            return int(tokens.shape[1])
         counted = ~np.isnan(tokens[:BLOCK_ROWS]).all(axis=0) if tokens is not None else [True]
         return int(np.argmax(counted)) + max(curves.PREFIXES)
 

@@ -1,6 +1,7 @@
 """Many prompts: rows of different prompts in one batch, and what is scored of them."""
 
 import csv
+import importlib
 import itertools
 import json
 import subprocess
@@ -275,7 +276,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file.write_text("\n".join(lines))
     launch(
         "sweep", "tiny", "cluster=local", f"runs_dir={folder}", f"prompts={file}", "seeds=2",
-        "held_out_prompts=0.4", "scoring.expected=true", "scoring.corruptions=[swap]",
+        "held_out_prompts=0.6", "scoring.expected=true", "scoring.corruptions=[swap]",
         "students.small.training.validate_every_steps=16",
     )  # fmt: skip
     assert status(folder / "tiny", code=0)["complete"]
@@ -328,6 +329,7 @@ def test_results_are_conditional_on_prompts(run: Path) -> None:
     with (run / "8-merge" / "precision_recall.csv").open() as file:
         rows = {(row["tau"], row["seed"]): row for row in csv.DictReader(file)}
     number = len({*prompts_used(run, "2-sample-truth", "eval")})
+    assert number > 1
     for pair, name in ((("truth", direct), "recall"), ((direct, "truth"), "precision")):
         of = results.scores[pair]
         plain = ratio(of.log_prob_sum, of.num_tokens, rows="any")
@@ -335,6 +337,27 @@ def test_results_are_conditional_on_prompts(run: Path) -> None:
         row = rows["direct", "0"]
         ours = [float(row[name]), float(row[f"{name}_low"]), float(row[f"{name}_high"])]
         assert ours == pytest.approx([mean.estimate, mean.low, mean.high], abs=1e-3)
+
+
+def test_curves_are_of_the_tokens_after_each_prompt(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "analysis")
+    results = read_results(run / "8-merge" / "results.h5")
+    study = importlib.import_module("study").Study(results)
+    [student] = [s for s in study.students if s.name == "student-s0-small-direct"]
+    samples = samples_of(run, "2-sample-truth", "eval")
+    log_p, log_q = (
+        results.scores["truth", scorer].arrays()["token_log_prob"]
+        for scorer in ("self", student.name)
+    )
+    terms = []
+    for row, first in enumerate(prompt_sizes(samples)):
+        drawn = slice(first, min(first + 16, samples.length[row]))
+        log_ratio = log_q[row, drawn].astype(float).sum() - log_p[row, drawn].astype(float).sum()
+        terms.append(min(1.0, np.exp(log_ratio)))
+    [coverage] = study.coverages(student, 16, np.zeros(1))
+    assert coverage.value == pytest.approx(np.mean(terms), abs=1e-6)
 
 
 def test_right_answers_are_merged(run: Path) -> None:
