@@ -373,6 +373,13 @@ def _one_line(error: Exception, key: str = "") -> str:
         message = "a list is given instead of keys, or the reverse; expected the form in configs/"
     elif "is not a TupleConfig" in message:
         message = "expected a list, such as [1.0,0.8]"
+    elif "is not a subclass of" in message:
+        typed, given = message.rpartition("value: ")[2], message.rpartition(" subclass of ")[2]
+        name = given.partition(".")[0]
+        message = (
+            f"{typed}: a text is given instead of keys; expected the keys of the class {name} in "
+            f"kdhpc/config, such as {name.lower()}.model={typed}"
+        )
     elif "type hint length" in message:
         message = f"expected {message.rpartition(' ')[2]} items"
     return f"{key}: {message}" if key else message

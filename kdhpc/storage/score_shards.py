@@ -32,6 +32,10 @@ class Scores:
     divergence_sum: NDArray[np.float64] | None = None
     """[N] nats: KL divergence of the sampler from the scorer over all drawn tokens, each averaged
     over the vocabulary; only with `scoring.expected`, whose `log_prob_sum` is averaged too."""
+    num_characters: NDArray[np.int32] | None = None
+    """[N] characters of the texts between prompt and end, where a judge with another tokenizer
+    scores them; 0 if a text is empty, or is left out because it cannot be decoded or is too
+    long."""
     ids: NDArray[np.uint16] | NDArray[np.uint32] | None = None
     """[N, L] token ids of the sequences; only in archives that keep them (analysis/archive.py)."""
     length: NDArray[np.int32] | None = None
