@@ -16,6 +16,7 @@ import sys
 from dataclasses import asdict, dataclass
 
 import files
+import judges
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
@@ -186,7 +187,7 @@ def main(arguments: list[str]) -> int:
     Console(width=None if sys.stdout.isatty() else 100).print(
         analysis.titled(table(study, all_rows))
     )
-    for note in study.notes:
+    for note in judges.notes(study):
         print(note)
     print(analysis.path)
     print(analysis.save_csv([asdict(row) for row in all_rows], "precision_recall"))

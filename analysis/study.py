@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 
 from kdhpc.config import presets
-from kdhpc.experiment.arms import at_temperature
+from kdhpc.experiment.arms import SECOND_JUDGE, at_temperature
 from kdhpc.science import curves
 from kdhpc.science.intervals import SeedMean, Statistic, over_seeds, ratio, through
 from kdhpc.storage.results import Results
 from kdhpc.storage.score_shards import Scores
 
-TRUTH, SELF = "truth", "self"
+TRUTH, SELF, SECOND = "truth", "self", SECOND_JUDGE
 NUM_GROUPS = 5
 """Number of equal groups that truth's samples are cut into, from the rarest."""
 TRAINING = ("training", "train_sequences")
@@ -97,9 +97,14 @@ class Study:
         )
 
     @property
-    def notes(self) -> list[str]:
-        """What has to be known to read the numbers, a line each."""
-        return [line for line in (self.judged_by, self.left_out) if line]
+    def second_judge(self) -> str:
+        """Who judges besides, in a few words; empty if there is no second judge."""
+        judge = self._config.get("truth", {}).get("second_judge") or {}
+        if not judge:
+            return ""
+        if judge.get("model") == "train":
+            return "another model, trained on documents of its own"
+        return str(judge.get("model"))
 
     @property
     def sizes(self) -> list[str]:

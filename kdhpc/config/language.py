@@ -36,7 +36,7 @@ class Judge:
     training: Training | None = None
     """Training settings, if it is trained; `truth.training` if not given."""
     dtype: Dtype = "float32"
-    """Dtype in which a finished model is stored."""
+    """Dtype in which a finished model is stored, and in which its body scores."""
     fingerprint: str = ""
     """Identity of the model or corpus, as `truth.fingerprint`."""
 

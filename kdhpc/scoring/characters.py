@@ -17,11 +17,13 @@ from kdhpc.models.loading import LanguageModel
 from kdhpc.models.tokenizer import Tokenizer
 from kdhpc.scoring.counting import Counting
 from kdhpc.scoring.scorer import score
-from kdhpc.storage.score_shards import Scores, join_scores
+from kdhpc.storage.score_shards import Scores
 from kdhpc.storage.token_shards import Samples, padded
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 """Character that decoders put in place of bytes that are no character."""
+PARTS = 8
+"""Parts of a batch, by number of tokens, that are scored one after the other."""
 
 
 def texts_of(samples: Samples, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> list[str | None]:
@@ -94,7 +96,7 @@ def score_texts(
         prompt: text that comes before each of them, and is not scored.
         num_positions: largest number of tokens of a row, prompt included; None for any. Longer
             texts are left out.
-        batch_rows: number of consecutive texts that are scored together.
+        batch_rows: number of consecutive texts whose parts of similar length are scored together.
         head_tokens: largest number of positions whose logits are in memory at once.
         head: function from hidden states [N, H] to float32 logits [N, V]; the model's own if None.
         on_batch: called after each batch with the number of texts scored so far.
@@ -120,27 +122,32 @@ def score_texts(
         ids if ids is not None and len(ids) <= (num_positions or len(ids)) else None
         for ids in encoded
     ]
-    parts: list[Scores] = []
+    log_prob_sum, num_tokens = np.zeros(len(texts)), np.zeros(len(texts), np.int32)
     for start in range(0, len(texts), batch_rows):
-        rows = [prompt_ids if ids is None else ids for ids in kept[start : start + batch_rows]]
-        parts += score(
-            model,
-            padded(rows, max(map(len, rows)), tokenizer.size),
-            counting=counting,
-            batch_rows=batch_rows,
-            head_tokens=head_tokens,
-            head=head,
-        ).values()
+        batch = [row for row in range(len(texts))[start : start + batch_rows] if kept[row]]
+        batch.sort(key=lambda row: len(kept[row] or ()))  # rows of a part are padded to its longest
+        for part in np.array_split(np.array(batch, int), PARTS):
+            rows = [kept[row] or [] for row in part]
+            if not rows:
+                continue
+            [scores] = score(
+                model,
+                padded(rows, max(2, *map(len, rows)), tokenizer.size),
+                counting=counting,
+                batch_rows=batch_rows,
+                head_tokens=head_tokens,
+                head=head,
+            ).values()
+            log_prob_sum[part], num_tokens[part] = scores.log_prob_sum, scores.num_tokens
         on_batch(min(start + batch_rows, len(texts)))
-    scores = join_scores(parts)
     num_characters = [
         0 if ids is None else len(text or "") for ids, text in zip(kept, texts, strict=True)
     ]
     left_out = sum(ids is None for ids in kept)
     return (
         Scores(
-            log_prob_sum=scores.log_prob_sum,
-            num_tokens=scores.num_tokens,
+            log_prob_sum=log_prob_sum,
+            num_tokens=num_tokens,
             num_characters=np.array(num_characters, np.int32),
         ),
         left_out,

@@ -86,6 +86,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
             fields=fields_of(
                 dataclasses.replace(
                     settings,
+                    dtype=_dtype(config, pair),
                     temperatures=pair.temperatures,
                     corruption=pair.corruption,
                     seed=config.seed if pair.corruption else None,
@@ -113,6 +114,14 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
                 )
             )
     return shards
+
+
+def _dtype(config: LanguageConfig, pair: arms.Pair) -> str:
+    """Return the dtype of the scorer's body: a second judge that is given has its own."""
+    judge = config.truth.second_judge
+    if judge is None or judge.model == "train" or pair.scorer != arms.SECOND_JUDGE:
+        return config.scoring.dtype
+    return judge.dtype
 
 
 def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
