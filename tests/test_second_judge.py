@@ -296,6 +296,15 @@ def test_a_judge_that_cannot_judge_is_refused(
     assert "\n" not in str(refused.value)
 
 
+CLAIMS = """
+claims:
+- name: a teacher costs precision
+  says: precision is lower at tau 1 than direct
+  test: less
+  terms: [{measure: precision, of: 1, against: direct}]
+"""
+
+
 @pytest.fixture(scope="module")
 def gained(judge: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
     """Return a finished run that has gained a judge with other tokens, and its new arms."""
@@ -307,7 +316,8 @@ def gained(judge: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     launch("sweep", *words, "truth.second_judge=null")
     run = folder / "tiny-real-data"
     before = {path: path.read_bytes() for path in run.glob("[1-7]-*/*/*.json")}
-    launch("sweep", *words, f"truth.second_judge.model={judge}")
+    (folder / "claims.yaml").write_text(CLAIMS)
+    launch("sweep", *words, f"truth.second_judge.model={judge}", f"claims={folder}/claims.yaml")
     assert status(run, code=0)["complete"]
     assert {path: path.read_bytes() for path in before} == before
     return run, {path.parent.name for path in run.glob("[1-7]-*/*/*.json") if path not in before}
@@ -345,21 +355,28 @@ def test_pages_say_how_two_judges_agree(gained: tuple[Path, set[str]], judge: Pa
     assert "Verdicts that depend on the judge" in part.body
 
 
-def test_an_archive_of_two_judges_says_the_same(
-    gained: tuple[Path, set[str]], tmp_path: Path
+def test_a_page_is_made_from_an_archive_of_two_judges(
+    gained: tuple[Path, set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    archive, judges, study, files = (
-        importlib.import_module(name) for name in ("archive", "judges", "study", "files")
+    archive, judges, study, files, experiment = (
+        importlib.import_module(n) for n in ("archive", "judges", "study", "files", "experiment")
     )
-    path = tmp_path / "scores-0.h5.xz"
-    archive.main([str(gained[0]), str(path)])
-    results = [files.read_file(p) for p in (gained[0] / "8-merge" / "results.h5", path)]
-    both = [judges.judged(study.Study(r)) for r in results]
-    tables = [judges.tables(each) for each in both]
-    assert [row["first judge"][:5] for row in tables[0][0]] == [
-        row["first judge"][:5] for row in tables[1][0]
-    ]
-    assert both[0].num_left_out == both[1].num_left_out
+    folder = tmp_path / experiment.PAGES["real_data"].folder
+    folder.mkdir(parents=True)
+    path = folder / "scores-0.h5.xz"
+    assert archive.main([str(gained[0]), str(path), "--samples"]) == 0
+    first_of = []
+    for results in (files.read_file(p) for p in (gained[0] / "8-merge" / "results.h5", path)):
+        both = judges.judged(study.Study(results))
+        first_of.append(both.first.score("truth", "self").value)
+        assert both.num_left_out < both.num_texts / 2
+    assert first_of[0] == pytest.approx(first_of[1], abs=0.01)  # with the ends taken away
+    (folder / "claims.yaml").write_text(CLAIMS)
+    monkeypatch.setattr(experiment, "DOCS_DIR", tmp_path)
+    _, text = experiment.found("real_data")
+    assert "Second judge, per character: " in text
+    assert "| student | first judge | second judge |" in text
+    assert text.count("| precision is lower at tau 1 than direct | undecided |") == 2
 
 
 def results_of_judges(path: Path, change: dict[str, float], noise: float, seeds: int = 4) -> Any:
