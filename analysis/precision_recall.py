@@ -9,7 +9,8 @@ Writes precision_recall.csv, .png and .pdf next to the results, or to FOLDER; th
 partial results begin with partial-. The table has a row for each student and seed, then the mean of
 each over seeds. Intervals are 95 %: of a mean over seeds and sequences, given p* and D; of a single
 student for sampling error only (docs/statistics.md). Students that lack a score, as in a partial
-merge, are left out and counted.
+merge, are left out and counted. Where the truth is a corpus, sentences below the table say who
+judges precision, and how a second judge agrees.
 """
 
 import sys
