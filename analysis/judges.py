@@ -35,7 +35,11 @@ class Judged:
     num_texts: int
     """Number of texts that the first judge has scored."""
     num_left_out: int
-    """Number of those that the second one cannot score: not to be decoded, or too long for it."""
+    """Number of those that the second one cannot score: not to be written in its tokens after the
+    prompt, or too long for it."""
+    num_replaced: int
+    """Number of those in which the second one sees replacement characters: for bytes that are no
+    character, and for characters that it has no token for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +82,10 @@ def judged(study: Study) -> Judged | None:
     }
     results = [_under(study, judge, counts) for judge in (TRUTH, SECOND)]
     first, second = (Study(replace(study.results, scores=scores)) for scores in results)
-    num_texts = left_out = 0
+    num_texts = left_out = replaced = 0
     for sampler, num_characters in counts.items():
+        replacements = study.scores[sampler, SECOND].num_replaced
+        replaced += 0 if replacements is None else int(np.count_nonzero(replacements))
         own = study.scores[sampler, TRUTH if sampler != TRUTH else SELF]
         num_tokens = own.num_tokens - (_ends(own) != 0.0 if study.eos_counts else 0)
         num_texts += len(num_tokens)
@@ -90,6 +96,7 @@ def judged(study: Study) -> Judged | None:
         second=second,
         num_texts=num_texts,
         num_left_out=left_out,
+        num_replaced=replaced,
     )
 
 
@@ -264,6 +271,8 @@ def said(study: Study) -> str:
         same = num - len(found.other_decisions)
         alike += f" and {same} with the same decision{_differing(found)}"
     parts.append(alike)
+    if both.num_replaced:
+        parts.append(f"{both.num_replaced} of {both.num_texts} texts with replacement characters")
     if both.num_left_out:
         parts.append(f"{both.num_left_out} of {both.num_texts} texts left out")
     return f"second judge, per {both.unit}: {study.second_judge}: {'; '.join(parts)}"

@@ -26,7 +26,7 @@ from kdhpc.models.loading import load_model
 from kdhpc.models.tokenizer import Tokenizer, write_byte_tokenizer
 from kdhpc.pipeline import LANGUAGE
 from kdhpc.plan.shards import digest
-from kdhpc.scoring.characters import encode, score_texts, texts_of
+from kdhpc.scoring.characters import encode, score_texts, texts_of, unwritable
 from kdhpc.storage.corpora import read_documents
 from kdhpc.storage.results import ScorePieces, read_results, write_results
 from kdhpc.storage.token_shards import padded, read_samples
@@ -35,6 +35,7 @@ PROMPT, END = "\n", "<end>"
 TEXTS = [
     "def f(x):\n    return x", "", " a leading space", "\n\nnew lines at the border",
     "na\N{LATIN SMALL LETTER I WITH DIAERESIS}ve \N{SNOWMAN}", "x" * 40, "the end",
+    "cut \N{REPLACEMENT CHARACTER}",
 ]  # fmt: skip
 
 
@@ -85,7 +86,9 @@ def test_texts_are_scored_as_a_plain_loop_of_transformers_scores_them(judge: Pat
     )  # fmt: skip
     assert left_out == 2
     assert scores.num_characters is not None
+    assert scores.num_replaced is not None
     assert scores.num_characters.tolist() == [*map(len, TEXTS), 0, 0]
+    assert scores.num_replaced.tolist() == [*(text.count("\ufffd") for text in TEXTS), 0, 0]
     plain = AutoTokenizer.from_pretrained(judge)
     [prompt_id] = plain(PROMPT)["input_ids"]
     spans = 0
@@ -148,15 +151,29 @@ def test_a_tokenizer_that_adds_a_space_leaves_out_what_it_cannot_write(tmp_path:
     assert encode("ab", tokenizer, "\n") is None  # alone it would be " ab"
 
 
+def test_characters_without_a_token_are_replaced_not_passed_over(tmp_path: Path) -> None:
+    """As SmolLM2's, the tokenizer has no token for some control characters."""
+    alphabet = [s for s in tk.pre_tokenizers.ByteLevel.alphabet() if s != "\u0113"]  # byte 0x13
+    whole = word_tokenizer().backend_tokenizer
+    whole.model = tk.models.BPE(vocab={s: i for i, s in enumerate(alphabet)}, merges=[])
+    whole.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "a"}')
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.text_ids("x\x13") == tokenizer.text_ids("x")
+    replaced = unwritable(["x\x13", None, " y\n\u00ef"], tokenizer)
+    assert "x\x13 y\n\u00ef".translate(replaced) == "x\ufffd y\n\u00ef"
+
+
 def test_texts_are_those_between_prompt_and_end(byte_tokenizer: Tokenizer) -> None:
     prompt, end = byte_tokenizer.text_ids("The"), byte_tokenizer.eos
     snow = byte_tokenizer.text_ids("\N{SNOWMAN}")
     rows = [
         [*prompt, *byte_tokenizer.text_ids(" cat"), end], [*prompt, *snow], [*prompt, *snow[:2]],
-        [*prompt, *snow[1:], end], [*prompt, end], prompt,
+        [*prompt, *snow[1:], end], [*prompt, end], prompt, [*prompt[1:], *prompt],
     ]  # fmt: skip
     texts = texts_of(padded(rows, 12, 257), byte_tokenizer, prompt)
-    assert texts == [" cat", "\N{SNOWMAN}", None, None, "", ""]
+    replaced = "\N{REPLACEMENT CHARACTER}"
+    assert texts == [" cat", "\N{SNOWMAN}", replaced, 2 * replaced, "", "", None]
 
 
 def test_ids_are_the_same_if_tokens_and_ends_are(judge: Path, byte_tokenizer: Tokenizer) -> None:
@@ -333,7 +350,9 @@ def test_a_finished_run_gains_a_judge_with_other_tokens(
     assert results.models["second-judge"]["kind"] == "second-judge"
     samples = read_samples(sorted((run / "2-sample-truth" / "eval").glob("*.arrow")))
     scores = results.scores["truth", "second-judge"]
-    assert scores.arrays().keys() == {"log_prob_sum", "num_tokens", "num_characters"}
+    assert scores.arrays().keys() == {
+        "log_prob_sum", "num_tokens", "num_characters", "num_replaced",
+    }  # fmt: skip
     assert scores.num_characters is not None
     texts = texts_of(samples, byte_tokenizer, byte_tokenizer.prompt_ids(PROMPT))
     for row in (0, 7, 55):
@@ -369,7 +388,8 @@ def test_a_page_is_made_from_an_archive_of_two_judges(
     for results in (files.read_file(p) for p in (gained[0] / "8-merge" / "results.h5", path)):
         both = judges.judged(study.Study(results))
         first_of.append(both.first.score("truth", "self").value)
-        assert both.num_left_out < both.num_texts / 2
+        assert both.num_left_out == 0
+        assert 0 < both.num_replaced < both.num_texts
     assert first_of[0] == pytest.approx(first_of[1], abs=0.01)  # with the ends taken away
     (folder / "claims.yaml").write_text(CLAIMS)
     monkeypatch.setattr(experiment, "DOCS_DIR", tmp_path)

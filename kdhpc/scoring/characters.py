@@ -5,6 +5,10 @@ the text between prompt and end: the sum over its tokens of their log-probabilit
 prompt. It is the probability of one way to write the text in tokens, the tokenizer's own. An end
 token is not scored, because those of two models need not mean the same. Divided by the number of
 characters, Unicode code points, it compares models with different tokens.
+
+Bytes that are no character are scored as the replacement character that a reader sees, and so are
+characters that the tokenizer has no token for. To leave out texts that have any would choose the
+better ones: small models of bytes write some in 40 % of texts of 63 bytes.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +24,7 @@ from kdhpc.scoring.scorer import score
 from kdhpc.storage.score_shards import Scores
 from kdhpc.storage.token_shards import Samples, padded
 
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """Character that decoders put in place of bytes that are no character."""
 PARTS = 8
 """Parts of a batch, by number of tokens, that are scored one after the other."""
@@ -35,8 +39,8 @@ def texts_of(samples: Samples, tokenizer: Tokenizer, prompt_ids: Sequence[int]) 
         prompt_ids: ids of the prompt that each of them starts with.
 
     Returns:
-        N texts; None if a text cannot be decoded: it has bytes that are no character, as where a
-        sequence begins or ends inside of one.
+        N texts, in which bytes that are no character are replaced, as where a sequence begins or
+        ends inside of one; None if the text of a sequence does not begin with that of the prompt.
     """
     ends = {tokenizer.eos, *tokenizer.other_ends}
     prompt, texts = tokenizer.decode(prompt_ids), []
@@ -45,9 +49,7 @@ def texts_of(samples: Samples, tokenizer: Tokenizer, prompt_ids: Sequence[int]) 
         if stop > len(prompt_ids) and int(ids[stop - 1]) in ends:
             stop -= 1
         whole = tokenizer.decode(ids[:stop].tolist())
-        text = whole.removeprefix(prompt)
-        known = whole.startswith(prompt) and UNKNOWN not in text
-        texts.append(text if known else None)
+        texts.append(whole.removeprefix(prompt) if whole.startswith(prompt) else None)
     return texts
 
 
@@ -73,6 +75,19 @@ def encode(text: str, tokenizer: Tokenizer, prompt: str) -> list[int] | None:
         return ids
     ids = [*prompt_ids, *tokenizer.text_ids(text)]
     return ids if tokenizer.decode(ids) == tokenizer.decode(prompt_ids) + text else None
+
+
+def unwritable(texts: Sequence[str | None], tokenizer: Tokenizer) -> dict[int, str]:
+    """Return the characters of texts that a tokenizer leaves out, for `str.translate`.
+
+    Some tokenizers of bytes lack those of control characters, which they pass over in silence.
+    """
+    characters = set().union(*(text for text in texts if text is not None))
+    return {
+        ord(character): REPLACEMENT
+        for character in characters
+        if character not in tokenizer.decode(tokenizer.text_ids(character))
+    }
 
 
 def score_texts(
@@ -102,14 +117,16 @@ def score_texts(
         on_batch: called after each batch with the number of texts scored so far.
 
     Returns:
-        Scores, with `num_tokens` in tokens of this model and `num_characters`; all are 0 for a text
-        that is empty or left out. Then the number of texts that are left out.
+        Scores, with `num_tokens` in tokens of this model, `num_characters` and `num_replaced`; all
+        are 0 for a text that is empty or left out. Then the number of texts that are left out.
 
     Raises:
         InputError: if all texts are longer than the model's positions.
     """
     prompt_ids = tokenizer.prompt_ids(prompt)
     counting = Counting(num_prompt=len(prompt_ids), eos=tokenizer.eos, count_eos=True)
+    replaced = unwritable(texts, tokenizer)
+    texts = [None if text is None else text.translate(replaced) for text in texts]
     encoded = [None if text is None else encode(text, tokenizer, prompt) for text in texts]
     lengths = [len(ids) for ids in encoded if ids is not None]
     if num_positions is not None and lengths and min(lengths) > num_positions:
@@ -140,15 +157,16 @@ def score_texts(
             ).values()
             log_prob_sum[part], num_tokens[part] = scores.log_prob_sum, scores.num_tokens
         on_batch(min(start + batch_rows, len(texts)))
-    num_characters = [
-        0 if ids is None else len(text or "") for ids, text in zip(kept, texts, strict=True)
+    scored = [
+        "" if text is None or ids is None else text for ids, text in zip(kept, texts, strict=True)
     ]
     left_out = sum(ids is None for ids in kept)
     return (
         Scores(
             log_prob_sum=log_prob_sum,
             num_tokens=num_tokens,
-            num_characters=np.array(num_characters, np.int32),
+            num_characters=np.array([len(text) for text in scored], np.int32),
+            num_replaced=np.array([text.count(REPLACEMENT) for text in scored], np.int32),
         ),
         left_out,
     )

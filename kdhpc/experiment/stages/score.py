@@ -4,7 +4,7 @@ reads   token shards and a model checkpoint
 writes  score shards: log_prob_sum [N] float64 in nats, num_tokens [N] int32, end_log_prob [N]
         float64 in nats, and with `scoring.per_token` also token_log_prob [N, L] float32; scores at
         temperatures other than 1 are in groups called T0.8. A second judge with another tokenizer
-        than the truth's writes log_prob_sum, num_tokens and num_characters [N] int32
+        than the truth's writes log_prob_sum, num_tokens, num_characters and num_replaced [N] int32
 """
 
 import dataclasses
