@@ -6,7 +6,8 @@
 RUN is a run's name or folder, or a file of results. FILE must not exist yet; it has all facts, sums
 and counts, and every analysis that needs no token reads it. Sums are rounded to 1/32 nat a
 sequence, which moves means over sequences by far less than their errors. End tokens are left out
-if they count, as their part of the sums is not needed then. A name without .xz is not compressed.
+if they count, as their part of the sums is not needed then, unless a second judge has other tokens
+than the students. A name without .xz is not compressed.
 
 --samples   keep the token ids of truth's evaluation set and of the students' at T = 1 too, from
             which analysis/diversity.py says what has collapsed
@@ -78,7 +79,10 @@ def write(path: Path, analysis: files.Analysis, samples: Mapping[str, Arrays]) -
         samples: arrays `ids` and `length` by the name of the sampler.
     """
     results = analysis.results
-    dropped = {"token_log_prob"} | ({"end_log_prob"} if Study(results).eos_counts else set())
+    # Judges with other tokens are compared on the texts alone, so the ends are subtracted.
+    by_character = any(scores.num_characters is not None for scores in results.scores.values())
+    no_ends = Study(results).eos_counts and not by_character
+    dropped = {"token_log_prob"} | ({"end_log_prob"} if no_ends else set())
     parts = [
         ScorePieces(
             sampler=sampler,

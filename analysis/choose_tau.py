@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import files
+import judges
 from prediction import PLAIN, factor
 from rich.console import Console
 from rich.table import Table
@@ -219,7 +220,7 @@ def main(arguments: list[str]) -> int:
         )
     if options.metric:
         _check_metric(study, study.students, options.metric)
-    for note in study.notes:
+    for note in judges.notes(study):
         print(note)
     for size in study.sizes:
         _print(study, size, options.metric)

@@ -25,11 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import files
+import judges
 import numpy as np
 from claim_terms import mean_of
 from rich.console import Console
 from rich.table import Table
-from study import SELF, TRUTH, Study
+from study import SECOND, SELF, TRUTH, Study
 from verdicts import Decision, detectable, text
 
 from kdhpc.cluster.display import WIDTH, command
@@ -79,7 +80,7 @@ def pool(parts: Sequence[Results]) -> Results:
             )
         if (field := _difference(first, part)) is not None:
             raise InputError(f"{field} differs between files; expected seeds of one experiment")
-        shared = {n for n in part.models if n in models} - {TRUTH}
+        shared = {n for n in part.models if n in models} - {TRUTH, SECOND}
         if shared:
             raise InputError(f"two files have {min(shared)}; expected each seed once")
         scores |= part.scores
@@ -239,7 +240,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("folder", type=Path, help="folder with claims.yaml and scores-*.h5.xz")
     claims, study = read(parser.parse_args(arguments).folder)
-    for note in study.notes:
+    for note in judges.notes(study):
         print(note)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for outcomes, num_seeds in families(study, claims):

@@ -71,6 +71,8 @@ def flops(study: Study) -> dict[str, float]:
         return forward_flops(model.shape, ids, length) if model.shape else 0.0
 
     passes = {arms.TRUTH: truth}
+    if (judge := study.results.models.get(arms.SECOND_JUDGE)) is not None:
+        passes[arms.SECOND_JUDGE] = 2.0 * float(str(judge["parameters"]))
     for trainee in arms.trainees(config):
         model = trainee.model
         passes[trainee.name] = forward(model)
@@ -85,7 +87,11 @@ def flops(study: Study) -> dict[str, float]:
         rows = sizes.eval_sequences if samples.evaluation else sizes.train_sequences
         total[samples.stage] += passes[samples.model[1]] * rows * length
     for pair in arms.pairs(config):
-        total[arms.SCORE] += passes[pair.model[1]] * config.sampling.eval_sequences * length
+        tokens = config.sampling.eval_sequences * length
+        scores = study.results.scores.get((pair.sampler, pair.scorer))
+        if scores is not None and scores.num_characters is not None:
+            tokens = int(scores.num_tokens.sum())  # those of a judge with a tokenizer of its own
+        total[arms.SCORE] += passes[pair.model[1]] * tokens
     return total
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Write what was found into the pages of the experiments in docs.
 
-    python analysis/experiment.py [temperature|capacity|convergence|smollm2 ...]
+    python analysis/experiment.py [temperature|capacity|convergence|real_data|smollm2 ...]
 
 Each page has what was predicted, written by hand before the run was scored. Between two marks in it
 this command writes tables, sentences and a figure, from the scores in the folder beside the page;
@@ -19,6 +19,7 @@ import choose_tau
 import claims
 import costs
 import diversity
+import judges
 import prediction
 import report_rows
 import report_sizes
@@ -28,7 +29,7 @@ from report_rows import Figure
 from report_run import RunFacts
 from size_verdicts import trainings
 from study import Study, at_equal_precision_smoothly
-from verdicts import Decision, Verdict, decide, gain_is_entropy, text
+from verdicts import Decision, Verdict, capitalised, decide, gain_is_entropy, text
 
 from kdhpc.cluster.display import command
 from kdhpc.errors import InputError
@@ -390,6 +391,24 @@ def replication(study: Study) -> Iterator[str]:
     yield costs.in_words(study)
 
 
+def real_data(study: Study) -> Iterator[str]:
+    """Yield how two judges agree, the same claims under the second one, then as `replication`."""
+    yield from (f"{capitalised(note)}." for note in judges.notes(study))
+    if (both := judges.judged(study)) is not None:
+        precisions, _ = judges.tables(both)
+        yield f"Precision under each judge, in nats per {both.unit}:\n\n" + table(
+            [*precisions[0]], [[*row.values()] for row in precisions]
+        )
+        yield (
+            "The same claims with the second judge in place of p\\*; nats of precision and of "
+            f"divergence are then per {both.unit}:"
+        )
+        all_claims, _ = claims.read(DOCS_DIR / PAGES["real_data"].folder)
+        for outcomes, num_seeds in claims.families(both.second, all_claims):
+            yield claim_table(outcomes, num_seeds, "real_data")
+    yield from replication(study)
+
+
 PAGES: Mapping[str, Page] = {
     "temperature": Page(
         path="experiments/temperature.md", folder="experiments/temperature", figure=_crossover,
@@ -402,6 +421,10 @@ PAGES: Mapping[str, Page] = {
     "convergence": Page(
         path="experiments/convergence.md", folder="experiments/capacity",
         figure=report_sizes.convergence, sections=convergence,
+    ),
+    "real_data": Page(
+        path="experiments/real_data.md", folder="experiments/real_data", figure=_crossover,
+        sections=real_data,
     ),
     "smollm2": Page(
         path="results/smollm2/README.md", folder="results/smollm2", figure=_crossover,

@@ -9,13 +9,15 @@ Writes precision_recall.csv, .png and .pdf next to the results, or to FOLDER; th
 partial results begin with partial-. The table has a row for each student and seed, then the mean of
 each over seeds. Intervals are 95 %: of a mean over seeds and sequences, given p* and D; of a single
 student for sampling error only (docs/statistics.md). Students that lack a score, as in a partial
-merge, are left out and counted.
+merge, are left out and counted. Where the truth is a corpus, sentences below the table say who
+judges precision, and how a second judge agrees.
 """
 
 import sys
 from dataclasses import asdict, dataclass
 
 import files
+import judges
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
@@ -186,7 +188,7 @@ def main(arguments: list[str]) -> int:
     Console(width=None if sys.stdout.isatty() else 100).print(
         analysis.titled(table(study, all_rows))
     )
-    for note in study.notes:
+    for note in judges.notes(study):
         print(note)
     print(analysis.path)
     print(analysis.save_csv([asdict(row) for row in all_rows], "precision_recall"))

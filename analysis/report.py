@@ -19,6 +19,7 @@ from pathlib import Path
 
 import diversity
 import files
+import judges
 import report_intro
 import report_page
 import report_rows
@@ -58,6 +59,8 @@ class Read:
     facts: RunFacts
     samples: Mapping[str, Mapping[str, Sequence[diversity.SampleSet]]]
     """Evaluation sets by size and by what students learnt from; empty if they are not there."""
+    notes: Sequence[str]
+    """What else has to be known to read the numbers."""
     across: Sequence[Verdict]
     """Verdicts that compare sizes of students; none if they were not trained to be compared."""
     verdicts: Sequence[Verdict]
@@ -66,7 +69,7 @@ class Read:
     @property
     def about(self) -> list[str]:
         """What the intervals cover, and which students are left out."""
-        return [self.given, *self.study.notes]
+        return [self.given, *self.notes]
 
     @property
     def given(self) -> str:
@@ -108,6 +111,7 @@ def read_all(options: argparse.Namespace) -> list[Read]:
                 study=study,
                 facts=facts,
                 samples=samples,
+                notes=judges.notes(study),
                 across=across_sizes(study),
                 verdicts=[
                     *verdicts(study),
@@ -142,6 +146,7 @@ def write_report(run: Read) -> Path:
         Part(heading="Verdicts", body=_verdict_part(run, run.verdicts)),
         Part(heading="Figures", body=_figure_part(run.analysis, figures)),
         Part(heading="Tables", body="\n".join(map(report_page.table, _tables(study)))),
+        *_judge_parts(study),
         *_text_parts(study, facts),
         Part(heading="The run", body=_run_part(study, facts)),
         Part(heading="What differs from the paper", body=_deviation_part(facts)),
@@ -241,6 +246,22 @@ def _tables(study: Study) -> list[PageTable]:
         )
         if rows
     ]
+
+
+def _judge_parts(study: Study) -> list[Part]:
+    """Return what two judges say of the same students, if there are two."""
+    both = judges.judged(study)
+    if both is None:
+        return []
+    titles = (
+        f"Precision under each judge, in nats per {both.unit}",
+        "Verdicts that depend on the judge",
+    )
+    made = zip(titles, judges.tables(both), strict=True)
+    tables = [report_run.table_of(title, rows) for title, rows in made if rows]
+    about = f"The first judge stands for p* on this page. The second is {study.second_judge}."
+    body = report_page.paragraphs([about]) + "\n".join(map(report_page.table, tables))
+    return [Part(heading="Two judges", body=body)]
 
 
 def _of_size(study: Study, size: str) -> str:

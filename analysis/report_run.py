@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from report_rows import student_name
-from study import Study
+from study import SECOND, Study
 
 from kdhpc.cluster.display import duration
 from kdhpc.config import presets
@@ -202,7 +202,7 @@ def parameters(results: Results) -> str:
         name = facts["kind"] if facts["kind"] != "student" else f"student {facts['size']}"
         if "parameters" in facts:
             sizes.setdefault(str(name), f"{name} {int(facts['parameters']):,}")
-    order = ("truth", "teacher", "student")
+    order = ("truth", SECOND, "teacher", "student")
     return ", ".join(sorted(sizes.values(), key=lambda text: order.index(text.split()[0])))
 
 

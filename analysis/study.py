@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 
 from kdhpc.config import presets
-from kdhpc.experiment.arms import at_temperature
+from kdhpc.experiment.arms import SECOND_JUDGE, at_temperature
 from kdhpc.science import curves
 from kdhpc.science.intervals import (
     SeedMean,
@@ -30,7 +30,7 @@ from kdhpc.science.pass_at_k import pass_at_k
 from kdhpc.storage.results import Results
 from kdhpc.storage.score_shards import Scores
 
-TRUTH, SELF = "truth", "self"
+TRUTH, SELF, SECOND = "truth", "self", SECOND_JUDGE
 PROMPTS = "prompts"
 """Name of the clusters of rows if there are several prompts; they are those of every sampler."""
 NUM_GROUPS = 5
@@ -109,15 +109,24 @@ class Study:
         )
 
     @property
-    def notes(self) -> list[str]:
-        """What has to be known to read the numbers, a line each."""
-        prompts = (
+    def given_prompts(self) -> str:
+        """What precision and recall are given, in one line, if there are several prompts."""
+        if not self.num_prompts:
+            return ""
+        return (
             f"sequences start with {self.num_prompts} prompts that are the same for every model: "
             "precision and recall are given the prompt, and intervals are over prompts and seeds"
-            if self.num_prompts
-            else ""
         )
-        return [line for line in (self.judged_by, prompts, self.left_out) if line]
+
+    @property
+    def second_judge(self) -> str:
+        """Who judges besides, in a few words; empty if there is no second judge."""
+        judge = self._config.get("truth", {}).get("second_judge") or {}
+        if not judge:
+            return ""
+        if judge.get("model") == "train":
+            return "another model, trained on documents of its own"
+        return str(judge.get("model"))
 
     @property
     def sizes(self) -> list[str]:

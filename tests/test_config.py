@@ -65,7 +65,10 @@ def valid(preset: str) -> RunConfig:
     words = [preset, "slurm.stages.merge.mem_gb=1.0", "slurm.srun=[-v]"]
     words += [f"{key}.gres=gpu" for key in ITEMS if key.endswith("sbatch")]
     words += ["slurm.gate.srun=[-v]", "slurm.stages.merge.srun=[-v]"]
-    words += ["throughput.score=9.0"] if preset == "tiny" else []
+    if preset == "tiny":
+        words[1:1] = ["real_data", "truth.second_judge.training={}"]
+        shape = "{layers: 1, hidden: 8, heads: 1, kv_heads: 1, ffn: 8}"
+        words += ["throughput.score=9.0", f"truth.second_judge.shape={shape}"]
     pipeline = PIPELINES[preset]
     config = pipeline.checked(presets.build(pipeline.config, presets.compose(words)))
     return cast(RunConfig, config)
@@ -156,6 +159,7 @@ def test_bounds_are_found_at_every_depth() -> None:
     assert keys >= {
         "threads", "slurm.mem_gb", "slurm.account", "slurm.gate.time_min",
         "slurm.stages.merge.partition", "taus", "throughput.score", "truth.shape.layers",
+        "truth.second_judge.training.epochs",
         "teacher.training.betas", "students.small.training.stop_after_epochs",
         "settings.paper.em_starts",
     }  # fmt: skip

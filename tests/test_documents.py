@@ -105,7 +105,20 @@ def test_analyses_say_who_judges(run: Path) -> None:
             [sys.executable, str(ROOT / "analysis" / f"{script}.py"), str(run)],
             check=True, capture_output=True, text=True,
         ).stdout  # fmt: skip
-        assert "judged by a model that was trained on its other documents" in " ".join(said.split())
+        said = " ".join(said.split())
+        assert "judged by a model that was trained on its other documents" in said
+        assert "second judge, per token: another model, trained on documents of its own" in said
+
+
+def test_a_second_judge_has_the_tokens_of_the_first_and_other_weights(run: Path) -> None:
+    scores = read_results(run / "8-merge" / "results.h5").scores
+    samplers = {sampler for sampler, scorer in scores if scorer == "truth"} | {"truth"}
+    for sampler in samplers:
+        one = scores[sampler, "truth" if sampler != "truth" else "self"]
+        two = scores[sampler, "second-judge"]
+        assert two.arrays().keys() == one.arrays().keys()
+        assert np.array_equal(one.num_tokens, two.num_tokens)
+        assert not np.isclose(one.log_prob_sum, two.log_prob_sum).all()
 
 
 @pytest.mark.parametrize(

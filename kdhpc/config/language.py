@@ -22,6 +22,26 @@ from kdhpc.types import Corruption
 
 
 @dataclass(frozen=True, kw_only=True)
+class Judge:
+    """A second judge of precision, where the truth is a corpus."""
+
+    model: str = "train"
+    """`train` (a model with the truth's tokenizer, trained in the run on documents that nothing
+    else sees), or a finished model in the form of `truth.model`. If its tokenizer is not the
+    truth's, it scores the texts by its own, and both judges are compared by character."""
+    revision: str = "main"
+    """Branch, tag or commit to fetch if `model` is a hub id."""
+    shape: Shape | None = None
+    """Architecture, if it is trained; `truth.shape` if not given and that is trained too."""
+    training: Training | None = None
+    """Training settings, if it is trained; `truth.training` if not given."""
+    dtype: Dtype = "float32"
+    """Dtype in which a finished model is stored, and in which its body scores."""
+    fingerprint: str = ""
+    """Identity of the model or corpus, as `truth.fingerprint`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Truth:
     """The ground-truth model p*."""
 
@@ -35,7 +55,8 @@ class Truth:
     them from documents of `corpus`; `model` is then a judge, which stands for p* where precision
     is scored, and learns from other documents if it is trained in the run."""
     judge_share: Fraction = 0.4
-    """Share of the documents that a judge is trained on; only with `source: corpus`."""
+    """Share of the documents that a judge is trained on, half of it for each if both judges are
+    trained; only with `source: corpus`."""
     held_out_share: Fraction = 0.2
     """Share of the documents of truth's evaluation set; only with `source: corpus`."""
     corpus: str = "python-docs"
@@ -70,6 +91,20 @@ class Truth:
     if it is given, a model or corpus with another identity is refused."""
     corpus_fingerprint: str = ""
     """Identity of the corpus beside a given judge, as `fingerprint`."""
+    second_judge: Judge | None = None
+    """Another judge, which scores all that the first one scores, to see whether what is concluded
+    depends on the judge; only with `source: corpus`. `truth.second_judge.model=train` adds one. A
+    finished run can gain a finished model; one that is trained takes documents of the first."""
+
+    @property
+    def trained_second_judge(self) -> "tuple[Shape | None, Training] | None":
+        """Architecture and training of a second judge that the run trains; None if it does not."""
+        judge = self.second_judge
+        if judge is None or judge.model != "train":
+            return None
+        own = self if self.model == "train" else judge
+        shape, training = judge.shape or own.shape, judge.training or own.training
+        return None if training is None else (shape, training)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +223,9 @@ class LanguageConfig(RunConfig):
     speeds replace it as soon as there are any."""
 
 
+SECOND_JUDGE_KEY = "truth.second_judge"
+
+
 def only_prompt(config: LanguageConfig) -> str:
     """Return the text that every sequence starts with; empty if there are several prompts."""
     return config.prompt if config.prompts is None else ""
@@ -213,6 +251,8 @@ def models(config: LanguageConfig) -> dict[str, Model]:
     trained = {"teacher": config.teacher}
     trained |= {f"students.{size}": model for size, model in config.students.items()}
     truth = config.truth
+    if judge := truth.trained_second_judge:
+        trained = {SECOND_JUDGE_KEY: Model(shape=judge[0], training=judge[1])} | trained
     if truth.model == "train" and truth.shape is not None and truth.training is not None:
         trained = {"truth": Model(shape=truth.shape, training=truth.training)} | trained
     return trained
@@ -235,7 +275,8 @@ def language_problems(config: LanguageConfig) -> Iterator[str]:
         yield "students={}: expected at least one size"
     yield from name_problems("students", config.students)
     for key, model in models(config).items():
-        num_sequences = None if key == "truth" else config.sampling.train_sequences
+        on_documents = key in ("truth", SECOND_JUDGE_KEY)
+        num_sequences = None if on_documents else config.sampling.train_sequences
         yield from model_problems(key, model, device=config.device, num_sequences=num_sequences)
 
 
@@ -292,7 +333,13 @@ def _corruption_problems(scoring: Scoring) -> Iterator[str]:
 def _source_problems(config: LanguageConfig) -> Iterator[str]:
     truth = config.truth
     if truth.source == "model":
+        if truth.second_judge is not None:
+            yield (
+                "truth.second_judge: p* is a model, which needs no judge; expected truth.source="
+                "corpus, or null"
+            )
         return
+    yield from _judge_problems(truth)
     if truth.judge_share + truth.held_out_share >= 1.0:
         yield (
             f"truth.judge_share={truth.judge_share:g}, truth.held_out_share="
@@ -302,6 +349,23 @@ def _source_problems(config: LanguageConfig) -> Iterator[str]:
         yield (
             "scoring.expected=true: needs the next token of p*, which a corpus does not have; "
             "expected truth.source=model, or false"
+        )
+
+
+def _judge_problems(truth: Truth) -> Iterator[str]:
+    judge = truth.second_judge
+    if judge is None:
+        return
+    if judge.model == "train":
+        if truth.trained_second_judge is None:
+            yield (
+                f"{SECOND_JUDGE_KEY}.model=train: expected {SECOND_JUDGE_KEY}.shape and "
+                f"{SECOND_JUDGE_KEY}.training to be given too, as truth.model is not trained"
+            )
+    elif (judge.model, judge.revision) == (truth.model, truth.revision):
+        yield (
+            f"{SECOND_JUDGE_KEY}.model={judge.model}: is the first judge, truth.model; expected "
+            "another model"
         )
 
 

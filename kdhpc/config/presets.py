@@ -101,7 +101,7 @@ def build(config_class: type[T], values: dict[str, Json]) -> T:
         merged = OmegaConf.merge(OmegaConf.structured(config_class), _config(values))
         built = _revealed(OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or _list_that_does_not_fit(config_class, values)
+        key = getattr(error, "full_key", None) or _value_that_does_not_fit(config_class, values)
         raise InputError(_one_line(error, key)) from error
     return cast(T, built)
 
@@ -160,9 +160,9 @@ CLOCK = re.compile(r"((?P<hours>\d+):(?=\d+:))?(?P<minutes>\d+):(?P<s>[0-5]?\d)"
 SECONDS = {"days": 86400, "hours": 3600, "minutes": 60, "s": 1}
 
 
-def _list_that_does_not_fit(config_class: type, values: dict[str, Json]) -> str:
-    """Return the key of a list with an item of the wrong type, which omegaconf 2.4 omits."""
-    for key, part in _lists(values):
+def _value_that_does_not_fit(config_class: type, values: dict[str, Json]) -> str:
+    """Return the key of a value of the wrong type, which omegaconf 2.4 omits for some."""
+    for key, part in _leaves(values):
         try:
             OmegaConf.merge(OmegaConf.structured(config_class), _config(part))
         except OmegaConfBaseException:
@@ -170,13 +170,13 @@ def _list_that_does_not_fit(config_class: type, values: dict[str, Json]) -> str:
     return ""
 
 
-def _lists(values: dict[str, Json]) -> Iterator[tuple[str, dict[str, Json]]]:
-    """Yield every list, as the text `a.b=[...]` and as `values` reduced to that list."""
+def _leaves(values: dict[str, Json]) -> Iterator[tuple[str, dict[str, Json]]]:
+    """Yield every value, as the text `a.b=[...]` and as `values` reduced to that value."""
     for name, value in values.items():
         if isinstance(value, dict):
-            for key, part in _lists(value):
+            for key, part in _leaves(value):
                 yield f"{name}.{key}", {name: part}
-        elif isinstance(value, list):
+        else:
             yield f"{name}={value}", {name: value}
 
 
@@ -373,6 +373,9 @@ def _one_line(error: Exception, key: str = "") -> str:
         message = "a list is given instead of keys, or the reverse; expected the form in configs/"
     elif "is not a TupleConfig" in message:
         message = "expected a list, such as [1.0,0.8]"
+    elif "is not a subclass of" in message:
+        of, _, typed = message.rpartition(" subclass of ")[2].partition(". value: ")
+        message = f"{typed} is given; expected keys, those of {of} in kdhpc/config"
     elif "type hint length" in message:
         message = f"expected {message.rpartition(' ')[2]} items"
     return f"{key}: {message}" if key else message

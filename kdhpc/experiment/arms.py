@@ -1,6 +1,7 @@
 """The models and sample sets of the language experiment and their names, shared by all stages.
 
-A model is called `truth`, `teacher-s0`, `student-s0-small-direct` or `student-s0-small-tau0.8`. The
+A model is called `truth`, `teacher-s0`, `student-s0-small-direct` or `student-s0-small-tau0.8`; a
+second judge, which there may be where the truth is a corpus, is called `second-judge`. The
 evaluation set of a teacher at a temperature is called `teacher-s0-tau0.8`. A model at a temperature
 of evaluation other than 1 is called `student-s0-small-direct-T0.8`, as a sampler and as a scorer.
 """
@@ -29,6 +30,9 @@ STAGES = (
 ArmName = tuple[str, str]
 """Names of a stage and of one of its arms."""
 TRUTH_MODEL: ArmName = (TRUTH, "truth")
+SECOND_JUDGE = "second-judge"
+"""Name of the second judge, as a scorer and in the results."""
+SECOND_JUDGE_MODEL: ArmName = (TRUTH, SECOND_JUDGE)
 TRUTH_TRAIN: ArmName = (SAMPLE_TRUTH, "train")
 """The training set D."""
 TRUTH_EVAL: ArmName = (SAMPLE_TRUTH, "eval")
@@ -220,8 +224,12 @@ class Pair:
 
     @property
     def is_plain(self) -> bool:
-        """Whether samples are scored as they were drawn, at temperature 1, token by token."""
-        return self.temperatures == (1.0,) and not (self.corruption or self.own_model)
+        """Whether samples are scored as they were drawn, at temperature 1, token by token.
+
+        A second judge may have tokens of its own.
+        """
+        own_tokens = self.scorer == SECOND_JUDGE
+        return self.temperatures == (1.0,) and not (self.corruption or self.own_model or own_tokens)
 
     @property
     def scorer_name(self) -> str:
@@ -240,8 +248,8 @@ def pairs(config: LanguageConfig) -> Iterator[Pair]:
     """Yield all pairs: samples of models under truth (precision), then of truth under models.
 
     The latter give recall. Temperatures other than 1 are pairs of their own, so that a finished run
-    can be extended by them. So are scores averaged over the next token, and truth's samples that
-    are damaged before they are scored.
+    can be extended by them. So are scores averaged over the next token, truth's samples that are
+    damaged before they are scored, and all evaluation sets under a second judge.
     """
     for sample_set in sample_sets(config):
         if sample_set.evaluation and sample_set.stage == SAMPLE_STUDENTS:
@@ -263,6 +271,16 @@ def pairs(config: LanguageConfig) -> Iterator[Pair]:
                 sampler=f"truth-{kind}", samples=TRUTH_EVAL, scorer=scorer, model=model,
                 corruption=kind,
             )  # fmt: skip
+    if config.truth.second_judge is not None:
+        for sample_set in sample_sets(config):
+            if sample_set.evaluation:
+                is_truth = sample_set.stage == SAMPLE_TRUTH
+                yield Pair(
+                    sampler="truth" if is_truth else sample_set.arm,
+                    samples=(sample_set.stage, sample_set.arm),
+                    scorer=SECOND_JUDGE,
+                    model=SECOND_JUDGE_MODEL,
+                )
 
 
 def _expected_pairs(config: LanguageConfig) -> Iterator[Pair]:

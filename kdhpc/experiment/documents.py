@@ -1,6 +1,7 @@
 """A corpus in place of the truth: its documents, split once, and rows cut from them.
 
-A document belongs to one part for good: what a judge learns from, D, or truth's evaluation set.
+A document belongs to one part for good: what a judge learns from, D, or truth's evaluation set. If
+two judges are trained, each learns from half of the judges' part.
 Which one follows from a digest of its text and the run's seed, so the parts share no document, a
 document that occurs twice counts once, and more documents leave the others where they are.
 """
@@ -8,16 +9,16 @@ document that occurs twice counts once, and more documents leave the others wher
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from kdhpc.config.language import LanguageConfig, Truth
 from kdhpc.errors import InputError
 
 if TYPE_CHECKING:
     from kdhpc.models.tokenizer import Tokenizer
-    from kdhpc.storage.token_shards import Samples
 
-Part = Literal["judge", "train", "eval"]
+Part = Literal["judge", "second-judge", "train", "eval"]
+JUDGES: tuple[Part, ...] = ("judge", "second-judge")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +50,14 @@ class Documents:
 
 
 def judge_share(truth: Truth) -> float:
-    """Return the share of the documents that a judge learns from: none if it is a given model."""
-    return truth.judge_share if truth.model == "train" else 0.0
+    """Return the share of the documents that judges learn from: none if all are given models."""
+    is_trained = truth.model == "train" or truth.trained_second_judge is not None
+    return truth.judge_share if is_trained else 0.0
+
+
+def shared_by_judges(truth: Truth) -> bool:
+    """Return whether two judges learn from halves of the documents that are set apart for them."""
+    return truth.model == "train" and truth.trained_second_judge is not None
 
 
 def split(texts: Sequence[str], truth: Truth, seed: int) -> dict[Part, list[str]]:
@@ -62,12 +69,17 @@ def split(texts: Sequence[str], truth: Truth, seed: int) -> dict[Part, list[str]
         seed: seed of the run.
     """
     digests = {hashlib.sha256(f"{seed}\0{text}".encode()).digest(): text for text in texts}
-    parts: dict[Part, list[str]] = {"judge": [], "train": [], "eval": []}
+    parts: dict[Part, list[str]] = {part: [] for part in (*JUDGES, "train", "eval")}
     for_judge = judge_share(truth)
+    for_first = for_judge if truth.model == "train" else 0.0
+    if shared_by_judges(truth):
+        for_first /= 2.0
     for digest, text in sorted(digests.items()):
         place = int.from_bytes(hashlib.sha256(digest).digest()[:8], "big") / 2**64
-        if place < for_judge:
+        if place < for_first:
             parts["judge"].append(text)
+        elif place < for_judge:
+            parts["second-judge"].append(text)
         elif place < for_judge + truth.held_out_share:
             parts["eval"].append(text)
         else:
@@ -91,11 +103,20 @@ def pieces(
 def rows_of(part: Part, config: LanguageConfig, tokenizer: "Tokenizer") -> list[list[int]]:
     """Return all rows of a part of the corpus, in the order in which they are used.
 
-    Rows of one document stay together in the judge's part; in the others they are in an order that
+    Rows of one document stay together in the judges' parts; in the others they are in an order that
     their ids give, so that the first ones come from many documents.
 
     Raises:
         InputError: if the corpus is not the one that the run was submitted with.
+    """
+    return _rows(part, _parts(config)[part], config, tokenizer)
+
+
+def _parts(config: LanguageConfig) -> dict[Part, list[str]]:
+    """Read the corpus and split it.
+
+    Raises:
+        InputError: if it is not the one that the run was submitted with.
     """
     from kdhpc.storage.corpora import corpus_fingerprint, read_documents
 
@@ -106,10 +127,15 @@ def rows_of(part: Part, config: LanguageConfig, tokenizer: "Tokenizer") -> list[
             f"truth.corpus={truth.corpus}: has changed since the run was submitted; expected the "
             f"text with fingerprint {expected[:12]}"
         )
-    texts = split(read_documents(truth.corpus, truth.text_column), truth, config.seed)[part]
+    return split(read_documents(truth.corpus, truth.text_column), truth, config.seed)
+
+
+def _rows(
+    part: Part, texts: Sequence[str], config: LanguageConfig, tokenizer: "Tokenizer"
+) -> list[list[int]]:
     prompt = tokenizer.prompt_ids(config.prompt, config.begin)
     rows = list(pieces(texts, tokenizer, prompt, config.length))
-    if part == "judge":
+    if part in JUDGES:
         return rows
     return sorted(rows, key=lambda ids: hashlib.sha256(repr(ids).encode()).digest())
 
@@ -118,36 +144,24 @@ def check_sizes(config: LanguageConfig, tokenizer: "Tokenizer") -> None:
     """Check that the corpus has as many rows as a run asks for.
 
     Raises:
-        InputError: if D or the evaluation set would be too small.
+        InputError: if D, the evaluation set, or what a judge learns from would be too small.
     """
-    sizes = config.sampling
+    sizes, truth = config.sampling, config.truth
     wanted: dict[Part, tuple[str, int]] = {
         "train": ("sampling.train_sequences", sizes.train_sequences),
         "eval": ("sampling.eval_sequences", sizes.eval_sequences),
     }
+    if truth.model == "train" and truth.training:
+        wanted["judge"] = ("truth.training.batch_sequences", truth.training.batch_sequences)
+    if judge := truth.trained_second_judge:
+        name = "truth.second_judge.training.batch_sequences"
+        wanted["second-judge"] = (name, judge[1].batch_sequences)
+    parts = _parts(config)
     for part, (name, number) in wanted.items():
-        rows = rows_of(part, config, tokenizer)
+        rows = _rows(part, parts[part], config, tokenizer)
         if len(rows) < number:
             raise InputError(
                 f"{name}={number}: truth.corpus={config.truth.corpus} makes {len(rows)} rows of "
                 f"{config.length} tokens for it; expected at most that many, or other shares "
                 "(truth.judge_share, truth.held_out_share)"
             )
-
-
-def padded(rows: Sequence[Sequence[int]], length: int, num_ids: int) -> "Samples":
-    """Return rows as sequences without log-probabilities, which are 0."""
-    import numpy as np
-
-    from kdhpc.storage.token_shards import Samples, id_type
-
-    ids: Any = np.zeros((len(rows), length), id_type(num_ids))
-    for out, row in zip(ids, rows, strict=True):
-        out[: len(row)] = row
-    none = np.zeros(len(rows))
-    return Samples(
-        ids=ids,
-        length=np.array([len(row) for row in rows], np.int32),
-        log_prob_sum=none,
-        log_prob_tau_sum=none,
-    )

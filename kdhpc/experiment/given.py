@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdhpc.config.language import LanguageConfig, Truth
+from kdhpc.config.language import SECOND_JUDGE_KEY, LanguageConfig, Truth
 from kdhpc.errors import DamagedError, InputError, KdhpcError
 from kdhpc.experiment.prompts import all_ids
 from kdhpc.types import Json
@@ -53,6 +53,14 @@ def check_folder(path: Path, name: str, *, length: int, trained: bool = False) -
     problems += _training_problems(text_config, tensors) if trained else []
     if problems:
         raise InputError(f"{name}: {problems[0]}")
+
+
+def num_positions(path: Path) -> int | None:
+    """Return how many tokens a model's texts had at most, as its config.json says; None if not."""
+    config = json.loads((path / "config.json").read_bytes())
+    config = config.get("text_config", config)
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    return int(positions) if positions else None
 
 
 def _problems(config: Mapping[str, Json], tensors: set[str], length: int) -> Iterator[str]:
@@ -198,7 +206,8 @@ def identify(
             "tokenizer.json and *.safetensors, or a file that ends in .gguf"
         )
     elif not _is_hub_id(model):
-        otherwise = ", or truth.model=train" if key == "truth" else ""
+        can_be_trained = key in ("truth", SECOND_JUDGE_KEY)
+        otherwise = f", or {key}.model=train" if can_be_trained else ""
         raise InputError(
             f"{name}: no such file or folder, and not a hub id; expected one of these{otherwise}"
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdhpc.config.language import LanguageConfig, Truth, language_problems
+from kdhpc.config.language import SECOND_JUDGE_KEY, LanguageConfig, Truth, language_problems
 from kdhpc.config.model import Model
 from kdhpc.errors import InputError
 from kdhpc.experiment import arms, documents, given, prompts
@@ -68,13 +68,76 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
     }
     teacher = _identified("teacher", config.teacher, truth, config.length)
     if truth.source == "corpus":
+        truth = _with_second_judge(truth, config)
+        _check_judges(dataclasses.replace(config, truth=truth, teacher=teacher))
         _check_documents(dataclasses.replace(config, truth=truth))
     identified = _with_prompts(_with_claims(config))
     return dataclasses.replace(identified, truth=truth, teacher=teacher, students=students)
 
 
+def _with_second_judge(truth: Truth, config: LanguageConfig) -> Truth:
+    """Find the second judge, if there is one, and put its identity into the config.
+
+    Raises:
+        InputError: if it is missing, or cannot be used.
+    """
+    from kdhpc.models.tokenizer import read_vocabulary
+
+    judge = truth.second_judge
+    if judge is None:
+        return truth
+    place = given.whole_path(judge.model)
+    if place == "train":
+        fingerprint = truth.corpus_fingerprint or truth.fingerprint
+        given.compare(judge.fingerprint, fingerprint, SECOND_JUDGE_KEY)
+    else:
+        fingerprint = given.identify(
+            # Its tokens are its own, so their number in a row is not known.
+            SECOND_JUDGE_KEY, place, judge.revision, judge.fingerprint, length=1,
+        )  # fmt: skip
+        folder = given.files_of(SECOND_JUDGE_KEY, place, fingerprint)
+        if (folder / "tokenizer.json").is_file():
+            name = f"{SECOND_JUDGE_KEY}.model={judge.model}"
+            given.tokenizer_of(folder, name).prompt_ids(config.prompt)
+            if read_vocabulary(folder) is not None:
+                raise InputError(f"{name}: its vocabulary is cut; expected a model with all ids")
+    judge = dataclasses.replace(judge, model=place, fingerprint=fingerprint)
+    return dataclasses.replace(truth, second_judge=judge)
+
+
+def _check_judges(config: LanguageConfig) -> None:
+    """Refuse a judge that is the teacher, a model of this very run, or the other judge.
+
+    Raises:
+        InputError: for the first that is.
+    """
+    truth, second, teacher = config.truth, config.truth.second_judge, config.teacher
+    judges = {"truth": (truth.model, truth.fingerprint)}
+    if second is not None:
+        judges[SECOND_JUDGE_KEY] = (second.model, second.fingerprint)
+    given_ones = {key: judge for key, judge in judges.items() if judge[0] != "train"}
+    run = (Path(config.runs_dir).expanduser() / config.name).resolve()
+    for key, (model, fingerprint) in given_ones.items():
+        name = f"{key}.model={model}"
+        if Path(model).resolve().is_relative_to(run):
+            raise InputError(
+                f"{name}: is a model of this very run, which judges itself then; expected one that "
+                "has not learnt from D"
+            )
+        if teacher.training is None and fingerprint == teacher.fingerprint:
+            raise InputError(
+                f"{name}: is the teacher, teacher.model={teacher.model}, which judges its own "
+                "students then; expected another model"
+            )
+    if len(given_ones) == 2 and len({fingerprint for _, fingerprint in judges.values()}) == 1:
+        raise InputError(
+            f"{SECOND_JUDGE_KEY}.model={judges[SECOND_JUDGE_KEY][0]}: has the files of the first "
+            "judge, truth.model; expected another model"
+        )
+
+
 def _check_documents(config: LanguageConfig) -> None:
-    """Check that the corpus is as large as D and the evaluation set together.
+    """Check that the corpus is as large as D, the evaluation set and the judges' part together.
 
     Raises:
         InputError: if it is not.

@@ -240,6 +240,13 @@ class Tokenizer:
             )
         return [self._new_ids[whole] for whole in ids]
 
+    def has_ids_of(self, other: "Tokenizer") -> bool:
+        """Return whether each id means the same as in another tokenizer, and the same ids end."""
+        if self._tokenizer.get_vocab() != other._tokenizer.get_vocab():
+            return False
+        mine, theirs = ((t.eos, t.other_ends, t._whole_ids) for t in (self, other))
+        return mine == theirs
+
     def _begin_ids(self, prompt: str, begin: str) -> list[int]:
         """Return the id in tokenizer.json of the begin token if it comes first; else nothing."""
         whole = None if self.begin is None else self._whole(self.begin)

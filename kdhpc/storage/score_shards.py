@@ -35,6 +35,13 @@ class Scores:
     right: NDArray[np.uint8] | None = None
     """[N] 1 if the sequence's answer is right, else 0; only for prompts with answers, where the
     scorer is `self`."""
+    num_characters: NDArray[np.int32] | None = None
+    """[N] characters of the texts between prompt and end, where a judge with another tokenizer
+    scores them; 0 if a text is empty, or is left out because the judge cannot write it or it is too
+    long."""
+    num_replaced: NDArray[np.int32] | None = None
+    """[N] how many of them replace bytes that are no character, or characters that the judge cannot
+    write; beside `num_characters`."""
     ids: NDArray[np.uint16] | NDArray[np.uint32] | None = None
     """[N, L] token ids of the sequences; only in archives that keep them (analysis/archive.py)."""
     length: NDArray[np.int32] | None = None

@@ -78,6 +78,20 @@ def id_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
+def padded(rows: Sequence[Sequence[int]], length: int, num_ids: int) -> Samples:
+    """Return N rows of at most `length` ids as sequences without log-probabilities, which are 0."""
+    ids: Any = np.zeros((len(rows), length), id_type(num_ids))
+    for out, row in zip(ids, rows, strict=True):
+        out[: len(row)] = row
+    none = np.zeros(len(rows))
+    return Samples(
+        ids=ids,
+        length=np.array([len(row) for row in rows], np.int32),
+        log_prob_sum=none,
+        log_prob_tau_sum=none,
+    )
+
+
 def write_samples(path: Path, samples: Samples, metadata: Mapping[str, str]) -> None:
     """Write a token shard as one Arrow record batch and read it back.
 

@@ -179,6 +179,11 @@ def _models(work: Work[LanguageConfig], present: frozenset[str]) -> dict[str, di
     if truth.key in present:
         parameters = work.record(truth.key).stats["parameters"]
         models["truth"] = {"kind": "truth", "parameters": parameters}
+    if work.config.truth.second_judge is not None:
+        [judge] = work.plan.arm(*arms.SECOND_JUDGE_MODEL)
+        if judge.key in present:
+            parameters = work.record(judge.key).stats["parameters"]
+            models[arms.SECOND_JUDGE] = {"kind": arms.SECOND_JUDGE, "parameters": parameters}
     for trainee in arms.trainees(work.config):
         [shard] = work.plan.arm(trainee.stage, trainee.name)
         if shard.key in present:

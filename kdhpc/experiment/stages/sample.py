@@ -190,7 +190,7 @@ def _cut(shard: Shard, work: Work[LanguageConfig]) -> Written:
     from kdhpc.models import devices, loading
     from kdhpc.scoring import scorer
     from kdhpc.scoring.counting import Counting
-    from kdhpc.storage.token_shards import write_samples
+    from kdhpc.storage.token_shards import padded, write_samples
 
     settings = settings_of(shard.arm.fields, CorpusSettings)
     devices.set_threads(settings.threads)
@@ -200,7 +200,7 @@ def _cut(shard: Shard, work: Work[LanguageConfig]) -> Written:
     rows = documents.rows_of(settings.part, work.config, tokenizer)[start:stop]
     if len(rows) < stop - start:
         documents.check_sizes(work.config, tokenizer)
-    samples = documents.padded(rows, settings.length, tokenizer.size)
+    samples = padded(rows, settings.length, tokenizer.size)
     work.ready()
     scores = scorer.score(
         loaded.model,

@@ -3,7 +3,8 @@
 reads   token shards and a model checkpoint
 writes  score shards: log_prob_sum [N] float64 in nats, num_tokens [N] int32, end_log_prob [N]
         float64 in nats, and with `scoring.per_token` also token_log_prob [N, L] float32; scores at
-        temperatures other than 1 are in groups called T0.8
+        temperatures other than 1 are in groups called T0.8. A second judge with another tokenizer
+        than the truth's writes log_prob_sum, num_tokens, num_characters and num_replaced [N] int32
 """
 
 import dataclasses
@@ -11,8 +12,9 @@ import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kdhpc.config.language import LanguageConfig, only_prompt, tokens_per_s
+from kdhpc.config.language import SECOND_JUDGE_KEY, LanguageConfig, only_prompt, tokens_per_s
 from kdhpc.experiment import arms
+from kdhpc.experiment.given import num_positions
 from kdhpc.plan.shards import ADDED, Arm, Plan, Shard, cut, fields_of, settings_of
 from kdhpc.plan.stages import Stage
 from kdhpc.storage.work import Work, Written
@@ -20,12 +22,15 @@ from kdhpc.types import Corruption
 
 if TYPE_CHECKING:
     from kdhpc.models.loading import Loaded
+    from kdhpc.models.tokenizer import Tokenizer
     from kdhpc.scoring.counting import Counting
     from kdhpc.storage.score_shards import Scores
     from kdhpc.storage.token_shards import Samples
 
 OWN_MODEL = "own_model"
 """Role of the model that drew the samples, if scores are averaged over its next token."""
+TOKENIZER = "tokenizer"
+"""Role of the truth under a second judge, which may have another tokenizer than the samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +76,17 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
             [own_model] = before.arm(*pair.own_model)
             inputs[OWN_MODEL] = own_model.recipe
             model_keys.append(own_model.key)
+        if pair.model == arms.SECOND_JUDGE_MODEL:
+            [truth] = before.arm(*arms.TRUTH_MODEL)
+            inputs[TOKENIZER] = truth.recipe
+            model_keys.append(truth.key)
         arm = Arm(
             stage=arms.SCORE,
             name=pair.arm,
             fields=fields_of(
                 dataclasses.replace(
                     settings,
+                    dtype=_dtype(config, pair),
                     temperatures=pair.temperatures,
                     corruption=pair.corruption,
                     seed=config.seed if pair.corruption else None,
@@ -106,9 +116,18 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
     return shards
 
 
+def _dtype(config: LanguageConfig, pair: arms.Pair) -> str:
+    """Return the dtype of the scorer's body: a second judge that is given has its own."""
+    judge = config.truth.second_judge
+    if judge is None or judge.model == "train" or pair.scorer != arms.SECOND_JUDGE:
+        return config.scoring.dtype
+    return judge.dtype
+
+
 def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     """Score one shard."""
     from kdhpc.models import devices, loading
+    from kdhpc.models.tokenizer import Tokenizer
     from kdhpc.scoring.corruption import corrupt
     from kdhpc.scoring.counting import Counting
     from kdhpc.storage.score_shards import write_scores
@@ -117,12 +136,16 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     devices.set_threads(settings.threads)
     devices.set_allocator(keep_freed=True)
     loaded = loading.load(work.local_input(shard.reads[0]), settings.dtype, work.config.device)
+    samples, tokenizer = _samples(shard, work), loaded.tokenizer
+    if TOKENIZER in shard.arm.inputs:
+        tokenizer = Tokenizer(work.input(shard.reads[1]))
+        if not loaded.tokenizer.has_ids_of(tokenizer):
+            return _score_texts(shard, work, loaded, samples, tokenizer)
     counting = Counting.with_tokenizer(
-        loaded.tokenizer,
-        num_prompt=loaded.tokenizer.num_prompt(settings.prompt, settings.begin),
+        tokenizer,
+        num_prompt=tokenizer.num_prompt(settings.prompt, settings.begin),
         count_eos=settings.eos == "learn",
     )
-    samples = _samples(shard, work)
     if settings.corruption:
         rows = range(*(shard.row_range or (0, 0)))
         samples = corrupt(
@@ -139,6 +162,62 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
             "device": loaded.model.device.type,
             "engine": engine,
             "arrays": sorted(scores[settings.temperatures[0]].arrays()),
+        },
+    )
+
+
+def _score_texts(
+    shard: Shard,
+    work: Work[LanguageConfig],
+    loaded: "Loaded",
+    samples: "Samples",
+    tokenizer: "Tokenizer",
+) -> Written:
+    """Let a judge with a tokenizer of its own score the texts of sequences.
+
+    Args:
+        shard: the shard.
+        work: config, plan and paths.
+        loaded: the judge.
+        samples: the sequences.
+        tokenizer: tokenizer of the sequences.
+    """
+    from kdhpc.errors import InputError
+    from kdhpc.sampling import native
+    from kdhpc.scoring import characters
+    from kdhpc.storage.score_shards import write_scores
+
+    settings = settings_of(shard.arm.fields, ScoreSettings)
+    head = native.head_for(loaded.model, "scoring.engine") if settings.engine == "native" else None
+    prompt_ids = tokenizer.prompt_ids(settings.prompt, settings.begin)
+    texts = characters.texts_of(samples, tokenizer, prompt_ids)
+    work.ready()
+    try:
+        scores, left_out = characters.score_texts(
+            loaded.model,
+            loaded.tokenizer,
+            texts,
+            prompt=settings.prompt,
+            num_positions=num_positions(work.input(shard.reads[0])),
+            batch_rows=settings.batch_rows,
+            head_tokens=settings.head_tokens,
+            head=head,
+            on_batch=lambda done: work.progress(done / shard.num_rows),
+        )
+    except InputError as error:
+        judge = work.config.truth.second_judge
+        name = f"{SECOND_JUDGE_KEY}.model={judge.model if judge else None}"
+        raise InputError(f"{name}: {error}") from error
+    path = work.new_path(shard, ".h5")
+    write_scores(path, {1.0: scores})
+    return Written(
+        path=path,
+        num_rows=shard.num_rows,
+        stats={
+            "device": loaded.model.device.type,
+            "engine": "native" if head else "torch",
+            "arrays": sorted(scores.arrays()),
+            "texts_left_out": left_out,
         },
     )
 
@@ -213,7 +292,7 @@ def _samples(shard: Shard, work: Work[LanguageConfig]) -> "Samples":
 
 SCORE = Stage(
     name=arms.SCORE,
-    reads="evaluation sets; p*, teachers and students",
+    reads="evaluation sets; p* or judges, teachers and students",
     writes="score shards: log_prob_sum and end_log_prob [N] float64 in nats, num_tokens [N] int32",
     plan=plan,
     run=run,

@@ -1,5 +1,7 @@
 """Make the truth p*: train it on a corpus, or convert or copy a finished model.
 
+A second judge, where the truth is a corpus, is made in the same way.
+
 reads   a corpus or a finished model
 writes  a Hugging Face checkpoint folder: config.json, model.safetensors, tokenizer
 """
@@ -10,8 +12,15 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from kdhpc.config.language import LanguageConfig, Truth, tokens_per_s
-from kdhpc.config.model import Model, Training
+from kdhpc.config.language import (
+    SECOND_JUDGE_KEY,
+    Judge,
+    LanguageConfig,
+    Truth,
+    num_ids,
+    tokens_per_s,
+)
+from kdhpc.config.model import Model, Shape, Training
 from kdhpc.errors import InputError
 from kdhpc.experiment import arms, documents, given
 from kdhpc.experiment.documents import Documents
@@ -48,6 +57,8 @@ class TruthSettings:
     """How the vocabulary of a given model is cut; None if it is kept whole."""
     documents: Documents | None = dataclasses.field(default=None, metadata=ADDED)
     """How a judge's documents are set apart; None if the model is p*, or is not trained."""
+    half: Literal["first", "second"] | None = dataclasses.field(default=None, metadata=ADDED)
+    """The half of the judges' documents that it learns from; None for all of them."""
 
 
 def _training(config: LanguageConfig) -> Training | None:
@@ -56,54 +67,127 @@ def _training(config: LanguageConfig) -> Training | None:
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
-    """Plan one shard: p* as a checkpoint folder; the work of a training is a guess in tokens."""
+    """Plan one shard for p* and one for a second judge, each a checkpoint folder.
+
+    The work of a training is a guess in tokens.
+    """
     truth, training = config.truth, _training(config)
-    fields = fields_of(
-        TruthSettings(
-            kind="trained" if training else "given",
-            fingerprint=truth.fingerprint,
-            text_column=truth.text_column if training else None,
-            dtype=None if training else truth.dtype,
-            vocabulary=Cut.of(config),
-            documents=Documents.of(config) if training else None,
-        )
+    halved = documents.shared_by_judges(truth)
+    settings = TruthSettings(
+        kind="trained" if training else "given",
+        fingerprint=truth.fingerprint,
+        text_column=truth.text_column if training else None,
+        dtype=None if training else truth.dtype,
+        vocabulary=Cut.of(config),
+        documents=Documents.of(config) if training else None,
+        half="first" if training and halved else None,
     )
-    if training is None or truth.shape is None:
-        arm = Arm(stage=arms.TRUTH, name="truth", fields=fields, inputs={})
-        return [Shard(arm=arm, name="00000")]
+    shards = [_shard(config, settings, truth.shape, training, name=arms.TRUTH)]
+    if (judge := truth.second_judge) is not None:
+        shape, training = truth.trained_second_judge or (None, None)
+        settings = TruthSettings(
+            kind="trained" if training else "given",
+            fingerprint=judge.fingerprint,
+            text_column=truth.text_column if training else None,
+            dtype=None if training else judge.dtype,
+            documents=Documents.of(config) if training else None,
+            half="second" if halved else None,
+        )
+        shards.append(
+            _shard(config, settings, shape, training, name=arms.SECOND_JUDGE, truth=shards[0])
+        )
+    return shards
+
+
+def _shard(
+    config: LanguageConfig,
+    settings: TruthSettings,
+    shape: Shape | None,
+    training: Training | None,
+    *,
+    name: str,
+    truth: Shard | None = None,
+) -> Shard:
+    """Plan the shard of one model.
+
+    Args:
+        config: config of the run.
+        settings: what determines the model, besides its training.
+        shape: architecture, if it is trained.
+        training: how it is trained; None if it is a given model.
+        name: name of the arm.
+        truth: shard of the truth, whose tokenizer a second judge that is trained has.
+    """
+    fields = fields_of(settings)
+    if training is None or shape is None:
+        arm = Arm(stage=arms.TRUTH, name=name, fields=fields, inputs={})
+        return Shard(arm=arm, name="00000")
+    # The tokenizer of bytes is the same in every run, and is not read from the truth.
+    reads = truth if config.truth.model != "train" else None
     arm = Arm(
         stage=arms.TRUTH,
-        name="truth",
+        name=name,
         # The end of a text is always learnt.
         fields=fields
         | TrainSettings.of(
-            Model(shape=truth.shape), training, config, stream="truth", prompt="", eos="learn"
+            Model(shape=shape), training, config, stream=name, prompt="", eos="learn"
         ).fields,
-        inputs={},
+        inputs={"tokenizer": reads.recipe} if reads else {},
         nodes=training.nodes,
         ranks_per_node=training.ranks_per_node,
     )
-    num_bytes = 4.0 * num_parameters(truth.shape, BYTE_VOCAB_SIZE)
-    return [Shard(arm=arm, name="00000", work=1e7, num_bytes=num_bytes)]
+    num_bytes = 4.0 * num_parameters(
+        shape, BYTE_VOCAB_SIZE if reads is None else num_ids(config.truth)
+    )
+    return Shard(
+        arm=arm,
+        name="00000",
+        reads=(reads.key,) if reads else (),
+        work=1e7,
+        num_bytes=num_bytes,
+    )
 
 
 def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
-    """Train p* on a corpus, or convert or copy a finished model into the run."""
+    """Train p* or a second judge on a corpus, or convert or copy a finished model into the run."""
     from kdhpc.models import devices, huggingface
 
-    truth, training = work.config.truth, _training(work.config)
-    if training is not None:
-        join_ranks(training, work)
+    truth, judge = work.config.truth, work.config.truth.second_judge
+    is_second = shard.arm.name == arms.SECOND_JUDGE
+    training = _training(work.config)
+    if is_second:
+        training = truth.trained_second_judge[1] if truth.trained_second_judge else None
+    if training is None:
+        devices.set_threads(work.config.threads)
+        return _take_judge(shard, judge, work) if is_second and judge else _take(shard, work)
+    join_ranks(training, work)
+    with tempfile.TemporaryDirectory() as bytes_dir:
         tokenizer = huggingface.byte_tokenizer()
-        with tempfile.TemporaryDirectory() as tokenizer_dir:
-            tokenizer.save_pretrained(tokenizer_dir)
-            if truth.source == "corpus":
-                corpus = _judge_corpus(work.config, Path(tokenizer_dir))
-            else:
-                corpus = _text_corpus(truth, work.config.length, tokenizer)
-            return train_shard(shard, work, training, corpus, Path(tokenizer_dir))
-    devices.set_threads(work.config.threads)
-    return _take(shard, work)
+        tokenizer.save_pretrained(bytes_dir)
+        tokenizer_path = work.input(shard.reads[0]) if shard.reads else Path(bytes_dir)
+        if truth.source == "corpus":
+            part: documents.Part = "second-judge" if is_second else "judge"
+            corpus = _judge_corpus(part, work.config, training, tokenizer_path)
+        else:
+            corpus = _text_corpus(truth, work.config.length, tokenizer)
+        return train_shard(shard, work, training, corpus, tokenizer_path)
+
+
+def _take_judge(shard: Shard, judge: Judge, work: Work[LanguageConfig]) -> Written:
+    """Convert or copy a second judge into the run, with the tokenizer that it has."""
+    from kdhpc.models import loading
+    from kdhpc.models.devices import pick_device
+
+    path = work.new_path(shard)
+    given.take(
+        SECOND_JUDGE_KEY, judge.model, judge.revision, judge.fingerprint, path, dtype=judge.dtype
+    )
+    model = loading.load_model(path, dtype=judge.dtype, device=pick_device(work.config.device))
+    try:
+        _ = model.head
+    except InputError as error:
+        raise InputError(f"{SECOND_JUDGE_KEY}.model={judge.model}: {error}") from error
+    return Written(path=path, num_rows=1, stats={"parameters": loading.count_parameters(path)})
 
 
 def _take(shard: Shard, work: Work[LanguageConfig]) -> Written:
@@ -134,25 +218,30 @@ def _take(shard: Shard, work: Work[LanguageConfig]) -> Written:
     return Written(path=path, num_rows=1, stats=stats)
 
 
-def _judge_corpus(config: LanguageConfig, tokenizer_path: Path) -> "Corpus":
+def _judge_corpus(
+    part: documents.Part, config: LanguageConfig, training: Training, tokenizer_path: Path
+) -> "Corpus":
     """Return the rows that a judge learns from: those of its own documents, cut as D's are.
+
+    Args:
+        part: the judge's part of the documents.
+        config: config of the run.
+        training: how it is trained.
+        tokenizer_path: folder of its tokenizer.
 
     Raises:
         InputError: if there are too few.
     """
     from kdhpc.models.tokenizer import Tokenizer
     from kdhpc.scoring.counting import Counting
+    from kdhpc.storage.token_shards import padded
     from kdhpc.training.data import Corpus
 
     tokenizer = Tokenizer(tokenizer_path)
-    rows = documents.rows_of("judge", config, tokenizer)
-    batch = config.truth.training.batch_sequences if config.truth.training else 1
-    if len(rows) < batch:
-        raise InputError(
-            f"truth.judge_share={config.truth.judge_share:g}: makes {len(rows)} rows of "
-            f"{config.length} tokens; expected at least truth.training.batch_sequences={batch}"
-        )
-    samples = documents.padded(rows, config.length, tokenizer.size)
+    rows = documents.rows_of(part, config, tokenizer)
+    if len(rows) < training.batch_sequences:
+        documents.check_sizes(config, tokenizer)
+    samples = padded(rows, config.length, tokenizer.size)
     num_prompt = len(tokenizer.prompt_ids(config.prompt, config.begin))
     return Corpus(
         ids=samples.ids,
@@ -201,7 +290,7 @@ def _text_corpus(truth: Truth, length: int, tokenizer: "PreTrainedTokenizerBase"
 TRUTH = Stage(
     name=arms.TRUTH,
     reads="a corpus, a GGUF file, a Hugging Face folder or hub id",
-    writes="p*; a Hugging Face checkpoint folder (safetensors, tokenizer)",
+    writes="p*, and a second judge; Hugging Face checkpoint folders (safetensors, tokenizer)",
     plan=plan,
     run=run,
     modules=("kdhpc.training.loop", "deepspeed"),
