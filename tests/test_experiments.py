@@ -1,6 +1,7 @@
 """Experiments share what they can, claims compare sizes and teachers, pages are made."""
 
 import importlib
+import itertools
 import lzma
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,8 +34,13 @@ def analysis() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("experiment", ["temperature", "capacity", "real_data"])
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    ("base", "experiment"),
+    [
+        *itertools.product(BASES, ("temperature", "capacity", "real_data")),
+        *itertools.product(("tiny", "demo"), ("post_training", "reasoning")),
+    ],
+)
 def test_an_experiment_plans_to_its_golden(base: str, experiment: str) -> None:
     pipeline, config = runs.from_words([base, experiment])
     plan = pipeline.plan(config)
