@@ -36,7 +36,7 @@ def analysis() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("base", "experiment"),
     [
-        *((base, name) for base in BASES for name in ("temperature", "capacity")),
+        *((base, name) for base in BASES for name in ("temperature", "capacity", "downstream")),
         ("demo", "real_data"),
         ("tiny", "real_data"),
     ],
