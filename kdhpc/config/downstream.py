@@ -13,7 +13,7 @@ OWN_TASKS = (INSTRUCTIONS, ANSWERS, PAIRS, INDUCTION, CLOZE, CORRUPTED, OPEN)
 FROM_TRUTH = (CLOZE, CORRUPTED, OPEN)
 """Those of them that are made of truth's evaluation set, and so of no other tokens."""
 LEAST_BYTES = 48
-"""Shortest `length` for kdhpc's own tasks where tokens are bytes, so that whole items fit."""
+"""Shortest `length` for the others of them where tokens are bytes, so that whole items fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +52,9 @@ def downstream_problems(
     yield from name_problems("downstream.tasks", downstream.tasks)
     for name in repeated(downstream.tasks):
         yield f"{key}: duplicate {name}"
-    own = [name for name in downstream.tasks if name in OWN_TASKS]
-    if own and tokenizer == "bytes" and length < LEAST_BYTES:
-        yield f"length={length}: is too short for {own[0]}; expected at least {LEAST_BYTES} bytes"
+    made = [name for name in downstream.tasks if name in OWN_TASKS and name not in FROM_TRUTH]
+    if made and tokenizer == "bytes" and length < LEAST_BYTES:
+        yield f"length={length}: is too short for {made[0]}; expected at least {LEAST_BYTES} bytes"
     for name in downstream.tasks:
         if num_ids is not None and name not in FROM_TRUTH:
             yield (
