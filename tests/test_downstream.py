@@ -206,6 +206,20 @@ def train(model: PreTrainedModel, learnt: list[Item], tokenizer: Tokenizer) -> N
     model.eval().requires_grad_(False)
 
 
+def test_the_ranks_of_a_job_are_not_those_of_the_harness(
+    items: dict[str, list[Item]],
+    tokenizer_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = saved(small_model(257, LENGTH), tokenizer_path, tmp_path / "model")
+    alone = evaluated(path, tasks.PAIRS, items[tasks.PAIRS][:16], tmp_path)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert evaluated(path, tasks.PAIRS, items[tasks.PAIRS][:16], tmp_path) == alone
+    assert os.environ["LOCAL_RANK"] == "1"
+
+
 def test_a_cut_vocabulary_scores_with_the_ids_of_the_model(
     items: dict[str, list[Item]], tokenizer_path: Path, tmp_path: Path
 ) -> None:
@@ -370,9 +384,9 @@ def test_the_numbers_are_those_of_the_command_line_of_the_harness(
     model = run / "3-train-on-truth" / name / record["data"]
     command = [
         sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
-        f"pretrained={model},dtype=float32", "--tasks", "my_choice", "my_answer", "--include_path",
-        str(include), "--batch_size", "32", "--device", "cpu", "--limit", "32", "--log_samples",
-        "--output_path", str(tmp_path / "out"),
+        f"pretrained={model},dtype=float32,softmax_dtype=float32", "--tasks", "my_choice",
+        "my_answer", "--include_path", str(include), "--batch_size", "32", "--device",
+        "cpu", "--limit", "32", "--log_samples", "--output_path", str(tmp_path / "out"),
     ]  # fmt: skip
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, check=True, capture_output=True, env=environment)

@@ -1,15 +1,18 @@
 """Evaluate models with EleutherAI's lm-evaluation-harness: the only module that imports it.
 
-Its numbers are those of its own command line, `lm_eval --model hf`, for the same task, model,
-dtype and batch size.
+Its numbers are those of its own command line, `lm_eval --model hf` with
+`softmax_dtype=float32`, for the same task, model, dtype and batch size.
 """
 
+import contextlib
 import functools
+import gc
 import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +28,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+RANK_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PMI_SIZE", "PMI_RANK",
+    "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK",
+)  # fmt: skip
+"""Variables from which accelerate 1.15, which loads models for the harness, takes ranks."""
 ANSWER_TOKENS = 256
 """Most tokens of an answer for which the task says nothing; the harness has the same."""
 CHOICES = """\
@@ -236,19 +244,34 @@ def evaluate(
     from lm_eval.evaluator import simple_evaluate
 
     _be_quiet()
-    results = simple_evaluate(
-        model=_model(
-            model_path, dtype=dtype, device=device, batch_rows=batch_rows, add_begin=add_begin
-        ),
-        tasks=[task],
-        task_manager=_manager(task, include),
-        limit=limit,
-        bootstrap_iters=0,
-        log_samples=True,
-    )
+    gc.collect()  # a model of an earlier shard may be in a circle of references
+    with _alone():
+        results = simple_evaluate(
+            model=_model(
+                model_path, dtype=dtype, device=device, batch_rows=batch_rows, add_begin=add_begin
+            ),
+            tasks=[task],
+            task_manager=_manager(task, include),
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
     if results is None:
         raise RuntimeError("lm-evaluation-harness gave no results on this rank")
     return _arrays(task, [samples for _, samples in sorted(results["samples"].items())])
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Hide the ranks of a job, which the harness would take for its own.
+
+    It would wait for other processes, and give results to the first alone.
+    """
+    hidden = {name: os.environ.pop(name) for name in RANK_VARIABLES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _model(path: Path, *, dtype: str, device: str, batch_rows: int, add_begin: bool | None) -> Any:
@@ -258,6 +281,7 @@ def _model(path: Path, *, dtype: str, device: str, batch_rows: int, add_begin: b
     options = {
         "pretrained": str(path),
         "dtype": dtype,
+        "softmax_dtype": "float32",
         "device": device,
         "batch_size": batch_rows,
         "add_bos_token": add_begin,
