@@ -26,7 +26,6 @@ from typing import Literal
 
 import files
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import rankdata
@@ -47,7 +46,6 @@ INSTRUCTION_METRICS = ((tasks.INSTRUCTIONS, "acc"), (tasks.ANSWERS, "exact_match
 OPEN_METRIC = (tasks.OPEN, "distinct")
 Metric = tuple[str, str]
 """Names of a task and of one of its metrics."""
-Numbers = NDArray[np.float64]
 Direction = Literal["rises", "falls", "undecided"]
 
 
@@ -214,23 +212,24 @@ def _direction(mean: SeedMean | None) -> Direction:
 
 
 def verdict(correlations: Sequence[Correlation]) -> list[str]:
-    """Say whether precise students follow instructions better, and write worse in the open."""
-    by_metric = {
-        (row.task, row.metric): row.direction for row in correlations if row.measure == "precision"
+    """Say whether precise students follow instructions better, and write worse in the open.
+
+    An answer needs all metrics that differ between students to agree.
+    """
+    with_precision = {
+        (row.task, row.metric): row for row in correlations if row.measure == "precision"
     }
     lines = []
-    for question, metrics, hoped in (
+    for question, metrics, expected in (
         ("do high-precision students follow instructions better?", INSTRUCTION_METRICS, "rises"),
         ("do they write less variously where the end is open?", (OPEN_METRIC,), "falls"),
     ):
-        found = {metric: by_metric[metric] for metric in metrics if metric in by_metric}
-        decided = {direction for direction in found.values() if direction != "undecided"}
+        rows = [with_precision[metric] for metric in metrics if metric in with_precision]
+        directions = {row.direction for row in rows if row.num_seeds}
         answer = "undecided"
-        if len(decided) == 1:
-            answer = "yes" if decided == {hoped} else "no, the opposite"
-        elif len(decided) > 1:
-            answer = "yes and no"
-        why = ", ".join(f"{task} {name} {found[task, name]}" for task, name in found)
+        if len(directions) == 1 and "undecided" not in directions:
+            answer = "yes" if directions == {expected} else "no, the opposite"
+        why = ", ".join(f"{row.task} {row.metric} {row.direction}" for row in rows)
         lines.append(f"{question} {answer} ({why or 'the run has no such task'})")
     return lines
 

@@ -127,6 +127,17 @@ def test_words_are_different_and_of_one_length() -> None:
     assert all(len(one) == len(two) for one, two in own_tasks.SUBJECTS)
 
 
+def test_endings_have_as_many_tokens_in_a_vocabulary_that_splits_some_words() -> None:
+    def encode(text: str) -> list[int]:
+        return [0 for word in text.split() for _ in range(1 + (word in {"sun", "oak", "she"}))]
+
+    for task in (tasks.INSTRUCTIONS, tasks.PAIRS, tasks.INDUCTION):
+        made = make_items(task, seed=0, num_items=400, length=64, encode=encode, texts=[])
+        assert len(made) == 400
+        for item in made:
+            assert len({len(encode(ending)) for ending in item.endings}) == 1
+
+
 def test_instructions_have_examples_where_there_is_room() -> None:
     [item, *_] = make_items(
         tasks.INSTRUCTIONS, seed=0, num_items=2, length=128, encode=str.encode, texts=[]
@@ -138,7 +149,7 @@ def test_instructions_have_examples_where_there_is_room() -> None:
 
 def test_texts_without_words_make_no_item() -> None:
     for task in (tasks.CLOZE, tasks.CORRUPTED):
-        with pytest.raises(InputError, match=f"no text for {task}"):
+        with pytest.raises(InputError, match=f"no item can be made for {task}"):
             make_items(
                 task, seed=0, num_items=10, length=64, encode=str.encode, texts=["x 1 2"] * 9
             )
@@ -415,6 +426,16 @@ def test_the_numbers_are_those_of_the_command_line_of_the_harness(
         (["[kdhpc_pairs]"], "length=24: is too short for kdhpc_pairs", ["48"]),
         (["[kdhpc_open,kdhpc_open]"], "downstream.tasks", ["duplicate kdhpc_open"]),
         (["[a/b]"], "downstream.tasks.a/b", ["letters"]),
+        (
+            [
+                "[kdhpc_cloze,arc_easy]",
+                "truth.model=/m",
+                "truth.tokenizer=model",
+                "truth.vocabulary=9",
+            ],
+            "downstream.tasks",
+            ["arc_easy has words", "kdhpc_cloze"],
+        ),
         (["[kdhpc_open]", "downstream.limit=1"], "downstream.limit=1", ["at least 2"]),
         (["[x]", "downstream.include={empty}"], "downstream.include=", ["*.yaml"]),
     ],
@@ -447,7 +468,7 @@ def test_tasks_of_the_harness_are_checked_before_anything_is_submitted(
         with pytest.raises(InputError, match=message) as error:
             harness.check_tasks([task], include, 6)
         assert "\n" not in str(error.value)
-    harness.check_tasks(["my_answer"], include, 7)
+    assert harness.check_tasks(["my_answer", tasks.OPEN], include, 7) == ("my_answer",)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InputError, match=r"expected pip install 'kdhpc\[downstream\]'"):
         harness.check_tasks(["arc_easy"], None, 24)
@@ -467,6 +488,14 @@ def test_task_files_that_have_changed_are_refused(include: Path, tmp_path: Path)
     words.append("downstream.include_fingerprint=''")
     changed = LANGUAGE.prepare(presets.build(LanguageConfig, presets.compose(words)))
     assert LANGUAGE.plan(changed).shards[shard.key].recipe != shard.recipe
+    words = ["tiny", "downstream.tasks=[kdhpc_open]"]
+    alone, beside = (
+        LANGUAGE.plan(LANGUAGE.prepare(presets.build(LanguageConfig, presets.compose(typed))))
+        for typed in (words, [*words, f"downstream.include={folder}"])
+    )
+    assert {s.recipe for s in alone.stage("downstream")} == {
+        s.recipe for s in beside.stage("downstream")
+    }
 
 
 def test_the_folders_of_earlier_runs_keep_their_names() -> None:

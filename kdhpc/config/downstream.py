@@ -30,6 +30,8 @@ class Downstream:
     include_fingerprint: str = ""
     """Digest of the files in `include`. It is filled in when a run is submitted; if it is given,
     other files are refused."""
+    included: tuple[str, ...] = ()
+    """Those of `tasks` whose files are in `include`. It is filled in when a run is submitted."""
     limit: AtLeastTwo | None = None
     """Largest number of items of a task; if it is not given, 512 of kdhpc's own, and all others."""
     batch_rows: Count = 32
@@ -38,14 +40,14 @@ class Downstream:
 
 
 def downstream_problems(
-    downstream: Downstream, *, length: int, num_ids: int | None, tokenizer: str
+    downstream: Downstream, *, length: int, is_cut: bool, tokenizer: str
 ) -> Iterator[str]:
     """Yield what is wrong with the tasks, as far as their names and the config say it.
 
     Args:
         downstream: the tasks.
         length: number of tokens of a sequence.
-        num_ids: number of ids that the truth's vocabulary is cut to; None if it is kept whole.
+        is_cut: whether the truth's vocabulary is cut.
         tokenizer: `truth.tokenizer`.
     """
     key = f"downstream.tasks={list(downstream.tasks)}"
@@ -56,8 +58,8 @@ def downstream_problems(
     if made and tokenizer == "bytes" and length < LEAST_BYTES:
         yield f"length={length}: is too short for {made[0]}; expected at least {LEAST_BYTES} bytes"
     for name in downstream.tasks:
-        if num_ids is not None and name not in FROM_TRUTH:
+        if is_cut and name not in FROM_TRUTH:
             yield (
-                f"{key}: {name} has words that truth.vocabulary={num_ids} may lack; expected only "
+                f"{key}: {name} has words that a vocabulary that is cut may lack; expected only "
                 f"{', '.join(FROM_TRUTH)}, or truth.vocabulary=null"
             )

@@ -217,7 +217,7 @@ def language_problems(config: LanguageConfig) -> Iterator[str]:
     yield from downstream_problems(
         config.downstream,
         length=config.length,
-        num_ids=config.truth.vocabulary,
+        is_cut=(config.truth.vocabulary or config.truth.vocabulary_file) is not None,
         tokenizer=config.truth.tokenizer,
     )
     if not config.students:

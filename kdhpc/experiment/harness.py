@@ -33,6 +33,8 @@ RANK_VARIABLES = (
     "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK",
 )  # fmt: skip
 """Variables from which accelerate 1.15, which loads models for the harness, takes ranks."""
+DOC_CLUSTER = "kdhpc_cluster"
+"""Field of the items of kdhpc's own tasks that numbers groups of them."""
 ANSWER_TOKENS = 256
 """Most tokens of an answer for which the task says nothing; the harness has the same."""
 CHOICES = """\
@@ -72,13 +74,16 @@ def fingerprint_of(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def check_tasks(tasks: Sequence[str], include: Path | None, length: int) -> None:
+def check_tasks(tasks: Sequence[str], include: Path | None, length: int) -> tuple[str, ...]:
     """Check that tasks can be run, and fetch their data.
 
     Args:
         tasks: names of tasks, kdhpc's own among them.
         include: folder of more task files.
         length: number of tokens of a sequence.
+
+    Returns:
+        The names of the tasks whose files are in `include`.
 
     Raises:
         InputError: if the harness is not installed, it has no such task, its data cannot be
@@ -113,6 +118,8 @@ def check_tasks(tasks: Sequence[str], include: Path | None, length: int) -> None
         for one in loaded.values():
             if problem := _problem(one, length):
                 raise InputError(f"{key}: {task} {problem}")
+    others = [task for task in tasks if task not in config.OWN_TASKS]
+    return tuple(task for task in others if include and task in _in_folder(include).all_tasks)
 
 
 def _problem(task: Any, length: int) -> str:
@@ -138,16 +145,17 @@ def _be_quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-@functools.lru_cache(maxsize=4)
 def _manager(task: str, include: Path | None) -> Any:
     """Return what knows the task: of the folder alone if it is there, which is faster."""
+    if include is not None and task in (own := _in_folder(include)).all_tasks:
+        return own
+    return _all_tasks(include)
+
+
+def _in_folder(include: Path) -> Any:
     from lm_eval.tasks import TaskManager
 
-    if include is not None:
-        own = TaskManager(include_path=str(include), include_defaults=False)
-        if task in own.all_tasks:
-            return own
-    return _all_tasks(include)
+    return TaskManager(include_path=str(include), include_defaults=False)
 
 
 @functools.lru_cache(maxsize=1)
@@ -174,7 +182,7 @@ def write_own_task(folder: Path, task: str, items: Sequence[Item], max_tokens: i
                 "choices": list(item.endings),
                 "right": item.right,
                 "answer": item.endings[item.right].strip(),
-                CLUSTER: item.cluster,
+                DOC_CLUSTER: item.cluster,
             }
             out.write(json.dumps(doc) + "\n")
     shared = (
@@ -367,7 +375,7 @@ def _arrays(
         for name in names
     }
     clusters = [
-        sample["doc"].get(CLUSTER, number) if isinstance(sample["doc"], dict) else number
+        sample["doc"].get(DOC_CLUSTER, number) if isinstance(sample["doc"], dict) else number
         for number, sample in enumerate(_first_of_each(of_tasks))
     ]
     return {**arrays, CLUSTER: np.array(clusters, np.int32)}

@@ -132,7 +132,8 @@ def _with_tasks(config: LanguageConfig) -> LanguageConfig:
         downstream = dataclasses.replace(
             downstream, include=str(include), include_fingerprint=fingerprint
         )
-    harness.check_tasks(downstream.tasks, include, config.length)
+    included = harness.check_tasks(downstream.tasks, include, config.length)
+    downstream = dataclasses.replace(downstream, included=included)
     return dataclasses.replace(config, downstream=downstream)
 
 

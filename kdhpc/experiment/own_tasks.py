@@ -2,11 +2,12 @@
 
 An untrained model does not score one half on such pairs by itself: it prefers short endings, and
 some words to others. So both endings have the same number of characters and of tokens, and items
-come in mirrored twos, in which each of two endings is right once; a model that does not notice what
-is asked is right in exactly one of them. Only corrupted texts have no mirror: there, two words
-change places.
+come in mirrored twos, in which each of two endings (or subjects) is right once; a model that does
+not notice what is asked is right in exactly one of them. Only corrupted texts have no mirror:
+there, two words change places.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
@@ -71,14 +72,16 @@ def make_items(
         texts: truth's evaluation set.
 
     Raises:
-        InputError: if truth's evaluation set makes no item.
+        InputError: if truth's evaluation set, or the words that the tokenizer takes for equally
+            many tokens, make no item.
     """
+    words = _of_equal_tokens(encode)
     if task in (config.INSTRUCTIONS, config.ANSWERS):
-        made = _instructions(seed, with_examples=length >= LENGTH_WITH_EXAMPLES)
+        made = _instructions(seed, words, with_examples=length >= LENGTH_WITH_EXAMPLES)
     elif task == config.PAIRS:
-        made = _pairs(seed)
+        made = _pairs(seed, encode)
     elif task == config.INDUCTION:
-        made = _induction(seed)
+        made = _induction(seed, words)
     elif task == config.CLOZE:
         made = _cloze(texts, encode)
     elif task == config.CORRUPTED:
@@ -89,8 +92,9 @@ def make_items(
     items = list(islice(made, num_items // of_both * of_both))
     if not items:
         raise InputError(
-            f"downstream.tasks: truth's evaluation set has no text for {task}; expected words, "
-            "more or longer sequences (sampling.eval_sequences, length), or no such task"
+            f"downstream.tasks: no item can be made for {task}; expected words in truth's "
+            "evaluation set, which more or longer sequences may have (sampling.eval_sequences, "
+            "length), or no such task"
         )
     return items
 
@@ -106,17 +110,24 @@ def _mirrored(
     return one, two
 
 
-def _words(seed: int, task: str, cluster: int, number: int) -> list[str]:
+def _of_equal_tokens(encode: Encode) -> list[str]:
+    """Return the words that have, after a space, the number of tokens that most words have."""
+    num_tokens = {word: _num_tokens(encode, f" {word}") for word in WORDS}
+    most = Counter(num_tokens.values()).most_common(1)[0][0]
+    return [word for word in WORDS if num_tokens[word] == most]
+
+
+def _drawn(words: Sequence[str], seed: int, task: str, cluster: int, number: int) -> list[str]:
     """Return different words that are drawn for the items of a cluster."""
-    order = seeding.permutation(seed, f"downstream/{task}", cluster, len(WORDS))
-    return [WORDS[index] for index in order[:number]]
+    order = seeding.permutation(seed, f"downstream/{task}", cluster, len(words))
+    return [words[index] for index in order[:number]]
 
 
-def _instructions(seed: int, *, with_examples: bool) -> Iterator[Item]:
+def _instructions(seed: int, of: Sequence[str], *, with_examples: bool) -> Iterator[Item]:
     """Yield commands to repeat four words, also backwards, or the first or last of them."""
     cluster = 0
-    while True:
-        words = _words(seed, "instructions", cluster, 8)
+    while len(of) >= 8:
+        words = _drawn(of, seed, "instructions", cluster, 8)
         commands = ("copy", "reverse") if cluster % 2 == 0 else ("first", "last")
         answers = {
             "copy": " ".join(words[:4]),
@@ -140,22 +151,27 @@ def _examples(words: Sequence[str], commands: Sequence[str]) -> str:
     return "".join(f"{command}: {said} = {answers[command]}\n" for command in commands)
 
 
-def _pairs(seed: int) -> Iterator[Item]:
+def _pairs(seed: int, encode: Encode) -> Iterator[Item]:
     """Yield sentences whose verb fits its subject or does not; the verb is the same in both."""
     ends = [*product(BE, ADJECTIVES), *product(VERBS, OBJECTS)]
-    frames = list(product(SPEAKERS, SUBJECTS, ends))
+    subjects = [
+        pair
+        for pair in SUBJECTS
+        if len({_num_tokens(encode, f" {subject}") for subject in pair}) == 1
+    ]
+    frames = list(product(SPEAKERS, subjects, ends))
     for cluster, index in enumerate(seeding.permutation(seed, "downstream/pairs", 0, len(frames))):
-        speaker, subjects, (verbs, end) = frames[index]
+        speaker, (one, two), (verbs, end) = frames[index]
         for right, verb in enumerate(verbs):
-            endings = (f" {subjects[0]} {verb} {end}.", f" {subjects[1]} {verb} {end}.")
+            endings = (f" {one} {verb} {end}.", f" {two} {verb} {end}.")
             yield Item(context=speaker, endings=endings, right=right, cluster=cluster)
 
 
-def _induction(seed: int) -> Iterator[Item]:
+def _induction(seed: int, of: Sequence[str]) -> Iterator[Item]:
     """Yield six words and one of them again; what followed it before is right."""
     cluster = 0
-    while True:
-        words = _words(seed, "induction", cluster, 6)
+    while len(of) >= 6:
+        words = _drawn(of, seed, "induction", cluster, 6)
         places = FAR_PLACES[cluster % len(FAR_PLACES)]
         contexts = [f"{' '.join(words)} {words[place]}" for place in places]
         endings = [f" {words[place + 1]}" for place in places]

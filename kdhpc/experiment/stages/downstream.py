@@ -35,7 +35,7 @@ class DownstreamSettings:
 
     task: str
     include: str
-    """Digest of the folder of task files; empty for kdhpc's own tasks."""
+    """Digest of the folder that has the task's file; empty for other tasks."""
     limit: int | None
     batch_rows: int
     dtype: str
@@ -116,7 +116,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
 
 def _settings(config: LanguageConfig, task: str) -> DownstreamSettings:
     """Return the settings of a task, which are the same for every finished model."""
-    is_own = task in tasks.OWN_TASKS
+    is_own, is_included = task in tasks.OWN_TASKS, task in config.downstream.included
     own = OwnSettings(version=OWN_VERSION, seed=config.seed, length=config.length)
     continued = OpenSettings(
         prompt=config.prompt,
@@ -127,7 +127,7 @@ def _settings(config: LanguageConfig, task: str) -> DownstreamSettings:
     )
     return DownstreamSettings(
         task=task,
-        include="" if is_own else config.downstream.include_fingerprint,
+        include=config.downstream.include_fingerprint if is_included else "",
         limit=config.downstream.limit,
         batch_rows=config.downstream.batch_rows,
         dtype=config.scoring.dtype,
@@ -203,7 +203,9 @@ def _evaluate(
 
     loading.forget()  # the harness loads models itself
     with tempfile.TemporaryDirectory() as folder:
-        include = Path(work.config.downstream.include or folder)
+        include = None
+        if settings.include and work.config.downstream.include:
+            include = Path(work.config.downstream.include)
         if settings.own is not None:
             include = Path(folder)
             write_items(include, settings, _texts(shard, work, model_path), model_path)
