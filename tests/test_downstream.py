@@ -32,6 +32,7 @@ from kdhpc.config.language import LanguageConfig
 from kdhpc.errors import InputError
 from kdhpc.experiment import harness, own_tasks
 from kdhpc.experiment.own_tasks import Item, make_items
+from kdhpc.experiment.stages.downstream import text_of
 from kdhpc.models import huggingface
 from kdhpc.models.tokenizer import Tokenizer
 from kdhpc.pipeline import LANGUAGE
@@ -153,6 +154,14 @@ def test_texts_without_words_make_no_item() -> None:
             make_items(
                 task, seed=0, num_items=10, length=64, encode=str.encode, texts=["x 1 2"] * 9
             )
+
+
+def test_a_row_is_a_text_if_it_is_read_back_as_the_same_tokens(tokenizer_path: Path) -> None:
+    tokenizer = Tokenizer(tokenizer_path)
+    ids, end = list(tokenizer.text_ids("The cat é")), tokenizer.eos
+    for row in (ids, [*ids, end], [end, *ids, end]):
+        assert text_of(row, tokenizer) == "The cat é"
+    assert text_of(ids[:-1], tokenizer) is None  # half of a character
 
 
 def test_a_tie_counts_one_half() -> None:

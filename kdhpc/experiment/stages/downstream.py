@@ -326,10 +326,10 @@ def _texts(shard: Shard, work: Work[LanguageConfig], tokenizer_path: Path) -> li
     from kdhpc.models.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(tokenizer_path)
-    return [text for row in _rows(shard, work) if (text := _text(row, tokenizer)) is not None]
+    return [text for row in _rows(shard, work) if (text := text_of(row, tokenizer)) is not None]
 
 
-def _text(row: list[int], tokenizer: "Tokenizer") -> str | None:
+def text_of(row: list[int], tokenizer: "Tokenizer") -> str | None:
     """Return the text of a row without begin and end; None if it is read as other tokens."""
     from kdhpc.errors import InputError
 
