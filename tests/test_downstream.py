@@ -198,7 +198,7 @@ def test_initial_weights_are_at_chance_and_a_model_that_knows_is_not(
     for task in CHOICES:
         chance = evaluated(initial, task, items[task], tmp_path)["acc"]
         assert abs(chance - 0.5) < 3.5 * 0.5 / np.sqrt(256), task
-        assert evaluated(knowing, task, some[task], tmp_path)["acc"] > 0.9, task
+        assert evaluated(knowing, task, some[task], tmp_path)["acc"] > 0.8, task
     answers = some[tasks.ANSWERS]
     assert answers == some[tasks.INSTRUCTIONS]
     assert evaluated(initial, tasks.ANSWERS, answers, tmp_path) == {"exact_match": 0.0}
