@@ -98,6 +98,7 @@ def write(path: Path, analysis: files.Analysis, samples: Mapping[str, Arrays]) -
     write_results(
         path,
         scores=parts,
+        downstream=results.downstream.items(),
         models=results.models,
         recipe=results.recipe,
         complete=results.complete,

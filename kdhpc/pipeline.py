@@ -8,6 +8,7 @@ from kdhpc.config.language import LanguageConfig
 from kdhpc.config.mixture import MixtureConfig, mixture_problems
 from kdhpc.experiment.estimates import estimates
 from kdhpc.experiment.inputs import prepare, problems
+from kdhpc.experiment.stages.downstream import DOWNSTREAM
 from kdhpc.experiment.stages.merge import MERGE, run_partial
 from kdhpc.experiment.stages.mixture import FIT_STUDENTS, FIT_TEACHERS, MERGE_MIXTURE
 from kdhpc.experiment.stages.sample import SAMPLE_STUDENTS, SAMPLE_TEACHER, SAMPLE_TRUTH
@@ -27,6 +28,7 @@ LANGUAGE = Pipeline(
         TRAIN_STUDENTS,  # trains a student p'' on each D'_tau
         SAMPLE_STUDENTS,  # samples evaluation sets from students and teachers
         SCORE,  # scores samples of models under p*, and samples of truth under every model
+        DOWNSTREAM,  # evaluates finished models on tasks, if there are any
         MERGE,  # merges all scores into results.h5
     ),
     check=problems,

@@ -37,7 +37,7 @@ def analysis() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("base", "experiment"),
     [
-        *itertools.product(BASES, ("temperature", "capacity", "real_data")),
+        *itertools.product(BASES, ("temperature", "capacity", "real_data", "downstream")),
         *itertools.product(("tiny", "demo"), ("post_training", "reasoning")),
     ],
 )

@@ -129,7 +129,7 @@ def preview_stages(
     asks: bool = True,
     taken: frozenset[str] = frozenset(),
 ) -> tuple[StagePreview, ...]:
-    """Describe every stage; a pure function.
+    """Describe every stage that the plan has shards of; a pure function.
 
     Args:
         pipeline: the pipeline.
@@ -143,7 +143,7 @@ def preview_stages(
     """
     asked_for = plan.stages_until(config.until)
     rows = []
-    for stage in pipeline.stages:
+    for stage in (pipeline.stage(name) for name in plan.stages):
         shards = [shard for shard in plan.stage(stage.name) if shard.key not in taken]
         rate = stage.rate(config)
         requests = [f"{config.threads} thread{'s' * (config.threads > 1)}"] if shards else []

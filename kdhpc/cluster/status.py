@@ -120,7 +120,7 @@ def status_of(run: Run, state: State) -> Status:
         for key, of_shard in situation.failures.items()
         if of_shard and key not in situation.active
     }
-    stages = tuple(_stage_status(run, state, stage.name, failures) for stage in run.pipeline.stages)
+    stages = tuple(_stage_status(run, state, stage, failures) for stage in state.plan.stages)
     return Status(
         run=str(run.path),
         executor=state.request.executor,

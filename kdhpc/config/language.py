@@ -14,6 +14,7 @@ from kdhpc.config.bounds import (
     name_problems,
     repeated,
 )
+from kdhpc.config.downstream import Downstream, downstream_problems
 from kdhpc.config.model import Dtype, Model, Shape, Training, model_problems
 from kdhpc.config.run import RunConfig
 from kdhpc.errors import InputError
@@ -209,6 +210,8 @@ class LanguageConfig(RunConfig):
     """The students p'', by the name of their size."""
     scoring: Scoring
     """How samples are scored."""
+    downstream: Downstream = field(default_factory=Downstream)
+    """Tasks that finished models are evaluated on."""
     claims: str | None = None
     """File of claims that are fixed before the run is scored, for `analysis/claims.py`. Its sha256
     is recorded in the results; it changes none of them."""
@@ -271,6 +274,12 @@ def language_problems(config: LanguageConfig) -> Iterator[str]:
     yield from _truth_problems(config.truth)
     yield from _source_problems(config)
     yield from _prompt_problems(config)
+    yield from downstream_problems(
+        config.downstream,
+        length=config.length,
+        is_cut=(config.truth.vocabulary or config.truth.vocabulary_file) is not None,
+        tokenizer=config.truth.tokenizer,
+    )
     if not config.students:
         yield "students={}: expected at least one size"
     yield from name_problems("students", config.students)

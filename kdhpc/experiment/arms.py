@@ -21,10 +21,10 @@ SAMPLE_TEACHER, TRAIN_STUDENTS, SAMPLE_STUDENTS = (
     "train-students",
     "sample-students",
 )
-SCORE, MERGE = "score", "merge"
+SCORE, DOWNSTREAM, MERGE = "score", "downstream", "merge"
 STAGES = (
     TRUTH, SAMPLE_TRUTH, TRAIN_ON_TRUTH, SAMPLE_TEACHER, TRAIN_STUDENTS, SAMPLE_STUDENTS, SCORE,
-    MERGE,
+    DOWNSTREAM, MERGE,
 )  # fmt: skip
 """Names of the stages in pipeline order."""
 ArmName = tuple[str, str]

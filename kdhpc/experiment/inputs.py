@@ -71,7 +71,7 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
         truth = _with_second_judge(truth, config)
         _check_judges(dataclasses.replace(config, truth=truth, teacher=teacher))
         _check_documents(dataclasses.replace(config, truth=truth))
-    identified = _with_prompts(_with_claims(config))
+    identified = _with_prompts(_with_tasks(_with_claims(config)))
     return dataclasses.replace(identified, truth=truth, teacher=teacher, students=students)
 
 
@@ -207,6 +207,33 @@ def _with_claims(config: LanguageConfig) -> LanguageConfig:
     return dataclasses.replace(
         config, claims=_whole_path(config.claims), claims_fingerprint=fingerprint
     )
+
+
+def _with_tasks(config: LanguageConfig) -> LanguageConfig:
+    """Check the tasks that finished models are evaluated on, and fetch their data.
+
+    Raises:
+        InputError: if a task is unknown or cannot be run, or the files in `include` have changed.
+    """
+    from kdhpc.experiment import harness
+
+    downstream, include = config.downstream, None
+    if not downstream.tasks:
+        return config
+    if downstream.include is not None:
+        include = Path(downstream.include).expanduser().resolve()
+        fingerprint = harness.fingerprint_of(include)
+        if downstream.include_fingerprint not in {"", fingerprint}:
+            raise InputError(
+                f"downstream.include={include}: has changed since the run was submitted; expected "
+                f"the files with fingerprint {downstream.include_fingerprint[:12]}"
+            )
+        downstream = dataclasses.replace(
+            downstream, include=str(include), include_fingerprint=fingerprint
+        )
+    included = harness.check_tasks(downstream.tasks, include, config.length)
+    downstream = dataclasses.replace(downstream, included=included)
+    return dataclasses.replace(config, downstream=downstream)
 
 
 def _identified_vocabulary(truth: Truth) -> Truth:

@@ -8,6 +8,7 @@ optional function of `Pipeline` or `Stage`.
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
@@ -49,6 +50,9 @@ class Stage(Generic[C]):
     """Whether tasks of the stage request the GPUs of the cluster config."""
     modules: tuple[str, ...] = ()
     """Modules that `run` imports and that load slowly; an idle local worker loads them early."""
+    beside: bool = False
+    """Whether the stage has the number of the stage before it, in folder names. A stage that is
+    added to a pipeline later has this, so that the folders of existing runs keep their names."""
     alias: str | None = None
     """Fixed file name in the stage's folder for the newest output; the file is replaced as a
     whole."""
@@ -117,7 +121,11 @@ class Pipeline(Generic[C]):
     @property
     def folders(self) -> dict[str, str]:
         """Numbered folder of each stage inside a run, such as `4-sample-teacher`, by stage name."""
-        return {stage.name: f"{i}-{stage.name}" for i, stage in enumerate(self.stages, 1)}
+        numbers = accumulate(0 if stage.beside else 1 for stage in self.stages)
+        return {
+            stage.name: f"{number}-{stage.name}"
+            for number, stage in zip(numbers, self.stages, strict=True)
+        }
 
     @property
     def aliases(self) -> dict[str, str]:

@@ -66,6 +66,19 @@ def distinct_share(ids: Ids, length: NDArray[np.integer], n: int = 4) -> float:
     return len(np.unique(numbers[inside])) / max(1, int(inside.sum()))
 
 
+def distinct_shares(ids: Ids, length: NDArray[np.integer], n: int = 4) -> NDArray[np.float64]:
+    """Return each sequence's part of `distinct_share`: [N].
+
+    It is the mean over its n-grams of 1 / number of times that all sequences have it. The mean over
+    sequences, weighted by their number of n-grams, is `distinct_share`. NaN without n-grams.
+    """
+    numbers, inside = ngrams(ids, length, n)
+    counts = np.bincount(numbers[inside], minlength=1)
+    parts = np.where(inside, 1.0 / np.maximum(counts[numbers], 1), 0.0).sum(axis=1)
+    num_ngrams = inside.sum(axis=1)
+    return np.where(num_ngrams > 0, parts / np.maximum(num_ngrams, 1), np.nan)
+
+
 def missing_mass(ids: Ids, length: NDArray[np.integer], n: int = 4) -> float:
     """Estimate the probability that the next n-gram has not been seen yet.
 

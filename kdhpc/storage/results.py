@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,7 +28,7 @@ from kdhpc.types import Json
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """A merged run: `/scores/<sampler>/<scorer>`, `/tables/<arm>/<array>`, `/models/<name>`.
+    """A merged run: groups `/scores`, `/downstream`, `/tables` and `/models`.
 
     Arrays are mapped into memory, not copied.
     """
@@ -44,6 +45,8 @@ class Results:
     """Whether everything that was planned is included."""
     provenance: Mapping[str, str]
     """Config, hosts, versions; outside the logical digest."""
+    downstream: Mapping[tuple[str, str], Arrays] = field(default_factory=dict)
+    """By (model, task), arrays with a row for each item of the task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,7 @@ def write_results(
     provenance: Mapping[str, str],
     scores: Iterable[ScorePieces] = (),
     tables: Iterable[tuple[str, Arrays]] = (),
+    downstream: Iterable[tuple[tuple[str, str], Arrays]] = (),
     models: Mapping[str, Mapping[str, Json]] = MappingProxyType({}),
     complete: bool = True,
 ) -> Merged:
@@ -87,6 +91,7 @@ def write_results(
         provenance: texts by name, outside the logical digest.
         scores: groups of `/scores`.
         tables: groups of `/tables`, by name.
+        downstream: groups of `/downstream`, by model and task.
         models: facts about every model, as attributes of groups of `/models`.
         complete: whether everything that was planned is included.
 
@@ -99,10 +104,11 @@ def write_results(
         for part in scores:
             group = file.create_group(f"scores/{part.sampler}/{part.scorer}")
             lines += write_pieces(group, part.num_rows, part.pieces)
-        for name, arrays in tables:
+        named = ((f"tables/{name}", arrays) for name, arrays in tables)
+        evaluated = ((f"downstream/{'/'.join(pair)}", arrays) for pair, arrays in downstream)
+        for name, arrays in chain(named, evaluated):
             num_rows = len(next(iter(arrays.values())))
-            group = file.create_group(f"tables/{name}")
-            lines += write_pieces(group, num_rows, arrays.items())
+            lines += write_pieces(file.create_group(name), num_rows, arrays.items())
         for name, facts in models.items():
             file.create_group(f"models/{name}").attrs.update(facts)
         file.create_group("provenance").attrs.update(provenance)
@@ -145,8 +151,13 @@ def _read_results(path: Path) -> Results:
         for name, arrays in sorted(grouped.get("scores", {}).items()):
             sampler, scorer = name.split("/")
             scores[sampler, scorer] = Scores(**arrays)
+        downstream = {}
+        for name, arrays in sorted(grouped.get("downstream", {}).items()):
+            model, task = name.split("/")
+            downstream[model, task] = arrays
         return Results(
             scores=scores,
+            downstream=downstream,
             tables=dict(sorted(grouped.get("tables", {}).items())),
             models=models,
             recipe=recipe,

@@ -1,8 +1,9 @@
 """The stage that merges all scores of a run into one HDF5 file.
 
-reads   score shards; evaluation token shards, for the samplers' own log-probabilities
-writes  results.h5: /scores/<sampler>/<scorer>, /models/<name>, root attributes recipe and complete,
-        /provenance (see `kdhpc.storage.results`)
+reads   score shards; evaluation token shards, for the samplers' own log-probabilities; shards of
+        scores in tasks
+writes  results.h5: /scores/<sampler>/<scorer>, /downstream/<model>/<task>, /models/<name>, root
+        attributes recipe and complete, /provenance (see `kdhpc.storage.results`)
 """
 
 import os
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from kdhpc.config.language import LanguageConfig
 from kdhpc.experiment import arms
+from kdhpc.experiment.downstream import evaluated
 from kdhpc.plan.shards import Plan, Shard, merge_of
 from kdhpc.plan.stages import Stage
 from kdhpc.storage.run_folder import RESULTS
@@ -19,7 +21,7 @@ from kdhpc.storage.work import Work, Written
 from kdhpc.types import Json
 
 if TYPE_CHECKING:
-    from kdhpc.storage.hdf5 import Piece
+    from kdhpc.storage.hdf5 import Arrays, Piece
     from kdhpc.storage.results import Merged, ScorePieces
 
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "h5py")
@@ -30,9 +32,11 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
     """Plan one shard that reads all models, evaluation sets and scores; work is in scored rows."""
     merged = [
         shard
-        for stage in (arms.TRUTH, arms.TRAIN_ON_TRUTH, arms.TRAIN_STUDENTS, arms.SCORE)
+        for stage in (
+            arms.TRUTH, arms.TRAIN_ON_TRUTH, arms.TRAIN_STUDENTS, arms.SCORE, arms.DOWNSTREAM,
+        )
         for shard in before.stage(stage)
-    ]
+    ]  # fmt: skip
     merged += before.arm(arms.SAMPLE_TRUTH, "eval") + before.stage(arms.SAMPLE_STUDENTS)
     num_rows = sum(shard.num_rows for shard in before.stage(arms.SCORE))
     return [
@@ -82,6 +86,7 @@ def _write(
     return write_results(
         path,
         scores=_scores(work, present),
+        downstream=_downstream(work, present),
         models=_models(work, present),
         recipe=shard.recipe,
         complete=present.issuperset(shard.reads),
@@ -172,6 +177,22 @@ def _own_pieces(
             yield "token_log_prob", samples.token_log_prob_tau
 
 
+def _downstream(
+    work: Work[LanguageConfig], present: frozenset[str]
+) -> Iterator[tuple[tuple[str, str], "Arrays"]]:
+    """Yield the scores of every model in every task, by model and task; missing ones are left out.
+
+    A shard is read when its arrays are consumed.
+    """
+    from kdhpc.storage.hdf5 import read_arrays
+
+    for task in work.config.downstream.tasks:
+        for model in evaluated(work.config):
+            [shard] = work.plan.arm(arms.DOWNSTREAM, model.arm(task))
+            if shard.key in present:
+                yield (model.name, task), read_arrays(work.input(shard.key))
+
+
 def _models(work: Work[LanguageConfig], present: frozenset[str]) -> dict[str, dict[str, Json]]:
     """Return the facts about every model that the analysis needs, by the model's name."""
     [truth] = work.plan.arm(*arms.TRUTH_MODEL)
@@ -199,13 +220,18 @@ def _models(work: Work[LanguageConfig], present: frozenset[str]) -> dict[str, di
                 **facts,
                 "recipe": shard.recipe,
             }
+    if work.config.downstream.tasks:
+        for model in evaluated(work.config):
+            if model.shape is not None:
+                models[model.name] = {"kind": "initial", "size": model.size}
     return models
 
 
 MERGE = Stage(
     name=arms.MERGE,
-    reads="score shards and evaluation sets",
-    writes="results.h5: /scores/<sampler>/<scorer>, /models, /provenance",
+    reads="score shards, evaluation sets, scores in tasks",
+    writes="results.h5: /scores/<sampler>/<scorer>, /downstream/<model>/<task>, /models, "
+    "/provenance",
     plan=plan,
     run=run,
     rate=lambda config: 1e6,
