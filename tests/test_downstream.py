@@ -378,9 +378,7 @@ def test_a_finished_run_gains_tasks_and_keeps_what_it_has(
             tasks.OPEN: {"distinct", "log_prob"},
         }[task]
         assert arrays.keys() == expected | {"cluster"}
-        assert arrays["cluster"].tolist() == (
-            [0, 1] * 16 if task == tasks.OPEN else [*range(32)]
-        )
+        assert arrays["cluster"].tolist() == ([0, 1] * 16 if task == tasks.OPEN else [*range(32)])
     launch("verify", str(run))
 
 
