@@ -35,6 +35,7 @@ def by_stage(study: Study) -> list[tuple[str, str, str]]:
             f"{operations.get(stage, 0.0) / 1e12:,.0f}",
         )
         for stage in arms.STAGES
+        if stage in seconds
     ]
 
 
@@ -52,7 +53,7 @@ def in_words(study: Study) -> str:
     return (
         f"{hours:.1f} core-hours, about {hours * WATTS / 1000:.2f} kWh if a busy core takes "
         f"{WATTS:g} W at the wall. Its arithmetic, {operations:.1e} operations, takes one H100 "
-        f"{60 * gpu_hours:.0f} minutes if models so small reach {SHARE:.0%} of its peak: "
+        f"{3600 * gpu_hours:.0f} seconds if models so small reach {SHARE:.0%} of its peak: "
         f"${gpu_hours * DOLLARS:.2f} at ${DOLLARS:g} an hour. The paper's sizes (preset `paper`, "
         f"five seeds) are planned with {paper:,.0f} GPU-hours, which is {paper / GPUS / 24:.0f} "
         f"days of {GPUS} H100s and ${paper * DOLLARS:,.0f}. Only the core-hours are measured."

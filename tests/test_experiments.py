@@ -264,7 +264,7 @@ def test_the_arithmetic_of_a_run_is_that_of_its_models() -> None:
     assert "GPU-hours" in costs.in_words(study)
 
 
-@pytest.mark.parametrize("name", ["temperature", "capacity", "convergence"])
+@pytest.mark.parametrize("name", ["temperature", "capacity", "convergence", "smollm2"])
 def test_a_page_says_what_its_scores_say(name: str) -> None:
     experiment = importlib.import_module("experiment")
     assert name in experiment.PAGES
@@ -274,7 +274,8 @@ def test_a_page_says_what_its_scores_say(name: str) -> None:
     assert experiment.with_block(path, block) == page
     folder = experiment.DOCS_DIR / experiment.PAGES[name].folder
     claims = importlib.import_module("claims").read_claims(folder / "claims.yaml")
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 5e6
     predicted = page.partition("## Predicted")[2].partition("## Found")[0]
     rows = [line for line in predicted.splitlines() if line.startswith("| ")]
-    assert len(rows) - 1 == len([claim for claim in claims if claim.page in ("", name)])
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 5e6
+    if name != "smollm2":  # whose plan has no table of what is expected
+        assert len(rows) - 1 == len([claim for claim in claims if claim.page in ("", name)])
