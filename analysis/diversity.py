@@ -49,7 +49,8 @@ ABOUT = (
     "Of 4-grams of tokens: the share of sequences in which one occurs twice, with its 95 % "
     "interval; the probability that the next one was not seen yet (Good-Turing); the share of "
     "different ones; lengths of all rows are matched by rank. Compression is bytes before and "
-    "after zlib. The two rows of truth differ by sampling only."
+    "after zlib. The two rows of truth differ by sampling only, "
+    "and by prompts where these are held out; prompts count as text."
 )
 Row = dict[str, str | float]
 

@@ -326,8 +326,11 @@ def convergence(study: Study) -> Iterator[str]:
 
 def _name(study: Study, size: str) -> tuple[str, str, str]:
     """Return the size, its passes over the data, and its number of parameters."""
-    training: Any = study.training(size)["training"]
-    return size, f"{training['epochs']:g}", f"{study.parameters(size):,}"
+    facts: Any = study.training(size)
+    passes = f"{facts['training']['epochs']:g}"
+    if facts["fine_tuning"]:
+        passes += f" + {facts['fine_tuning']['epochs']:g}"
+    return size, passes, f"{study.parameters(size):,}"
 
 
 def _predictions(study: Study, sizes: list[str]) -> Iterator[str]:

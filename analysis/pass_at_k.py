@@ -46,6 +46,11 @@ def main(arguments: list[str]) -> int:
             "or a file of prompts with `answer` in each line"
         )
     most = study.answers_per_prompt
+    if not most:
+        raise InputError(
+            f"{analysis.path}: has fewer sequences than prompts; expected a larger "
+            "sampling.eval_sequences"
+        )
     ks = options.k or [k for k in KS if k <= most]
     if not ks or not 1 <= min(ks) <= max(ks) <= most:
         raise InputError(

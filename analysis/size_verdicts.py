@@ -71,7 +71,13 @@ def _settings(study: Study, size: str) -> Mapping[str, object]:
     training = study.training(size)
     known = training["training"]
     own = known if isinstance(known, dict) else {}
-    return {**own, "train_sequences": training["train_sequences"]} if own else {}
+    tuned = training["fine_tuning"]
+    more = (
+        {f"fine_tuning.{name}": value for name, value in tuned.items()}
+        if isinstance(tuned, dict)
+        else {}
+    )
+    return {**own, **more, "train_sequences": training["train_sequences"]} if own else {}
 
 
 def _value(value: object) -> str:
@@ -97,6 +103,7 @@ def by_training(study: Study) -> list[tuple[str, str]]:
         for shorter in sizes
         for longer in sizes
         if study.untrained(shorter) == study.untrained(longer)
+        and study.training(shorter)["fine_tuning"] == study.training(longer)["fine_tuning"]
         and study.sequences_seen(shorter) < study.sequences_seen(longer)
     ]
 

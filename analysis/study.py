@@ -111,10 +111,11 @@ class Study:
     @property
     def given_prompts(self) -> str:
         """What precision and recall are given, in one line, if there are several prompts."""
-        if not self.num_prompts:
+        if self.num_prompts < 2:
             return ""
+        used = min(self.num_prompts, len(self.scores[TRUTH, SELF].num_tokens))
         return (
-            f"sequences start with {self.num_prompts} prompts that are the same for every model: "
+            f"sequences start with {used} prompts that are the same for every model: "
             "precision and recall are given the prompt, and intervals are over prompts and seeds"
         )
 
@@ -147,9 +148,16 @@ class Study:
         return {name: value for name, value in self._model(size).items() if name not in TRAINING}
 
     def sequences_seen(self, size: str) -> float:
-        """Return how many sequences a student of a size was trained on, each pass counted."""
+        """Return how many sequences a student of a size was trained on, each pass counted.
+
+        That is a distilled one, and of a fine-tuned size both of its trainings.
+        """
         model = self._model(size)
-        passes = model["training"].get("stop_after_epochs") or model["training"]["epochs"]
+        trainings = [
+            model["training"],
+            *([model["fine_tuning"]] if model.get("fine_tuning") else []),
+        ]
+        passes = sum(t.get("stop_after_epochs") or t["epochs"] for t in trainings)
         all_sequences = self._config.get("sampling", {}).get("train_sequences", 1)
         return float(passes * (model.get("train_sequences") or all_sequences))
 

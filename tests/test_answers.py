@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import ROOT
+from commands import ROOT, launch
 from numpy.typing import NDArray
 
 from kdhpc import addition
@@ -67,7 +67,8 @@ def test_the_last_line_decides(tmp_path: Path) -> None:
     ]
     drawn = [
         ("3+4=7\n27", True, True), ("2", True, True), ("27\n7", True, False), ("12", True, False),
-        (" 27 ", False, True), ("1\n2\n", False, True), ("", True, False), ("2 2", True, False),
+        (" 27 ", True, True), ("1\n2\n", True, True), ("", True, False), ("2 2", True, False),
+        ("27", False, False), ("3\x1c2", True, False),
     ]  # fmt: skip
     ids = np.zeros((len(drawn), 24), np.uint16)
     length = np.zeros(len(drawn), np.int32)
@@ -148,6 +149,27 @@ def test_more_answers_than_there_are_and_runs_without_any_are_refused(
         run(path, ["--k", "32"])
     with pytest.raises(InputError, match="its prompts have no answers"):
         run(tiny_run, [])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["reasoning"], "sequences of a prompt; expected at least 64"),
+        (["post_training"], "the prompts have no answers"),
+    ],
+)
+def test_claims_about_answers_that_are_not_there_are_refused(
+    words: list[str], message: str, tmp_path: Path
+) -> None:
+    claims = tmp_path / "claims.yaml"
+    claims.write_text(
+        "claims: [{name: n, says: s, test: less,"
+        " terms: [{measure: pass@64, of: '0.6', against: direct}]}]\n"
+    )
+    where = ["cluster=local", f"runs_dir={tmp_path / 'runs'}", f"claims={claims}"]
+    refused = launch("sweep", "tiny", *words, *where, code=2)
+    assert message in refused.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_claims_may_be_about_right_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

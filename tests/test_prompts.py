@@ -293,6 +293,40 @@ def model_of(run: Path, stage: str, name: str) -> Path:
     return run / stage / name / str(record["data"])
 
 
+def test_another_chat_template_is_refused(tmp_path: Path) -> None:
+    whole = huggingface.byte_tokenizer()
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "?"}]}\n{"text": "x"}\n')
+    entries, tokenizers = prompts.read_prompts(str(file)), []
+    for name, template in (
+        ("a", TEMPLATE),
+        ("b", f"!{TEMPLATE}"),
+        ("c", "{{ strftime_now('%d') }}"),
+    ):
+        whole.chat_template = template
+        whole.save_pretrained(tmp_path / name)
+        tokenizers.append(Tokenizer(tmp_path / name))
+    texts = prompts.digest_of_texts(entries, tokenizers[0])
+    of = prompts.Prompts(fingerprint="", held_out_share=0.0, part="train", texts=texts)
+    words = {"prompt": "", "begin": "never", "prompts": of, "source": str(file)}
+    assert len(prompts.prompts_of(tokenizers[0], **words)) == 2  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="makes other texts of the messages"):
+        prompts.prompts_of(tokenizers[1], **words)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="writes the date into each prompt"):
+        prompts.digest_of_texts(entries, tokenizers[2])
+
+
+def test_an_answer_changes_neither_part_nor_stream(tmp_path: Path) -> None:
+    parts = []
+    for more in ({}, {"answer": "7"}):
+        file = tmp_path / "prompts.jsonl"
+        file.write_text("".join(json.dumps({"text": f"{i}"} | more) + "\n" for i in range(30)))
+        entries = prompts.read_prompts(str(file))
+        chosen = prompts.part_of(entries, "eval", 0.3, 0)
+        parts.append([json.loads(entry)["text"] for entry in chosen])
+    assert parts[0] == parts[1] != []
+
+
 def prompts_used(run: Path, stage: str, arm: str) -> list[str]:
     tokenizer, samples = Tokenizer(model_of(run, "1-truth", "truth")), samples_of(run, stage, arm)
     rows = zip(samples.ids, prompt_sizes(samples), strict=True)
@@ -371,10 +405,12 @@ def test_right_answers_are_merged(run: Path) -> None:
         samples = samples_of(run, stage, arm)
         rows = zip(samples.ids, prompt_sizes(samples), samples.length, strict=True)
         texts = [tokenizer.decode(ids[first:stop]) for ids, first, stop in rows]
-        lines = [text.removesuffix("<|endoftext|>").strip().splitlines()[-1:] for text in texts]
+        ended = [text.endswith("<|endoftext|>") for text in texts]
+        lines = [text.removesuffix("<|endoftext|>").strip().split("\n")[-1] for text in texts]
         right = results.scores[name, "self"].right
         assert right is not None
-        assert right.tolist() == [int([line.strip() for line in last] == ["e"]) for last in lines]
+        pairs = zip(lines, ended, strict=True)
+        assert right.tolist() == [int(line.strip() == "e" and is_whole) for line, is_whole in pairs]
 
 
 def test_prompts_are_not_learnt(run: Path) -> None:
@@ -439,6 +475,11 @@ BAD = {
     "empty text": ('{"text": "a"}\n{"text": ""}\n', "line 2: its text is empty"),
     "no role": ('{"messages": [{"content": "x"}]}\n', "line 1: its messages lack a role"),
     "answer": ('{"text": "x", "answer": " 7"}\n', "line 1: its answer is ' 7'"),
+    "two answers": (
+        '{"text": "x", "answer": "7"}\n{"text": "x", "answer": "8"}\n', "has two answers",
+    ),
+    "long answer": ('{"text": "x", "answer": "7\\n8"}\n', "expected a line of text"),
+    "half a character": ('{"text": "a\\ud83d"}\n', "line 1 has half a character"),
     "no lines": ("\n\n", "has no lines"),
     "too long": (json.dumps({"text": "x" * 24}) + "\n", "has 24 tokens; expected fewer than"),
     "no template": (
@@ -467,6 +508,10 @@ def test_bad_prompts_are_named_before_anything_is_written(case: str, tmp_path: P
     [
         (["prompts=nowhere.jsonl"], "nowhere.jsonl: not readable"),
         (["prompts=prompts.txt"], "expected a file that ends in .jsonl, or python-signatures"),
+        (
+            ["prompts=addition", "length=64", "downstream.tasks=[kdhpc_cloze]"],
+            "kdhpc_cloze is made of truth's texts",
+        ),
         (["prompts=python-signatures", "real_data"], "rows of a corpus start with `prompt` alone"),
         (["prompts=python-signatures", "held_out_prompts=1.0"], "leaves no prompts to train on"),
     ],

@@ -14,7 +14,7 @@ from kdhpc.config.bounds import (
     name_problems,
     repeated,
 )
-from kdhpc.config.downstream import Downstream, downstream_problems
+from kdhpc.config.downstream import FROM_TRUTH, Downstream, downstream_problems
 from kdhpc.config.model import Dtype, Model, Shape, Training, model_problems
 from kdhpc.config.run import RunConfig
 from kdhpc.errors import InputError
@@ -180,16 +180,20 @@ class LanguageConfig(RunConfig):
     """Text that every sequence starts with; its tokens are never trained on or scored. It may hold
     special tokens, such as `<|im_start|>`."""
     prompts: str | None = None
-    """Prompts that sequences start with instead of `prompt`, each equally often: a `.jsonl` file
+    """Prompts that sequences start with instead of `prompt`: a `.jsonl` file
     with `text`, or `messages` for the model's chat template, in each line, and perhaps `answer`,
     which the last line of a right sequence is; `python-signatures`, the first lines of functions
-    of Python's standard library, up to 40 characters; or `addition`, sums with their answers."""
+    of Python's standard library, up to 40 characters; or `addition`, sums with their answers. Rows
+    take them in turn."""
     held_out_prompts: Fraction = 0.2
     """Share of the prompts that only evaluation sets start with. If it is 0, training and
     evaluation sets have all of them."""
     prompts_fingerprint: str = ""
     """Digest of the prompts. It is filled in when a run is submitted; if it is given, other prompts
     are refused."""
+    prompts_texts: str = ""
+    """Digest of what the model's chat template makes of messages. It is filled in when a run is
+    submitted from a folder or hub id; another template is then refused."""
     eval_prompts: Whole = 0
     """Number of the prompts of evaluation sets; row i starts with prompt i modulo this number. It
     is filled in when a run is submitted."""
@@ -296,6 +300,11 @@ def _prompt_problems(config: LanguageConfig) -> Iterator[str]:
             yield (
                 f"prompts={config.prompts}: rows of a corpus start with `prompt` alone; expected "
                 "prompts=null, or truth.source=model"
+            )
+        if made := [name for name in config.downstream.tasks if name in FROM_TRUTH]:
+            yield (
+                f"downstream.tasks: {made[0]} is made of truth's texts, which start with prompts "
+                "that no model learns; expected other tasks, or prompts=null"
             )
         if config.held_out_prompts >= 1.0:
             yield (

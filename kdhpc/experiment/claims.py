@@ -40,6 +40,7 @@ from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
 from kdhpc.errors import InputError
 from kdhpc.experiment.arms import selections
+from kdhpc.experiment.prompts import have_answers
 from kdhpc.types import Json
 
 TEACHER = "teacher"
@@ -125,6 +126,9 @@ def check_claims(claims: Sequence[Claim], config: LanguageConfig) -> None:
     Raises:
         InputError: for the first that it has not.
     """
+    for term in (term for claim in claims for term in claim.all_terms):
+        if number := PASS_AT.fullmatch(term.measure):
+            _check_answers(int(number[1]), term, config)
     labels = {"direct"} | {one.name.removeprefix("tau") for one in selections(config)}
     for claim in claims:
         for term in claim.all_terms:
@@ -139,6 +143,23 @@ def check_claims(claims: Sequence[Claim], config: LanguageConfig) -> None:
                     f"claims={config.claims}: {claim.name}: no size {term.size}; expected one of "
                     f"{', '.join(config.students)}, or {TEACHER}"
                 )
+
+
+def _check_answers(k: int, term: Term, config: LanguageConfig) -> None:
+    """Check that a run has k answers that can be checked of each prompt of its evaluation sets.
+
+    Raises:
+        InputError: if it has not.
+    """
+    name = f"claims={config.claims}: {term}"
+    if config.prompts is None or not have_answers(config.prompts):
+        raise InputError(f"{name}: the prompts have no answers; expected prompts=addition, or such")
+    drawn = config.sampling.eval_sequences // max(1, config.eval_prompts)
+    if drawn < k:
+        raise InputError(
+            f"{name}: there are {drawn} sequences of a prompt; expected at least {k}, which takes "
+            f"sampling.eval_sequences={k * config.eval_prompts}"
+        )
 
 
 def _claim(entry: Json, where: str) -> Claim:

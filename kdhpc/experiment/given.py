@@ -402,7 +402,9 @@ def tokenizer_of(folder: Path, name: str) -> "Tokenizer":
     try:
         with tempfile.TemporaryDirectory() as whole:
             huggingface.set_tokenizer(Path(whole), folder)
-            return Tokenizer(Path(whole), ends)
+            tokenizer = Tokenizer(Path(whole), ends)
+            tokenizer.path = folder  # the other one is deleted
+            return tokenizer
     except MemoryError:
         raise
     except Exception as error:  # transformers raises what the files make it raise

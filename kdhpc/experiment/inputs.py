@@ -71,7 +71,8 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
         truth = _with_second_judge(truth, config)
         _check_judges(dataclasses.replace(config, truth=truth, teacher=teacher))
         _check_documents(dataclasses.replace(config, truth=truth))
-    identified = _with_prompts(_with_tasks(_with_claims(config)))
+    with _known_tokenizer(truth) as tokenizer:
+        identified = _with_claims(_with_tasks(_with_prompts(config, tokenizer)))
     return dataclasses.replace(identified, truth=truth, teacher=teacher, students=students)
 
 
@@ -163,24 +164,48 @@ def _byte_tokenizer() -> Iterator["Tokenizer"]:
         yield Tokenizer(Path(folder_name))
 
 
-def _with_prompts(config: LanguageConfig) -> LanguageConfig:
+@contextlib.contextmanager
+def _known_tokenizer(truth: Truth) -> Iterator["Tokenizer | None"]:
+    """Provide the tokenizer of the truth; None if it is inside a GGUF file."""
+    if truth.model == "train":
+        with _byte_tokenizer() as tokenizer:
+            yield tokenizer
+        return
+    folder = given.files_of("truth", truth.model, truth.fingerprint)
+    is_there = (folder / "tokenizer.json").is_file()
+    yield given.tokenizer_of(folder, f"truth.model={truth.model}") if is_there else None
+
+
+def _with_prompts(config: LanguageConfig, tokenizer: "Tokenizer | None") -> LanguageConfig:
     """Identify the prompts, if there are several, and count those of evaluation sets.
+
+    Args:
+        config: the config.
+        tokenizer: the tokenizer of the truth, if it is known.
 
     Raises:
         InputError: if they are not readable, have changed, or do not fit.
     """
     if config.prompts is None:
         return config
-    fingerprint = prompts.fingerprint_of(prompts.read_prompts(config.prompts))
+    entries = prompts.read_prompts(config.prompts)
+    fingerprint, texts = prompts.fingerprint_of(entries), ""
     if config.prompts_fingerprint not in {"", fingerprint}:
         raise InputError(prompts.changed(config.prompts, config.prompts_fingerprint))
-    if config.truth.model == "train":
-        with _byte_tokenizer() as tokenizer:
-            given.check_prompt(tokenizer, config)
+    if tokenizer is not None:
+        given.check_prompt(tokenizer, config)
+        texts = prompts.digest_of_texts(entries, tokenizer)
+    if config.prompts_texts not in {"", texts}:
+        raise InputError(
+            f"prompts={config.prompts}: the chat template of {config.truth.model} makes other "
+            "texts of the messages than when the run was submitted; expected the template that it "
+            "had"
+        )
     return dataclasses.replace(
         config,
         prompts=_whole_path(config.prompts),
         prompts_fingerprint=fingerprint,
+        prompts_texts=texts,
         eval_prompts=prompts.num_prompts(config),
     )
 

@@ -9,13 +9,14 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kdhpc import addition
 from kdhpc.config.language import LanguageConfig
 from kdhpc.errors import InputError
+from kdhpc.plan.shards import ADDED
 from kdhpc.types import Json
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Prompts:
     """Digest of all prompts; where they are kept determines nothing."""
     held_out_share: float
     part: Part
+    texts: str = field(default="", metadata=ADDED)
+    """Digest of the texts that the chat template makes of messages; empty without messages."""
 
     @staticmethod
     def of(config: LanguageConfig, part: Part) -> "Prompts | None":
@@ -49,6 +52,7 @@ class Prompts:
             fingerprint=config.prompts_fingerprint,
             held_out_share=config.held_out_prompts,
             part=part,
+            texts=config.prompts_texts,
         )
 
 
@@ -65,6 +69,13 @@ def read_prompts(source: str) -> list[Entry]:
         entries = {_canonical(content) for content in BUILT_IN[source]()}
     else:
         entries = {*_lines(source)}
+    known: dict[str, Entry] = {}
+    for entry in entries:
+        if known.setdefault(_digest(entry), entry) != entry:
+            raise InputError(
+                f"prompts={source}: {_shown(entry)}: has two answers; expected each prompt once, "
+                "or with the same answer"
+            )
     return sorted(entries, key=_digest)
 
 
@@ -81,6 +92,18 @@ def changed(source: str, fingerprint: str) -> str:
     )
 
 
+def digest_of_texts(entries: Sequence[Entry], tokenizer: "Tokenizer") -> str:
+    """Return the digest of what the chat template makes of messages; empty without messages.
+
+    Raises:
+        InputError: if there is no chat template that can be used.
+    """
+    texts = [
+        _text(json.loads(entry), tokenizer) for entry in entries if "messages" in json.loads(entry)
+    ]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest() if texts else ""
+
+
 def part_of(entries: Sequence[Entry], part: Part, held_out_share: float, seed: int) -> list[Entry]:
     """Return the prompts of the training sets or of the evaluation sets.
 
@@ -91,7 +114,8 @@ def part_of(entries: Sequence[Entry], part: Part, held_out_share: float, seed: i
         return list(entries)
     chosen = []
     for entry in entries:
-        place = int(hashlib.sha256(f"{seed}\0{entry}".encode()).hexdigest()[:16], 16) / 16.0**16
+        digest = hashlib.sha256(f"{seed}\0{_digest(entry)}".encode()).hexdigest()
+        place = int(digest[:16], 16) / 16**16
         if (place < held_out_share) == (part == "eval"):
             chosen.append(entry)
     return chosen
@@ -126,6 +150,11 @@ def prompts_of(
     entries = read_prompts(source)
     if prompts.fingerprint not in {"", fingerprint_of(entries)}:
         raise InputError(changed(source, prompts.fingerprint))
+    if prompts.texts not in {"", digest_of_texts(entries, tokenizer)}:
+        raise InputError(
+            f"prompts={source}: the chat template makes other texts of the messages than when the "
+            "run was submitted; expected the template that the model had"
+        )
     return tuple(
         Prompt(
             ids=tuple(_ids(entry, tokenizer, begin)),
@@ -139,7 +168,9 @@ def prompts_of(
 def right_answers(
     samples: "Samples", prompts: "Sequence[Prompt]", first_row: int, tokenizer: "Tokenizer"
 ) -> "NDArray[np.uint8] | None":
-    """Return which sequences [N] have the right answer in their last line, as 0 and 1.
+    """Return which sequences [N] end with the right answer as their last line, as 0 and 1.
+
+    A sequence that was cut before its end is wrong: its answer may be the start of another one.
 
     Args:
         samples: N sequences of consecutive rows.
@@ -158,9 +189,10 @@ def right_answers(
     ends = {tokenizer.eos, *tokenizer.other_ends}
     for row, (ids, length) in enumerate(zip(samples.ids, samples.length, strict=True)):
         prompt = prompts[(first_row + row) % len(prompts)]
-        drawn = [i for i in ids[len(prompt.ids) : length].tolist() if i not in ends]
-        lines = tokenizer.decode(drawn).strip().splitlines()
-        right[row] = bool(lines) and lines[-1].strip() == prompt.answer
+        drawn = ids[len(prompt.ids) : length].tolist()
+        if drawn and drawn[-1] in ends:
+            last = tokenizer.decode(drawn[:-1]).strip().rpartition("\n")[2]
+            right[row] = last.strip() == prompt.answer
     return right
 
 
@@ -207,11 +239,11 @@ def num_prompts(config: LanguageConfig) -> int:
     entries, share = read_prompts(config.prompts or ""), config.held_out_prompts
     num_train = len(part_of(entries, "train", share, config.seed))
     num_eval = len(part_of(entries, "eval", share, config.seed))
-    if not num_train or not num_eval:
+    if not num_train or num_eval < 2:
         raise InputError(
             f"held_out_prompts={share:g}: leaves {num_train} of {len(entries)} prompts for "
-            f"training sets and {num_eval} for evaluation sets; expected at least one each, or 0, "
-            "with which both have all of them"
+            f"training sets and {num_eval} for evaluation sets; expected at least one and two, or "
+            "0, with which both have all of them"
         )
     return num_eval
 
@@ -221,10 +253,19 @@ def _ids(entry: Entry, tokenizer: "Tokenizer", begin: str) -> list[int]:
     content = json.loads(entry)
     if "text" in content:
         return tokenizer.prompt_ids(content["text"], begin)
+    return tokenizer.prompt_ids(_text(content, tokenizer), "never")
+
+
+def _text(content: Json, tokenizer: "Tokenizer") -> str:
+    """Put messages through the model's chat template."""
     from kdhpc.models import huggingface
 
-    text = huggingface.chat_text(tokenizer.path, content["messages"])
-    return tokenizer.prompt_ids(text, "never")
+    return huggingface.chat_text(tokenizer.path, content["messages"])
+
+
+def have_answers(source: str) -> bool:
+    """Return whether every prompt has an answer."""
+    return all("answer" in json.loads(entry) for entry in read_prompts(source))
 
 
 def _lines(source: str) -> Iterator[Entry]:
@@ -262,8 +303,17 @@ def _entry(line: bytes, name: str) -> Entry:
         raise InputError(f"{name} has {'both' if keys else 'neither'} of the two; {expected}")
     [key] = keys
     value, answer = content[key], content.get("answer")
-    if answer is not None and (not isinstance(answer, str) or answer != answer.strip()):
-        raise InputError(f"{name}: its answer is {answer!r}; expected text without space around it")
+    if answer is not None and (
+        not isinstance(answer, str) or not answer or answer != answer.strip() or "\n" in answer
+    ):
+        raise InputError(
+            f"{name}: its answer is {answer!r}; expected a line of text without space around it"
+        )
+    try:
+        line.decode()
+        _canonical(content).encode()
+    except UnicodeError as error:
+        raise InputError(f"{name} has half a character ({error}); {expected}") from error
     if key == "text":
         if not isinstance(value, str) or not value:
             raise InputError(f"{name}: its text is empty or no text; {expected}")
@@ -289,7 +339,9 @@ def _canonical(content: Json) -> Entry:
 
 
 def _digest(entry: Entry) -> str:
-    return hashlib.sha256(entry.encode()).hexdigest()
+    """Return the digest of a prompt; its answer is no part of it."""
+    content = {key: value for key, value in json.loads(entry).items() if key != "answer"}
+    return hashlib.sha256(_canonical(content).encode()).hexdigest()
 
 
 def _shown(entry: Entry) -> str:

@@ -213,6 +213,8 @@ def chat_text(path: Path, messages: Sequence[Mapping[str, str]]) -> str:
         InputError: if there is no chat template, or it refuses the messages.
     """
     try:
+        if "strftime_now" in str(_whole_tokenizer(path).chat_template):
+            raise ValueError("it writes the date into each prompt")
         text: str = _whole_tokenizer(path).apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=True
         )

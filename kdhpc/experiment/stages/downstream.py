@@ -41,6 +41,8 @@ class DownstreamSettings:
     dtype: str
     threads: int
     begin: str
+    num_texts: int | None
+    """Number of truth's texts that items are made of; None for other tasks."""
     own: "OwnSettings | None"
     """What else determines the items of kdhpc's own tasks."""
     open: "OpenSettings | None"
@@ -92,14 +94,18 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
                 [own] = before.arm(*model.model)
                 inputs["model"] = own.recipe
                 reads = [own.key, *reads]
+            num_texts = None
             if task in tasks.FROM_TRUTH:
+                num_texts = sum(shard.num_rows for shard in eval_shards)
                 inputs["texts"] = eval_shards[0].arm.recipe
                 reads += [shard.key for shard in eval_shards]
             num_items = config.downstream.limit or (OWN_ITEMS if settings.own else NUM_ITEMS)
             arm = Arm(
                 stage=arms.DOWNSTREAM,
                 name=model.arm(task),
-                fields=fields_of(replace(settings, initial=_initial(config, model))),
+                fields=fields_of(
+                    replace(settings, initial=_initial(config, model), num_texts=num_texts)
+                ),
                 inputs=inputs,
             )
             shards.append(
@@ -133,6 +139,7 @@ def _settings(config: LanguageConfig, task: str) -> DownstreamSettings:
         dtype=config.scoring.dtype,
         threads=config.threads,
         begin=config.begin,
+        num_texts=None,
         own=own if is_own else None,
         open=continued if task == tasks.OPEN else None,
         initial=None,
