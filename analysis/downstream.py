@@ -258,7 +258,7 @@ def score_table(rows: Sequence[Score]) -> Table:
 
 def correlation_table(rows: Sequence[Correlation], num_sizes: int) -> Table:
     """Make a table of rank correlations for people."""
-    given = ", given size" if num_sizes > 1 else ""
+    given = ", given their number of parameters" if num_sizes > 1 else ""
     title = f"rank correlation over the students of a seed{given}, 95 % intervals over seeds"
     printed = Table(title=title, title_justify="left", box=None)
     for name in ("task", "metric", "with"):
