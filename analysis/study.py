@@ -153,11 +153,8 @@ class Study:
         That is a distilled one, and of a fine-tuned size both of its trainings.
         """
         model = self._model(size)
-        trainings = [
-            model["training"],
-            *([model["fine_tuning"]] if model.get("fine_tuning") else []),
-        ]
-        passes = sum(t.get("stop_after_epochs") or t["epochs"] for t in trainings)
+        trainings = (model["training"], model.get("fine_tuning"))
+        passes = sum(t.get("stop_after_epochs") or t["epochs"] for t in trainings if t)
         all_sequences = self._config.get("sampling", {}).get("train_sequences", 1)
         return float(passes * (model.get("train_sequences") or all_sequences))
 

@@ -63,8 +63,7 @@ class Truth:
     corpus: str = "python-docs"
     """Text that `model: train` trains on, or of `source: corpus`: `python-docs` (the documentation
     inside the installed Python), `python-source` (the code of its standard library), `addition`
-    (sums with their carries), a `.txt`,
-    `.jsonl` or `.parquet` file, or a hub id of a data set."""
+    (sums with their carries), a `.txt`, `.jsonl` or `.parquet` file, or a hub id of a data set."""
     text_column: str = "text"
     """Name of the column of the corpus that holds the text."""
     tokenizer: str = "model"
@@ -180,11 +179,10 @@ class LanguageConfig(RunConfig):
     """Text that every sequence starts with; its tokens are never trained on or scored. It may hold
     special tokens, such as `<|im_start|>`."""
     prompts: str | None = None
-    """Prompts that sequences start with instead of `prompt`: a `.jsonl` file
-    with `text`, or `messages` for the model's chat template, in each line, and perhaps `answer`,
-    which the last line of a right sequence is; `python-signatures`, the first lines of functions
-    of Python's standard library, up to 40 characters; or `addition`, sums with their answers. Rows
-    take them in turn."""
+    """Prompts that sequences start with instead of `prompt`, in turn: a `.jsonl` file with `text`,
+    or `messages` for the model's chat template, in each line, and perhaps `answer`, the last line
+    of a right sequence; `python-signatures`, first lines of functions of Python's standard library,
+    up to 40 characters; or `addition`, sums with their answers."""
     held_out_prompts: Fraction = 0.2
     """Share of the prompts that only evaluation sets start with. If it is 0, training and
     evaluation sets have all of them."""

@@ -193,14 +193,11 @@ def _with_prompts(config: LanguageConfig, tokenizer: "Tokenizer | None") -> Lang
     if config.prompts_fingerprint not in {"", fingerprint}:
         raise InputError(prompts.changed(config.prompts, config.prompts_fingerprint))
     if tokenizer is not None:
-        given.check_prompt(tokenizer, config)
+        if config.truth.model == "train":  # those of given models are checked with the vocabulary
+            given.check_prompt(tokenizer, config)
         texts = prompts.digest_of_texts(entries, tokenizer)
     if config.prompts_texts not in {"", texts}:
-        raise InputError(
-            f"prompts={config.prompts}: the chat template of {config.truth.model} makes other "
-            "texts of the messages than when the run was submitted; expected the template that it "
-            "had"
-        )
+        raise InputError(prompts.other_texts(config.prompts))
     return dataclasses.replace(
         config,
         prompts=_whole_path(config.prompts),

@@ -84,6 +84,14 @@ def fingerprint_of(entries: Sequence[Entry]) -> str:
     return hashlib.sha256("\n".join(entries).encode()).hexdigest()
 
 
+def other_texts(source: str) -> str:
+    """Return the error of messages of which the chat template makes other texts than before."""
+    return (
+        f"prompts={source}: the chat template makes other texts of the messages than when the run "
+        "was submitted; expected the template that the model had"
+    )
+
+
 def changed(source: str, fingerprint: str) -> str:
     """Return the error of prompts that are no longer those that a run was submitted with."""
     return (
@@ -151,10 +159,7 @@ def prompts_of(
     if prompts.fingerprint not in {"", fingerprint_of(entries)}:
         raise InputError(changed(source, prompts.fingerprint))
     if prompts.texts not in {"", digest_of_texts(entries, tokenizer)}:
-        raise InputError(
-            f"prompts={source}: the chat template makes other texts of the messages than when the "
-            "run was submitted; expected the template that the model had"
-        )
+        raise InputError(other_texts(source))
     return tuple(
         Prompt(
             ids=tuple(_ids(entry, tokenizer, begin)),
@@ -298,7 +303,7 @@ def _entry(line: bytes, name: str) -> Entry:
         content: Json = json.loads(line)
     except ValueError as error:
         raise InputError(f"{name} is not JSON ({error}); {expected}") from error
-    keys = {"text", "messages"} & {*content} if isinstance(content, dict) else {*""}
+    keys = {"text", "messages"} & {*content} if isinstance(content, dict) else set()
     if len(keys) != 1:
         raise InputError(f"{name} has {'both' if keys else 'neither'} of the two; {expected}")
     [key] = keys
@@ -310,7 +315,6 @@ def _entry(line: bytes, name: str) -> Entry:
             f"{name}: its answer is {answer!r}; expected a line of text without space around it"
         )
     try:
-        line.decode()
         _canonical(content).encode()
     except UnicodeError as error:
         raise InputError(f"{name} has half a character ({error}); {expected}") from error
