@@ -143,15 +143,9 @@ def _check_documents(config: LanguageConfig) -> None:
     Raises:
         InputError: if it is not.
     """
-    from kdhpc.models.tokenizer import Tokenizer
-
-    truth = config.truth
-    if truth.model != "train":
-        folder = given.files_of("truth", truth.model, truth.fingerprint)
-        documents.check_sizes(config, Tokenizer(folder))
-        return
-    with _byte_tokenizer() as tokenizer:
-        documents.check_sizes(config, tokenizer)
+    with _known_tokenizer(config.truth) as tokenizer:
+        if tokenizer is not None:  # otherwise the tasks that cut rows check it
+            documents.check_sizes(config, tokenizer)
 
 
 @contextlib.contextmanager
