@@ -146,11 +146,9 @@ def _record_unexplained(run: Run, ledger: Ledger, state: State) -> bool:
         Whether any failure was recorded.
     """
     unexplained = _unexplained(ledger, state)
-    job_ids = sorted({job_id for job_id, _ in unexplained})
-    ended = slurm.accounting(job_ids)
-    if unexplained.keys() - ended.keys():
-        time.sleep(2.5)  # accounting lags behind the queue
-        ended = slurm.accounting(job_ids)
+    ended = slurm.remembered(sorted({submission.name for submission, _ in unexplained.values()}))
+    if forgotten := unexplained.keys() - ended.keys():
+        ended |= slurm.accounting(sorted({job_id for job_id, _ in forgotten}))
     recorded = False
     for (job_id, index), (submission, keys) in unexplained.items():
         task_end = ended.get((job_id, index), slurm.Ended(state="", exit_code="", node=""))

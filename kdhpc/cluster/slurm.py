@@ -29,7 +29,11 @@ _CONTROLLER_FULL = ("resource temporarily unavailable", "temporarily unable to a
 """What sbatch says while the whole cluster has as many jobs as it may."""
 _QUEUE_FORMAT = "%A|%F|%K|%T|%r|%j"
 """Fields of squeue: job id, id of the array, index, state, reason, name."""
-_ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
+_ENDED_FORMAT = "ArrayJobID:20,ArrayTaskID:20,State:20,exit_code:20,NodeList:1000"
+"""The same of tasks that have ended, in columns of fixed widths; only this form has exit codes."""
+_ENDED = frozenset(
+    "COMPLETED CANCELLED FAILED TIMEOUT DEADLINE NODE_FAIL BOOT_FAIL OUT_OF_MEMORY PREEMPTED".split()
+)
 """States without a process; a COMPLETING job still has one, or is about to be requeued."""
 HELD_BY_USER = "JobHeldUser"
 """Reason of a job that was submitted held and not released yet, or that somebody has held since."""
@@ -125,11 +129,45 @@ def queue() -> list[Queued]:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """What accounting knows about the last try of a task."""
+    """How the last try of a task ended."""
 
     state: str
     exit_code: str
     node: str
+
+
+def remembered(names: Sequence[str]) -> dict[tuple[str, int], Ended]:
+    """Ask the controller how the tasks of arrays ended.
+
+    It knows at once, but forgets after minutes (`MinJobAge`). Accounting keeps what it hears, and
+    on a busy cluster hears of it late.
+
+    Args:
+        names: names of arrays.
+
+    Returns:
+        The end of each task that has ended and is not forgotten, by job id and array index.
+    """
+    if not names:
+        return {}
+    command = ["squeue", "--me", "--all", "--noheader", "--array", "--states=all"]
+    try:
+        answer = _run([*command, f"--name={','.join(names)}", f"--Format={_ENDED_FORMAT}"])
+    except ClusterError:
+        return {}
+    ended = {}
+    for line in answer.stdout.splitlines():
+        fields = line.split()
+        if len(fields) not in {4, 5} or not all(fields[i].isdigit() for i in (0, 1, 3)):
+            continue
+        if fields[2] in _ENDED:
+            status = int(fields[3])  # as wait() gives it
+            ended[fields[0], int(fields[1])] = Ended(
+                state=fields[2],
+                exit_code=f"{status >> 8}:{status & 127}",
+                node=fields[4] if len(fields) == 5 else "",
+            )
+    return ended
 
 
 def accounting(job_ids: Sequence[str]) -> dict[tuple[str, int], Ended]:

@@ -65,9 +65,14 @@ def test_foreign_jobs_with_odd_names_hurt_nothing(scenario: Scenario) -> None:
 def test_a_cancelled_training_stays_cancelled(scenario: Scenario) -> None:
     """A training that is told to stop saves a checkpoint and says that it was told to."""
     stuck = scenario.sweep_until_hung(KEY, trouble="obey")
-    scenario.inject("scancel of a shard that stops when it is told to, as trainings do")
+    scenario.daemon("slurmdbd", "KILL")
+    scenario.inject(
+        "scancel of a shard that stops when it is told to, as trainings do, which accounting does "
+        "not hear of"
+    )
     slurm("scancel", scenario.element(KEY))
     scenario.wait()
+    scenario.start_daemon("slurmdbd")
     scenario.assert_named("CANCELLED", KEY)
     assert "stopped; the next attempt continues from here" in scenario.logs()
     stuck.unlink()
