@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from study import Measure, Student, Study, at_equal_precision
 from verdicts import ENTROPY_SHARE
 
-from kdhpc.experiment.claims import HELD_OUT, OF_TEACHERS, PASS_AT, TEACHER, Term
+from kdhpc.experiment.claims import BEST_OF, HELD_OUT, OF_TEACHERS, TEACHER, Term
 from kdhpc.science.intervals import SeedMean, Statistic, over_seeds, through
 
 EXPONENTS = np.arange(2001) * 0.001
@@ -90,11 +90,11 @@ def students_of(study: Study, measure: str, of: str, against: str, size: str) ->
     }
     if measure.startswith("divergence") and not study.has_divergences:
         return {}
-    if number := PASS_AT.fullmatch(measure):
-        k = int(number[1])
-        if not study.has_answers or study.answers_per_prompt < k:
+    if best := BEST_OF.fullmatch(measure):
+        kind, k = best[1], int(best[2])
+        if not study.has_best(kind) or study.answers_per_prompt < k:
             return {}
-        of_student = {measure: lambda s: study.pass_at(s.name, k)}
+        of_student = {measure: lambda s: study.best_of(s.name, k, kind)}
     measured = of_student[measure]
     ours, theirs = study.of(size, of), study.of(size, against)
     return {seed: measured(ours[seed]) - measured(theirs[seed]) for seed in ours if seed in theirs}

@@ -36,7 +36,7 @@ from verdicts import Decision, detectable, text
 from kdhpc.cluster.display import WIDTH, command
 from kdhpc.config import presets
 from kdhpc.errors import InputError
-from kdhpc.experiment.claims import PASS_AT, Claim, read_claims
+from kdhpc.experiment.claims import BEST_OF, Claim, read_claims
 from kdhpc.science.intervals import SeedMean, equivalence_p_value, holm
 from kdhpc.storage.results import Results
 from kdhpc.types import Json
@@ -179,8 +179,8 @@ def table(outcomes: Sequence[Outcome], num_seeds: int) -> Table:
     """Make a table of the claims for people."""
     corrected = holm([outcome.p_value for outcome in outcomes])
     about = "95 % intervals" if num_seeds > 1 else ONE_TRAINING
-    answers = any(PASS_AT.fullmatch(t.measure) for o in outcomes for t in o.claim.all_terms)
-    unit = "nats per token, pass@k as probabilities" if answers else "nats per token"
+    answers = any(BEST_OF.fullmatch(t.measure) for o in outcomes for t in o.claim.all_terms)
+    unit = "nats per token, pass@k and ROUGE-L from 0 to 1" if answers else "nats per token"
     title = f"{len(outcomes)} claims, {num_seeds} seeds, {unit}, {about}"
     printed = Table(title=title, title_justify="left", box=None)
     for name in ("decision", "p, corrected", "claim"):

@@ -1,24 +1,27 @@
 #!/usr/bin/env python
-"""Say how often one of k answers is right, of every student and every temperature.
+"""Say how good the best of k answers is, of every student and every temperature.
 
     python analysis/pass_at_k.py RUN [--k 1 4 16 64] [--out FOLDER]
 
 RUN is a run's name or folder, or a file of results, of a run whose prompts have answers, such as
-`prompts: addition`. pass@k is the unbiased estimate of each prompt, averaged over prompts. The file
-that is saved has 95 % intervals, over prompts and seeds. pass@1 is the share of right answers;
-pass@k of a large k says what a model can still find when it is asked often.
+`prompts: addition`, or references, such as `prompts: docstrings`. pass@k is the probability that
+one of k answers is right, and rouge@k the ROUGE-L of the best of k texts; both are unbiased
+estimates of each prompt, averaged over prompts. The file that is saved has 95 % intervals, over
+prompts and seeds. A k of 1 says how good one answer is; a large k says what a model can still find
+when it is asked often.
 
-For each tau it is said whether the curves cross: whether pass@1 is higher than that of the direct
-student and pass@k of the largest k lower.
+For each tau it is said whether the curves cross: whether pass@1 (or rouge@1) is higher than that of
+the direct student and that of the largest k lower.
 """
 
+import itertools
 import sys
 from collections.abc import Sequence
 
 import files
 from rich.console import Console
 from rich.table import Table
-from study import Study
+from study import BEST_ARRAYS, SELF, TRUTH, Study
 from verdicts import Verdict, decide, text
 
 from kdhpc.cluster.display import command
@@ -28,6 +31,7 @@ from kdhpc.pipeline import LANGUAGE
 from kdhpc.science.intervals import SeedMean, over_seeds
 
 KS = (1, 2, 4, 8, 16, 32, 64)
+TITLES = {"pass": "right answers", "rouge": "ROUGE-L of the best text"}
 Row = dict[str, str | float]
 
 
@@ -40,10 +44,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     analysis = files.read(options, LANGUAGE)
     study = Study(analysis.results)
-    if not study.students or not study.has_answers:
+    kinds = [kind for kind in BEST_ARRAYS if study.students and study.has_best(kind)]
+    if not kinds:
         raise InputError(
             f"{analysis.path}: its prompts have no answers; expected a run with prompts=addition, "
-            "or a file of prompts with `answer` in each line"
+            "or a file of prompts with `answer`, or with `reference`, in each line"
         )
     most = study.answers_per_prompt
     if not most:
@@ -59,79 +64,82 @@ def main(arguments: list[str]) -> int:
         )
     console = Console(width=None if sys.stdout.isatty() else 100)
     saved: list[Row] = []
-    for size in study.sizes:
-        rows = table_rows(study, size, ks)
-        console.print(analysis.titled(table(rows, size, ks)))
-        for verdict in crossings(study, size, ks):
+    for kind, size in itertools.product(kinds, study.sizes):
+        rows = table_rows(study, size, ks, kind)
+        console.print(analysis.titled(table(rows, size, ks, kind)))
+        for verdict in crossings(study, size, ks, kind):
             console.print(f"{verdict.decision}: {verdict.claim}. {verdict.sentence}")
-        saved += [{"size": size, **row} for row in rows]
+        saved += [{"size": size, "measure": kind, **row} for row in rows]
     print(analysis.save_csv(saved, "pass_at_k"))
     return 0
 
 
 def of_label(
-    study: Study, size: str, label: str, k: int, temperature: float = 1.0
+    study: Study, size: str, label: str, k: int, kind: str, temperature: float = 1.0
 ) -> SeedMean | None:
-    """Return pass@k of the students of a label at a temperature; None if they were not sampled."""
+    """Return the best of k of the students of a label at a temperature; None without samples."""
     names = [at_temperature(s.name, temperature) for s in study.of(size, label).values()]
     if not all((name, "self") in study.scores for name in names):
         return None
-    return over_seeds([study.pass_at(name, k) for name in names])
+    return over_seeds([study.best_of(name, k, kind) for name in names])
 
 
-def table_rows(study: Study, size: str, ks: Sequence[int]) -> list[Row]:
+def table_rows(study: Study, size: str, ks: Sequence[int], kind: str) -> list[Row]:
     """Return a row for truth, and for the students of each label at each temperature."""
     rows: list[Row] = []
-    if ("truth", "self") in study.scores and study.scores["truth", "self"].right is not None:
-        truth = {k: over_seeds([study.pass_at("truth", k)]) for k in ks}
-        rows.append(_row("truth", 1.0, truth))
+    own = study.scores.get((TRUTH, SELF))
+    if own is not None and BEST_ARRAYS[kind] in own.arrays():
+        truth = {k: over_seeds([study.best_of(TRUTH, k, kind)]) for k in ks}
+        rows.append(_row(TRUTH, 1.0, truth, kind))
     for label in study.labels(size):
         student = next(iter(study.of(size, label).values()))
         for temperature in sorted({1.0, *study.temperatures(student)}, reverse=True):
-            means = {k: of_label(study, size, label, k, temperature) for k in ks}
-            rows.append(_row(label, temperature, {k: m for k, m in means.items() if m is not None}))
+            means = {k: of_label(study, size, label, k, kind, temperature) for k in ks}
+            known = {k: mean for k, mean in means.items() if mean is not None}
+            rows.append(_row(label, temperature, known, kind))
     return rows
 
 
-def _row(label: str, temperature: float, means: dict[int, SeedMean]) -> Row:
+def _row(label: str, temperature: float, means: dict[int, SeedMean], kind: str) -> Row:
     row: Row = {"student": label, "T": temperature}
     for k, mean in means.items():
-        row |= {f"pass@{k}": mean.estimate, f"pass@{k}_low": mean.low, f"pass@{k}_high": mean.high}
+        name = f"{kind}@{k}"
+        row |= {name: mean.estimate, f"{name}_low": mean.low, f"{name}_high": mean.high}
     return row
 
 
-def table(rows: Sequence[Row], size: str, ks: Sequence[int]) -> Table:
+def table(rows: Sequence[Row], size: str, ks: Sequence[int], kind: str) -> Table:
     """Make a table for people."""
-    printed = Table(title=f"right answers: {size}", title_justify="left", box=None)
-    for name in ("student", "T", *(f"pass@{k}" for k in ks)):
+    printed = Table(title=f"{TITLES[kind]}: {size}", title_justify="left", box=None)
+    for name in ("student", "T", *(f"{kind}@{k}" for k in ks)):
         printed.add_column(name, justify="left" if name == "student" else "right")
     for row in rows:
-        cells = [f"{row[f'pass@{k}']:.3f}" if f"pass@{k}" in row else "" for k in ks]
+        cells = [f"{row[f'{kind}@{k}']:.3f}" if f"{kind}@{k}" in row else "" for k in ks]
         printed.add_row(str(row["student"]), f"{row['T']:g}", *cells)
     return printed
 
 
-def crossings(study: Study, size: str, ks: Sequence[int]) -> list[Verdict]:
+def crossings(study: Study, size: str, ks: Sequence[int], kind: str) -> list[Verdict]:
     """Say of each tau whether it gains at one answer and loses at many, against direct."""
     made = []
     least, most = min(ks), max(ks)
     if least == most:
         return []
     for tau in study.taus(size):
-        gain = study.contrast(size, tau, "direct", lambda s: study.pass_at(s.name, least))
-        loss = study.contrast(size, "direct", tau, lambda s: study.pass_at(s.name, most))
+        gain = study.contrast(size, tau, "direct", lambda s: study.best_of(s.name, least, kind))
+        loss = study.contrast(size, "direct", tau, lambda s: study.best_of(s.name, most, kind))
         if gain is None or loss is None:
             continue
         made.append(
             Verdict(
-                name=f"pass-curves-cross-{tau}",
+                name=f"{kind}-curves-cross-{tau}",
                 size=size,
-                claim=f"the curves of tau {tau} and of direct cross: pass@{least} is higher at tau "
-                f"{tau}, and pass@{most} is lower",
+                claim=f"the curves of tau {tau} and of direct cross: {kind}@{least} is higher at "
+                f"tau {tau}, and {kind}@{most} is lower",
                 decision=decide([gain, loss], 1),
-                sentence=f"pass@{least} is higher by {text(gain)} and pass@{most} lower by "
+                sentence=f"{kind}@{least} is higher by {text(gain)} and {kind}@{most} lower by "
                 f"{text(loss)}",
-                means={f"pass@{least}": gain, f"pass@{most}": loss},
+                means={f"{kind}@{least}": gain, f"{kind}@{most}": loss},
             )
         )
     return made

@@ -18,6 +18,7 @@ from scipy.interpolate import PchipInterpolator
 from kdhpc.config import presets
 from kdhpc.experiment.arms import SECOND_JUDGE, at_temperature
 from kdhpc.science import curves
+from kdhpc.science.best_of import best_of_k
 from kdhpc.science.intervals import (
     SeedMean,
     Statistic,
@@ -26,13 +27,14 @@ from kdhpc.science.intervals import (
     ratio,
     through,
 )
-from kdhpc.science.pass_at_k import pass_at_k
 from kdhpc.storage.results import Results
 from kdhpc.storage.score_shards import Scores
 
 TRUTH, SELF, SECOND = "truth", "self", SECOND_JUDGE
 PROMPTS = "prompts"
 """Name of the clusters of rows if there are several prompts; they are those of every sampler."""
+BEST_ARRAYS = {"pass": "right", "rouge": "rouge_l"}
+"""Array of a sampler's own scores that says how good its answers are, by what `best_of` is of."""
 NUM_GROUPS = 5
 """Number of equal groups that truth's samples are cut into, from the rarest."""
 TRAINING = ("training", "fine_tuning", "train_sequences")
@@ -223,10 +225,10 @@ class Study:
         """Return E over truth's samples of log p''."""
         return self._mean_of(TRUTH, at_temperature(student.name, temperature))
 
-    @property
-    def has_answers(self) -> bool:
-        """Whether it is known which sequences of all students have the right answer."""
-        return all(self.scores[pair].right is not None for pair in self._own_pairs)
+    def has_best(self, kind: str) -> bool:
+        """Return whether `pass` or `rouge` is known of the sequences of all students."""
+        own = [self.scores[pair].arrays() for pair in self._own_pairs]
+        return all(BEST_ARRAYS[kind] in arrays for arrays in own)
 
     @property
     def _own_pairs(self) -> list[tuple[str, str]]:
@@ -238,19 +240,22 @@ class Study:
         rows = min(len(self.scores[pair].num_tokens) for pair in self._own_pairs)
         return rows // max(1, self.num_prompts)
 
-    def pass_at(self, sampler: str, k: int) -> Statistic:
-        """Return the probability that one of k answers of a sampler is right, over prompts.
+    def best_of(self, sampler: str, k: int, kind: str = "pass") -> Statistic:
+        """Return how good the best of k answers of a sampler is, over prompts.
+
+        Args:
+            sampler: name of the sampler.
+            k: number of answers.
+            kind: `pass`, the probability that one is right, or `rouge`, the largest ROUGE-L.
 
         Raises:
-            ValueError: if it is not known which are right, or a prompt has fewer than k.
+            ValueError: if that is not known, or a prompt has fewer than k answers.
         """
-        right = self.scores[sampler, SELF].right
-        if right is None:
-            raise ValueError(f"{sampler}: its prompts have no answers")
-        prompt = np.arange(len(right)) % self.num_prompts
-        drawn = np.bincount(prompt)
-        passed = pass_at_k(np.bincount(prompt, right).astype(np.int64), drawn, k)
-        return ratio(passed, rows=PROMPTS)
+        values = self.scores[sampler, SELF].arrays().get(BEST_ARRAYS[kind])
+        if values is None:
+            raise ValueError(f"{sampler}: its prompts have no answers and no references")
+        best = best_of_k(values, np.arange(len(values)) % self.num_prompts, k)
+        return ratio(best, rows=PROMPTS)
 
     def truth_log_prob(self) -> Statistic:
         """Return E over truth's samples of log p*: less its entropy."""

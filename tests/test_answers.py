@@ -12,13 +12,13 @@ import pytest
 from commands import ROOT, launch
 from numpy.typing import NDArray
 
-from kdhpc import addition
+from kdhpc import addition, docstrings
 from kdhpc.errors import InputError
 from kdhpc.experiment import prompts
 from kdhpc.experiment.claims import read_term
 from kdhpc.models.tokenizer import Tokenizer, write_byte_tokenizer
 from kdhpc.sampling.sampler import Prompt
-from kdhpc.science.pass_at_k import pass_at_k
+from kdhpc.science.best_of import best_of_k
 from kdhpc.storage.results import ScorePieces, read_results, write_results
 from kdhpc.storage.token_shards import Samples
 
@@ -40,22 +40,40 @@ def test_sums_are_worked_out_digit_by_digit() -> None:
                for p in lines[:20])  # fmt: skip
 
 
+def test_docstrings_are_summed_up_by_their_first_sentences() -> None:
+    texts = {*docstrings.texts()}
+    assert len(texts) > 500
+    lines = docstrings.prompts()
+    assert len({line["text"] for line in lines}) == docstrings.NUM_PROMPTS
+    assert {line["text"] + line["reference"] for line in lines} <= texts
+    for text in texts:
+        rest, sentence = text.split(docstrings.SUMMARY)
+        assert docstrings.MIN_REST <= len(rest) <= docstrings.MAX_REST
+        assert sentence.endswith(".")
+        assert "\n" not in rest + sentence
+
+
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
-def test_pass_at_k_is_the_share_of_the_choices_with_a_right_answer(k: int) -> None:
-    for n in range(k, 8):
-        for c in range(n + 1):
-            answers = [True] * c + [False] * (n - c)
-            share = np.mean([any(some) for some in itertools.combinations(answers, k)])
-            [found] = pass_at_k(np.array([c]), np.array([n]), k)
-            assert found == pytest.approx(share, abs=1e-12)
+def test_the_best_of_k_is_the_mean_over_all_choices(k: int) -> None:
+    """Also with ties, several prompts whose rows are mixed, and answers that are right or wrong."""
+    generator = np.random.default_rng(k)
+    by_prompt = [generator.choice([0.0, 0.1, 0.5, 0.7], size=n) for n in range(k, 8)] + [
+        np.array([1] * c + [0] * (6 - c), np.uint8) for c in range(7)
+    ]
+    values = np.concatenate(by_prompt)
+    prompt = np.repeat(np.arange(len(by_prompt)), [*map(len, by_prompt)])
+    mixed = generator.permutation(len(values))
+    exact = [np.mean([max(c) for c in itertools.combinations(of, k)]) for of in by_prompt]
+    assert best_of_k(values[mixed], prompt[mixed], k) == pytest.approx(exact, abs=1e-12)
 
 
-def test_pass_at_k_of_many_answers_is_exact() -> None:
-    [found] = pass_at_k(np.array([3]), np.array([2000]), 64)
+def test_the_best_of_many_answers_is_exact() -> None:
+    right = np.array([1] * 3 + [0] * 1997, np.uint8)
+    [found] = best_of_k(right, np.zeros(2000, int), 64)
     exact = 1 - math.comb(1997, 64) / math.comb(2000, 64)
     assert found == pytest.approx(exact, rel=1e-12)
-    with pytest.raises(ValueError, match="expected at least 5"):
-        pass_at_k(np.array([1, 0]), np.array([9, 4]), 5)
+    with pytest.raises(ValueError, match="a prompt has 4 answers; expected at least 5"):
+        best_of_k(np.ones(13), np.array([0] * 9 + [1] * 4), 5)
 
 
 def test_the_last_line_decides(tmp_path: Path) -> None:
@@ -100,7 +118,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 NUM_PROMPTS, ANSWERS = 60, 16
 
 
-def results_of(path: Path, shares: dict[str, tuple[float, float]]) -> Path:
+def results_of(path: Path, shares: dict[str, tuple[float, float]], kind: str = "right") -> Path:
     """Write results in which a share of the prompts is solved, each with some probability."""
     generator = np.random.default_rng(0)
     parts, models = [], {}
@@ -119,7 +137,8 @@ def results_of(path: Path, shares: dict[str, tuple[float, float]]) -> Path:
             "num_tokens": np.ones(rows, np.int32),
         }
         for sampler, scorer in ((name, "truth"), ("truth", name), (name, "self")):
-            arrays = numbers | ({"right": right} if scorer == "self" else {})
+            good = right if kind == "right" else right.astype(np.float32) / 2
+            arrays = numbers | ({kind: good} if scorer == "self" else {})
             parts.append(
                 ScorePieces(sampler=sampler, scorer=scorer, num_rows=rows, pieces=[*arrays.items()])
             )
@@ -139,6 +158,17 @@ def test_curves_that_cross_are_told_from_those_that_do_not(tmp_path: Path, run: 
     assert "fails: the curves of tau 0.6 and of direct cross" in said
     assert "pass@16" in said
     assert "pass@32" not in said
+    assert "rouge@" not in said
+
+
+def test_the_best_of_many_texts_is_said_like_right_answers(tmp_path: Path, run: Run) -> None:
+    shares = {"direct": (1.0, 0.9), "0.6": (0.5, 1.0)}
+    path = results_of(tmp_path / "results.h5", shares, "rouge_l")
+    said = run(path, ["--k", "1", "16", "--out", str(tmp_path)])
+    assert "ROUGE-L of the best text: small student T rouge@1 rouge@16 direct 1 0.45" in said
+    assert "0.6 1 0.250 0.250" in said
+    assert "fails: the curves of tau 0.6 and of direct cross: rouge@1 is higher" in said
+    assert "pass@" not in said
 
 
 def test_more_answers_than_there_are_and_runs_without_any_are_refused(
@@ -156,18 +186,21 @@ def test_more_answers_than_there_are_and_runs_without_any_are_refused(
     [
         (["reasoning"], "sequences of a prompt; expected at least 64"),
         (["post_training"], "the prompts have no answers"),
+        (["reasoning", "rouge"], "the prompts have no references"),
+        (["summarisation", "rouge"], "sequences of a prompt; expected at least 64"),
     ],
 )
 def test_claims_about_answers_that_are_not_there_are_refused(
     words: list[str], message: str, tmp_path: Path
 ) -> None:
     claims = tmp_path / "claims.yaml"
+    measure = "rouge@64" if words[1:] else "pass@64"
     claims.write_text(
         "claims: [{name: n, says: s, test: less,"
-        " terms: [{measure: pass@64, of: '0.6', against: direct}]}]\n"
+        f" terms: [{{measure: {measure}, of: '0.6', against: direct}}]}}]\n"
     )
     where = ["cluster=local", f"runs_dir={tmp_path / 'runs'}", f"claims={claims}"]
-    refused = launch("sweep", "tiny", *words, *where, code=2)
+    refused = launch("sweep", "tiny", words[0], *where, code=2)
     assert message in refused.stderr
     assert not (tmp_path / "runs").exists()
 

@@ -38,7 +38,7 @@ def analysis() -> Iterator[None]:
     ("base", "experiment"),
     [
         *itertools.product(BASES, ("temperature", "capacity", "real_data", "downstream")),
-        *itertools.product(("tiny", "demo"), ("post_training", "reasoning")),
+        *itertools.product(("tiny", "demo"), ("post_training", "reasoning", "summarisation")),
     ],
 )
 def test_an_experiment_plans_to_its_golden(base: str, experiment: str) -> None:

@@ -4,6 +4,7 @@ import csv
 import importlib
 import itertools
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -265,6 +266,7 @@ def test_messages_go_through_the_chat_template_of_the_model(tmp_path: Path) -> N
     assert len({prompt.stream for prompt in made}) == 2
 
 
+REFERENCE = "e t a, o: i_n"
 TEXTS = ["The", "An if statement", "See also", "A", "Note that the", "Its syntax is", "x = "]
 
 
@@ -272,7 +274,10 @@ TEXTS = ["The", "An if statement", "See also", "A", "Note that the", "Its syntax
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prompts")
     file = folder / "prompts.jsonl"
-    lines = [json.dumps({"text": text, "answer": "e"}) for text in TEXTS]
+    lines = [
+        json.dumps({"text": text, "answer": "e", "reference": f"{REFERENCE} {text}"})
+        for text in TEXTS
+    ]
     file.write_text("\n".join(lines))
     launch(
         "sweep", "tiny", "cluster=local", f"runs_dir={folder}", f"prompts={file}", "seeds=2",
@@ -318,13 +323,13 @@ def test_another_chat_template_is_refused(tmp_path: Path) -> None:
 
 def test_an_answer_changes_neither_part_nor_stream(tmp_path: Path) -> None:
     parts = []
-    for more in ({}, {"answer": "7"}):
+    for more in ({}, {"answer": "7"}, {"answer": "7", "reference": "seven"}):
         file = tmp_path / "prompts.jsonl"
         file.write_text("".join(json.dumps({"text": f"{i}"} | more) + "\n" for i in range(30)))
         entries = prompts.read_prompts(str(file))
         chosen = prompts.part_of(entries, "eval", 0.3, 0)
         parts.append([json.loads(entry)["text"] for entry in chosen])
-    assert parts[0] == parts[1] != []
+    assert parts[0] == parts[1] == parts[2] != []
 
 
 def prompts_used(run: Path, stage: str, arm: str) -> list[str]:
@@ -413,6 +418,37 @@ def test_right_answers_are_merged(run: Path) -> None:
         assert right.tolist() == [int(line.strip() == "e" and is_whole) for line, is_whole in pairs]
 
 
+def test_likeness_to_references_is_merged(run: Path) -> None:
+    """Words are runs of letters and digits, so `i_n` is two."""
+    tokenizer = Tokenizer(model_of(run, "1-truth", "truth"))
+    name = "student-s1-small-tau0.6"
+    samples = samples_of(run, "6-sample-students", name)
+    used = prompts_used(run, "6-sample-students", name)
+    measured = read_results(run / "8-merge" / "results.h5").scores[name, "self"].rouge_l
+    assert measured is not None
+    assert measured.any()
+    expected = []
+    for row, first in enumerate(prompt_sizes(samples)):
+        ids = samples.ids[row, first : samples.length[row]]
+        text = tokenizer.decode([i for i in ids if i != tokenizer.eos]).lower()
+        words = re.findall("[a-z0-9]+", text)
+        wanted = re.findall("[a-z0-9]+", f"{REFERENCE} {used[row]}".lower())
+        common = longest_common(words, wanted)
+        expected.append(2 * common / (len(words) + len(wanted)))
+    assert measured == pytest.approx(expected, abs=1e-6)
+
+
+def longest_common(one: list[str], two: list[str]) -> int:
+    """Return the length of the longest common subsequence."""
+    before = [0] * (len(two) + 1)
+    for word in one:
+        row = [0]
+        for at, other in enumerate(two):
+            row.append(before[at] + 1 if word == other else max(row[at], before[at + 1]))
+        before = row
+    return before[-1]
+
+
 def test_prompts_are_not_learnt(run: Path) -> None:
     """The loss of a training, here on truth's evaluation set, is over drawn tokens alone."""
     folder = run / "3-train-on-truth" / "student-s0-small-direct" / "00000.checkpoints"
@@ -479,6 +515,7 @@ BAD = {
         '{"text": "x", "answer": "7"}\n{"text": "x", "answer": "8"}\n', "has two answers",
     ),
     "long answer": ('{"text": "x", "answer": "7\\n8"}\n', "expected a line of text"),
+    "empty reference": ('{"text": "x", "reference": " "}\n', "line 1: its reference is ' '"),
     "half a character": ('{"text": "a\\ud83d"}\n', "line 1 has half a character"),
     "no lines": ("\n\n", "has no lines"),
     "too long": (json.dumps({"text": "x" * 24}) + "\n", "has 24 tokens; expected fewer than"),

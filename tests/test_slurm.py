@@ -88,7 +88,15 @@ def test_an_experiment_takes_what_another_one_made(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(
     "experiment",
-    ["temperature", "capacity", "real_data", "downstream", "post_training", "reasoning"],
+    [
+        "temperature",
+        "capacity",
+        "real_data",
+        "downstream",
+        "post_training",
+        "reasoning",
+        "summarisation",
+    ],
 )
 def test_an_experiment_gives_the_same_digest_as_local_processes(
     experiment: str, tmp_path: Path

@@ -31,9 +31,10 @@ _QUEUE_FORMAT = "%A|%F|%K|%T|%r|%j"
 """Fields of squeue: job id, id of the array, index, state, reason, name."""
 _ENDED_FORMAT = "ArrayJobID:20,ArrayTaskID:20,State:20,exit_code:20,NodeList:1000"
 """The same of tasks that have ended, in columns of fixed widths; only this form has exit codes."""
-_ENDED = frozenset(
-    "COMPLETED CANCELLED FAILED TIMEOUT DEADLINE NODE_FAIL BOOT_FAIL OUT_OF_MEMORY PREEMPTED".split()
-)
+_ENDED = {
+    "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "DEADLINE", "NODE_FAIL", "BOOT_FAIL",
+    "OUT_OF_MEMORY", "PREEMPTED",
+}  # fmt: skip
 """States without a process; a COMPLETING job still has one, or is about to be requeued."""
 HELD_BY_USER = "JobHeldUser"
 """Reason of a job that was submitted held and not released yet, or that somebody has held since."""

@@ -181,8 +181,9 @@ class LanguageConfig(RunConfig):
     prompts: str | None = None
     """Prompts that sequences start with instead of `prompt`, in turn: a `.jsonl` file with `text`,
     or `messages` for the model's chat template, in each line, and perhaps `answer`, the last line
-    of a right sequence; `python-signatures`, first lines of functions of Python's standard library,
-    up to 40 characters; or `addition`, sums with their answers."""
+    of a right sequence, or `reference`, what somebody wrote there; `python-signatures`, first lines
+    of functions of Python's standard library, up to 40 characters; `addition`, sums with their
+    answers; or `docstrings`, with their first sentences as references."""
     held_out_prompts: Fraction = 0.2
     """Share of the prompts that only evaluation sets start with. If it is 0, training and
     evaluation sets have all of them."""

@@ -21,6 +21,8 @@ Measures, in nats per token unless they are probabilities:
                     less of the end tokens, which precision leaves out)
     pass@1, pass@16 and the like  the probability that one of so many answers of the student is
                     right, over prompts with answers
+    rouge@1, rouge@16 and the like  ROUGE-L of the best of so many texts of the student, over
+                    prompts with references
     control-recall  recall of the student `against` at the temperature at which it is as precise as
                     the student `of`, less the recall of that
     held-out-precision, held-out-recall  two predictions of the change of the students of `size`
@@ -40,7 +42,7 @@ from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
 from kdhpc.errors import InputError
 from kdhpc.experiment.arms import selections
-from kdhpc.experiment.prompts import have_answers
+from kdhpc.experiment.prompts import have
 from kdhpc.types import Json
 
 TEACHER = "teacher"
@@ -50,8 +52,8 @@ OF_TEACHERS = ("precision", "recall")
 MEASURES = (
     *OF_TEACHERS, "divergence", "divergence-beyond-share", "control-recall", *HELD_OUT,
 )  # fmt: skip
-PASS_AT = re.compile(r"pass@([1-9]\d*)")
-"""Measures of the right answers of students, by their number."""
+BEST_OF = re.compile(r"(pass|rouge)@([1-9]\d*)")
+"""Measures of the best of some answers of students, by their number."""
 TESTS = ("greater", "less", "within")
 
 
@@ -127,8 +129,8 @@ def check_claims(claims: Sequence[Claim], config: LanguageConfig) -> None:
         InputError: for the first that it has not.
     """
     for term in (term for claim in claims for term in claim.all_terms):
-        if number := PASS_AT.fullmatch(term.measure):
-            _check_answers(int(number[1]), term, config)
+        if best := BEST_OF.fullmatch(term.measure):
+            _check_answers(best[1], int(best[2]), term, config)
     labels = {"direct"} | {one.name.removeprefix("tau") for one in selections(config)}
     for claim in claims:
         for term in claim.all_terms:
@@ -145,15 +147,19 @@ def check_claims(claims: Sequence[Claim], config: LanguageConfig) -> None:
                 )
 
 
-def _check_answers(k: int, term: Term, config: LanguageConfig) -> None:
-    """Check that a run has k answers that can be checked of each prompt of its evaluation sets.
+def _check_answers(kind: str, k: int, term: Term, config: LanguageConfig) -> None:
+    """Check that a run has k answers that can be judged of each prompt of its evaluation sets.
 
     Raises:
         InputError: if it has not.
     """
     name = f"claims={config.claims}: {term}"
-    if config.prompts is None or not have_answers(config.prompts):
+    if kind == "pass" and (config.prompts is None or not have("answer", config.prompts)):
         raise InputError(f"{name}: the prompts have no answers; expected prompts=addition, or such")
+    if kind == "rouge" and (config.prompts is None or not have("reference", config.prompts)):
+        raise InputError(
+            f"{name}: the prompts have no references; expected prompts=docstrings, or such"
+        )
     drawn = config.sampling.eval_sequences // max(1, config.eval_prompts)
     if drawn < k:
         raise InputError(
@@ -213,7 +219,7 @@ def _problems(claim: Claim) -> Iterator[str]:
     if len({term.size is None for term in claim.terms}) > 1:
         yield "expected a size in all of its terms or in none"
     for term in claim.all_terms:
-        if term.measure not in MEASURES and not PASS_AT.fullmatch(term.measure):
+        if term.measure not in MEASURES and not BEST_OF.fullmatch(term.measure):
             yield f"measure {term.measure}: expected one of {', '.join(MEASURES)}, or pass@1"
         taus = all(label[:1].isdigit() for label in (term.of, term.against))
         if term.size == TEACHER and (term.measure not in OF_TEACHERS or not taus):

@@ -6,6 +6,7 @@ which other prompts there are, or on the order in which a file has them.
 """
 
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from kdhpc import addition
+from kdhpc import addition, docstrings
 from kdhpc.config.language import LanguageConfig
 from kdhpc.errors import InputError
 from kdhpc.plan.shards import ADDED
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 Part = Literal["train", "eval"]
 Entry: TypeAlias = str
-"""A prompt as a line of its file has it, in canonical JSON: `text` or `messages`, and `answer`."""
+"""A prompt as a line of its file has it, in canonical JSON: `text` or `messages`, and perhaps
+`answer` or `reference`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,13 @@ def read_prompts(source: str) -> list[Entry]:
                 f"prompts={source}: {_shown(entry)}: has two answers; expected each prompt once, "
                 "or with the same answer"
             )
+    if any("reference" in json.loads(entry) for entry in known.values()) and not (
+        importlib.util.find_spec("rouge_score")
+    ):
+        raise InputError(
+            f"prompts={source}: has references, with which rouge-score compares texts; expected "
+            "pip install 'kdhpc[downstream]'"
+        )
     return sorted(entries, key=_digest)
 
 
@@ -165,6 +174,7 @@ def prompts_of(
             ids=tuple(_ids(entry, tokenizer, begin)),
             stream=_digest(entry)[:16],
             answer=json.loads(entry).get("answer"),
+            reference=json.loads(entry).get("reference"),
         )
         for entry in part_of(entries, prompts.part, prompts.held_out_share, seed)
     )
@@ -199,6 +209,44 @@ def right_answers(
             last = tokenizer.decode(drawn[:-1]).strip().rpartition("\n")[2]
             right[row] = last.strip() == prompt.answer
     return right
+
+
+def likeness(
+    samples: "Samples", prompts: "Sequence[Prompt]", first_row: int, tokenizer: "Tokenizer"
+) -> "NDArray[np.float32] | None":
+    """Return how like its reference each text [N] after a prompt is: the F measure of ROUGE-L.
+
+    It is that of rouge-score: the longest common subsequence of words, which are runs of a to z
+    and digits, whatever their case. 0 is the least and 1 the most, and a text without words has 0.
+    A sequence that was cut counts as far as it goes.
+
+    Args:
+        samples: N sequences of consecutive rows.
+        prompts: what they start with.
+        first_row: index of the first row.
+        tokenizer: the tokenizer of the model.
+
+    Returns:
+        None if not every prompt has a reference.
+
+    Source:
+        C.-Y. Lin, ROUGE: A Package for Automatic Evaluation of Summaries (2004).
+    """
+    if any(prompt.reference is None for prompt in prompts):
+        return None
+    import numpy as np
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    likest = np.zeros(len(samples), np.float32)
+    ends = {tokenizer.eos, *tokenizer.other_ends}
+    for row, (ids, length) in enumerate(zip(samples.ids, samples.length, strict=True)):
+        prompt = prompts[(first_row + row) % len(prompts)]
+        text = tokenizer.decode(
+            [i for i in ids[len(prompt.ids) : length].tolist() if i not in ends]
+        )
+        likest[row] = scorer.score(prompt.reference, text)["rougeL"].fmeasure
+    return likest
 
 
 def all_ids(
@@ -268,9 +316,9 @@ def _text(content: Json, tokenizer: "Tokenizer") -> str:
     return huggingface.chat_text(tokenizer.path, content["messages"])
 
 
-def have_answers(source: str) -> bool:
-    """Return whether every prompt has an answer."""
-    return all("answer" in json.loads(entry) for entry in read_prompts(source))
+def have(what: Literal["answer", "reference"], source: str) -> bool:
+    """Return whether every prompt has an answer, or a reference."""
+    return all(what in json.loads(entry) for entry in read_prompts(source))
 
 
 def _lines(source: str) -> Iterator[Entry]:
@@ -307,13 +355,15 @@ def _entry(line: bytes, name: str) -> Entry:
     if len(keys) != 1:
         raise InputError(f"{name} has {'both' if keys else 'neither'} of the two; {expected}")
     [key] = keys
-    value, answer = content[key], content.get("answer")
+    value, answer, reference = content[key], content.get("answer"), content.get("reference")
     if answer is not None and (
         not isinstance(answer, str) or not answer or answer != answer.strip() or "\n" in answer
     ):
         raise InputError(
             f"{name}: its answer is {answer!r}; expected a line of text without space around it"
         )
+    if reference is not None and (not isinstance(reference, str) or not reference.strip()):
+        raise InputError(f"{name}: its reference is {reference!r}; expected text")
     try:
         _canonical(content).encode()
     except UnicodeError as error:
@@ -323,7 +373,8 @@ def _entry(line: bytes, name: str) -> Entry:
             raise InputError(f"{name}: its text is empty or no text; {expected}")
     elif not _are_messages(value):
         raise InputError(f"{name}: its messages lack a role or a content; {expected}")
-    return _canonical({key: value} | ({} if answer is None else {"answer": answer}))
+    known = {"answer": answer, "reference": reference}
+    return _canonical({key: value} | {name: of for name, of in known.items() if of is not None})
 
 
 def _are_messages(value: Json) -> bool:
@@ -343,8 +394,8 @@ def _canonical(content: Json) -> Entry:
 
 
 def _digest(entry: Entry) -> str:
-    """Return the digest of a prompt; its answer is no part of it."""
-    content = {key: value for key, value in json.loads(entry).items() if key != "answer"}
+    """Return the digest of a prompt; its answer and its reference are no part of it."""
+    content = {k: v for k, v in json.loads(entry).items() if k not in {"answer", "reference"}}
     return hashlib.sha256(_canonical(content).encode()).hexdigest()
 
 
@@ -363,7 +414,11 @@ def _python_signatures() -> list[dict[str, str]]:
 
 LONGEST = 40
 """Number of characters of the longest signature."""
-BUILT_IN = {"python-signatures": _python_signatures, "addition": addition.prompts}
+BUILT_IN = {
+    "python-signatures": _python_signatures, "addition": addition.prompts,
+    "docstrings": docstrings.prompts,
+}  # fmt: skip
 """Prompts that every installation has: the short ones among the first lines of functions in the
-modules of Python's standard library that are single files, such as `def read(self, size=-1):`; and
-sums with their answers (kdhpc/addition.py)."""
+modules of Python's standard library that are single files, such as `def read(self, size=-1):`; sums
+with their answers (kdhpc/addition.py); docstrings of those modules without their first sentences,
+which are the references (kdhpc/docstrings.py)."""

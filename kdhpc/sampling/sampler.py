@@ -40,6 +40,8 @@ class Prompt:
     """Name of its random stream inside that of the sample set; empty for the only prompt."""
     answer: str | None = None
     """The last line of a right sequence, if it is known."""
+    reference: str | None = None
+    """What somebody else wrote after the prompt, if it is known."""
 
 
 class Sampler:

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from kdhpc import addition
+from kdhpc import addition, docstrings
 from kdhpc.errors import InputError
 
 CORPUS_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -92,9 +92,11 @@ def _python_source() -> list[str]:
 
 BUILT_IN = {
     "python-docs": _python_docs, "python-source": _python_source, "addition": addition.texts,
+    "docstrings": docstrings.texts,
 }  # fmt: skip
 """Texts that every installation has: the topics of Python's documentation, the modules of its
-standard library that are single files, and sums (kdhpc/addition.py)."""
+standard library that are single files, sums (kdhpc/addition.py), and the docstrings of those
+modules with their first sentences (kdhpc/docstrings.py)."""
 
 
 def _kind_of(value: object) -> str:

@@ -35,6 +35,9 @@ class Scores:
     right: NDArray[np.uint8] | None = None
     """[N] 1 if the sequence's answer is right, else 0; only for prompts with answers, where the
     scorer is `self`."""
+    rouge_l: NDArray[np.float32] | None = None
+    """[N] ROUGE-L of the text after the prompt, 0 to 1; only for prompts with references, where the
+    scorer is `self`."""
     num_characters: NDArray[np.int32] | None = None
     """[N] characters of the texts between prompt and end, where a judge with another tokenizer
     scores them; 0 if a text is empty, or is left out because the judge cannot write it or it is too

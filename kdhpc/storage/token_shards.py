@@ -24,6 +24,7 @@ OPTIONAL_COLUMNS = {
     "token_log_prob_tau": np.float32,
     "num_prompt": np.int32,
     "right": np.uint8,
+    "rouge_l": np.float32,
 }
 """Columns that older shards lack, and others in part."""
 
@@ -52,6 +53,8 @@ class Samples:
     """[N] number of tokens of each sequence's prompt; None if all have the same prompt."""
     right: NDArray[np.uint8] | None = None
     """[N] 1 if the answer is right, else 0; only for prompts with answers."""
+    rouge_l: NDArray[np.float32] | None = None
+    """[N] ROUGE-L of the text after the prompt, 0 to 1; only for prompts with references."""
 
     def __len__(self) -> int:
         return len(self.length)

@@ -171,6 +171,8 @@ def _own_pieces(
         yield "log_prob_sum", samples.log_prob_tau_sum
         if "right" in has and samples.right is not None:
             yield "right", samples.right
+        if "rouge_l" in has and samples.rouge_l is not None:
+            yield "rouge_l", samples.rouge_l
         if "end_log_prob_tau" in has and samples.end_log_prob_tau is not None:
             yield "end_log_prob", samples.end_log_prob_tau
         if "token_log_prob_tau" in has and samples.token_log_prob_tau is not None:

@@ -6,7 +6,8 @@ writes  token shards: ids [N, L] uint16 (uint32 if the model has more than 65,53
         float64 (nats, under the distribution that was drawn from), end_log_prob and
         end_log_prob_tau [N] float64 (nats, of the end token alone), and in evaluation sets with
         `scoring.per_token` also token_log_prob_tau [N, L] float32; num_prompt [N] int32, the tokens
-        of each row's prompt, if there are several; right [N] uint8, if they have answers
+        of each row's prompt, if there are several; right [N] uint8, if they have answers; rouge_l
+        [N] float32, if they have references
 """
 
 import functools
@@ -16,7 +17,7 @@ from typing import Literal
 from kdhpc.config.language import LanguageConfig, num_ids, only_prompt, tokens_per_s
 from kdhpc.experiment import arms, documents
 from kdhpc.experiment.documents import Documents
-from kdhpc.experiment.prompts import Prompts, prompts_of, right_answers
+from kdhpc.experiment.prompts import Prompts, likeness, prompts_of, right_answers
 from kdhpc.plan.shards import ADDED, Arm, Plan, Shard, cut, fields_of, settings_of
 from kdhpc.plan.stages import Stage
 from kdhpc.selection import Selection
@@ -169,8 +170,8 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
         stream=settings.stream,
         on_batch=lambda done: work.progress(done / shard.num_rows),
     )
-    right = right_answers(samples, prompts, (shard.row_range or (0, 0))[0], loaded.tokenizer)
-    samples = replace(samples, right=right)
+    texts = samples, prompts, (shard.row_range or (0, 0))[0], loaded.tokenizer
+    samples = replace(samples, right=right_answers(*texts), rouge_l=likeness(*texts))
     path = work.new_path(shard, ".arrow")
     metadata = {"kdhpc.key": shard.key, "kdhpc.recipe": shard.recipe, "kdhpc.draw": settings.draw}
     write_samples(path, samples, metadata)
