@@ -166,6 +166,15 @@ def partial_spearman(one: Sequence[float], two: Sequence[float], given: Sequence
     return float(np.clip(ranks[0] @ ranks[1] / sizes.prod(), -1.0, 1.0))
 
 
+def correlations(study: Study) -> list[Correlation]:
+    """Return the rank correlations of every metric with precision and with recall."""
+    return [
+        correlation(study, metric, measure)
+        for metric in metrics_of(study.results)
+        for measure in ("precision", "recall")
+    ]
+
+
 def correlation(study: Study, metric: Metric, measure: str) -> Correlation:
     """Return the rank correlation of a metric with precision or recall, over seeds."""
     of: Callable[[Student], Statistic] = getattr(study, measure)
@@ -211,13 +220,13 @@ def _direction(mean: SeedMean | None) -> Direction:
     return "rises" if mean.low > 0.0 else "falls"
 
 
-def verdict(correlations: Sequence[Correlation]) -> list[str]:
+def verdict(correlated: Sequence[Correlation]) -> list[str]:
     """Say whether precise students follow instructions better, and write worse in the open.
 
     An answer needs all metrics that differ between students to agree.
     """
     with_precision = {
-        (row.task, row.metric): row for row in correlations if row.measure == "precision"
+        (row.task, row.metric): row for row in correlated if row.measure == "precision"
     }
     lines = []
     for question, metrics, expected in (
@@ -290,17 +299,13 @@ def main(arguments: list[str]) -> int:
         )
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     rows = scores(study)
-    correlations = [
-        correlation(study, metric, measure)
-        for metric in metrics_of(analysis.results)
-        for measure in ("precision", "recall")
-    ]
+    correlated = correlations(study)
     console.print(analysis.titled(score_table(rows)))
-    console.print(analysis.titled(correlation_table(correlations, len(study.sizes))))
-    for line in verdict(correlations):
+    console.print(analysis.titled(correlation_table(correlated, len(study.sizes))))
+    for line in verdict(correlated):
         console.print(line)
     print(analysis.save_csv([asdict(row) for row in rows], "downstream"))
-    print(analysis.save_csv([asdict(row) for row in correlations], "downstream_correlations"))
+    print(analysis.save_csv([asdict(row) for row in correlated], "downstream_correlations"))
     return 0
 
 

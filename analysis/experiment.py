@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Write what was found into the pages of the experiments in docs.
 
-    python analysis/experiment.py [temperature|capacity|convergence|real_data|smollm2 ...]
+    python analysis/experiment.py [temperature|capacity|convergence|real_data|reasoning|
+                                   summarisation|post_training|downstream|smollm2 ...]
 
 Each page has what was predicted, written by hand before the run was scored. Between two marks in it
 this command writes tables, sentences and a figure, from the scores in the folder beside the page;
@@ -9,7 +10,9 @@ nothing else on the page changes. Figures need `pip install 'kdhpc[report]'`.
 """
 
 import argparse
+import functools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,9 @@ import choose_tau
 import claims
 import costs
 import diversity
+import downstream
 import judges
+import pass_at_k
 import prediction
 import report_rows
 import report_sizes
@@ -27,6 +32,7 @@ from claim_terms import kept, mean_of, students_of, teachers, whole_mean
 from claims import Outcome
 from report_rows import Figure
 from report_run import RunFacts
+from report_text import value_text
 from size_verdicts import trainings
 from study import Study, at_equal_precision_smoothly
 from verdicts import Decision, Verdict, capitalised, decide, gain_is_entropy, text
@@ -371,7 +377,13 @@ def _crossover(study: Study) -> Figure:
 def replication(study: Study) -> Iterator[str]:
     """Yield the students' means, what a tau changes, and what the run cost."""
     [size] = study.sizes
-    yield (
+    yield _means(study, size)
+    yield from temperature(study)
+    yield from _costs(study)
+
+
+def _means(study: Study, size: str) -> str:
+    return (
         "Means over seeds, in nats per token; the truth's own samples have "
         f"{text(over_seeds([study.truth_log_prob()]), sign=False)} under it.\n\n"
     ) + table(
@@ -387,11 +399,113 @@ def replication(study: Study) -> Iterator[str]:
             for label in study.labels(size)
         ],
     )
-    yield from temperature(study)
+
+
+def _costs(study: Study) -> Iterator[str]:
     yield "Cost by stage:\n\n" + table(
         ("stage", "core-hours", "10^12 operations"), costs.by_stage(study)
     )
     yield costs.in_words(study)
+
+
+def answers(study: Study, kind: str) -> Iterator[str]:
+    """Yield how good the best of k texts are, whether curves cross, means, and what it cost."""
+    [size] = study.sizes
+    ks = [k for k in pass_at_k.KS if k <= study.answers_per_prompt]
+    rows = [
+        (
+            report_rows.student_name(str(row["student"])),
+            f"{row['T']:g}",
+            *(
+                value_text(*(float(row[f"{kind}@{k}{end}"]) for end in ("", "_low", "_high")))
+                for k in ks
+            ),
+        )
+        for row in pass_at_k.table_rows(study, size, ks, kind)
+    ]
+    yield f"{capitalised(pass_at_k.TITLES[kind])}, of each student at each T:\n\n" + table(
+        ("student", "T", *(f"{kind}@{k}" for k in ks)), rows
+    )
+    for verdict in pass_at_k.crossings(study, size, ks, kind):
+        yield f"{capitalised(verdict.decision)}: {verdict.claim}. {verdict.sentence}."
+    yield _means(study, size)
+    yield from _costs(study)
+
+
+def post_training(study: Study) -> Iterator[str]:
+    """Yield what a tau changes in students that were trained before, and in those that were not."""
+    for size in study.sizes:
+        rows = [
+            (
+                tau,
+                *(_change(study, size, m, tau, "direct") for m in ("precision", "recall")),
+                *(_change(study, size, m, tau) for m in ("precision", "recall")),
+                *(_kept_by(study, size, base, tau) for base in ("direct", "1")),
+            )
+            for tau in study.taus(size)
+        ]
+        yield (
+            f"Size {size}, by tau: the change against the direct student, the change against tau "
+            "1, and the recall that another T of the direct student, or of the student of tau 1, "
+            "keeps at equal precision:\n\n"
+        ) + table(
+            (
+                "tau", "precision", "recall", "precision against 1", "recall against 1",
+                "kept by direct", "kept by tau 1",
+            ),
+            rows,
+        )  # fmt: skip
+        yield _means(study, size)
+    yield from _costs(study)
+
+
+def _kept_by(study: Study, size: str, base: str, tau: str) -> str:
+    if base == tau:
+        return ""
+    mean = mean_of(study, Term(measure="control-recall", of=tau, against=base), size)
+    return text(mean) if mean else "not reached"
+
+
+def tasks(study: Study) -> Iterator[str]:
+    """Yield the scores in tasks, how they go with precision and recall, means, and the cost."""
+    [size] = study.sizes
+    rows = [
+        (
+            row.task, row.metric, row.model, str(row.num_items),
+            _with_interval(row.score, row.low, row.high),
+        )
+        for row in downstream.scores(study)
+    ]  # fmt: skip
+    yield "Scores in tasks; the row of initial weights is chance:\n\n" + table(
+        ("task", "metric", "model", "items", "score"), rows
+    )
+    correlated = downstream.correlations(study)
+    yield (
+        "Rank correlation of scores with precision and recall over the students of a seed, with "
+        "intervals over seeds:\n\n"
+    ) + table(
+        ("task", "metric", "with", "seeds", "correlation", "as it rises, the score"),
+        [
+            (
+                row.task, row.metric, row.measure, str(row.num_seeds),
+                _with_interval(row.correlation, row.low, row.high, sign=True),
+                row.direction,
+            )
+            for row in correlated
+        ],
+    )  # fmt: skip
+    yield from (f"{capitalised(line)}." for line in downstream.verdict(correlated))
+    yield _means(study, size)
+    yield from _costs(study)
+
+
+def _with_interval(value: float, low: float, high: float, *, sign: bool = False) -> str:
+    """Return a number with its interval, as far as they are known."""
+    if math.isnan(value):
+        return ""
+    if math.isnan(low):
+        return f"{value:{'+' if sign else ''}.3f}"
+    return value_text(value, low, high, sign=sign)
 
 
 def real_data(study: Study) -> Iterator[str]:
@@ -428,6 +542,25 @@ PAGES: Mapping[str, Page] = {
     "real_data": Page(
         path="experiments/real_data.md", folder="experiments/real_data", figure=_crossover,
         sections=real_data,
+    ),
+    "reasoning": Page(
+        path="experiments/reasoning.md", folder="experiments/reasoning",
+        figure=lambda study: pass_at_k.figure(study, study.sizes[0], "pass"),
+        sections=functools.partial(answers, kind="pass"),
+    ),
+    "summarisation": Page(
+        path="experiments/summarisation.md", folder="experiments/summarisation",
+        figure=lambda study: pass_at_k.figure(study, study.sizes[0], "rouge"),
+        sections=functools.partial(answers, kind="rouge"),
+    ),
+    "post_training": Page(
+        path="experiments/post_training.md", folder="experiments/post_training",
+        figure=lambda study: report_rows.precision_recall(study, "tuned"),
+        sections=post_training,
+    ),
+    "downstream": Page(
+        path="experiments/downstream.md", folder="experiments/downstream", figure=_crossover,
+        sections=tasks,
     ),
     "smollm2": Page(
         path="results/smollm2/README.md", folder="results/smollm2", figure=_crossover,

@@ -19,10 +19,11 @@ import sys
 from collections.abc import Sequence
 
 import files
+from report_rows import Figure, student_name
 from rich.console import Console
 from rich.table import Table
 from study import BEST_ARRAYS, SELF, TRUTH, Study
-from verdicts import Verdict, decide, text
+from verdicts import Verdict, capitalised, decide, text
 
 from kdhpc.cluster.display import command
 from kdhpc.errors import InputError
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> int:
             f"{analysis.path}: has fewer sequences than prompts; expected a larger "
             "sampling.eval_sequences"
         )
-    ks = options.k or [k for k in KS if k <= most]
+    ks = options.k or _up_to(study)
     if not ks or not 1 <= min(ks) <= max(ks) <= most:
         raise InputError(
             f"--k {' '.join(map(str, ks))}: expected numbers from 1 to {most}, the answers that "
@@ -117,6 +118,36 @@ def table(rows: Sequence[Row], size: str, ks: Sequence[int], kind: str) -> Table
         cells = [f"{row[f'{kind}@{k}']:.3f}" if f"{kind}@{k}" in row else "" for k in ks]
         printed.add_row(str(row["student"]), f"{row['T']:g}", *cells)
     return printed
+
+
+def figure(study: Study, size: str, kind: str) -> Figure:
+    """Return the best of k by k, of the students of each label at temperature 1."""
+    names = [f"{kind}@{k}" for k in _up_to(study)]
+    rows = [
+        {
+            "student": student_name(str(of["student"])),
+            "k": int(name.partition("@")[2]),
+            "estimate": of[name],
+            "low": of[f"{name}_low"],
+            "high": of[f"{name}_high"],
+        }
+        for of in table_rows(study, size, _up_to(study), kind)
+        for name in names
+        if of["T"] == 1.0 and of["student"] != TRUTH
+    ]
+    return Figure(
+        name="best-of",
+        title=f"{capitalised(TITLES[kind])}, by the number of texts",
+        reading=f"{kind}@k of students that are sampled at T = 1. If selectivity trades recall for "
+        "precision, a lower tau is above the others at k = 1 and below them at a large k.",
+        needs="prompts with answers or references",
+        rows=rows,
+    )
+
+
+def _up_to(study: Study) -> list[int]:
+    """Return the numbers of texts that a run has enough of."""
+    return [k for k in KS if k <= study.answers_per_prompt]
 
 
 def crossings(study: Study, size: str, ks: Sequence[int], kind: str) -> list[Verdict]:

@@ -52,6 +52,8 @@ LABEL_PART = 0.4
 """Part of the axis that this label takes on a phone."""
 DODGE = 0.007
 """Part of an axis of numbers by which series are moved apart."""
+FACTOR = 1.03
+"""Factor on an axis of logarithms by which series are moved apart."""
 PANEL, GAP = 230, 34
 """Height of a panel of a figure that has several, and of the space between two of them."""
 PANEL_DODGE = 0.025
@@ -431,6 +433,37 @@ def _best_temperature(rows: Rows, looks: Looks) -> Layers:
     ).add_params(_zoom("x", "y"))
 
 
+def _best_of(rows: Rows, looks: Looks) -> Layers:
+    names = _names(rows, "student")
+    look = _look("student", names, looks)
+    numbers = sorted({int(row["k"]) for row in rows})
+    middle = (len(names) - 1) / 2
+    rows = [
+        row | {"x": row["k"] * FACTOR ** (names.index(str(row["student"])) - middle)}
+        for row in rows
+    ]
+    x = alt.X(
+        "x:Q",
+        title="number of texts k",
+        scale=alt.Scale(type="log", base=2, nice=False, padding=20),
+        axis=alt.Axis(values=numbers, labelExpr="'' + datum.value"),
+    )
+    y = alt.Y("estimate:Q", title="best of k", scale=_axis(rows, "estimate", zero=False))
+    hover = [alt.Tooltip("student:N"), alt.Tooltip("k:Q"), *_numbers("")]
+    base = _chart(rows)
+    return alt.layer(
+        base.mark_line(strokeWidth=1.5, clip=True).encode(
+            x=x, y=y, color=look["color"], strokeDash=look["dash"]
+        ),
+        base.mark_rule(strokeWidth=1.5, clip=True).encode(
+            x=x, y=alt.Y("low:Q"), y2="high:Q", color=look["color"]
+        ),
+        base.mark_point(filled=True, size=55, opacity=1, clip=True).encode(
+            x=x, y=y, color=look["color"], shape=look["shape"], tooltip=hover
+        ),
+    ).add_params(_zoom("x", "y"))
+
+
 def _across_sizes(rows: Rows, looks: Looks) -> Layers:
     """Draw changes by number of parameters, a panel above another for each thing that changes.
 
@@ -536,6 +569,7 @@ CHARTS: Mapping[str, Callable[[Rows, Looks], Layers]] = {
     "curves": _curves,
     "total-variation": _total_variation,
     "best-temperature": _best_temperature,
+    "best-of": _best_of,
     "capacity": _across_sizes,
     "convergence": _across_sizes,
 }
