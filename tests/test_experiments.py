@@ -79,6 +79,7 @@ def test_capacity_shares_everything_but_its_students_with_temperature(base: str)
         (["demo", "capacitie"], "Did you mean capacity"),
         (["demo", "cluster"], "no preset 'cluster'"),
         (["tiny", "students.small=null"], "at least one size"),
+        (["tiny", "students.smal=null"], "no such size to take away; expected one of small"),
     ],
 )
 def test_a_preset_that_is_added_to_nothing_is_refused(words: list[str], message: str) -> None:

@@ -87,7 +87,19 @@ def compose(words: list[str]) -> dict[str, Json]:
         if "slurm" in site and site["slurm"] is None:
             site.pop("slurm")  # all of its lines are comments
         merged = _merge(merged, site)
+    _check_taken_away(_plain(overrides), _plain(merged))
     return _plain(_merge(merged, overrides))
+
+
+def _check_taken_away(overrides: dict[str, Json], values: dict[str, Json]) -> None:
+    """Check that sizes of students that are taken away with null are there."""
+    asked, sizes = overrides.get("students"), values.get("students")
+    for name, size in asked.items() if isinstance(asked, dict) else ():
+        if size is None and isinstance(sizes, dict) and sizes and name not in sizes:
+            raise InputError(
+                f"students.{name}=null: there is no such size to take away; expected one of "
+                f"{', '.join(sizes)}"
+            )
 
 
 def build(config_class: type[T], values: dict[str, Json]) -> T:
