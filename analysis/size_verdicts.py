@@ -77,7 +77,8 @@ def _settings(study: Study, size: str) -> Mapping[str, object]:
         if isinstance(tuned, dict)
         else {}
     )
-    return {**own, **more, "train_sequences": training["train_sequences"]} if own else {}
+    rest = {"labels": training["labels"] or "hard", "train_sequences": training["train_sequences"]}
+    return {**own, **more, **rest} if own else {}
 
 
 def _value(value: object) -> str:
@@ -103,7 +104,10 @@ def by_training(study: Study) -> list[tuple[str, str]]:
         for shorter in sizes
         for longer in sizes
         if study.untrained(shorter) == study.untrained(longer)
-        and study.training(shorter)["fine_tuning"] == study.training(longer)["fine_tuning"]
+        and all(
+            study.training(shorter)[name] == study.training(longer)[name]
+            for name in ("fine_tuning", "labels")
+        )
         and study.sequences_seen(shorter) < study.sequences_seen(longer)
     ]
 

@@ -37,7 +37,7 @@ BEST_ARRAYS = {"pass": "right", "rouge": "rouge_l"}
 """Array of a sampler's own scores that says how good its answers are, by what `best_of` is of."""
 NUM_GROUPS = 5
 """Number of equal groups that truth's samples are cut into, from the rarest."""
-TRAINING = ("training", "fine_tuning", "train_sequences")
+TRAINING = ("training", "fine_tuning", "labels", "train_sequences")
 """Settings of a model that say how it is trained; the others say what it is before that."""
 BLOCK_ROWS = 4096
 """Number of rows whose tokens are in memory at once."""

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdhpc.models.attention import attend, causal
-from kdhpc.training.loss import summed_nll
+from kdhpc.training.loss import Soft, summed_nll
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -72,6 +72,63 @@ def test_the_loss_by_chunks_has_the_value_and_gradients_of_cross_entropy(head_to
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def soft_case(head_tokens: int, tau: float) -> tuple[Tensor, Tensor, Tensor, Soft, Tensor]:
+    """Return hidden states, weight, targets, and a teacher with two more ids, and its float64
+    distributions."""
+    torch.manual_seed(1)
+    hidden, weight = random(40, 8, dtype=torch.float32), random(50, 8, dtype=torch.float32)
+    targets = torch.randint(50, (40,))
+    targets[::3] = -100
+    soft = Soft(hidden=torch.randn(40, 6), weight=torch.randn(52, 6), tau=tau, left_out=(4, 9))
+    logits = soft.hidden.double() @ soft.weight[:50].double().T / tau
+    logits[:, [4, 9]] = -torch.inf
+    return hidden, weight, targets, soft, logits.softmax(1)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.6])
+@pytest.mark.parametrize("head_tokens", [1, 7, 40, 99])
+def test_soft_labels_have_the_value_and_gradients_of_a_float64_reference(
+    head_tokens: int, tau: float
+) -> None:
+    hidden, weight, targets, soft, wanted = soft_case(head_tokens, tau)
+    loss = summed_nll(hidden, weight, targets, head_tokens=head_tokens, gain=0.125, soft=soft)
+    log_q = (hidden.double() @ weight.double().T).log_softmax(1)
+    expected = -(wanted * log_q).sum(1)[targets >= 0].sum()
+    by = torch.tensor(0.125)
+    for ours, theirs in zip(
+        backward(loss, hidden, weight, by=by), backward(expected, hidden, weight, by=by.double()),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.allclose(ours.double(), theirs.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_soft_labels_are_the_mean_of_all_hard_ones() -> None:
+    hidden, weight, targets, soft, wanted = soft_case(8, 0.8)
+    mean = sum(
+        (wanted[:, token] * position_losses(hidden, weight, token))[targets >= 0].sum()
+        for token in range(50)
+    )
+    loss = summed_nll(hidden, weight, targets, head_tokens=8, soft=soft)
+    assert float(loss.detach()) == pytest.approx(float(mean), rel=1e-5)
+
+
+def position_losses(hidden: Tensor, weight: Tensor, token: int) -> Tensor:
+    """Return the loss of a token at each position."""
+    one = torch.full((1,), token)
+    losses = [summed_nll(row[None], weight, one, head_tokens=1) for row in hidden.detach()]
+    return torch.stack(losses).detach().double()
+
+
+def test_a_student_that_equals_its_teacher_has_its_entropy_and_no_gradient() -> None:
+    hidden, weight = random(12, 8, dtype=torch.float32), random(50, 8, dtype=torch.float32)
+    soft = Soft(hidden=hidden.detach(), weight=weight.detach(), tau=1.0)
+    loss = summed_nll(hidden, weight, torch.zeros(12, dtype=torch.int64), head_tokens=5, soft=soft)
+    p = (hidden.double() @ weight.double().T).softmax(1)
+    assert float(loss.detach()) == pytest.approx(float(-(p * p.log()).sum().detach()), rel=1e-6)
+    for gradient in torch.autograd.grad(loss, (hidden, weight)):
+        assert gradient.abs().max() < 1e-5
+
+
 class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the size of the largest tensor that was made."""
 
@@ -92,3 +149,14 @@ def test_no_logits_of_the_whole_batch_are_made() -> None:
     with largest:
         summed_nll(hidden, weight, torch.zeros(512, dtype=torch.int64), head_tokens=16).backward()  # type: ignore[no-untyped-call]
     assert largest.numel == 16 * 300
+
+
+@pytest.mark.parametrize("head_tokens", [16, 64])
+def test_memory_of_soft_labels_grows_with_the_chunk_alone(head_tokens: int) -> None:
+    hidden, weight = random(512, 4, dtype=torch.float32), random(300, 4, dtype=torch.float32)
+    soft = Soft(hidden=torch.randn(512, 8), weight=torch.randn(300, 8), tau=0.8)
+    targets = torch.zeros(512, dtype=torch.int64)
+    largest = Largest()
+    with largest:
+        summed_nll(hidden, weight, targets, head_tokens=head_tokens, soft=soft).backward()  # type: ignore[no-untyped-call]
+    assert largest.numel == head_tokens * 300

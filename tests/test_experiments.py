@@ -38,7 +38,9 @@ def analysis() -> Iterator[None]:
     ("base", "experiment"),
     [
         *itertools.product(BASES, ("temperature", "capacity", "real_data", "downstream")),
-        *itertools.product(("tiny", "demo"), ("post_training", "reasoning", "summarisation")),
+        *itertools.product(
+            ("tiny", "demo"), ("post_training", "reasoning", "summarisation", "objective")
+        ),
     ],
 )
 def test_an_experiment_plans_to_its_golden(base: str, experiment: str) -> None:

@@ -96,6 +96,7 @@ def test_an_experiment_takes_what_another_one_made(tmp_path: Path) -> None:
         "post_training",
         "reasoning",
         "summarisation",
+        "objective",
     ],
 )
 def test_an_experiment_gives_the_same_digest_as_local_processes(

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 from real_slurm import DEVCLUSTER, need_slurm
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_training import CPU, LONG, RECIPE, WIDTH, corpus, fresh, newest, one_process, run, saver
@@ -30,6 +31,7 @@ from kdhpc.models.devices import DTYPES
 from kdhpc.scoring.counting import Counting
 from kdhpc.storage.token_shards import Samples, map_token_rows, write_samples
 from kdhpc.training import checkpoints, ranks
+from kdhpc.training.engine import Teacher
 from kdhpc.training.loop import DivergedError, Trained, Watch, train
 from kdhpc.training.schedule import Schedule
 
@@ -42,7 +44,9 @@ def alone() -> None:
     one_process()
 
 
-def plain_loop(recipe: Training) -> tuple[list[float], Any]:
+def plain_loop(
+    recipe: Training, loss_of: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+) -> tuple[list[float], Any]:
     """Train the same model with only torch's AdamW and transformers' schedule."""
     model, data = fresh(), corpus()
     ids, length = np.asarray(data.ids).astype(np.int64), data.length
@@ -69,7 +73,7 @@ def plain_loop(recipe: Training) -> tuple[list[float], Any]:
             for i, row in enumerate(rows)
             for position in range(3, length[row])
         ]
-        loss = torch.stack(picked).mean()
+        loss = loss_of(model, *data.read(rows)) if loss_of else torch.stack(picked).mean()
         optimizer.zero_grad()
         torch.autograd.backward([loss])
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
@@ -267,6 +271,58 @@ def test_validation_is_right_and_changes_nothing() -> None:
     assert told[-1]["validation_loss"] == pytest.approx(float(expected), rel=1e-5)
     assert [facts["step"] for facts in told] == [1, 2]
     assert all(facts["gradient_norm"] > 0 for facts in told)
+
+
+@pytest.fixture(scope="module")
+def teacher_weights() -> Mapping[str, Tensor]:
+    """Those of a training of its own, so that its distributions are not flat."""
+    return dict(run(dataclasses.replace(RECIPE, learning_rate=2e-2)).weights)
+
+
+def soft_teacher(weights: Mapping[str, Tensor]) -> Teacher:
+    model = fresh()
+    model.load_state_dict(dict(weights), strict=False)
+    return Teacher(model=model, tau=0.7, left_out=(5,))
+
+
+def test_soft_labels_are_learnt_as_in_a_plain_loop(teacher_weights: Mapping[str, Tensor]) -> None:
+    """The teacher's weights stay, and the validation loss is that of tokens."""
+    told: list[Mapping[str, Any]] = []
+    teacher = soft_teacher(teacher_weights)
+    recipe = dataclasses.replace(RECIPE, validate_every_steps=4, validation_sequences=50)
+    watch = Watch(on_step=told.append, validation=corpus())
+    trained = run(recipe, teacher=teacher, watch=watch)
+    asked = soft_teacher(teacher_weights).model.eval()
+
+    def loss_of(model: Any, ids: Tensor, targets: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits = asked(ids).logits / 0.7
+            logits[..., 5] = -torch.inf
+        per_position = -(logits.softmax(-1) * model(ids).logits.log_softmax(-1)).sum(-1)
+        mean: Tensor = per_position[targets >= 0].mean()
+        return mean
+
+    losses, model = plain_loop(RECIPE, loss_of)
+    assert np.allclose(trained.losses, losses, rtol=1e-5)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(trained.weights[name], parameter, atol=2e-5), name
+    kept = teacher.model.state_dict()
+    assert all(torch.equal(kept[name], weight) for name, weight in teacher_weights.items())
+    ids, targets = corpus().read(np.arange(50))
+    with torch.no_grad():
+        expected = cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten())
+    assert told[-1]["validation_loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "layout", [{"zero_stage": 3}, {"head_tokens": 100}, {"activation_checkpointing": True}]
+)
+def test_soft_labels_do_not_depend_on_the_layout(
+    layout: dict[str, Any], teacher_weights: Mapping[str, Tensor]
+) -> None:
+    plain = run(teacher=soft_teacher(teacher_weights))
+    other = run(dataclasses.replace(RECIPE, **layout), teacher=soft_teacher(teacher_weights))
+    assert np.allclose(plain.losses, other.losses, rtol=1e-4)
 
 
 def test_end_of_sequence_tokens_count_only_where_they_are_learnt() -> None:

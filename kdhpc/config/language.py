@@ -272,6 +272,7 @@ def language_problems(config: LanguageConfig) -> Iterator[str]:
     if "1" in {f"{temperature:g}" for temperature in config.decode_temperatures}:
         yield "decode_temperatures: 1 is always scored; expected temperatures other than 1"
     yield from _sampling_problems(config.sampling)
+    yield from _label_problems(config)
     yield from _scoring_problems(config.scoring)
     yield from _corruption_problems(config.scoring)
     yield from _truth_problems(config.truth)
@@ -315,6 +316,15 @@ def _prompt_problems(config: LanguageConfig) -> Iterator[str]:
         yield "prompt='': expected at least one token to start from"
     if config.truth.tokenizer == "bytes" and len(prompt.encode()) >= length:
         yield f"prompt={prompt!r}: expected fewer than length={length} tokens"
+
+
+def _label_problems(config: LanguageConfig) -> Iterator[str]:
+    for size, model in config.students.items():
+        if model.labels == "soft" and config.sampling.truncations:
+            yield (
+                f"students.{size}.labels=soft: the distribution of a truncated teacher is not "
+                "learnt; expected labels=hard, or sampling.truncations=[]"
+            )
 
 
 def _sampling_problems(sampling: Sampling) -> Iterator[str]:

@@ -148,6 +148,9 @@ class Model:
     """How distilled students of this size are trained on D'_tau if they start from the weights of
     the direct student, which has learnt D. None trains them as `training` says, from where the
     direct student started too."""
+    labels: Literal["hard", "soft"] = "hard"
+    """What distilled students of this size learn from D'_tau: its tokens, or `soft`, the teacher's
+    whole distribution at tau after each of them. Direct students learn the tokens of D."""
     train_sequences: Count | None = None
     """Number of sequences that the model is trained on, the first ones of its data; all of
     `sampling.train_sequences` if not given."""
@@ -196,6 +199,8 @@ def model_problems(
         yield from _training_problems(
             f"{key}.fine_tuning", fine_tuning, model, device, num_sequences
         )
+    if model.labels == "soft" and not key.startswith("students."):
+        yield f"{key}.labels=soft: expected hard; only students have a teacher"
     if num_sequences is not None and (model.train_sequences or 0) > num_sequences:
         yield (
             f"{key}.train_sequences={model.train_sequences}: expected at most "

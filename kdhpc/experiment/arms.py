@@ -88,6 +88,13 @@ class Trainee:
         return TRAIN_ON_TRUTH, replace(self, selection=None).name
 
     @property
+    def teacher(self) -> ArmName | None:
+        """The teacher whose distributions it learns; None if it learns tokens."""
+        if self.selection is None or self.model.labels == "hard":
+            return None
+        return TRAIN_ON_TRUTH, teacher_name(self.seed)
+
+    @property
     def training(self) -> Training | None:
         """How it is trained; None if it is taken as it is."""
         return self.model.fine_tuning if self.start else self.model.training

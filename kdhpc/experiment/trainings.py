@@ -42,6 +42,8 @@ class TrainSettings:
     start: str = dataclasses.field(default="", metadata=ADDED)
     """Fingerprint of the model whose weights the training starts from; empty for new weights."""
     begin: str = dataclasses.field(default="tokenizer", metadata=ADDED)
+    soft_tau: float | None = dataclasses.field(default=None, metadata=ADDED)
+    """Temperature of the teacher's distributions that are learnt; None if tokens are."""
 
     @staticmethod
     def of(
@@ -116,6 +118,7 @@ def train_shard(
     tokenizer_path: Path,
     *,
     start_path: Path | None = None,
+    teacher_path: Path | None = None,
     validation: "Corpus | None" = None,
 ) -> Written | None:
     """Train a model, with checkpoints in the shard's own folder.
@@ -128,6 +131,7 @@ def train_shard(
         corpus: sequences to train on.
         tokenizer_path: folder of the tokenizer that is saved with the model.
         start_path: checkpoint folder whose weights the training starts from; None for new weights.
+        teacher_path: checkpoint folder of the teacher whose distributions are learnt, if they are.
         validation: sequences for the validation loss.
 
     Returns:
@@ -137,7 +141,7 @@ def train_shard(
     from kdhpc.models import devices, huggingface
     from kdhpc.models.tokenizer import Tokenizer
     from kdhpc.training import checkpoints
-    from kdhpc.training.engine import State
+    from kdhpc.training.engine import State, Teacher
     from kdhpc.training.loop import (
         Watch,
         train,
@@ -167,6 +171,16 @@ def train_shard(
             seed=seeding.integer_seed(settings.seed, f"{stream}/init"),
         )
 
+    def teacher() -> Teacher | None:
+        if settings.soft_tau is None or teacher_path is None:
+            return None
+        ends = (tokenizer.eos, *tokenizer.other_ends)
+        return Teacher(
+            model=huggingface.as_stored(teacher_path),
+            tau=settings.soft_tau,
+            left_out=() if settings.eos == "learn" else ends,
+        )
+
     folder = work.run.scratch_path(shard.key)
     work.run.make_folder(folder)
     # The folder is named after the recipe, so that a training with other settings after a cancel
@@ -194,7 +208,14 @@ def train_shard(
             work.progress(facts["step"] / facts["steps"])
             log.write(facts)
 
-        model = new_model()
+        model, asked = new_model(), teacher()
+        flops = (
+            training_flops(settings.shape, tokenizer.size, settings.length)
+            if settings.shape
+            else 6.0 * model.num_parameters()
+        )
+        if asked is not None:
+            flops += 2.0 * asked.model.num_parameters()
         trained = train(
             model,
             corpus,
@@ -202,15 +223,14 @@ def train_shard(
             seed=settings.seed,
             stream=f"{stream}/order",
             device=device,
+            teacher=asked,
             state=State(step=newest[0], tensors=newest[1]) if newest else None,
             watch=Watch(
                 save=save,
                 should_stop=work.should_stop,
                 on_step=on_step,
                 validation=validation,
-                flops_per_token=training_flops(settings.shape, tokenizer.size, settings.length)
-                if settings.shape
-                else 6.0 * model.num_parameters(),
+                flops_per_token=flops,
             ),
         )
     if not trained.finished or work.rank > 0:

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from kdhpc.models import attention
 from kdhpc.models.devices import DTYPES
 from kdhpc.models.sizes import BUCKET
 from kdhpc.training.data import Batch
-from kdhpc.training.loss import summed_nll
+from kdhpc.training.loss import Soft, summed_nll
 from kdhpc.training.ranks import from_first, summed
 from kdhpc.training.schedule import Schedule
 
@@ -34,6 +34,36 @@ class State:
     """Float32 weights by name, and moments as `exp_avg/<name>` and `exp_avg_sq/<name>`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A finished model whose distributions a student learns."""
+
+    model: PreTrainedModel
+    """Its logits are the product of its hidden states and its head. Its weights stay as they are,
+    and are whole on every rank."""
+    tau: float
+    """Temperature of its distributions."""
+    left_out: tuple[int, ...] = ()
+    """Ids that are none of the targets that count, such as ends that are not learnt."""
+
+    def on(self, device: torch.device) -> "Teacher":
+        """Move the model to a device, and make it ready to be asked."""
+        model = self.model.to(device).eval().requires_grad_(False)
+        attention.use_causal(model)
+        return replace(self, model=model)
+
+    @torch.no_grad()
+    def soft(self, ids: Tensor) -> Soft:
+        """Return the distributions over the next token at all positions of rows [B, L] of ids."""
+        hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
+        return Soft(
+            hidden=hidden.flatten(0, 1),
+            weight=self.model.get_output_embeddings().weight,
+            tau=self.tau,
+            left_out=self.left_out,
+        )
+
+
 class _Head(nn.Module):
     """The output layer and the loss in one module, so that ZeRO-3 gathers the weight for both."""
 
@@ -42,13 +72,14 @@ class _Head(nn.Module):
         self.weight = weight
         self.head_tokens = head_tokens
 
-    def forward(self, hidden: Tensor, targets: Tensor, gain: float) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor, gain: float, soft: Soft | None) -> Tensor:
         return summed_nll(
             hidden.flatten(0, 1),
             self.weight,
             targets.flatten(),
             head_tokens=self.head_tokens,
             gain=gain,
+            soft=soft,
         )
 
 
@@ -60,10 +91,12 @@ class _WithLoss(nn.Module):
         self.model = model
         self.head = _Head(model.get_output_embeddings().weight, head_tokens)
 
-    def forward(self, ids: Tensor, targets: Tensor, gain: float) -> Tensor:
+    def forward(
+        self, ids: Tensor, targets: Tensor, gain: float, soft: Soft | None = None
+    ) -> Tensor:
         """Sum the cross-entropy over the targets [B, L] that are not negative."""
         hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
-        total: Tensor = self.head(hidden, targets, gain)
+        total: Tensor = self.head(hidden, targets, gain, soft)
         return total
 
 
@@ -122,7 +155,12 @@ class Engine:
     """Trains one model with DeepSpeed; every rank calls the same methods in the same order."""
 
     def __init__(
-        self, model: PreTrainedModel, settings: Training, schedule: Schedule, device: torch.device
+        self,
+        model: PreTrainedModel,
+        settings: Training,
+        schedule: Schedule,
+        device: torch.device,
+        teacher: Teacher | None = None,
     ) -> None:
         """Hand the model to DeepSpeed.
 
@@ -131,12 +169,14 @@ class Engine:
             settings: optimizer, batch, ranks and dtype.
             schedule: steps of the learning-rate schedule.
             device: device of this rank.
+            teacher: a model whose distributions are learnt in place of tokens.
 
         Raises:
             InputError: if the environment sends DeepSpeed to another kind of device.
         """
         self.deepspeed = load_deepspeed(device)
         self.settings, self.device = settings, device
+        self.teacher = teacher and teacher.on(device)
         self.linear = functional.linear  # to be restored: ZeRO-3 replaces it in the whole process
         rank = distributed.get_rank()
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(distributed.get_world_size()))
@@ -192,7 +232,9 @@ class Engine:
         gain = share * (self.settings.loss_scale if self.settings.dtype == "float16" else 1.0)
         total = torch.zeros((), device=self.device)
         for ids, targets in batch.parts:
-            nll = self.engine(self._here(ids), self._here(targets), gain)
+            here = self._here(ids)
+            soft = self.teacher and self.teacher.soft(here)
+            nll = self.engine(here, self._here(targets), gain, soft)
             self.engine.backward(nll * share)
             self.engine.step()
             total += nll.detach()
@@ -203,7 +245,7 @@ class Engine:
 
     @torch.no_grad()
     def validate(self, batches: Iterator["Batch"]) -> float:
-        """Return the loss over `batches` in nats per counted token."""
+        """Return the loss of tokens over `batches` in nats per counted token."""
         total, num_counted = torch.zeros((), device=self.device), 0
         self.engine.eval()
         for batch in batches:

@@ -20,7 +20,7 @@ from kdhpc.config.model import Training
 from kdhpc.errors import InputError
 from kdhpc.models.devices import DTYPES, matmul_flops_per_s
 from kdhpc.training.data import Batches, Corpus, validation_batches
-from kdhpc.training.engine import Engine, State
+from kdhpc.training.engine import Engine, State, Teacher
 from kdhpc.training.ranks import any_rank, from_first
 from kdhpc.training.schedule import Schedule
 from kdhpc.types import Json
@@ -74,6 +74,7 @@ def train(
     seed: int,
     stream: str,
     device: torch.device,
+    teacher: Teacher | None = None,
     state: State | None = None,
     watch: Watch = Watch(),
 ) -> Trained:
@@ -89,6 +90,7 @@ def train(
         seed: seed of the run.
         stream: name of the random stream that orders the data.
         device: device of this rank.
+        teacher: a model whose distributions are learnt in place of the tokens of the corpus.
         state: checkpoint to resume from.
         watch: callbacks and inputs that do not change the weights.
 
@@ -102,7 +104,7 @@ def train(
     peak = matmul_flops_per_s(device, DTYPES[settings.dtype]) * settings.world_size
     pin = device.type == "cuda"
     with (
-        closing(Engine(model, settings, schedule, device)) as engine,
+        closing(Engine(model, settings, schedule, device, teacher)) as engine,
         closing(Batches(corpus, settings, schedule, seed, stream, pin)) as batches,
     ):
         is_first = distributed.get_rank() == 0

@@ -1,9 +1,31 @@
 """The training loss: cross-entropy without the logits of a whole batch in memory."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Soft:
+    """A teacher's distributions over the next token at N positions, made when they are needed."""
+
+    hidden: Tensor
+    """[N, H'] last hidden states of the teacher."""
+    weight: Tensor
+    """[V', H'] weight of the teacher's head; ids beyond those of the student are left out."""
+    tau: float
+    """Temperature of the distributions."""
+    left_out: Sequence[int] = ()
+    """Ids that are none of the targets that count, such as ends that are not learnt."""
+
+    def probabilities(self, at: int, stop: int, num_ids: int) -> Tensor:
+        """Return the distributions at some positions, float32 [stop - at, num_ids]."""
+        logits = (self.hidden[at:stop] @ self.weight[:num_ids].T).float().div_(self.tau)
+        logits[:, list(self.left_out)] = -torch.inf
+        return torch.softmax(logits, dim=1)
 
 
 class _SummedNll(torch.autograd.Function):
@@ -11,7 +33,13 @@ class _SummedNll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head_tokens: int, gain: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        head_tokens: int,
+        gain: float,
+        soft: Soft | None,
     ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         needs_grad = hidden.requires_grad or weight.requires_grad
@@ -22,10 +50,19 @@ class _SummedNll(torch.autograd.Function):
             rows, counts = hidden[at : at + head_tokens], targets[at : at + head_tokens] >= 0
             target = targets[at : at + head_tokens].clamp(min=0)[:, None]
             log_p = torch.log_softmax((rows @ weight.T).float(), dim=1)
-            total -= (log_p.gather(1, target).squeeze(1) * counts).sum()
+            if soft is None:
+                total -= (log_p.gather(1, target).squeeze(1) * counts).sum()
+            else:
+                wanted = soft.probabilities(at, at + head_tokens, len(weight))
+                total -= ((log_p * wanted).sum(1) * counts).sum()
             if not needs_grad:
                 continue
-            log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype))
+            log_p.exp_()
+            if soft is None:
+                log_p.scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype))
+            else:
+                log_p.sub_(wanted)
+                del wanted
             grad = log_p.mul_((counts * gain)[:, None]).to(weight.dtype)
             del log_p  # frees memory before the next large buffers are allocated
             parts.append(grad @ weight)
@@ -40,16 +77,25 @@ class _SummedNll(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         factor = grads[0] / ctx.gain
-        return grad_hidden * factor, grad_weight * factor, None, None, None
+        return grad_hidden * factor, grad_weight * factor, None, None, None, None
 
 
 def summed_nll(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, head_tokens: int, gain: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    head_tokens: int,
+    gain: float = 1.0,
+    soft: Soft | None = None,
 ) -> Tensor:
     """Sum -log p(target) for training with memory for `head_tokens` x V logits, not for all.
+
+    With soft labels it is the mean of that over targets that the teacher draws at each position,
+    which is its cross-entropy: KL(teacher || student) and the teacher's entropy.
 
     Logits and softmax are float32 and exist for one chunk at a time. Gradients are computed in the
     same pass, so that nothing is computed twice.
@@ -61,9 +107,12 @@ def summed_nll(
         head_tokens: number of positions in one chunk.
         gain: gradient that the sum is expected to receive, within a few powers of two. Gradients
             are computed at that scale, so that small ones do not underflow in float16.
+        soft: the teacher's distributions; `targets` then only say which positions count.
 
     Returns:
         Scalar float32 in nats.
     """
-    total: Tensor = _SummedNll.apply(hidden, weight, targets, head_tokens, gain)  # type: ignore[no-untyped-call]
+    total: Tensor = _SummedNll.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, head_tokens, gain, soft
+    )
     return total

@@ -23,6 +23,8 @@ from kdhpc.storage.work import Work, Written
 
 START = "start"
 """Role of the direct student from whose weights a fine-tuning starts."""
+TEACHER = "teacher"
+"""Role of the teacher whose distributions are learnt."""
 WRITES = "Hugging Face checkpoint folders (safetensors, tokenizer)"
 
 
@@ -48,6 +50,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
         )
         validation = before.arm(*arms.TRUTH_EVAL) if training.validate_every_steps else []
         start = before.arm(*trainee.start) if trainee.start else []
+        teacher = before.arm(*trainee.teacher) if trainee.teacher else []
         stream = f"{trainee.kind}/s{trainee.seed}/{trainee.size}"
         settings = TrainSettings.of(
             trainee.model,
@@ -61,12 +64,15 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
         if start:
             # The weights are those of an input, so that no architecture determines them here.
             settings = dataclasses.replace(settings, shape=None, start="")
+        if teacher:
+            settings = dataclasses.replace(settings, soft_tau=trainee.tau)
         arm = Arm(
             stage=stage,
             name=trainee.name,
             fields=settings.fields | {"train_sequences": sequences},
             inputs={"data": data[0].arm.recipe, "tokenizer": truth.recipe}
-            | ({START: start[0].recipe} if start else {}),
+            | ({START: start[0].recipe} if start else {})
+            | ({TEACHER: teacher[0].recipe} if teacher else {}),
             nodes=training.nodes,
             ranks_per_node=training.ranks_per_node,
         )
@@ -74,7 +80,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
             Shard(
                 arm=arm,
                 name="00000",
-                reads=(truth.key, *(shard.key for shard in (*data, *validation, *start))),
+                reads=(truth.key, *(shard.key for shard in (*data, *validation, *start, *teacher))),
                 work=steps * training.batch_sequences * config.length / training.world_size,
                 num_bytes=4.0 * num_parameters(trainee.model.shape, num_ids(config.truth))
                 if trainee.model.shape
@@ -170,6 +176,9 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
             data,
             tokenizer_path,
             start_path=start_path,
+            teacher_path=work.input(work.plan.arm(*trainee.teacher)[0].key)
+            if trainee.teacher
+            else None,
             validation=validation,
         )
 
