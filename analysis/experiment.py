@@ -2,7 +2,7 @@
 """Write what was found into the pages of the experiments in docs.
 
     python analysis/experiment.py [temperature|capacity|convergence|real_data|reasoning|
-                                   summarisation|post_training|downstream|smollm2 ...]
+        reasoning_larger|summarisation|post_training|downstream|smollm2 ...]
 
 Each page has what was predicted, written by hand before the run was scored. Between two marks in it
 this command writes tables, sentences and a figure, from the scores in the folder beside the page;
@@ -415,7 +415,7 @@ def answers(study: Study, kind: str) -> Iterator[str]:
     rows = [
         (
             report_rows.student_name(str(row["student"])),
-            f"{row['T']:g}",
+            f"{row['T']:g}" if row["student"] in study.labels(size) else "",
             *(
                 value_text(*(float(row[f"{kind}@{k}{end}"]) for end in ("", "_low", "_high")))
                 for k in ks
@@ -423,7 +423,8 @@ def answers(study: Study, kind: str) -> Iterator[str]:
         )
         for row in pass_at_k.table_rows(study, size, ks, kind)
     ]
-    yield f"{capitalised(pass_at_k.TITLES[kind])}, of each student at each T:\n\n" + table(
+    title = capitalised(pass_at_k.TITLES[kind])
+    yield f"{title}, of truth, of teachers by tau, and of students at each T:\n\n" + table(
         ("student", "T", *(f"{kind}@{k}" for k in ks)), rows
     )
     for verdict in pass_at_k.crossings(study, size, ks, kind):
@@ -545,6 +546,11 @@ PAGES: Mapping[str, Page] = {
     ),
     "reasoning": Page(
         path="experiments/reasoning.md", folder="experiments/reasoning",
+        figure=lambda study: pass_at_k.figure(study, study.sizes[0], "pass"),
+        sections=functools.partial(answers, kind="pass"),
+    ),
+    "reasoning_larger": Page(
+        path="experiments/reasoning_larger.md", folder="experiments/reasoning_larger",
         figure=lambda study: pass_at_k.figure(study, study.sizes[0], "pass"),
         sections=functools.partial(answers, kind="pass"),
     ),

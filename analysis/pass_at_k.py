@@ -11,7 +11,8 @@ prompts and seeds. A k of 1 says how good one answer is; a large k says what a m
 when it is asked often.
 
 For each tau it is said whether the curves cross: whether pass@1 (or rouge@1) is higher than that of
-the direct student and that of the largest k lower.
+the direct student and that of the largest k lower; and the same of the teacher at that tau, against
+itself at tau 1.
 """
 
 import itertools
@@ -28,6 +29,7 @@ from verdicts import Verdict, capitalised, decide, text
 from kdhpc.cluster.display import command
 from kdhpc.errors import InputError
 from kdhpc.experiment.arms import at_temperature
+from kdhpc.experiment.claims import TEACHER
 from kdhpc.pipeline import LANGUAGE
 from kdhpc.science.intervals import SeedMean, over_seeds
 
@@ -86,12 +88,18 @@ def of_label(
 
 
 def table_rows(study: Study, size: str, ks: Sequence[int], kind: str) -> list[Row]:
-    """Return a row for truth, and for the students of each label at each temperature."""
+    """Return rows for truth, teachers at each tau, and students of each label at each temperature.
+
+    A student's label is that of the tau of its teacher; its own temperature is in column T.
+    """
     rows: list[Row] = []
     own = study.scores.get((TRUTH, SELF))
     if own is not None and BEST_ARRAYS[kind] in own.arrays():
         truth = {k: over_seeds([study.best_of(TRUTH, k, kind)]) for k in ks}
         rows.append(_row(TRUTH, 1.0, truth, kind))
+    for tau, names in teachers(study, size, kind).items():
+        taught = {k: over_seeds([study.best_of(name, k, kind) for name in names]) for k in ks}
+        rows.append(_row(f"teacher at tau {tau}", 1.0, taught, kind))
     for label in study.labels(size):
         student = next(iter(study.of(size, label).values()))
         for temperature in sorted({1.0, *study.temperatures(student)}, reverse=True):
@@ -99,6 +107,18 @@ def table_rows(study: Study, size: str, ks: Sequence[int], kind: str) -> list[Ro
             known = {k: mean for k, mean in means.items() if mean is not None}
             rows.append(_row(label, temperature, known, kind))
     return rows
+
+
+def teachers(study: Study, size: str, kind: str) -> dict[str, list[str]]:
+    """Return the names of the teachers of all seeds at each tau, as samplers, if all are known."""
+    seeds = sorted({student.seed for student in study.students})
+    found = {}
+    for tau in study.taus(size):
+        names = [f"{TEACHER}-s{seed}-tau{tau}" for seed in seeds]
+        own = [study.scores.get((name, SELF)) for name in names]
+        if all(scores is not None and BEST_ARRAYS[kind] in scores.arrays() for scores in own):
+            found[tau] = names
+    return found
 
 
 def _row(label: str, temperature: float, means: dict[int, SeedMean], kind: str) -> Row:
@@ -121,7 +141,7 @@ def table(rows: Sequence[Row], size: str, ks: Sequence[int], kind: str) -> Table
 
 
 def figure(study: Study, size: str, kind: str) -> Figure:
-    """Return the best of k by k, of the students of each label at temperature 1."""
+    """Return the best of k by k, of teachers at each tau and of students at temperature 1."""
     names = [f"{kind}@{k}" for k in _up_to(study)]
     rows = [
         {
@@ -138,8 +158,9 @@ def figure(study: Study, size: str, kind: str) -> Figure:
     return Figure(
         name="best-of",
         title=f"{capitalised(TITLES[kind])}, by the number of texts",
-        reading=f"{kind}@k of students that are sampled at T = 1. If selectivity trades recall for "
-        "precision, a lower tau is above the others at k = 1 and below them at a large k.",
+        reading=f"{kind}@k of teachers at each tau, and of students, which are sampled at T = 1. "
+        "If selectivity trades recall for precision, a lower tau is above the others at k = 1 and "
+        "below them at a large k.",
         needs="prompts with answers or references",
         rows=rows,
     )
@@ -151,29 +172,68 @@ def _up_to(study: Study) -> list[int]:
 
 
 def crossings(study: Study, size: str, ks: Sequence[int], kind: str) -> list[Verdict]:
-    """Say of each tau whether it gains at one answer and loses at many, against direct."""
+    """Say of each tau whether it gains at one answer and loses at many.
+
+    Students are compared with direct, and teachers at a tau with themselves at tau 1.
+    """
     made = []
     least, most = min(ks), max(ks)
     if least == most:
         return []
+    of_teachers = teachers(study, size, kind)
+    for tau in of_teachers if "1" in of_teachers else ():
+        if tau == "1":
+            continue
+        higher = _differences(study, of_teachers[tau], of_teachers["1"], least, kind)
+        lower = _differences(study, of_teachers["1"], of_teachers[tau], most, kind)
+        what = f"the teacher at tau {tau} and at tau 1"
+        made.append(
+            _crossing(f"teacher-{tau}", size, what, tau, kind, {least: higher, most: lower})
+        )
     for tau in study.taus(size):
         gain = study.contrast(size, tau, "direct", lambda s: study.best_of(s.name, least, kind))
         loss = study.contrast(size, "direct", tau, lambda s: study.best_of(s.name, most, kind))
         if gain is None or loss is None:
             continue
-        made.append(
-            Verdict(
-                name=f"{kind}-curves-cross-{tau}",
-                size=size,
-                claim=f"the curves of tau {tau} and of direct cross: {kind}@{least} is higher at "
-                f"tau {tau}, and {kind}@{most} is lower",
-                decision=decide([gain, loss], 1),
-                sentence=f"{kind}@{least} is higher by {text(gain)} and {kind}@{most} lower by "
-                f"{text(loss)}",
-                means={f"{kind}@{least}": gain, f"{kind}@{most}": loss},
-            )
-        )
+        what = f"tau {tau} and of direct"
+        made.append(_crossing(tau, size, what, tau, kind, {least: gain, most: loss}))
     return made
+
+
+def _differences(
+    study: Study, ours: Sequence[str], theirs: Sequence[str], k: int, kind: str
+) -> SeedMean:
+    """Return the mean over seeds of the best of k of some samplers less that of others."""
+    pairs = zip(ours, theirs, strict=True)
+    return over_seeds(
+        [study.best_of(one, k, kind) - study.best_of(other, k, kind) for one, other in pairs]
+    )
+
+
+def _crossing(
+    name: str, size: str, what: str, tau: str, kind: str, means: dict[int, SeedMean]
+) -> Verdict:
+    """Say whether two curves cross.
+
+    Args:
+        name: end of the verdict's name.
+        size: size of the students.
+        what: what the curves are of.
+        tau: tau whose curve should be the higher one at the smallest k.
+        kind: `pass` or `rouge`.
+        means: what it is higher by at the smallest k, then lower by at the largest.
+    """
+    (least, gain), (most, loss) = means.items()
+    return Verdict(
+        name=f"{kind}-curves-cross-{name}",
+        size=size,
+        claim=f"the curves of {what} cross: {kind}@{least} is higher at tau {tau}, and "
+        f"{kind}@{most} is lower",
+        decision=decide([gain, loss], 1),
+        sentence=f"{kind}@{least} is higher by {text(gain)} and {kind}@{most} lower by "
+        f"{text(loss)}",
+        means={f"{kind}@{least}": gain, f"{kind}@{most}": loss},
+    )
 
 
 if __name__ == "__main__":

@@ -448,7 +448,8 @@ def _best_of(rows: Rows, looks: Looks) -> Layers:
         scale=alt.Scale(type="log", base=2, nice=False, padding=20),
         axis=alt.Axis(values=numbers, labelExpr="'' + datum.value"),
     )
-    y = alt.Y("estimate:Q", title="best of k", scale=_axis(rows, "estimate", zero=False))
+    share = alt.Scale(domain=[0, 1], nice=False)
+    y = alt.Y("estimate:Q", title="best of k", scale=share)
     hover = [alt.Tooltip("student:N"), alt.Tooltip("k:Q"), *_numbers("")]
     base = _chart(rows)
     return alt.layer(

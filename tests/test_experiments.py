@@ -267,7 +267,9 @@ def test_the_arithmetic_of_a_run_is_that_of_its_models() -> None:
     assert "GPU-hours" in costs.in_words(study)
 
 
-@pytest.mark.parametrize("name", ["temperature", "capacity", "convergence", "real_data", "smollm2"])
+@pytest.mark.parametrize(
+    "name", ["temperature", "capacity", "convergence", "real_data", "reasoning", "smollm2"]
+)
 def test_a_page_says_what_its_scores_say(name: str) -> None:
     experiment = importlib.import_module("experiment")
     assert name in experiment.PAGES
