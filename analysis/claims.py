@@ -175,13 +175,17 @@ def _contradicts(claim: Claim, mean: SeedMean) -> bool:
     return mean.low > claim.margin or mean.high < -claim.margin
 
 
+def unit_of(outcomes: Sequence[Outcome]) -> str:
+    """Return the unit of the measures of some claims."""
+    best = any(BEST_OF.fullmatch(t.measure) for o in outcomes for t in o.claim.all_terms)
+    return "nats per token, pass@k and rouge@k from 0 to 1" if best else "nats per token"
+
+
 def table(outcomes: Sequence[Outcome], num_seeds: int) -> Table:
     """Make a table of the claims for people."""
     corrected = holm([outcome.p_value for outcome in outcomes])
     about = "95 % intervals" if num_seeds > 1 else ONE_TRAINING
-    answers = any(BEST_OF.fullmatch(t.measure) for o in outcomes for t in o.claim.all_terms)
-    unit = "nats per token, pass@k and ROUGE-L from 0 to 1" if answers else "nats per token"
-    title = f"{len(outcomes)} claims, {num_seeds} seeds, {unit}, {about}"
+    title = f"{len(outcomes)} claims, {num_seeds} seeds, {unit_of(outcomes)}, {about}"
     printed = Table(title=title, title_justify="left", box=None)
     for name in ("decision", "p, corrected", "claim"):
         printed.add_column(name)

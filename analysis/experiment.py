@@ -14,7 +14,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +138,8 @@ def claim_table(outcomes: Sequence[Outcome], num_seeds: int, page: str) -> str:
     ]
     more = "" if len(rows) == len(outcomes) else f" ({len(outcomes)} with those of other pages)"
     title = (
-        f"{len(rows)} claims{more}, corrected together; {num_seeds} seeds, 95 % intervals in nats "
-        "per token; `kdhpc/experiment/claims.py` says what the measures are:"
+        f"{len(rows)} claims{more}, corrected together; {num_seeds} seeds, 95 % intervals in "
+        f"{claims.unit_of(outcomes)}; `kdhpc/experiment/claims.py` says what the measures are:"
     )
     return f"{title}\n\n" + table(("claim", "decision", "p, corrected", "estimate"), rows)
 
@@ -374,6 +374,14 @@ def _crossover(study: Study) -> Figure:
     return report_rows.equal_precision(study, study.sizes[0])
 
 
+def _models(study: Study, size: str) -> Figure:
+    reading = (
+        f"{report_rows.UP_TO_TRUTH} The grey line joins the distilled students along tau, lines in "
+        "colour join one student along the temperature T of its sampling."
+    )
+    return replace(report_rows.precision_recall(study, size), reading=reading)
+
+
 def replication(study: Study) -> Iterator[str]:
     """Yield the students' means, what a tau changes, and what the run cost."""
     [size] = study.sizes
@@ -411,7 +419,7 @@ def _costs(study: Study) -> Iterator[str]:
 def answers(study: Study, kind: str) -> Iterator[str]:
     """Yield how good the best of k texts are, whether curves cross, means, and what it cost."""
     [size] = study.sizes
-    ks = [k for k in pass_at_k.KS if k <= study.answers_per_prompt]
+    ks = pass_at_k.up_to(study)
     rows = [
         (
             report_rows.student_name(str(row["student"])),
@@ -561,12 +569,12 @@ PAGES: Mapping[str, Page] = {
     ),
     "post_training": Page(
         path="experiments/post_training.md", folder="experiments/post_training",
-        figure=lambda study: report_rows.precision_recall(study, "tuned"),
+        figure=lambda study: _models(study, "tuned"),
         sections=post_training,
     ),
     "downstream": Page(
-        path="experiments/downstream.md", folder="experiments/downstream", figure=_crossover,
-        sections=tasks,
+        path="experiments/downstream.md", folder="experiments/downstream",
+        figure=lambda study: _models(study, study.sizes[0]), sections=tasks,
     ),
     "smollm2": Page(
         path="results/smollm2/README.md", folder="results/smollm2", figure=_crossover,

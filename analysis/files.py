@@ -76,7 +76,7 @@ class Analysis:
         """Write rows as CSV with all digits and a column for every key; return the path."""
         path = self._named(f"{name}.csv")
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
             writer.writeheader()
             writer.writerows(rows)
         return path

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 import files
 from report_rows import Figure, student_name
+from report_text import value_text
 from rich.console import Console
 from rich.table import Table
 from study import BEST_ARRAYS, SELF, TRUTH, Study
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> int:
             f"{analysis.path}: has fewer sequences than prompts; expected a larger "
             "sampling.eval_sequences"
         )
-    ks = options.k or _up_to(study)
+    ks = options.k or up_to(study)
     if not ks or not 1 <= min(ks) <= max(ks) <= most:
         raise InputError(
             f"--k {' '.join(map(str, ks))}: expected numbers from 1 to {most}, the answers that "
@@ -82,7 +83,7 @@ def of_label(
 ) -> SeedMean | None:
     """Return the best of k of the students of a label at a temperature; None without samples."""
     names = [at_temperature(s.name, temperature) for s in study.of(size, label).values()]
-    if not all((name, "self") in study.scores for name in names):
+    if not all((name, SELF) in study.scores for name in names):
         return None
     return over_seeds([study.best_of(name, k, kind) for name in names])
 
@@ -142,7 +143,7 @@ def table(rows: Sequence[Row], size: str, ks: Sequence[int], kind: str) -> Table
 
 def figure(study: Study, size: str, kind: str) -> Figure:
     """Return the best of k by k, of teachers at each tau and of students at temperature 1."""
-    names = [f"{kind}@{k}" for k in _up_to(study)]
+    names = [f"{kind}@{k}" for k in up_to(study)]
     rows = [
         {
             "student": student_name(str(of["student"])),
@@ -151,7 +152,7 @@ def figure(study: Study, size: str, kind: str) -> Figure:
             "low": of[f"{name}_low"],
             "high": of[f"{name}_high"],
         }
-        for of in table_rows(study, size, _up_to(study), kind)
+        for of in table_rows(study, size, up_to(study), kind)
         for name in names
         if of["T"] == 1.0 and of["student"] != TRUTH
     ]
@@ -166,7 +167,7 @@ def figure(study: Study, size: str, kind: str) -> Figure:
     )
 
 
-def _up_to(study: Study) -> list[int]:
+def up_to(study: Study) -> list[int]:
     """Return the numbers of texts that a run has enough of."""
     return [k for k in KS if k <= study.answers_per_prompt]
 
@@ -177,9 +178,9 @@ def crossings(study: Study, size: str, ks: Sequence[int], kind: str) -> list[Ver
     Students are compared with direct, and teachers at a tau with themselves at tau 1.
     """
     made = []
-    least, most = min(ks), max(ks)
-    if least == most:
+    if len({*ks}) < 2:
         return []
+    least, most = min(ks), max(ks)
     of_teachers = teachers(study, size, kind)
     for tau in of_teachers if "1" in of_teachers else ():
         if tau == "1":
@@ -230,8 +231,8 @@ def _crossing(
         claim=f"the curves of {what} cross: {kind}@{least} is higher at tau {tau}, and "
         f"{kind}@{most} is lower",
         decision=decide([gain, loss], 1),
-        sentence=f"{kind}@{least} is higher by {text(gain)} and {kind}@{most} lower by "
-        f"{text(loss)}",
+        sentence=f"{kind}@{least} differs by {text(gain)} and {kind}@{most} by "
+        f"{value_text(-loss.estimate, -loss.high, -loss.low, sign=True)}",
         means={f"{kind}@{least}": gain, f"{kind}@{most}": loss},
     )
 

@@ -240,7 +240,7 @@ class Study:
         rows = min(len(self.scores[pair].num_tokens) for pair in self._own_pairs)
         return rows // max(1, self.num_prompts)
 
-    def best_of(self, sampler: str, k: int, kind: str = "pass") -> Statistic:
+    def best_of(self, sampler: str, k: int, kind: str) -> Statistic:
         """Return how good the best of k answers of a sampler is, over prompts.
 
         Args:
@@ -253,7 +253,7 @@ class Study:
         """
         values = self.scores[sampler, SELF].arrays().get(BEST_ARRAYS[kind])
         if values is None:
-            raise ValueError(f"{sampler}: its prompts have no answers and no references")
+            raise ValueError(f"{sampler}: has no {BEST_ARRAYS[kind]}; see has_best")
         best = best_of_k(values, np.arange(len(values)) % self.num_prompts, k)
         return ratio(best, rows=PROMPTS)
 

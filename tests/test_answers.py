@@ -1,5 +1,6 @@
 """Right answers: sums, what counts as right, pass@k, and whether its curves cross."""
 
+import csv
 import importlib
 import itertools
 import math
@@ -118,7 +119,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 NUM_PROMPTS, ANSWERS = 60, 16
 
 
-def results_of(path: Path, shares: dict[str, tuple[float, float]], kind: str = "right") -> Path:
+def results_of(path: Path, shares: dict[str, tuple[float, float]], *kinds: str) -> Path:
     """Write results in which a share of the prompts is solved, each with some probability."""
     generator = np.random.default_rng(0)
     parts, models = [], {}
@@ -137,8 +138,12 @@ def results_of(path: Path, shares: dict[str, tuple[float, float]], kind: str = "
             "num_tokens": np.ones(rows, np.int32),
         }
         for sampler, scorer in ((name, "truth"), ("truth", name), (name, "self")):
-            good = right if kind == "right" else right.astype(np.float32) / 2
-            arrays = numbers | ({kind: good} if scorer == "self" else {})
+            good: dict[str, NDArray[Any]] = {
+                "right": right,
+                "rouge_l": right.astype(np.float32) / 2,
+            }
+            own = {kind: good[kind] for kind in kinds or ["right"]}
+            arrays = numbers | (own if scorer == "self" else {})
             parts.append(
                 ScorePieces(sampler=sampler, scorer=scorer, num_rows=rows, pieces=[*arrays.items()])
             )
@@ -161,6 +166,17 @@ def test_curves_that_cross_are_told_from_those_that_do_not(tmp_path: Path, run: 
     assert "rouge@" not in said
 
 
+def test_prompts_with_answers_and_references_have_both(tmp_path: Path, run: Run) -> None:
+    path = results_of(tmp_path / "results.h5", {"direct": (0.5, 0.5)}, "right", "rouge_l")
+    said = run(path, ["--k", "1", "--out", str(tmp_path)])
+    assert "pass@1" in said
+    assert "rouge@1" in said
+    with (tmp_path / "pass_at_k.csv").open() as file:
+        rows = {row["measure"]: row for row in csv.DictReader(file)}
+    assert 0.2 < float(rows["pass"]["pass@1"]) == 2 * float(rows["rouge"]["rouge@1"])
+    assert rows["pass"]["rouge@1"] == ""
+
+
 def test_the_best_of_many_texts_is_said_like_right_answers(tmp_path: Path, run: Run) -> None:
     shares = {"direct": (1.0, 0.9), "0.6": (0.5, 1.0)}
     path = results_of(tmp_path / "results.h5", shares, "rouge_l")
@@ -168,6 +184,7 @@ def test_the_best_of_many_texts_is_said_like_right_answers(tmp_path: Path, run: 
     assert "ROUGE-L of the best text: small student T rouge@1 rouge@16 direct 1 0.45" in said
     assert "0.6 1 0.250 0.250" in said
     assert "fails: the curves of tau 0.6 and of direct cross: rouge@1 is higher" in said
+    assert "rouge@1 differs by -0.2" in said
     assert "pass@" not in said
 
 

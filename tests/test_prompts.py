@@ -436,6 +436,9 @@ def test_likeness_to_references_is_merged(run: Path) -> None:
         common = longest_common(words, wanted)
         expected.append(2 * common / (len(words) + len(wanted)))
     assert measured == pytest.approx(expected, abs=1e-6)
+    assert samples_of(run, "2-sample-truth", "train").rouge_l is None
+    versions = read_results(run / "8-merge" / "results.h5").provenance["versions"]
+    assert "rouge-score" in json.loads(versions)
 
 
 def longest_common(one: list[str], two: list[str]) -> int:
@@ -515,7 +518,11 @@ BAD = {
         '{"text": "x", "answer": "7"}\n{"text": "x", "answer": "8"}\n', "has two answers",
     ),
     "long answer": ('{"text": "x", "answer": "7\\n8"}\n', "expected a line of text"),
-    "empty reference": ('{"text": "x", "reference": " "}\n', "line 1: its reference is ' '"),
+    "empty reference": ('{"text": "x", "reference": " "}\n', "line 1: its reference is"),
+    "no letters": ('{"text": "x", "reference": "\u65e5\u672c"}\n', "with letters a to z or digits"),
+    "two references": (
+        '{"text": "x", "reference": "a"}\n{"text": "x", "reference": "b"}\n', "two references",
+    ),
     "half a character": ('{"text": "a\\ud83d"}\n', "line 1 has half a character"),
     "no lines": ("\n\n", "has no lines"),
     "too long": (json.dumps({"text": "x" * 24}) + "\n", "has 24 tokens; expected fewer than"),

@@ -383,6 +383,32 @@ def test_accounting_is_read_in_every_version(version: str) -> None:
     assert slurm.accounting(["30"])["30", 1].node == "n2"
 
 
+def test_what_the_controller_remembers_is_read(program: Path) -> None:
+    """Also beside names of other jobs with blanks, in both forms of an exit code."""
+    lines = [
+        "Welcome, 3 news",
+        "30 0 CANCELLED 15 make.run.3f9a-0001 n1", "30 1 FAILED 768 make.run.3f9a-0001 n[1-2]",
+        "30 2 FAILED 9 make.run.3f9a-0001 n2", "30 3 CANCELLED 0 make.run.3f9a-0001",
+        "30 4 RUNNING 0 make.run.3f9a-0001 n1", "30 5 COMPLETING 0 make.run.3f9a-0001 n1",
+        "31 0 FAILED 3:0 make.run.3f9a-0002 n2", "32 N/A FAILED 256 make.run.3f9a-0001 n2",
+        "33 0 FAILED 256 other job n2", "34 0 FAILED 256 my", "job n2", "",
+    ]  # fmt: skip
+    (program / "lines").write_text("\n".join(lines))
+    (program / "squeue").write_text(f"#!/bin/sh\nexec cat {program}/lines\n")
+    (program / "squeue").chmod(0o755)
+    names = {"make.run.3f9a-0001", "make.run.3f9a-0002"}
+    found = slurm.remembered(names)
+    assert {key: (end.state, end.exit_code, end.node) for key, end in found.items()} == {
+        ("30", 0): ("CANCELLED", "0:15", "n1"),
+        ("30", 1): ("FAILED", "3:0", "n[1-2]"),
+        ("30", 2): ("FAILED", "0:9", "n2"),
+        ("30", 3): ("CANCELLED", "0:0", ""),
+        ("31", 0): ("FAILED", "3:0", "n2"),
+    }
+    (program / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    assert slurm.remembered(names) == {}
+
+
 def test_the_cluster_is_described_in_every_version(version: str) -> None:
     inf = float("inf")
     assert slurm.partitions() == {"batch": 1440.0, "": 1440.0, "secret": 120.0, "long": inf}

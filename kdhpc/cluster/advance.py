@@ -146,9 +146,11 @@ def _record_unexplained(run: Run, ledger: Ledger, state: State) -> bool:
         Whether any failure was recorded.
     """
     unexplained = _unexplained(ledger, state)
-    ended = slurm.remembered(sorted({submission.name for submission, _ in unexplained.values()}))
-    if forgotten := unexplained.keys() - ended.keys():
-        ended |= slurm.accounting(sorted({job_id for job_id, _ in forgotten}))
+    ended = slurm.remembered({submission.name for submission, _ in unexplained.values()})
+    for wait_s in (0.0, 2.5):  # accounting lags behind the queue
+        if forgotten := unexplained.keys() - ended.keys():
+            time.sleep(wait_s)
+            ended = slurm.accounting(sorted({job_id for job_id, _ in forgotten})) | ended
     recorded = False
     for (job_id, index), (submission, keys) in unexplained.items():
         task_end = ended.get((job_id, index), slurm.Ended(state="", exit_code="", node=""))

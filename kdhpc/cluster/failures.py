@@ -212,8 +212,9 @@ def of_slurm(
     """Classify a task that left the queue without output.
 
     Args:
-        state: sacct's State, such as `CANCELLED by 1000`; empty if accounting does not know it.
-        exit_code: sacct's ExitCode, such as `0:9`.
+        state: its state, such as `CANCELLED by 1000`; empty if neither the controller nor
+            accounting knows it.
+        exit_code: its exit code and signal, such as `0:9`.
         started: whether the task reached kdhpc's own code.
         cancelled: whether cancel.py was typed after the task was submitted.
 
@@ -233,7 +234,7 @@ def of_slurm(
         return "LOST", f"left no output (Slurm says {state}, exit code {exit_code})"
     if cancelled:  # accounting may be late to tell of it, or absent
         return "CANCELLED", "was cancelled by cancel.py"
-    return "LOST", "left the queue without output; accounting says nothing of it"
+    return "LOST", "left the queue without output; Slurm says nothing of it"
 
 
 def as_markdown() -> str:

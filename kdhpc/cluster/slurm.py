@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +29,8 @@ _CONTROLLER_FULL = ("resource temporarily unavailable", "temporarily unable to a
 """What sbatch says while the whole cluster has as many jobs as it may."""
 _QUEUE_FORMAT = "%A|%F|%K|%T|%r|%j"
 """Fields of squeue: job id, id of the array, index, state, reason, name."""
-_ENDED_FORMAT = "ArrayJobID:20,ArrayTaskID:20,State:20,exit_code:20,NodeList:1000"
-"""The same of tasks that have ended, in columns of fixed widths; only this form has exit codes."""
+_ENDED_FORMAT = "ArrayJobID:20,ArrayTaskID:20,State:20,exit_code:20,Name:200,NodeList:1000"
+"""Fields of tasks that have ended, in columns of fixed widths; only this form has exit codes."""
 _ENDED = {
     "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "DEADLINE", "NODE_FAIL", "BOOT_FAIL",
     "OUT_OF_MEMORY", "PREEMPTED",
@@ -137,8 +137,8 @@ class Ended:
     node: str
 
 
-def remembered(names: Sequence[str]) -> dict[tuple[str, int], Ended]:
-    """Ask the controller how the tasks of arrays ended.
+def remembered(names: Collection[str]) -> dict[tuple[str, int], Ended]:
+    """Ask the controller how the tasks of arrays ended, with a single squeue.
 
     It knows at once, but forgets after minutes (`MinJobAge`). Accounting keeps what it hears, and
     on a busy cluster hears of it late.
@@ -147,28 +147,30 @@ def remembered(names: Sequence[str]) -> dict[tuple[str, int], Ended]:
         names: names of arrays.
 
     Returns:
-        The end of each task that has ended and is not forgotten, by job id and array index.
+        The end of each task that has ended and is not forgotten, by job id and array index; empty
+        if the controller does not answer.
     """
     if not names:
         return {}
     command = ["squeue", "--me", "--all", "--noheader", "--array", "--states=all"]
     try:
-        answer = _run([*command, f"--name={','.join(names)}", f"--Format={_ENDED_FORMAT}"])
+        answer = _run([*command, f"--Format={_ENDED_FORMAT}"])
     except ClusterError:
         return {}
     ended = {}
-    for line in answer.stdout.splitlines():
-        fields = line.split()
-        if len(fields) not in {4, 5} or not all(fields[i].isdigit() for i in (0, 1, 3)):
-            continue
-        if fields[2] in _ENDED:
-            status = int(fields[3])  # as wait() gives it
-            ended[fields[0], int(fields[1])] = Ended(
-                state=fields[2],
-                exit_code=f"{status >> 8}:{status & 127}",
-                node=fields[4] if len(fields) == 5 else "",
-            )
+    for line in answer.stdout.split("\n"):
+        # Names of other jobs may hold blanks and line breaks; those of kdhpc's arrays do not.
+        job_id, index, state, status, name, node = [*line.split(), *[""] * 6][:6]
+        if job_id.isdigit() and index.isdigit() and name in names and state in _ENDED:
+            ended[job_id, int(index)] = Ended(state=state, exit_code=_exit_code(status), node=node)
     return ended
+
+
+def _exit_code(status: str) -> str:
+    """Convert a status as wait() gives it, `768`, to the form of sacct, `3:0`."""
+    if not status.isdigit():
+        return status
+    return f"{int(status) >> 8}:{int(status) & 127}"
 
 
 def accounting(job_ids: Sequence[str]) -> dict[tuple[str, int], Ended]:

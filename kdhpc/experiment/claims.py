@@ -13,7 +13,7 @@ A term is the change of a measure from the student `against` to the student `of`
 `direct`, by their tau, or by their truncation. `size` is a size of students or `teacher`; without
 it the claim is tested for each size. What `minus` says differently is subtracted, seed by seed.
 
-Measures, in nats per token unless they are probabilities:
+Measures, in nats per token unless they are from 0 to 1:
 
     precision, recall, divergence  that of the student; divergence is KL(p''||p*)
     divergence-beyond-share  precision's part that is less divergence, less 0.2 of precision: below
@@ -220,7 +220,8 @@ def _problems(claim: Claim) -> Iterator[str]:
         yield "expected a size in all of its terms or in none"
     for term in claim.all_terms:
         if term.measure not in MEASURES and not BEST_OF.fullmatch(term.measure):
-            yield f"measure {term.measure}: expected one of {', '.join(MEASURES)}, or pass@1"
+            yield f"measure {term.measure}: expected one of {', '.join(MEASURES)}, "
+            "pass@1, or rouge@1"
         taus = all(label[:1].isdigit() for label in (term.of, term.against))
         if term.size == TEACHER and (term.measure not in OF_TEACHERS or not taus):
             yield f"{term}: of teachers, expected precision or recall at two taus"

@@ -75,8 +75,8 @@ def read_prompts(source: str) -> list[Entry]:
     for entry in entries:
         if known.setdefault(_digest(entry), entry) != entry:
             raise InputError(
-                f"prompts={source}: {_shown(entry)}: has two answers; expected each prompt once, "
-                "or with the same answer"
+                f"prompts={source}: {_shown(entry)}: has two answers or two references; "
+                "expected each prompt once, or the same ones"
             )
     if any("reference" in json.loads(entry) for entry in known.values()) and not (
         importlib.util.find_spec("rouge_score")
@@ -242,9 +242,8 @@ def likeness(
     ends = {tokenizer.eos, *tokenizer.other_ends}
     for row, (ids, length) in enumerate(zip(samples.ids, samples.length, strict=True)):
         prompt = prompts[(first_row + row) % len(prompts)]
-        text = tokenizer.decode(
-            [i for i in ids[len(prompt.ids) : length].tolist() if i not in ends]
-        )
+        drawn = ids[len(prompt.ids) : length].tolist()
+        text = tokenizer.decode(drawn[:-1] if drawn and drawn[-1] in ends else drawn)
         likest[row] = scorer.score(prompt.reference, text)["rougeL"].fmeasure
     return likest
 
@@ -362,8 +361,13 @@ def _entry(line: bytes, name: str) -> Entry:
         raise InputError(
             f"{name}: its answer is {answer!r}; expected a line of text without space around it"
         )
-    if reference is not None and (not isinstance(reference, str) or not reference.strip()):
-        raise InputError(f"{name}: its reference is {reference!r}; expected text")
+    if reference is not None and (
+        not isinstance(reference, str) or not re.search("[a-z0-9]", reference.lower())
+    ):
+        raise InputError(
+            f"{name}: its reference is {_shown(repr(reference))}; expected text with letters a to "
+            "z or digits, which are all that ROUGE-L compares"
+        )
     try:
         _canonical(content).encode()
     except UnicodeError as error:

@@ -52,9 +52,10 @@ class Samples:
     num_prompt: NDArray[np.int32] | None = None
     """[N] number of tokens of each sequence's prompt; None if all have the same prompt."""
     right: NDArray[np.uint8] | None = None
-    """[N] 1 if the answer is right, else 0; only for prompts with answers."""
+    """[N] 1 if the answer is right, else 0; in evaluation sets whose prompts all have answers."""
     rouge_l: NDArray[np.float32] | None = None
-    """[N] ROUGE-L of the text after the prompt, 0 to 1; only for prompts with references."""
+    """[N] ROUGE-L of the text after the prompt, 0 to 1; in evaluation sets whose prompts all have
+    references."""
 
     def __len__(self) -> int:
         return len(self.length)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kdhpc.storage.results import Merged, ScorePieces
 
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "h5py")
-"""Packages whose versions are written into the results."""
+"""Packages whose versions are written into the results, and that of rouge-score if it was used."""
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
@@ -83,6 +83,9 @@ def _write(
     from kdhpc.storage.results import write_results
 
     work.ready()
+    read = [key for key in shard.reads if key in present]
+    has_likeness = any("rouge_l" in work.stats(key).get("arrays", ()) for key in read)
+    packages = (*PACKAGES, "rouge-score") if has_likeness else PACKAGES
     return write_results(
         path,
         scores=_scores(work, present),
@@ -90,7 +93,7 @@ def _write(
         models=_models(work, present),
         recipe=shard.recipe,
         complete=present.issuperset(shard.reads),
-        provenance=work.provenance([key for key in shard.reads if key in present], PACKAGES),
+        provenance=work.provenance(read, packages),
     )
 
 

@@ -6,8 +6,8 @@ writes  token shards: ids [N, L] uint16 (uint32 if the model has more than 65,53
         float64 (nats, under the distribution that was drawn from), end_log_prob and
         end_log_prob_tau [N] float64 (nats, of the end token alone), and in evaluation sets with
         `scoring.per_token` also token_log_prob_tau [N, L] float32; num_prompt [N] int32, the tokens
-        of each row's prompt, if there are several; right [N] uint8, if they have answers; rouge_l
-        [N] float32, if they have references
+        of each row's prompt, if there are several; in evaluation sets right [N] uint8, if they have
+        answers, and rouge_l [N] float32, if they have references
 """
 
 import functools
@@ -170,8 +170,9 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
         stream=settings.stream,
         on_batch=lambda done: work.progress(done / shard.num_rows),
     )
-    texts = samples, prompts, (shard.row_range or (0, 0))[0], loaded.tokenizer
-    samples = replace(samples, right=right_answers(*texts), rouge_l=likeness(*texts))
+    if _is_evaluation(shard):
+        texts = samples, prompts, (shard.row_range or (0, 0))[0], loaded.tokenizer
+        samples = replace(samples, right=right_answers(*texts), rouge_l=likeness(*texts))
     path = work.new_path(shard, ".arrow")
     metadata = {"kdhpc.key": shard.key, "kdhpc.recipe": shard.recipe, "kdhpc.draw": settings.draw}
     write_samples(path, samples, metadata)
