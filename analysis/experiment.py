@@ -10,7 +10,9 @@ nothing else on the page changes. Figures need `pip install 'kdhpc[report]'`.
 """
 
 import argparse
+import csv
 import functools
+import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,6 +65,8 @@ class Page:
     figure: Callable[[Study], Figure]
     sections: Callable[[Study], Iterator[str]]
     """Yields tables and sentences below the claims."""
+    numbers: bool = False
+    """Whether the numbers of every student are saved beside the page, as CSV."""
 
 
 def main(arguments: list[str]) -> int:
@@ -82,6 +86,8 @@ def main(arguments: list[str]) -> int:
         figure, block = found(name)
         path.write_text(with_block(path, block))
         _draw(figure, path.with_name(f"{name}.png"))
+        if PAGES[name].numbers:
+            path.with_name(f"{name}.csv").write_text(numbers(name))
         print(path)
     return 0
 
@@ -121,6 +127,36 @@ def found(name: str) -> tuple[Figure, str]:
         parts.append(claim_table(outcomes, num_seeds, name))
     parts += page.sections(study)
     return figure, "\n\n".join(parts) + "\n"
+
+
+def numbers(name: str) -> str:
+    """Return the numbers of every student of a page, at each temperature T, as CSV.
+
+    A line has a mean in nats per token and its 95 % interval: of one student for sampling error
+    only, of `all` over seeds and sequences.
+    """
+    _, study = claims.read(DOCS_DIR / PAGES[name].folder)
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("size", "student", "T", "seed", "measure", "mean", "low", "high"))
+    measures = {
+        "precision": study.precision,
+        "recall": study.recall,
+        "entropy": study.entropy,
+        "divergence": study.divergence,
+    }
+    arms = [(size, label) for size in study.sizes for label in study.labels(size)]
+    for size, label in arms:
+        by_seed = study.of(size, label)
+        for temperature in study.temperatures(next(iter(by_seed.values()))):
+            for measure, of_student in measures.items():
+                values = {seed: of_student(one, temperature) for seed, one in by_seed.items()}
+                groups = {str(seed): [value] for seed, value in values.items()}
+                for seed, group in (groups | {"all": [*values.values()]}).items():
+                    mean = over_seeds(group)
+                    ends = (f"{number:.5f}" for number in (mean.estimate, mean.low, mean.high))
+                    writer.writerow((size, label, f"{temperature:g}", seed, measure, *ends))
+    return file.getvalue()
 
 
 def claim_table(outcomes: Sequence[Outcome], num_seeds: int, page: str) -> str:
@@ -578,7 +614,7 @@ PAGES: Mapping[str, Page] = {
     ),
     "smollm2": Page(
         path="results/smollm2/README.md", folder="results/smollm2", figure=_crossover,
-        sections=replication,
+        sections=replication, numbers=True,
     ),
 }  # fmt: skip
 

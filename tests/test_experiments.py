@@ -277,6 +277,8 @@ def test_a_page_says_what_its_scores_say(name: str) -> None:
     page = path.read_text()
     _, block = experiment.found(name)
     assert experiment.with_block(path, block) == page
+    if experiment.PAGES[name].numbers:
+        assert path.with_name(f"{name}.csv").read_text() == experiment.numbers(name)
     folder = experiment.DOCS_DIR / experiment.PAGES[name].folder
     claims = importlib.import_module("claims").read_claims(folder / "claims.yaml")
     assert sum(path.stat().st_size for path in folder.iterdir()) < 5e6
