@@ -2,7 +2,7 @@
 """Write what was found into the pages of the experiments in docs.
 
     python analysis/experiment.py [temperature|capacity|convergence|real_data|reasoning|
-        reasoning_larger|summarisation|post_training|downstream|smollm2 ...]
+        reasoning_larger|summarisation|post_training|objective|downstream|smollm2 ...]
 
 Each page has what was predicted, written by hand before the run was scored. Between two marks in it
 this command writes tables, sentences and a figure, from the scores in the folder beside the page;
@@ -477,8 +477,8 @@ def answers(study: Study, kind: str) -> Iterator[str]:
     yield from _costs(study)
 
 
-def post_training(study: Study) -> Iterator[str]:
-    """Yield what a tau changes in students that were trained before, and in those that were not."""
+def by_size(study: Study) -> Iterator[str]:
+    """Yield what a tau changes against the direct student and against tau 1, for each size."""
     for size in study.sizes:
         rows = [
             (
@@ -606,7 +606,11 @@ PAGES: Mapping[str, Page] = {
     "post_training": Page(
         path="experiments/post_training.md", folder="experiments/post_training",
         figure=lambda study: _models(study, "tuned"),
-        sections=post_training,
+        sections=by_size,
+    ),
+    "objective": Page(
+        path="experiments/objective.md", folder="experiments/objective",
+        figure=lambda study: _models(study, "soft"), sections=by_size,
     ),
     "downstream": Page(
         path="experiments/downstream.md", folder="experiments/downstream",
