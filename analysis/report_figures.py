@@ -416,21 +416,13 @@ def _best_temperature(rows: Rows, looks: Looks) -> Layers:
         "estimate:Q", title="recall (nats per token)", scale=_axis(rows, "estimate", zero=False)
     )
     hover = [alt.Tooltip("student:N"), alt.Tooltip("temperature:Q"), *_numbers("")]
-    base = _chart(rows)
-    return alt.layer(
-        base.mark_line(strokeWidth=1.5, clip=True).encode(
-            x=x, y=y, color=look["color"], strokeDash=look["dash"]
-        ),
-        base.mark_rule(strokeWidth=1.5, clip=True).encode(
-            x=x, y=alt.Y("low:Q"), y2="high:Q", color=look["color"]
-        ),
-        base.transform_filter("datum.best != ''")
+    best = (
+        _chart(rows)
+        .transform_filter("datum.best != ''")
         .mark_point(size=260, strokeWidth=1.5, clip=True)
-        .encode(x=x, y=y, color=look["color"], tooltip=[*hover, alt.Tooltip("best:N")]),
-        base.mark_point(filled=True, size=55, opacity=1, clip=True).encode(
-            x=x, y=y, color=look["color"], shape=look["shape"], tooltip=hover
-        ),
-    ).add_params(_zoom("x", "y"))
+        .encode(x=x, y=y, color=look["color"], tooltip=[*hover, alt.Tooltip("best:N")])
+    )
+    return alt.layer(*_lines_and_bars(rows, x, y, look, hover), best).add_params(_zoom("x", "y"))
 
 
 def _best_of(rows: Rows, looks: Looks) -> Layers:
@@ -451,8 +443,15 @@ def _best_of(rows: Rows, looks: Looks) -> Layers:
     share = alt.Scale(domain=[0, 1], nice=False)
     y = alt.Y("estimate:Q", title="best of k", scale=share)
     hover = [alt.Tooltip("student:N"), alt.Tooltip("k:Q"), *_numbers("")]
+    return alt.layer(*_lines_and_bars(rows, x, y, look, hover)).add_params(_zoom("x", "y"))
+
+
+def _lines_and_bars(
+    rows: Rows, x: alt.X, y: alt.Y, look: Mapping[str, Any], hover: Sequence[alt.Tooltip]
+) -> list[alt.Chart]:
+    """Return a line, intervals and points of each series."""
     base = _chart(rows)
-    return alt.layer(
+    return [
         base.mark_line(strokeWidth=1.5, clip=True).encode(
             x=x, y=y, color=look["color"], strokeDash=look["dash"]
         ),
@@ -462,7 +461,7 @@ def _best_of(rows: Rows, looks: Looks) -> Layers:
         base.mark_point(filled=True, size=55, opacity=1, clip=True).encode(
             x=x, y=y, color=look["color"], shape=look["shape"], tooltip=hover
         ),
-    ).add_params(_zoom("x", "y"))
+    ]
 
 
 def _across_sizes(rows: Rows, looks: Looks) -> Layers:

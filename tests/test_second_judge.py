@@ -393,6 +393,7 @@ def test_a_page_is_made_from_an_archive_of_two_judges(
     assert first_of[0] == pytest.approx(first_of[1], abs=0.01)  # with the ends taken away
     (folder / "claims.yaml").write_text(CLAIMS)
     monkeypatch.setattr(experiment, "DOCS_DIR", tmp_path)
+    monkeypatch.setattr(importlib.import_module("page_sections"), "REAL_DATA", folder)
     _, text = experiment.found("real_data")
     assert "Second judge, per character: " in text
     assert "| student | first judge | second judge |" in text
