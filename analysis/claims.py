@@ -4,7 +4,8 @@
     python analysis/claims.py FOLDER
 
 FOLDER has claims.yaml and one or more files scores-*.h5.xz as `analysis/archive.py` writes them, of
-one run or of runs with other seeds of the same truth and D (`first_seed`). The seeds are pooled.
+one run or of runs with other seeds of the same experiment (`first_seed`). The seeds are pooled; the
+table says so if D and truth's samples are not the same in each, as on machines of several kinds.
 The sha256 of claims.yaml must be the one that each run recorded when it was submitted (`claims`).
 
 A claim has one or more terms, each a mean over seeds (kdhpc/experiment/claims.py says what they
@@ -17,6 +18,7 @@ otherwise. With one seed nothing is decided.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import sys
@@ -39,6 +41,7 @@ from kdhpc.errors import InputError
 from kdhpc.experiment.claims import BEST_OF, Claim, read_claims
 from kdhpc.science.intervals import SeedMean, equivalence_p_value, holm
 from kdhpc.storage.results import Results
+from kdhpc.storage.score_shards import Scores
 from kdhpc.types import Json
 
 ALPHA = 0.05
@@ -62,22 +65,31 @@ class Outcome:
 
 
 def pool(parts: Sequence[Results]) -> Results:
-    """Return the results of runs with the same truth and D, and other seeds, as those of one run.
+    """Return the results of runs with other seeds, as those of one run.
+
+    Truth's samples are usually the same in each. If they differ, as on another kind of machine,
+    each run is a replicate with a D and an evaluation set of its own: the sets are put one after
+    the other, and a model's scores have no tokens in those of other runs. So they say nothing
+    there, and means over seeds are over D and truth's samples too.
 
     Raises:
-        InputError: if truth's samples differ or are missing, models were trained differently, or
-            two runs have one seed.
+        InputError: if truth's samples are missing, models were trained differently, two runs have
+            one seed, or truth's samples differ and are made from several prompts.
     """
     if any((TRUTH, SELF) not in part.scores for part in parts):
         raise InputError("a file lacks truth's own scores; expected files of finished runs")
+    sets = _sets_of_truth(parts)
+    if len(sets) > 1:
+        configs = (presets.from_yaml(part.provenance.get("config", "")) for part in parts)
+        if any(config.get("prompts") for config in configs):
+            raise InputError(
+                "truth's samples of several prompts differ between files; expected seeds of one "
+                "experiment"
+            )
+        parts = _side_by_side(parts, sets)
     first = parts[0]
     scores, models = dict(first.scores), dict(first.models)
     for part in parts[1:]:
-        mine, theirs = first.scores[TRUTH, SELF], part.scores[TRUTH, SELF]
-        if not np.array_equal(mine.log_prob_sum, theirs.log_prob_sum):
-            raise InputError(
-                "truth's samples differ between files; expected seeds of one experiment"
-            )
         if (field := _difference(first, part)) is not None:
             raise InputError(f"{field} differs between files; expected seeds of one experiment")
         shared = {n for n in part.models if n in models} - {TRUTH, SECOND}
@@ -91,8 +103,50 @@ def pool(parts: Sequence[Results]) -> Results:
         models=models,
         recipe=first.recipe,
         complete=all(part.complete for part in parts),
-        provenance={**first.provenance, **_costs(parts)},
+        provenance={**first.provenance, **_costs(parts), "sets_of_truth": str(len(sets))},
     )
+
+
+def _sets_of_truth(parts: Sequence[Results]) -> list[list[int]]:
+    """Return the indices of the parts that have the same samples of truth, for each set of them."""
+    sets: list[list[int]] = []
+    for index, part in enumerate(parts):
+        own = part.scores[TRUTH, SELF].log_prob_sum
+        for same in sets:
+            if np.array_equal(parts[same[0]].scores[TRUTH, SELF].log_prob_sum, own):
+                same.append(index)
+                break
+        else:
+            sets.append([index])
+    return sets
+
+
+def _side_by_side(parts: Sequence[Results], sets: Sequence[Sequence[int]]) -> list[Results]:
+    """Return the same parts with the rows of all sets of truth's samples in each.
+
+    Scores of truth's own are those of all sets, and of any model zeros outside of its own set.
+    """
+    own = [parts[same[0]].scores[TRUTH, SELF] for same in sets]
+    names = set.intersection(*({*scores.arrays()} for scores in own))
+    whole = Scores(**{n: np.concatenate([s.arrays()[n] for s in own]) for n in sorted(names)})
+    made = list(parts)
+    for place, same in enumerate(sets):
+        before = sum(len(scores.num_tokens) for scores in own[:place])
+        after = sum(len(scores.num_tokens) for scores in own[place + 1 :])
+        for index in same:
+            scores = {
+                (sampler, scorer): Scores(
+                    **{
+                        n: np.pad(array, [(before, after), *[(0, 0)] * (array.ndim - 1)])
+                        for n, array in of.arrays().items()
+                    }
+                )
+                if sampler == TRUTH
+                else of
+                for (sampler, scorer), of in parts[index].scores.items()
+            }
+            made[index] = dataclasses.replace(parts[index], scores=scores | {(TRUTH, SELF): whole})
+    return made
 
 
 def _costs(parts: Sequence[Results]) -> dict[str, str]:
@@ -181,6 +235,12 @@ def unit_of(outcomes: Sequence[Outcome]) -> str:
     return "nats per token, pass@k and rouge@k from 0 to 1" if best else "nats per token"
 
 
+def replicates(study: Study) -> str:
+    """Say that not all seeds have the same D and truth's samples; empty if they have."""
+    number = int(study.results.provenance.get("sets_of_truth", "1"))
+    return f"{number} runs with a D and truth's samples of their own" if number > 1 else ""
+
+
 def table(outcomes: Sequence[Outcome], num_seeds: int) -> Table:
     """Make a table of the claims for people."""
     corrected = holm([outcome.p_value for outcome in outcomes])
@@ -248,6 +308,8 @@ def main(arguments: list[str]) -> int:
     claims, study = read(parser.parse_args(arguments).folder)
     for note in judges.notes(study):
         print(note)
+    if apart := replicates(study):
+        print(apart)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for outcomes, num_seeds in families(study, claims):
         console.print(table(outcomes, num_seeds))

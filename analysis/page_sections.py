@@ -51,8 +51,9 @@ def claim_table(outcomes: Sequence[Outcome], num_seeds: int, page: str) -> str:
         if outcome.claim.page in ("", page)
     ]
     more = "" if len(rows) == len(outcomes) else f" ({len(outcomes)} with those of other pages)"
+    seeds = f"{num_seeds} seed{'s' if num_seeds > 1 else ''}"
     title = (
-        f"{len(rows)} claims{more}, corrected together; {num_seeds} seeds, 95 % intervals in "
+        f"{len(rows)} claims{more}, corrected together; {seeds}, 95 % intervals in "
         f"{claims.unit_of(outcomes)}; `kdhpc/experiment/claims.py` says what the measures are:"
     )
     return f"{title}\n\n" + table(("claim", "decision", "p, corrected", "estimate"), rows)
@@ -78,9 +79,10 @@ def run_facts(study: Study) -> str:
     reused = sum(json.loads(provenance["seconds_reused"]).values()) / 3600
     more = f", and {reused:.2f} of the run that it takes from" if reused else ""
     versions = ", ".join(f"{n} {v}" for n, v in json.loads(provenance["versions"]).items())
+    apart = f", in {claims.replicates(study)}" if claims.replicates(study) else ""
     return (
-        f"{len(study.students)} students, {num_seeds} seeds, {own:.2f} core-hours of work{more} "
-        f"(Python {provenance['python']}, {versions})."
+        f"{len(study.students)} students, {num_seeds} seed{'s' if num_seeds > 1 else ''}{apart}, "
+        f"{own:.2f} core-hours of work{more} (Python {provenance['python']}, {versions})."
     )
 
 

@@ -73,14 +73,16 @@ def test_the_loss_by_chunks_has_the_value_and_gradients_of_cross_entropy(head_to
 
 
 def soft_case(head_tokens: int, tau: float) -> tuple[Tensor, Tensor, Tensor, Soft, Tensor]:
-    """Return hidden states, weight, targets, and a teacher with two more ids, and its float64
-    distributions."""
+    """Return hidden states, weight, targets, a teacher, and its float64 distributions."""
     torch.manual_seed(1)
     hidden, weight = random(40, 8, dtype=torch.float32), random(50, 8, dtype=torch.float32)
     targets = torch.randint(50, (40,))
     targets[::3] = -100
-    soft = Soft(hidden=torch.randn(40, 6), weight=torch.randn(52, 6), tau=tau, left_out=(4, 9))
-    logits = soft.hidden.double() @ soft.weight[:50].double().T / tau
+    theirs = torch.randn(50, 6)
+    soft = Soft(
+        hidden=torch.randn(40, 6), head=lambda rows: rows @ theirs.T, tau=tau, left_out=(4, 9)
+    )
+    logits = soft.hidden.double() @ theirs.double().T / tau
     logits[:, [4, 9]] = -torch.inf
     return hidden, weight, targets, soft, logits.softmax(1)
 
@@ -121,7 +123,7 @@ def position_losses(hidden: Tensor, weight: Tensor, token: int) -> Tensor:
 
 def test_a_student_that_equals_its_teacher_has_its_entropy_and_no_gradient() -> None:
     hidden, weight = random(12, 8, dtype=torch.float32), random(50, 8, dtype=torch.float32)
-    soft = Soft(hidden=hidden.detach(), weight=weight.detach(), tau=1.0)
+    soft = Soft(hidden=hidden.detach(), head=lambda rows: rows @ weight.detach().T, tau=1.0)
     loss = summed_nll(hidden, weight, torch.zeros(12, dtype=torch.int64), head_tokens=5, soft=soft)
     p = (hidden.double() @ weight.double().T).softmax(1)
     assert float(loss.detach()) == pytest.approx(float(-(p * p.log()).sum().detach()), rel=1e-6)
@@ -154,7 +156,8 @@ def test_no_logits_of_the_whole_batch_are_made() -> None:
 @pytest.mark.parametrize("head_tokens", [16, 64])
 def test_memory_of_soft_labels_grows_with_the_chunk_alone(head_tokens: int) -> None:
     hidden, weight = random(512, 4, dtype=torch.float32), random(300, 4, dtype=torch.float32)
-    soft = Soft(hidden=torch.randn(512, 8), weight=torch.randn(300, 8), tau=0.8)
+    theirs = torch.randn(300, 8)
+    soft = Soft(hidden=torch.randn(512, 8), head=lambda rows: rows @ theirs.T, tau=0.8)
     targets = torch.zeros(512, dtype=torch.int64)
     largest = Largest()
     with largest:

@@ -16,6 +16,7 @@ from test_verdicts import PRECISION, results_of
 
 from kdhpc.cluster import runs
 from kdhpc.errors import InputError
+from kdhpc.science.intervals import over_seeds
 from kdhpc.storage.results import ScorePieces, read_results, write_results
 
 CLAIMS = (ROOT / "tests" / "data" / "claims.yaml").read_text()
@@ -153,6 +154,53 @@ def test_what_is_missing_is_said_and_never_a_traceback(
         write(scores=some)
         with pytest.raises(InputError, match=message):
             run(folder)
+
+
+def test_runs_with_other_samples_of_truth_are_pooled_as_replicates(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each seed keeps its own recall; what is true of truth's samples is over both sets."""
+    folder = folder_of(tmp_path / "all")
+    whole = read_results(folder / "scores-all.h5")
+    config = {"config": whole.provenance["config"]}
+    parts = []
+    for (sampler, scorer), scores in whole.scores.items():
+        arrays = scores.arrays()
+        if sampler == "truth":
+            arrays = {name: array[-350:] for name, array in arrays.items()}
+        if (sampler, scorer) == ("truth", "self"):
+            arrays["log_prob_sum"] = arrays["log_prob_sum"] * 0.9
+        parts.append(
+            ScorePieces(
+                sampler=sampler, scorer=scorer, num_rows=len(arrays["num_tokens"]),
+                pieces=[*arrays.items()],
+            )
+        )  # fmt: skip
+    other = tmp_path / "other.h5"
+    write_results(other, recipe="r", provenance=config, scores=parts, models=whole.models)
+    rewrite(folder / "scores-all.h5", folder / "scores-a.h5", config, "01")
+    rewrite(other, folder / "scores-b.h5", config, "23")
+    (folder / "scores-all.h5").unlink()
+    assert "2 runs with a D and truth's samples of their own" in run(folder)
+    claims = importlib.import_module("claims")
+    _, study = claims.read(folder)
+    alone = [
+        importlib.import_module("study").Study(read_results(folder / f"scores-{name}.h5"))
+        for name in "ab"
+    ]
+    for part, seeds in zip(alone, ((0, 1), (2, 3)), strict=True):
+        for seed in seeds:
+            ours, theirs = (s.of("small", "0.6")[seed] for s in (study, part))
+            pooled, own = study.recall(ours), part.recall(theirs)
+            assert pooled.value == pytest.approx(own.value)
+            one, two = over_seeds([pooled]), over_seeds([own])
+            assert (one.low, one.high) == pytest.approx((two.low, two.high), rel=1e-3)
+            assert study.precision(ours).value == part.precision(theirs).value
+    # Seeds of different runs share no sequence of truth, so nothing is shared in their errors.
+    mean = over_seeds([study.recall(study.of("small", "0.6")[seed]) for seed in (1, 2)])
+    assert mean.covariance == pytest.approx(0.0, abs=1e-12)
+    truths = [part.truth_log_prob().value for part in alone]
+    assert min(truths) < study.truth_log_prob().value < max(truths)
 
 
 @pytest.mark.parametrize(

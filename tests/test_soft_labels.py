@@ -90,6 +90,10 @@ def test_only_distilled_soft_students_ask_the_teacher() -> None:
     [
         ("sampling.truncations=[top_k=5]", "the distribution of a truncated teacher is not learnt"),
         ("teacher.labels=soft", "teacher.labels=soft: expected hard; only students have a teacher"),
+        (
+            "teacher={labels: soft, model: /there, training: null, shape: null}",
+            "teacher.labels=soft: expected hard; only students have a teacher",
+        ),
     ],
 )
 def test_teachers_that_cannot_be_asked_are_named(word: str, message: str) -> None:

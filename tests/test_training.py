@@ -28,6 +28,7 @@ from kdhpc.config.model import Dtype, Shape, Training
 from kdhpc.errors import ClusterError, InputError
 from kdhpc.models import huggingface, sizes
 from kdhpc.models.devices import DTYPES
+from kdhpc.models.loading import load_model
 from kdhpc.scoring.counting import Counting
 from kdhpc.storage.token_shards import Samples, map_token_rows, write_samples
 from kdhpc.training import checkpoints, ranks
@@ -274,29 +275,32 @@ def test_validation_is_right_and_changes_nothing() -> None:
 
 
 @pytest.fixture(scope="module")
-def teacher_weights() -> Mapping[str, Tensor]:
-    """Those of a training of its own, so that its distributions are not flat."""
-    return dict(run(dataclasses.replace(RECIPE, learning_rate=2e-2)).weights)
-
-
-def soft_teacher(weights: Mapping[str, Tensor]) -> Teacher:
+def teacher_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That of a model with a training of its own, so that its distributions are not flat."""
     model = fresh()
+    weights = run(dataclasses.replace(RECIPE, learning_rate=2e-2)).weights
     model.load_state_dict(dict(weights), strict=False)
-    return Teacher(model=model, tau=0.7, left_out=(5,))
+    path = tmp_path_factory.mktemp("teacher")
+    model.save_pretrained(path)
+    return path
 
 
-def test_soft_labels_are_learnt_as_in_a_plain_loop(teacher_weights: Mapping[str, Tensor]) -> None:
-    """The teacher's weights stay, and the validation loss is that of tokens."""
+def soft_teacher(path: Path, dtype: str = "float32") -> Teacher:
+    return Teacher(model=load_model(path, dtype=dtype, device=CPU), tau=0.7, left_out=(5,))
+
+
+def test_soft_labels_are_learnt_as_in_a_plain_loop(teacher_path: Path) -> None:
+    """The validation loss is that of tokens."""
     told: list[Mapping[str, Any]] = []
-    teacher = soft_teacher(teacher_weights)
+    teacher = soft_teacher(teacher_path)
     recipe = dataclasses.replace(RECIPE, validate_every_steps=4, validation_sequences=50)
     watch = Watch(on_step=told.append, validation=corpus())
     trained = run(recipe, teacher=teacher, watch=watch)
-    asked = soft_teacher(teacher_weights).model.eval()
+    whole = AutoModelForCausalLM.from_pretrained(teacher_path)
 
     def loss_of(model: Any, ids: Tensor, targets: Tensor) -> Tensor:
         with torch.no_grad():
-            logits = asked(ids).logits / 0.7
+            logits = whole(ids).logits / 0.7
             logits[..., 5] = -torch.inf
         per_position = -(logits.softmax(-1) * model(ids).logits.log_softmax(-1)).sum(-1)
         mean: Tensor = per_position[targets >= 0].mean()
@@ -306,8 +310,6 @@ def test_soft_labels_are_learnt_as_in_a_plain_loop(teacher_weights: Mapping[str,
     assert np.allclose(trained.losses, losses, rtol=1e-5)
     for name, parameter in model.named_parameters():
         assert torch.allclose(trained.weights[name], parameter, atol=2e-5), name
-    kept = teacher.model.state_dict()
-    assert all(torch.equal(kept[name], weight) for name, weight in teacher_weights.items())
     ids, targets = corpus().read(np.arange(50))
     with torch.no_grad():
         expected = cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten())
@@ -318,11 +320,25 @@ def test_soft_labels_are_learnt_as_in_a_plain_loop(teacher_weights: Mapping[str,
     "layout", [{"zero_stage": 3}, {"head_tokens": 100}, {"activation_checkpointing": True}]
 )
 def test_soft_labels_do_not_depend_on_the_layout(
-    layout: dict[str, Any], teacher_weights: Mapping[str, Tensor]
+    layout: dict[str, Any], teacher_path: Path
 ) -> None:
-    plain = run(teacher=soft_teacher(teacher_weights))
-    other = run(dataclasses.replace(RECIPE, **layout), teacher=soft_teacher(teacher_weights))
+    plain = run(teacher=soft_teacher(teacher_path))
+    other = run(dataclasses.replace(RECIPE, **layout), teacher=soft_teacher(teacher_path))
     assert np.allclose(plain.losses, other.losses, rtol=1e-4)
+    for name, weight in plain.weights.items():
+        assert torch.allclose(weight, other.weights[name], atol=1e-4), name
+
+
+def test_a_teacher_in_bfloat16_is_learnt_as_it_is_sampled(teacher_path: Path) -> None:
+    """Its logits are not rounded to 16 bits, so the most likely tokens are not tied."""
+    ids = torch.from_numpy(np.asarray(corpus().ids)[:8].astype(np.int64))
+    teacher = soft_teacher(teacher_path, "bfloat16")
+    learnt = teacher.soft(ids).probabilities(0, 500)
+    log_p = teacher.model.head(teacher.model.hidden(ids).flatten(0, 1)[:500])
+    log_p[:, 5] = -torch.inf
+    assert torch.allclose(learnt, (log_p / 0.7).softmax(1), atol=1e-6)
+    two = log_p.topk(2).values
+    assert (two[:, 0] > two[:, 1]).all()
 
 
 def test_end_of_sequence_tokens_count_only_where_they_are_learnt() -> None:

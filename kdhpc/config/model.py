@@ -178,6 +178,8 @@ def model_problems(
         yield f"{key}.shape: expected an architecture, or {key}.model to start from"
     if model.shape is not None:
         yield from _shape_problems(f"{key}.shape", model.shape)
+    if model.labels == "soft" and not key.startswith("students."):
+        yield f"{key}.labels=soft: expected hard; only students have a teacher"
     training = model.training
     if training is None:
         if model.model is None:
@@ -199,8 +201,6 @@ def model_problems(
         yield from _training_problems(
             f"{key}.fine_tuning", fine_tuning, model, device, num_sequences
         )
-    if model.labels == "soft" and not key.startswith("students."):
-        yield f"{key}.labels=soft: expected hard; only students have a teacher"
     if num_sequences is not None and (model.train_sequences or 0) > num_sequences:
         yield (
             f"{key}.train_sequences={model.train_sequences}: expected at most "

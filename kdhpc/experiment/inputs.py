@@ -66,8 +66,7 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
         size: _identified(f"students.{size}", model, truth, config.length)
         for size, model in config.students.items()
     }
-    is_asked = any(model.labels == "soft" for model in config.students.values())
-    teacher = _identified("teacher", config.teacher, truth, config.length, is_asked=is_asked)
+    teacher = _identified("teacher", config.teacher, truth, config.length)
     if truth.source == "corpus":
         truth = _with_second_judge(truth, config)
         _check_judges(dataclasses.replace(config, truth=truth, teacher=teacher))
@@ -300,13 +299,8 @@ def _with_vocabulary(truth: Truth, folder: Path, config: LanguageConfig) -> Trut
     return dataclasses.replace(truth, num_ids=tokenizer.size)
 
 
-def _identified(
-    key: str, model: Model, truth: Truth, length: int, *, is_asked: bool = False
-) -> Model:
+def _identified(key: str, model: Model, truth: Truth, length: int) -> Model:
     """Find the finished model that a teacher or student starts from, if it does.
-
-    Its logits must be the product of its hidden states and its head if it is trained, or if
-    students learn its distributions (`is_asked`).
 
     Raises:
         InputError: if it is missing, cannot be used, or has another tokenizer than the truth.
@@ -320,7 +314,7 @@ def _identified(
         model.revision,
         model.fingerprint,
         length=length,
-        trained=model.training is not None or is_asked,
+        trained=model.training is not None,
     )
     if truth.model != "train":
         given.compare_tokenizers(key, place, fingerprint, truth)

@@ -138,7 +138,7 @@ def train_shard(
         The checkpoint folder; None if told to stop, and on every rank above 0.
     """
     from kdhpc import seeding
-    from kdhpc.models import devices, huggingface
+    from kdhpc.models import devices, huggingface, loading
     from kdhpc.models.tokenizer import Tokenizer
     from kdhpc.training import checkpoints
     from kdhpc.training.engine import State, Teacher
@@ -172,11 +172,14 @@ def train_shard(
         )
 
     def teacher() -> Teacher | None:
-        if settings.soft_tau is None or teacher_path is None:
+        if settings.soft_tau is None:
             return None
+        if teacher_path is None:
+            raise ValueError(f"{shard.key}: learns the distributions of no teacher")
         ends = (tokenizer.eos, *tokenizer.other_ends)
+        dtype = work.config.teacher.sampled_dtype
         return Teacher(
-            model=huggingface.as_stored(teacher_path),
+            model=loading.load_model(teacher_path, dtype=dtype, device=device),
             tau=settings.soft_tau,
             left_out=() if settings.eos == "learn" else ends,
         )
@@ -208,14 +211,14 @@ def train_shard(
             work.progress(facts["step"] / facts["steps"])
             log.write(facts)
 
-        model, asked = new_model(), teacher()
+        model = new_model()
         flops = (
             training_flops(settings.shape, tokenizer.size, settings.length)
             if settings.shape
             else 6.0 * model.num_parameters()
         )
-        if asked is not None:
-            flops += 2.0 * asked.model.num_parameters()
+        if teacher_path is not None:
+            flops += 2.0 * loading.count_parameters(teacher_path)
         trained = train(
             model,
             corpus,
@@ -223,7 +226,7 @@ def train_shard(
             seed=settings.seed,
             stream=f"{stream}/order",
             device=device,
-            teacher=asked,
+            teacher=teacher(),
             state=State(step=newest[0], tensors=newest[1]) if newest else None,
             watch=Watch(
                 save=save,

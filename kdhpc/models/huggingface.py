@@ -68,18 +68,6 @@ def new_model(
         return LlamaForCausalLM(config)
 
 
-def as_stored(path: Path) -> PreTrainedModel:
-    """Load a checkpoint folder to ask it: as `model_to_train`, with weights in their own dtype.
-
-    Buffers such as rotary frequencies stay in float32.
-    """
-    model = model_to_train(path)
-    stored = AutoConfig.from_pretrained(path).dtype or torch.float32
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(stored)
-    return model
-
-
 def model_to_train(path: Path) -> PreTrainedModel:
     """Load a checkpoint folder to train it further: in float32 on the CPU, and without dropout.
 

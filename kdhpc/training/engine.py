@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from kdhpc.config.model import Training
 from kdhpc.errors import InputError
 from kdhpc.models import attention
 from kdhpc.models.devices import DTYPES
+from kdhpc.models.loading import LanguageModel
 from kdhpc.models.sizes import BUCKET
 from kdhpc.training.data import Batch
 from kdhpc.training.loss import Soft, summed_nll
@@ -38,30 +39,18 @@ class State:
 class Teacher:
     """A finished model whose distributions a student learns."""
 
-    model: PreTrainedModel
-    """Its logits are the product of its hidden states and its head. Its weights stay as they are,
-    and are whole on every rank."""
+    model: LanguageModel
+    """The model as it is sampled, whole on every rank."""
     tau: float
     """Temperature of its distributions."""
     left_out: tuple[int, ...] = ()
-    """Ids that are none of the targets that count, such as ends that are not learnt."""
-
-    def on(self, device: torch.device) -> "Teacher":
-        """Move the model to a device, and make it ready to be asked."""
-        model = self.model.to(device).eval().requires_grad_(False)
-        attention.use_causal(model)
-        return replace(self, model=model)
+    """As in `Soft`."""
 
     @torch.no_grad()
     def soft(self, ids: Tensor) -> Soft:
         """Return the distributions over the next token at all positions of rows [B, L] of ids."""
-        hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
-        return Soft(
-            hidden=hidden.flatten(0, 1),
-            weight=self.model.get_output_embeddings().weight,
-            tau=self.tau,
-            left_out=self.left_out,
-        )
+        hidden = self.model.hidden(ids).flatten(0, 1)
+        return Soft(hidden=hidden, head=self.model.head, tau=self.tau, left_out=self.left_out)
 
 
 class _Head(nn.Module):
@@ -176,7 +165,7 @@ class Engine:
         """
         self.deepspeed = load_deepspeed(device)
         self.settings, self.device = settings, device
-        self.teacher = teacher and teacher.on(device)
+        self.teacher = teacher
         self.linear = functional.linear  # to be restored: ZeRO-3 replaces it in the whole process
         rank = distributed.get_rank()
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(distributed.get_world_size()))

@@ -1,6 +1,6 @@
 """The training loss: cross-entropy without the logits of a whole batch in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +14,18 @@ class Soft:
 
     hidden: Tensor
     """[N, H'] last hidden states of the teacher."""
-    weight: Tensor
-    """[V', H'] weight of the teacher's head; ids beyond those of the student are left out."""
+    head: Callable[[Tensor], Tensor]
+    """Function from hidden states [n, H'] to float32 logits [n, V]."""
     tau: float
     """Temperature of the distributions."""
     left_out: Sequence[int] = ()
     """Ids that are none of the targets that count, such as ends that are not learnt."""
 
-    def probabilities(self, at: int, stop: int, num_ids: int) -> Tensor:
-        """Return the distributions at some positions, float32 [stop - at, num_ids]."""
-        logits = (self.hidden[at:stop] @ self.weight[:num_ids].T).float().div_(self.tau)
-        logits[:, list(self.left_out)] = -torch.inf
+    def probabilities(self, at: int, stop: int) -> Tensor:
+        """Return the distributions at some positions, float32 [stop - at, V]."""
+        logits = self.head(self.hidden[at:stop]) / self.tau
+        for token in self.left_out:  # a list as an index would make the host wait for the device
+            logits[:, token] = -torch.inf
         return torch.softmax(logits, dim=1)
 
 
@@ -53,7 +54,7 @@ class _SummedNll(torch.autograd.Function):
             if soft is None:
                 total -= (log_p.gather(1, target).squeeze(1) * counts).sum()
             else:
-                wanted = soft.probabilities(at, at + head_tokens, len(weight))
+                wanted = soft.probabilities(at, at + head_tokens)
                 total -= ((log_p * wanted).sum(1) * counts).sum()
             if not needs_grad:
                 continue
