@@ -268,7 +268,16 @@ def test_the_arithmetic_of_a_run_is_that_of_its_models() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["temperature", "capacity", "convergence", "real_data", "reasoning", "smollm2"]
+    "name",
+    [
+        "temperature",
+        "capacity",
+        "convergence",
+        "real_data",
+        "reasoning",
+        "post_training",
+        "smollm2",
+    ],
 )
 def test_a_page_says_what_its_scores_say(name: str) -> None:
     experiment = importlib.import_module("experiment")
