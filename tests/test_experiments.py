@@ -275,6 +275,7 @@ def test_the_arithmetic_of_a_run_is_that_of_its_models() -> None:
         "convergence",
         "real_data",
         "reasoning",
+        "reasoning_larger",
         "post_training",
         "smollm2",
     ],
