@@ -124,7 +124,9 @@ def _sets_of_truth(parts: Sequence[Results]) -> list[list[int]]:
 def _side_by_side(parts: Sequence[Results], sets: Sequence[Sequence[int]]) -> list[Results]:
     """Return the same parts with the rows of all sets of truth's samples in each.
 
-    Scores of truth's own are those of all sets, and of any model zeros outside of its own set.
+    Scores of truth's own are those of all sets, and of any model zeros outside of its own set. Sums
+    over tokens are right with that; what subtracts a model's scores of truth's samples from truth's
+    own, row by row, is not, and no claim does.
     """
     own = [parts[same[0]].scores[TRUTH, SELF] for same in sets]
     names = set.intersection(*({*scores.arrays()} for scores in own))

@@ -294,7 +294,11 @@ def test_a_run_records_its_claims_and_its_archive_has_all_but_tokens(
         ('of: "0.6"', 'of: "0.7"', "no students called 0.7; expected one of 0.6, 1, direct"),
         ("size: small", "size: big", "no size big; expected one of small, or teacher"),
         ("size: teacher", "size: big", "no size big"),
-        ("measure: precision", "measure: recal", "measure recal: expected one of precision"),
+        (
+            "measure: precision",
+            "measure: recal",
+            "held-out-recall, pass@1, or rouge@1",
+        ),
         ("measure: recall", "measure: divergence", "of teachers, expected precision or recall"),
         ("minus: {size: teacher}", "minus: {measure: recall}", "subtracts itself"),
         ("minus: {size: teacher}", "minus: teacher", "minus: expected what differs"),

@@ -220,8 +220,9 @@ def _problems(claim: Claim) -> Iterator[str]:
         yield "expected a size in all of its terms or in none"
     for term in claim.all_terms:
         if term.measure not in MEASURES and not BEST_OF.fullmatch(term.measure):
-            yield f"measure {term.measure}: expected one of {', '.join(MEASURES)}, "
-            "pass@1, or rouge@1"
+            yield (
+                f"measure {term.measure}: expected one of {', '.join(MEASURES)}, pass@1, or rouge@1"
+            )
         taus = all(label[:1].isdigit() for label in (term.of, term.against))
         if term.size == TEACHER and (term.measure not in OF_TEACHERS or not taus):
             yield f"{term}: of teachers, expected precision or recall at two taus"
