@@ -407,7 +407,8 @@ def test_the_numbers_are_those_of_the_command_line_of_the_harness(
         "cpu", "--limit", "32", "--log_samples", "--output_path", str(tmp_path / "out"),
     ]  # fmt: skip
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command, check=True, capture_output=True, env=environment)
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr
     downstream = read_results(run / "8-merge" / "results.h5").downstream
     compared = 0
     for file in tmp_path.glob("out/**/samples_*.jsonl"):
