@@ -100,6 +100,7 @@ def pool(parts: Sequence[Results]) -> Results:
     return Results(
         scores=scores,
         tables={},
+        downstream={pair: of for part in parts for pair, of in part.downstream.items()},
         models=models,
         recipe=first.recipe,
         complete=all(part.complete for part in parts),

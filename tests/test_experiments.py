@@ -277,6 +277,8 @@ def test_the_arithmetic_of_a_run_is_that_of_its_models() -> None:
         "reasoning",
         "reasoning_larger",
         "post_training",
+        "objective",
+        "downstream",
         "smollm2",
     ],
 )
