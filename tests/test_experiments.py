@@ -276,6 +276,7 @@ def test_the_arithmetic_of_a_run_is_that_of_its_models() -> None:
         "real_data",
         "reasoning",
         "reasoning_larger",
+        "summarisation",
         "post_training",
         "objective",
         "downstream",
