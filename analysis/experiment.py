@@ -157,6 +157,16 @@ def _models(study: Study, size: str) -> Figure:
     return replace(report_rows.precision_recall(study, size), reading=reading)
 
 
+def _answers(name: str, kind: str) -> Page:
+    """Return the page of an experiment whose prompts have answers or references."""
+    return Page(
+        path=f"experiments/{name}.md",
+        folder=f"experiments/{name}",
+        figure=lambda study: pass_at_k.figure(study, study.sizes[0], kind),
+        sections=functools.partial(page_sections.answers, kind=kind),
+    )
+
+
 PAGES: Mapping[str, Page] = {
     "temperature": Page(
         path="experiments/temperature.md", folder="experiments/temperature", figure=_crossover,
@@ -174,21 +184,9 @@ PAGES: Mapping[str, Page] = {
         path="experiments/real_data.md", folder="experiments/real_data", figure=_crossover,
         sections=page_sections.real_data,
     ),
-    "reasoning": Page(
-        path="experiments/reasoning.md", folder="experiments/reasoning",
-        figure=lambda study: pass_at_k.figure(study, study.sizes[0], "pass"),
-        sections=functools.partial(page_sections.answers, kind="pass"),
-    ),
-    "reasoning_larger": Page(
-        path="experiments/reasoning_larger.md", folder="experiments/reasoning_larger",
-        figure=lambda study: pass_at_k.figure(study, study.sizes[0], "pass"),
-        sections=functools.partial(page_sections.answers, kind="pass"),
-    ),
-    "summarisation": Page(
-        path="experiments/summarisation.md", folder="experiments/summarisation",
-        figure=lambda study: pass_at_k.figure(study, study.sizes[0], "rouge"),
-        sections=functools.partial(page_sections.answers, kind="rouge"),
-    ),
+    "reasoning": _answers("reasoning", "pass"),
+    "reasoning_larger": _answers("reasoning_larger", "pass"),
+    "summarisation": _answers("summarisation", "rouge"),
     "post_training": Page(
         path="experiments/post_training.md", folder="experiments/post_training",
         figure=lambda study: _models(study, "tuned"),

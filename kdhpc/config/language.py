@@ -63,7 +63,8 @@ class Truth:
     corpus: str = "python-docs"
     """Text that `model: train` trains on, or of `source: corpus`: `python-docs` (the documentation
     inside the installed Python), `python-source` (the code of its standard library), `addition`
-    (sums with their carries), a `.txt`, `.jsonl` or `.parquet` file, or a hub id of a data set."""
+    (sums with their carries), `docstrings` (of that library, with their first sentences), a `.txt`,
+    `.jsonl` or `.parquet` file, or a hub id of a data set."""
     text_column: str = "text"
     """Name of the column of the corpus that holds the text."""
     tokenizer: str = "model"

@@ -201,13 +201,8 @@ def right_answers(
     if any(prompt.answer is None for prompt in prompts):
         return None
     right = np.zeros(len(samples), np.uint8)
-    ends = {tokenizer.eos, *tokenizer.other_ends}
-    for row, (ids, length) in enumerate(zip(samples.ids, samples.length, strict=True)):
-        prompt = prompts[(first_row + row) % len(prompts)]
-        drawn = ids[len(prompt.ids) : length].tolist()
-        if drawn and drawn[-1] in ends:
-            last = tokenizer.decode(drawn[:-1]).strip().rpartition("\n")[2]
-            right[row] = last.strip() == prompt.answer
+    for row, (prompt, text, ended) in enumerate(_drawn(samples, prompts, first_row, tokenizer)):
+        right[row] = ended and text.strip().rpartition("\n")[2].strip() == prompt.answer
     return right
 
 
@@ -239,13 +234,21 @@ def likeness(
 
     scorer = RougeScorer(["rougeL"])
     likest = np.zeros(len(samples), np.float32)
+    for row, (prompt, text, _) in enumerate(_drawn(samples, prompts, first_row, tokenizer)):
+        likest[row] = scorer.score(prompt.reference, text)["rougeL"].fmeasure
+    return likest
+
+
+def _drawn(
+    samples: "Samples", prompts: "Sequence[Prompt]", first_row: int, tokenizer: "Tokenizer"
+) -> "Iterator[tuple[Prompt, str, bool]]":
+    """Yield of each sequence its prompt, the text after it, and whether that has ended."""
     ends = {tokenizer.eos, *tokenizer.other_ends}
     for row, (ids, length) in enumerate(zip(samples.ids, samples.length, strict=True)):
         prompt = prompts[(first_row + row) % len(prompts)]
         drawn = ids[len(prompt.ids) : length].tolist()
-        text = tokenizer.decode(drawn[:-1] if drawn and drawn[-1] in ends else drawn)
-        likest[row] = scorer.score(prompt.reference, text)["rougeL"].fmeasure
-    return likest
+        ended = bool(drawn) and drawn[-1] in ends
+        yield prompt, tokenizer.decode(drawn[:-1] if ended else drawn), ended
 
 
 def all_ids(
