@@ -39,7 +39,8 @@ def analysis() -> Iterator[None]:
     [
         *itertools.product(BASES, ("temperature", "capacity", "real_data", "downstream")),
         *itertools.product(
-            ("tiny", "demo"), ("post_training", "reasoning", "summarisation", "objective")
+            ("tiny", "demo"),
+            ("post_training", "reasoning", "summarisation", "objective", "modes"),
         ),
     ],
 )

@@ -112,8 +112,18 @@ def batches_by_stage(
     for stage in pipeline.stages:
         keys = {shard.key for shard in plan.stage(stage.name)}
         others = frozenset(plan.shards) - keys
-        situation = Situation(done=frozenset(done), active=others - done, seconds_per_work=rates)
-        batches[stage.name] = decide(plan, situation, policy).batches
+        of_stage: tuple[Batch, ...] = ()
+        # A shard may read others of its own stage, which then is submitted in several parts.
+        while True:
+            situation = Situation(
+                done=frozenset(done), active=others - done, seconds_per_work=rates
+            )
+            part = decide(plan, situation, policy).batches
+            if not part:
+                break
+            of_stage += part
+            done |= {key for batch in part for keys_of in batch.tasks for key in keys_of}
+        batches[stage.name] = of_stage
         done |= keys
     return batches
 

@@ -43,6 +43,20 @@ class Judge:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Component:
+    """One of the models that p* is a mixture of, which the run trains on a corpus of its own."""
+
+    corpus: str
+    """Its text, as `truth.corpus`."""
+    text_column: str = "text"
+    """Name of the column of the corpus that holds the text."""
+    weight: Positive = 1.0
+    """Its share of the sequences; the weights of all components are divided by their sum."""
+    fingerprint: str = ""
+    """Identity of the corpus, as `truth.fingerprint`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Truth:
     """The ground-truth model p*."""
 
@@ -62,9 +76,10 @@ class Truth:
     """Share of the documents of truth's evaluation set; only with `source: corpus`."""
     corpus: str = "python-docs"
     """Text that `model: train` trains on, or of `source: corpus`: `python-docs` (the documentation
-    inside the installed Python), `python-source` (the code of its standard library), `addition`
-    (sums with their carries), `docstrings` (of that library, with their first sentences), a `.txt`,
-    `.jsonl` or `.parquet` file, or a hub id of a data set."""
+    inside the installed Python), `python-source` (the code of its standard library), `c-headers`
+    (numpy's), `licences` (of installed packages), `unicode-names`, `addition` (sums with their
+    carries), `docstrings` (of the standard library, with their first sentences), a `.txt`, `.jsonl`
+    or `.parquet` file, or a hub id of a data set."""
     text_column: str = "text"
     """Name of the column of the corpus that holds the text."""
     tokenizer: str = "model"
@@ -96,6 +111,23 @@ class Truth:
     """Another judge, which scores all that the first one scores, to see whether what is concluded
     depends on the judge; only with `source: corpus`. `truth.second_judge.model=train` adds one. A
     finished run can gain a finished model; one that is trained takes documents of the first."""
+    components: dict[str, Component] = field(default_factory=dict)
+    """Models that p* is an exact mixture of, by name, each trained as `shape` and `training` say on
+    rows that start with `prompt`; `corpus` is not used then. Every sequence is drawn from one of
+    them, and scored under all."""
+    component_sequences: Count | None = None
+    """Number of rows that each component is trained on, chosen by a digest; None for all."""
+    rotate_weights: Whole = 0
+    """Number of places by which the weights are moved on among the components. Runs that differ in
+    it have the same components, so that what a weight does can be told from what a mode is."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights of the components, whose sum is 1, by name."""
+        given = [component.weight for component in self.components.values()]
+        places = range(len(given))
+        moved = [given[(place - self.rotate_weights) % len(given)] for place in places]
+        return {n: w / sum(given) for n, w in zip(self.components, moved, strict=True)}
 
     @property
     def trained_second_judge(self) -> "tuple[Shape | None, Training] | None":
@@ -171,6 +203,9 @@ class LanguageConfig(RunConfig):
     and everything of a seed are the same in each."""
     taus: tuple[Positive, ...]
     """Temperatures at which the teacher is sampled; each of them gets students of its own."""
+    betas: tuple[Positive, ...] = ()
+    """Exponents that sharpen the weights of a truth with components. Each of these mixtures stands
+    in for a teacher that has learnt everything but the weights, and gets students of its own."""
     decode_temperatures: tuple[Positive, ...] = ()
     """Temperatures other than 1 at which finished students are sampled and scored too, as a
     control for `taus`: direct students and those of tau 1 at each of them, the other distilled
@@ -268,6 +303,7 @@ def models(config: LanguageConfig) -> dict[str, Model]:
 def language_problems(config: LanguageConfig) -> Iterator[str]:
     """Yield what is wrong with a language experiment whose values are within their bounds."""
     yield from list_problems("tau", config.taus, "[1.0,0.8]")
+    yield from _component_problems(config)
     if config.decode_temperatures:
         yield from list_problems("decode_temperature", config.decode_temperatures, "[0.9,0.8]")
     if "1" in {f"{temperature:g}" for temperature in config.decode_temperatures}:
@@ -325,6 +361,11 @@ def _label_problems(config: LanguageConfig) -> Iterator[str]:
             yield (
                 f"students.{size}.labels=soft: the distribution of a truncated teacher is not "
                 "learnt; expected labels=hard, or sampling.truncations=[]"
+            )
+        if model.labels == "soft" and config.betas:
+            yield (
+                f"students.{size}.labels=soft: the distribution of a mixture is not learnt; "
+                "expected labels=hard, or betas=[]"
             )
 
 
@@ -395,6 +436,36 @@ def _judge_problems(truth: Truth) -> Iterator[str]:
             f"{SECOND_JUDGE_KEY}.model={judge.model}: is the first judge, truth.model; expected "
             "another model"
         )
+
+
+def _component_problems(config: LanguageConfig) -> Iterator[str]:
+    truth = config.truth
+    if config.betas:
+        yield from list_problems("beta", config.betas, "[2.0,4.0]")
+    if "1" in {f"{beta:g}" for beta in config.betas}:
+        yield "betas: 1 leaves the weights as they are; expected other exponents"
+    if not truth.components:
+        others = {
+            "betas": list(config.betas),
+            "truth.component_sequences": truth.component_sequences,
+            "truth.rotate_weights": truth.rotate_weights,
+        }
+        for name, value in others.items():
+            if value:
+                yield f"{name}={value}: needs components of p*; expected truth.components"
+        return
+    yield from name_problems("truth.components", truth.components)
+    if len(truth.components) < 2:
+        yield "truth.components: has one; expected at least two, or truth.corpus alone"
+    for name, wanted, is_not in (
+        (f"truth.model={truth.model}", "truth.model=train", truth.model != "train"),
+        (f"truth.source={truth.source}", "truth.source=model", truth.source != "model"),
+        (f"prompts={config.prompts}", "prompts=null", config.prompts is not None),
+        ("scoring.expected=true", "scoring.expected=false", config.scoring.expected),
+        ("downstream.tasks", "downstream.tasks=[]", bool(config.downstream.tasks)),
+    ):
+        if is_not:
+            yield f"{name}: not possible with truth.components; expected {wanted}"
 
 
 def _truth_problems(truth: Truth) -> Iterator[str]:

@@ -32,6 +32,8 @@ CONFIGS_DIR = Path(__file__).resolve().parents[2] / "configs"
 T = TypeVar("T")
 QUOTED = ('"', "'", "[", "{")
 """First characters of typed values that are read as YAML; any other value is text as it stands."""
+STUDENTS, COMPONENTS = ("students",), ("truth", "components")
+"""Keys of which an entry can be taken away with null."""
 NOTHING = ("", "null", "~")
 """Typed values that take a value away."""
 DOLLAR, ESCAPE = "\ue000", "\ue001"
@@ -92,14 +94,24 @@ def compose(words: list[str]) -> dict[str, Json]:
 
 
 def _check_taken_away(overrides: dict[str, Json], values: dict[str, Json]) -> None:
-    """Check that sizes of students that are taken away with null are there."""
-    asked, sizes = overrides.get("students"), values.get("students")
-    for name, size in asked.items() if isinstance(asked, dict) else ():
-        if size is None and isinstance(sizes, dict) and sizes and name not in sizes:
-            raise InputError(
-                f"students.{name}=null: there is no such size to take away; expected one of "
-                f"{', '.join(sizes)}"
-            )
+    """Check that sizes of students and components that are taken away with null are there."""
+    for key in (STUDENTS, COMPONENTS):
+        asked, there = _at(overrides, key), _at(values, key)
+        for name, value in asked.items():
+            if value is None and there and name not in there:
+                raise InputError(
+                    f"{'.'.join(key)}.{name}=null: there is no such "
+                    f"{'size' if key == STUDENTS else 'component'} to take away; expected one of "
+                    f"{', '.join(there)}"
+                )
+
+
+def _at(values: dict[str, Json], key: tuple[str, ...]) -> dict[str, Json]:
+    """Return the part of some values at a key; nothing if there is none."""
+    part: Json = values
+    for name in key:
+        part = part.get(name) if isinstance(part, dict) else None
+    return part if isinstance(part, dict) else {}
 
 
 def build(config_class: type[T], values: dict[str, Json]) -> T:
@@ -119,11 +131,20 @@ def build(config_class: type[T], values: dict[str, Json]) -> T:
 
 
 def _without_nothing(values: dict[str, Json]) -> dict[str, Json]:
-    """Return the same values without sizes of students that are null, which takes them away."""
-    students = values.get("students")
-    if not isinstance(students, dict):
-        return values
-    return {**values, "students": {n: size for n, size in students.items() if size is not None}}
+    """Return the same values without sizes of students and components of the truth that are null.
+
+    This takes them away.
+    """
+    students, truth = values.get("students"), values.get("truth")
+    if isinstance(students, dict):
+        values = {**values, "students": _given(students)}
+    if isinstance(truth, dict) and isinstance(components := truth.get("components"), dict):
+        values = {**values, "truth": {**truth, "components": _given(components)}}
+    return values
+
+
+def _given(values: dict[str, Json]) -> dict[str, Json]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _with_minutes(values: dict[str, Json], key: str = "") -> dict[str, Json]:

@@ -2,7 +2,8 @@
 
 A model is called `truth`, `teacher-s0`, `student-s0-small-direct` or `student-s0-small-tau0.8`; a
 second judge, which there may be where the truth is a corpus, is called `second-judge`. The
-evaluation set of a teacher at a temperature is called `teacher-s0-tau0.8`. A model at a temperature
+evaluation set of a teacher at a temperature is called `teacher-s0-tau0.8`, and that of a truth with
+components whose weights are sharpened in its place `teacher-s0-beta2`. A model at a temperature
 of evaluation other than 1 is called `student-s0-small-direct-T0.8`, as a sampler and as a scorer.
 """
 
@@ -33,6 +34,8 @@ TRUTH_MODEL: ArmName = (TRUTH, "truth")
 SECOND_JUDGE = "second-judge"
 """Name of the second judge, as a scorer and in the results."""
 SECOND_JUDGE_MODEL: ArmName = (TRUTH, SECOND_JUDGE)
+COMPONENT = "component-"
+"""What the names of the arms of the truth's components begin with."""
 TRUTH_TRAIN: ArmName = (SAMPLE_TRUTH, "train")
 """The training set D."""
 TRUTH_EVAL: ArmName = (SAMPLE_TRUTH, "eval")
@@ -45,6 +48,8 @@ def selections(config: LanguageConfig) -> Iterator[Selection]:
         yield Selection(tau=tau)
     for text in config.sampling.truncations:
         yield Selection.parse(text)
+    for beta in config.betas:
+        yield Selection(beta=beta)
 
 
 def seeds(config: LanguageConfig) -> range:
@@ -160,7 +165,7 @@ def sample_sets(config: LanguageConfig) -> Iterator[SampleSet]:
         yield SampleSet(
             stage=stage,
             arm=use,
-            stream=f"truth/{use}",
+            stream=f"{_truth_stream(config)}/{use}",
             model=TRUTH_MODEL,
             dtype=config.truth.dtype,
             selection=Selection(),
@@ -185,6 +190,12 @@ def sample_sets(config: LanguageConfig) -> Iterator[SampleSet]:
                 )
 
 
+def _truth_stream(config: LanguageConfig) -> str:
+    """Return the name of the truth's random stream; other weights draw other sequences."""
+    places = config.truth.rotate_weights
+    return f"truth/rotated{places}" if places else "truth"
+
+
 def _sampled_temperatures(config: LanguageConfig, student: Trainee) -> tuple[float, ...]:
     """Return the temperatures other than 1 at which a finished student is sampled."""
     learnt_all = student.selection is None or student.selection.keeps_all
@@ -203,12 +214,13 @@ def _teacher_samples(
     config: LanguageConfig, seed: int, selection: Selection, evaluation: bool
 ) -> SampleSet:
     name, use = teacher_name(seed), "eval" if evaluation else "train"
+    is_mixture = selection.beta != 1.0
     return SampleSet(
         stage=SAMPLE_STUDENTS if evaluation else SAMPLE_TEACHER,
         arm=f"{name}-{selection.name}" if evaluation else f"s{seed}-{selection.name}",
         stream=f"teacher/s{seed}/{selection.name}/{use}",
-        model=(TRAIN_ON_TRUTH, name),
-        dtype=config.teacher.sampled_dtype,
+        model=TRUTH_MODEL if is_mixture else (TRAIN_ON_TRUTH, name),
+        dtype=config.truth.dtype if is_mixture else config.teacher.sampled_dtype,
         selection=selection,
         evaluation=evaluation,
     )

@@ -25,6 +25,11 @@ Measures, in nats per token unless they are from 0 to 1:
                     prompts with references
     control-recall  recall of the student `against` at the temperature at which it is as precise as
                     the student `of`, less the recall of that
+    mass-by-entropy, mass-by-first-tokens, mass-by-weight  how the mass of the modes that the
+                    student `of` has, against that of `against`, depends on the entropy of a mode
+                    per token, on that of its first four tokens alone, or on the logarithm of its
+                    weight: a coefficient of one regression on all three, where p* is a mixture of
+                    models (analysis/modes.py); intervals are by permutation of the modes
     held-out-precision, held-out-recall  two predictions of the change of the students of `size`
                     from those of all smaller sizes with the same training, each a power law in the
                     number of parameters: towards 0, or towards the change of their teachers. The
@@ -49,8 +54,9 @@ TEACHER = "teacher"
 """Stands for a size: the change is then that of the teachers, sampled and scored at each tau."""
 HELD_OUT = {"held-out-precision": "precision", "held-out-recall": "recall"}
 OF_TEACHERS = ("precision", "recall")
+BY_MODE = ("mass-by-entropy", "mass-by-first-tokens", "mass-by-weight")
 MEASURES = (
-    *OF_TEACHERS, "divergence", "divergence-beyond-share", "control-recall", *HELD_OUT,
+    *OF_TEACHERS, "divergence", "divergence-beyond-share", "control-recall", *HELD_OUT, *BY_MODE,
 )  # fmt: skip
 BEST_OF = re.compile(r"(pass|rouge)@([1-9]\d*)")
 """Measures of the best of some answers of students, by their number."""
@@ -131,6 +137,11 @@ def check_claims(claims: Sequence[Claim], config: LanguageConfig) -> None:
     for term in (term for claim in claims for term in claim.all_terms):
         if best := BEST_OF.fullmatch(term.measure):
             _check_answers(best[1], int(best[2]), term, config)
+        if term.measure in BY_MODE and not config.truth.components:
+            raise InputError(
+                f"claims={config.claims}: {term}: p* has no modes that are known; expected "
+                "truth.components"
+            )
     labels = {"direct"} | {one.name.removeprefix("tau") for one in selections(config)}
     for claim in claims:
         for term in claim.all_terms:
@@ -224,8 +235,10 @@ def _problems(claim: Claim) -> Iterator[str]:
                 f"measure {term.measure}: expected one of {', '.join(MEASURES)}, pass@1, or rouge@1"
             )
         taus = all(label[:1].isdigit() for label in (term.of, term.against))
-        if term.size == TEACHER and (term.measure not in OF_TEACHERS or not taus):
+        if term.size == TEACHER and (term.measure not in (*OF_TEACHERS, *BY_MODE) or not taus):
             yield f"{term}: of teachers, expected precision or recall at two taus"
+        if term.measure in BY_MODE and term.minus is not None:
+            yield f"{term}: expected no minus, as it is a regression over all seeds"
         if term.measure in HELD_OUT and (term.size is None or not taus):
             yield f"{term}: expected a size of students, and two taus"
         if term.minus is not None and term.minus == Term(

@@ -7,7 +7,7 @@ document that occurs twice counts once, and more documents leave the others wher
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -135,8 +135,11 @@ def _rows(
 ) -> list[list[int]]:
     prompt = tokenizer.prompt_ids(config.prompt, config.begin)
     rows = list(pieces(texts, tokenizer, prompt, config.length))
-    if part in JUDGES:
-        return rows
+    return rows if part in JUDGES else shuffled(rows)
+
+
+def shuffled(rows: Iterable[list[int]]) -> list[list[int]]:
+    """Return rows in an order that their ids give."""
     return sorted(rows, key=lambda ids: hashlib.sha256(repr(ids).encode()).digest())
 
 

@@ -44,7 +44,10 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
         corpus=_whole_path(config.truth.corpus),
         model=given.whole_path(config.truth.model),
     )
-    if truth.model == "train":
+    truth = _with_components(truth)
+    if truth.components:
+        fingerprint = ""
+    elif truth.model == "train":
         fingerprint = corpus_fingerprint(truth.corpus, truth.text_column)
         if fingerprint.startswith("hub:"):
             read_corpus(truth.corpus, truth.text_column)
@@ -74,6 +77,29 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
     with _known_tokenizer(truth) as tokenizer:
         identified = _with_claims(_with_tasks(_with_prompts(config, tokenizer)))
     return dataclasses.replace(identified, truth=truth, teacher=teacher, students=students)
+
+
+def _with_components(truth: Truth) -> Truth:
+    """Identify the corpora of the components of the truth, if it has any.
+
+    Raises:
+        InputError: if one is missing, or has changed.
+    """
+    from kdhpc.storage.corpora import corpus_fingerprint, read_corpus
+
+    components = {}
+    for name, component in truth.components.items():
+        place, column = _whole_path(component.corpus), component.text_column
+        try:
+            fingerprint = corpus_fingerprint(place, column)
+            if fingerprint.startswith("hub:"):
+                read_corpus(place, column)
+        except InputError as error:
+            key = f"truth.components.{name}"
+            raise InputError(str(error).replace("truth", key, 1)) from error
+        given.compare(component.fingerprint, fingerprint, f"truth.components.{name}")
+        components[name] = dataclasses.replace(component, corpus=place, fingerprint=fingerprint)
+    return dataclasses.replace(truth, components=components)
 
 
 def _with_second_judge(truth: Truth, config: LanguageConfig) -> Truth:

@@ -58,6 +58,7 @@ def byte_tokenizer() -> "tokenizers.Tokenizer":
     tokenizer = Whole(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer
 
 

@@ -96,7 +96,7 @@ class Sampler:
         self.capture = device.type == "cuda" and self.decoder.capturable
 
     @torch.inference_mode()
-    def batch(self, seed: int, stream: str, rows: range) -> Samples:
+    def batch(self, seed: int, stream: str, rows: Sequence[int]) -> Samples:
         """Draw the sequences `rows` of a stream, exactly `batch_rows` of them."""
         length = len(self.ids)
         self._load(seed, stream, rows)
@@ -131,7 +131,7 @@ class Sampler:
             else None,
         )
 
-    def _load(self, seed: int, stream: str, rows: range) -> None:
+    def _load(self, seed: int, stream: str, rows: Sequence[int]) -> None:
         """Put the prompts and random numbers of the sequences `rows` into the buffers."""
         ids = np.zeros(self.ids.shape, np.int64)
         num_prompt, sequences = [], []

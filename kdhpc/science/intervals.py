@@ -25,7 +25,7 @@ page and its measured coverage.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -349,7 +349,15 @@ def _sampling_covariance(statistics: Sequence[Statistic]) -> Floats:
     return sampling
 
 
-def equivalence_p_value(mean: SeedMean, margin: float) -> float:
+class Tested(Protocol):
+    """Something that is tested against a value."""
+
+    def p_value(self, against: float = 0.0, alternative: Alternative = "two-sided") -> float:
+        """Return the p-value of the hypothesis that it is `against`."""
+        ...
+
+
+def equivalence_p_value(mean: Tested, margin: float) -> float:
     """Return the p-value of two one-sided tests: that the mean is not within +-margin.
 
     It is below alpha exactly if the interval at confidence 1 - 2 alpha is within +-margin.

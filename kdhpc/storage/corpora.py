@@ -1,8 +1,12 @@
 """Read text corpora and compute their fingerprints."""
 
+import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
+import sys
+import unicodedata
 from pathlib import Path
 
 from kdhpc import addition, docstrings
@@ -90,13 +94,45 @@ def _python_source() -> list[str]:
     return [path.read_text("utf-8", errors="replace") for path in paths]
 
 
+def _unicode_names() -> list[str]:
+    """Return the names of characters in blocks of 256; names that a rule makes are left out."""
+    by_rule = ("CJK UNIFIED", "CJK COMPATIBILITY", "HANGUL SYLLABLE", "TANGUT", "NUSHU", "KHITAN")
+    blocks = []
+    for start in range(0, sys.maxunicode + 1, 256):
+        names = (unicodedata.name(chr(code), "") for code in range(start, start + 256))
+        blocks.append("\n".join(name for name in names if name and not name.startswith(by_rule)))
+    return [block for block in blocks if block]
+
+
+def _c_headers() -> list[str]:
+    import numpy as np
+
+    paths = sorted(Path(np.get_include()).rglob("*.h"))
+    return [path.read_text("utf-8", errors="replace") for path in paths]
+
+
+def _licences() -> list[str]:
+    """Return the licences of the installed packages, each text once."""
+    names = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
+    texts = set()
+    for package in importlib.metadata.distributions():
+        for file in package.files or ():
+            path = Path(str(package.locate_file(file)))
+            if ".dist-info" in str(file) and file.name.upper().startswith(names):
+                with contextlib.suppress(OSError):  # listed and not installed
+                    texts.add(path.read_text("utf-8", errors="replace"))
+    return sorted(texts)
+
+
 BUILT_IN = {
-    "python-docs": _python_docs, "python-source": _python_source, "addition": addition.texts,
+    "python-docs": _python_docs, "python-source": _python_source, "c-headers": _c_headers,
+    "licences": _licences, "unicode-names": _unicode_names, "addition": addition.texts,
     "docstrings": docstrings.texts,
 }  # fmt: skip
 """Texts that every installation has: the topics of Python's documentation, the modules of its
-standard library that are single files, sums (kdhpc/addition.py), and the docstrings of those
-modules with their first sentences (kdhpc/docstrings.py)."""
+standard library that are single files, numpy's C headers, the licences of installed packages, the
+names of Unicode's characters, sums (kdhpc/addition.py), and the docstrings of those modules with
+their first sentences (kdhpc/docstrings.py)."""
 
 
 def _kind_of(value: object) -> str:

@@ -32,6 +32,14 @@ class Scores:
     divergence_sum: NDArray[np.float64] | None = None
     """[N] nats: KL divergence of the sampler from the scorer over all drawn tokens, each averaged
     over the vocabulary; only with `scoring.expected`, whose `log_prob_sum` is averaged too."""
+    component: NDArray[np.uint8] | None = None
+    """[N] index of the component that each sequence was drawn from; only of a truth that is a
+    mixture, where the scorer is `self`."""
+    component_log_prob: NDArray[np.float64] | None = None
+    """[N, K] nats: log-probability of all drawn tokens under each component of such a truth, where
+    it is the scorer, or `self`."""
+    component_first_log_prob: NDArray[np.float64] | None = None
+    """[N, K] nats: the same of the first four drawn tokens."""
     right: NDArray[np.uint8] | None = None
     """[N] 1 if the sequence's answer is right, else 0; only for prompts with answers, where the
     scorer is `self`."""

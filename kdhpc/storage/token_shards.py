@@ -25,6 +25,9 @@ OPTIONAL_COLUMNS = {
     "num_prompt": np.int32,
     "right": np.uint8,
     "rouge_l": np.float32,
+    "component": np.uint8,
+    "component_log_prob": np.float64,
+    "component_first_log_prob": np.float64,
 }
 """Columns that older shards lack, and others in part."""
 
@@ -56,6 +59,12 @@ class Samples:
     rouge_l: NDArray[np.float32] | None = None
     """[N] ROUGE-L of the text after the prompt, 0 to 1; in evaluation sets whose prompts all have
     references."""
+    component: NDArray[np.uint8] | None = None
+    """[N] index of the component that a sequence was drawn from, if the truth is a mixture."""
+    component_log_prob: NDArray[np.float64] | None = None
+    """[N, K] nats: log-probability of all drawn tokens under each component of that truth."""
+    component_first_log_prob: NDArray[np.float64] | None = None
+    """[N, K] nats: the same of the first four drawn tokens."""
 
     def __len__(self) -> int:
         return len(self.length)

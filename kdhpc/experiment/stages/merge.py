@@ -6,6 +6,7 @@ writes  results.h5: /scores/<sampler>/<scorer>, /downstream/<model>/<task>, /mod
         attributes recipe and complete, /provenance (see `kdhpc.storage.results`)
 """
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -176,6 +177,9 @@ def _own_pieces(
             yield "right", samples.right
         if "rouge_l" in has and samples.rouge_l is not None:
             yield "rouge_l", samples.rouge_l
+        for name in ("component", "component_log_prob", "component_first_log_prob"):
+            if name in has:
+                yield name, getattr(samples, name)
         if "end_log_prob_tau" in has and samples.end_log_prob_tau is not None:
             yield "end_log_prob", samples.end_log_prob_tau
         if "token_log_prob_tau" in has and samples.token_log_prob_tau is not None:
@@ -202,9 +206,12 @@ def _models(work: Work[LanguageConfig], present: frozenset[str]) -> dict[str, di
     """Return the facts about every model that the analysis needs, by the model's name."""
     [truth] = work.plan.arm(*arms.TRUTH_MODEL)
     models: dict[str, dict[str, Json]] = {}
+    # A text, because attributes of HDF5 hold no dictionaries.
+    weights = work.config.truth.weights
+    mixed: dict[str, Json] = {"weights": json.dumps(weights)} if weights else {}
     if truth.key in present:
         parameters = work.record(truth.key).stats["parameters"]
-        models["truth"] = {"kind": "truth", "parameters": parameters}
+        models["truth"] = {"kind": "truth", "parameters": parameters, **mixed}
     if work.config.truth.second_judge is not None:
         [judge] = work.plan.arm(*arms.SECOND_JUDGE_MODEL)
         if judge.key in present:
@@ -222,6 +229,7 @@ def _models(work: Work[LanguageConfig], present: frozenset[str]) -> dict[str, di
                 "size": trainee.size,
                 "arm": trainee.arm,
                 "tau": trainee.tau,
+                **mixed,
                 **facts,
                 "recipe": shard.recipe,
             }

@@ -7,12 +7,15 @@ writes  token shards: ids [N, L] uint16 (uint32 if the model has more than 65,53
         end_log_prob_tau [N] float64 (nats, of the end token alone), and in evaluation sets with
         `scoring.per_token` also token_log_prob_tau [N, L] float32; num_prompt [N] int32, the tokens
         of each row's prompt, if there are several; in evaluation sets right [N] uint8, if they have
-        answers, and rouge_l [N] float32, if they have references
+        answers, and rouge_l [N] float32, if they have references; component [N] uint8 if the truth
+        is a mixture, and in its evaluation sets component_log_prob and component_first_log_prob
+        [N, K] float64 (nats)
 """
 
 import functools
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from kdhpc.config.language import LanguageConfig, num_ids, only_prompt, tokens_per_s
 from kdhpc.experiment import arms, documents
@@ -44,6 +47,9 @@ class SampleSettings:
     begin: str = field(default="tokenizer", metadata=ADDED)
     prompts: Prompts | None = field(default=None, metadata=ADDED)
     """Which prompts sequences start with, if there are several."""
+    score_rows: int | None = field(default=None, metadata=ADDED)
+    score_head_tokens: int | None = field(default=None, metadata=ADDED)
+    """How sequences of a mixture are scored once they are drawn; None for those of one model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +83,7 @@ def _settings(
             head_tokens=config.scoring.head_tokens,
             threads=config.threads,
         )
+    is_mixture = bool(config.truth.components) and sample_set.model == arms.TRUTH_MODEL
     return SampleSettings(
         seed=config.seed,
         stream=sample_set.stream,
@@ -91,6 +98,8 @@ def _settings(
         selection=sample_set.selection,
         begin=config.begin,
         prompts=Prompts.of(config, "eval" if sample_set.evaluation else "train"),
+        score_rows=config.scoring.batch_rows if is_mixture else None,
+        score_head_tokens=config.scoring.head_tokens if is_mixture else None,
     )
 
 
@@ -131,6 +140,7 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     if "part" in shard.arm.fields:
         return _cut(shard, work)
     from kdhpc.models import devices, loading
+    from kdhpc.models.mixture import is_mixture
     from kdhpc.sampling.sampler import sample, sampler_for
     from kdhpc.scoring.counting import Counting
     from kdhpc.storage.token_shards import write_samples
@@ -139,6 +149,8 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     model_path = work.local_input(shard.reads[0])
     devices.set_threads(settings.threads)
     devices.set_allocator(keep_freed=True)
+    if is_mixture(model_path):
+        return _from_mixture(shard, work, settings, model_path)
     loaded = loading.load(model_path, settings.dtype, work.config.device)
     prompts = prompts_of(
         loaded.tokenizer,
@@ -183,6 +195,92 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
             "device": sampler.device.type,
             "decoder": sampler.decoder.name,
             "arrays": sorted(samples.arrays()),
+        },
+    )
+
+
+def _from_mixture(
+    shard: Shard, work: Work[LanguageConfig], settings: SampleSettings, model_path: Path
+) -> Written:
+    """Sample one shard from a mixture of models, and score it under all of them.
+
+    Its log-probabilities are those under the mixture as it is, also if the weights that it was
+    drawn with are sharpened. Training sets keep none of single components.
+    """
+    from kdhpc.models import mixture as mixtures
+    from kdhpc.sampling.mixture import draw_components, sample_mixture
+    from kdhpc.sampling.sampler import sampler_for
+    from kdhpc.scoring.counting import Counting
+    from kdhpc.scoring.mixture import score_mixture
+    from kdhpc.storage.token_shards import write_samples
+
+    mixture = mixtures.load(model_path, settings.dtype, work.config.device)
+    [prompt] = prompts_of(
+        mixture.tokenizer,
+        prompt=settings.prompt,
+        begin=settings.begin,
+        prompts=None,
+        source=None,
+        seed=settings.seed,
+    )
+    counting = Counting.with_tokenizer(
+        mixture.tokenizer, num_prompt=len(prompt.ids), count_eos=settings.eos == "learn"
+    )
+    samplers = [
+        sampler_for(
+            loaded,
+            prompts=[prompt],
+            length=settings.length,
+            batch_rows=settings.batch_rows,
+            selection=Selection(),
+            draw=settings.draw,
+            counting=counting,
+            engine=settings.engine,
+            per_token=False,
+        )
+        for loaded in mixture.components
+    ]
+    rows = range(*(shard.row_range or (0, 0)))
+    stream: dict[str, Any] = {"rows": rows, "seed": settings.seed, "stream": settings.stream}
+    work.ready()
+    component = draw_components(mixture.sharpened(settings.selection.beta), **stream)
+    samples = sample_mixture(
+        samplers,
+        component,
+        **stream,
+        on_batch=lambda done: work.progress(0.5 * done / shard.num_rows),
+    )
+    is_evaluation = _is_evaluation(shard)
+    scores = score_mixture(
+        mixture,
+        samples,
+        counting=counting,
+        batch_rows=settings.score_rows or settings.batch_rows,
+        head_tokens=settings.score_head_tokens or settings.batch_rows,
+        per_token=work.config.scoring.per_token and is_evaluation,
+        on_batch=lambda done: work.progress(0.5 + 0.5 * done / shard.num_rows),
+    )
+    drawn = replace(
+        samples,
+        log_prob_sum=scores.log_prob_sum,
+        log_prob_tau_sum=scores.log_prob_sum,
+        end_log_prob=scores.end_log_prob,
+        end_log_prob_tau=scores.end_log_prob,
+        token_log_prob_tau=scores.token_log_prob,
+        component=component,
+        component_log_prob=scores.component_log_prob if is_evaluation else None,
+        component_first_log_prob=scores.component_first_log_prob if is_evaluation else None,
+    )
+    path = work.new_path(shard, ".arrow")
+    metadata = {"kdhpc.key": shard.key, "kdhpc.recipe": shard.recipe, "kdhpc.draw": settings.draw}
+    write_samples(path, drawn, metadata)
+    return Written(
+        path=path,
+        num_rows=len(drawn),
+        stats={
+            "device": mixture.device.type,
+            "decoder": samplers[0].decoder.name,
+            "arrays": sorted(drawn.arrays()),
         },
     )
 

@@ -4,7 +4,9 @@ reads   token shards and a model checkpoint
 writes  score shards: log_prob_sum [N] float64 in nats, num_tokens [N] int32, end_log_prob [N]
         float64 in nats, and with `scoring.per_token` also token_log_prob [N, L] float32; scores at
         temperatures other than 1 are in groups called T0.8. A second judge with another tokenizer
-        than the truth's writes log_prob_sum, num_tokens, num_characters and num_replaced [N] int32
+        than the truth's writes log_prob_sum, num_tokens, num_characters and num_replaced [N]
+        int32; a truth that is a mixture writes component_log_prob and component_first_log_prob
+        [N, K] float64 (nats) as well
 """
 
 import dataclasses
@@ -22,6 +24,7 @@ from kdhpc.types import Corruption
 
 if TYPE_CHECKING:
     from kdhpc.models.loading import Loaded
+    from kdhpc.models.mixture import LanguageMixture
     from kdhpc.models.tokenizer import Tokenizer
     from kdhpc.scoring.counting import Counting
     from kdhpc.storage.score_shards import Scores
@@ -127,20 +130,51 @@ def _dtype(config: LanguageConfig, pair: arms.Pair) -> str:
 def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     """Score one shard."""
     from kdhpc.models import devices, loading
+    from kdhpc.models import mixture as mixtures
     from kdhpc.models.tokenizer import Tokenizer
-    from kdhpc.scoring.corruption import corrupt
-    from kdhpc.scoring.counting import Counting
     from kdhpc.storage.score_shards import write_scores
 
     settings = settings_of(shard.arm.fields, ScoreSettings)
     devices.set_threads(settings.threads)
     devices.set_allocator(keep_freed=True)
-    loaded = loading.load(work.local_input(shard.reads[0]), settings.dtype, work.config.device)
-    samples, tokenizer = _samples(shard, work), loaded.tokenizer
-    if TOKENIZER in shard.arm.inputs:
-        tokenizer = Tokenizer(work.input(shard.reads[1]))
-        if not loaded.tokenizer.has_ids_of(tokenizer):
-            return _score_texts(shard, work, loaded, samples, tokenizer)
+    model_path = work.local_input(shard.reads[0])
+    samples = _samples(shard, work)
+    if mixtures.is_mixture(model_path):
+        mixture = mixtures.load(model_path, settings.dtype, work.config.device)
+        samples, counting = _counted(shard, samples, mixture.tokenizer)
+        scores, engine = _score_mixture(shard, work, mixture, samples, counting), "torch"
+        device = mixture.device
+    else:
+        loaded = loading.load(model_path, settings.dtype, work.config.device)
+        tokenizer, device = loaded.tokenizer, loaded.model.device
+        if TOKENIZER in shard.arm.inputs:
+            tokenizer = Tokenizer(work.input(shard.reads[1]))
+            if not loaded.tokenizer.has_ids_of(tokenizer):
+                return _score_texts(shard, work, loaded, samples, tokenizer)
+        samples, counting = _counted(shard, samples, tokenizer)
+        score = _score_expected if OWN_MODEL in shard.arm.inputs else _score
+        scores, engine = score(shard, work, loaded, samples, counting)
+    path = work.new_path(shard, ".h5")
+    write_scores(path, scores)
+    return Written(
+        path=path,
+        num_rows=shard.num_rows,
+        stats={
+            "device": device.type,
+            "engine": engine,
+            "arrays": sorted(scores[settings.temperatures[0]].arrays()),
+        },
+    )
+
+
+def _counted(
+    shard: Shard, samples: "Samples", tokenizer: "Tokenizer"
+) -> "tuple[Samples, Counting]":
+    """Return the sequences as they are scored, perhaps damaged, and which of their tokens count."""
+    from kdhpc.scoring.corruption import corrupt
+    from kdhpc.scoring.counting import Counting
+
+    settings = settings_of(shard.arm.fields, ScoreSettings)
     counting = Counting.with_tokenizer(
         tokenizer,
         num_prompt=tokenizer.num_prompt(settings.prompt, settings.begin),
@@ -151,19 +185,31 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
         samples = corrupt(
             samples, settings.corruption, seed=settings.seed or 0, rows=rows, counting=counting
         )
-    score = _score_expected if OWN_MODEL in shard.arm.inputs else _score
-    scores, engine = score(shard, work, loaded, samples, counting)
-    path = work.new_path(shard, ".h5")
-    write_scores(path, scores)
-    return Written(
-        path=path,
-        num_rows=shard.num_rows,
-        stats={
-            "device": loaded.model.device.type,
-            "engine": engine,
-            "arrays": sorted(scores[settings.temperatures[0]].arrays()),
-        },
+    return samples, counting
+
+
+def _score_mixture(
+    shard: Shard,
+    work: Work[LanguageConfig],
+    mixture: "LanguageMixture",
+    samples: "Samples",
+    counting: "Counting",
+) -> dict[float, "Scores"]:
+    """Return scores under a truth that is a mixture of models, at temperature 1."""
+    from kdhpc.scoring.mixture import score_mixture
+
+    settings = settings_of(shard.arm.fields, ScoreSettings)
+    work.ready()
+    scores = score_mixture(
+        mixture,
+        samples,
+        counting=counting,
+        batch_rows=settings.batch_rows,
+        head_tokens=settings.head_tokens,
+        per_token=settings.per_token,
+        on_batch=lambda done: work.progress(done / shard.num_rows),
     )
+    return {1.0: scores}
 
 
 def _score_texts(

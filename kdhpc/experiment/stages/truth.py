@@ -1,9 +1,11 @@
 """Make the truth p*: train it on a corpus, or convert or copy a finished model.
 
-A second judge, where the truth is a corpus, is made in the same way.
+A second judge, where the truth is a corpus, is made in the same way, and so are the components of a
+truth that is a mixture.
 
 reads   a corpus or a finished model
-writes  a Hugging Face checkpoint folder: config.json, model.safetensors, tokenizer
+writes  a Hugging Face checkpoint folder: config.json, model.safetensors, tokenizer; a mixture has
+        one for each component inside of it
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kdhpc.config.language import (
     SECOND_JUDGE_KEY,
+    Component,
     Judge,
     LanguageConfig,
     Truth,
@@ -59,6 +62,17 @@ class TruthSettings:
     """How a judge's documents are set apart; None if the model is p*, or is not trained."""
     half: Literal["first", "second"] | None = dataclasses.field(default=None, metadata=ADDED)
     """The half of the judges' documents that it learns from; None for all of them."""
+    sequences: int | None = dataclasses.field(default=None, metadata=ADDED)
+    """Number of rows that a component learns from; None for all of its corpus."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureSettings:
+    """Settings that determine a truth that is a mixture, together with its components."""
+
+    kind: Literal["mixture"]
+    weights: dict[str, float]
+    """Weights of the components, whose sum is 1, by name."""
 
 
 def _training(config: LanguageConfig) -> Training | None:
@@ -72,6 +86,8 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
     The work of a training is a guess in tokens.
     """
     truth, training = config.truth, _training(config)
+    if truth.components and truth.shape and training:
+        return _plan_mixture(config, truth.shape, training)
     halved = documents.shared_by_judges(truth)
     settings = TruthSettings(
         kind="trained" if training else "given",
@@ -97,6 +113,40 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
             _shard(config, settings, shape, training, name=arms.SECOND_JUDGE, truth=shards[0])
         )
     return shards
+
+
+def _plan_mixture(config: LanguageConfig, shape: Shape, training: Training) -> list[Shard]:
+    """Plan one shard for each component, and one for the mixture, which reads them."""
+    components = [
+        _shard(
+            config,
+            TruthSettings(
+                kind="trained",
+                fingerprint=component.fingerprint,
+                text_column=component.text_column,
+                dtype=None,
+                sequences=config.truth.component_sequences,
+            ),
+            shape,
+            training,
+            name=f"{arms.COMPONENT}{name}",
+        )
+        for name, component in config.truth.components.items()
+    ]
+    settings = MixtureSettings(kind="mixture", weights=config.truth.weights)
+    arm = Arm(
+        stage=arms.TRUTH,
+        name=arms.TRUTH,
+        fields={"kind": settings.kind, "weights": [*settings.weights.items()]},
+        inputs={shard.arm.name: shard.recipe for shard in components},
+    )
+    mixture = Shard(
+        arm=arm,
+        name="00000",
+        reads=tuple(shard.key for shard in components),
+        num_bytes=sum(shard.num_bytes for shard in components),
+    )
+    return [*components, mixture]
 
 
 def _shard(
@@ -130,7 +180,14 @@ def _shard(
         # The end of a text is always learnt.
         fields=fields
         | TrainSettings.of(
-            Model(shape=shape), training, config, stream=name, prompt="", eos="learn"
+            Model(shape=shape),
+            training,
+            config,
+            stream=name,
+            # Rows of a component start as those that are drawn from it.
+            prompt=config.prompt if config.truth.components else "",
+            begin=config.begin if config.truth.components else "tokenizer",
+            eos="learn",
         ).fields,
         inputs={"tokenizer": reads.recipe} if reads else {},
         nodes=training.nodes,
@@ -153,6 +210,8 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
     from kdhpc.models import devices, huggingface
 
     truth, judge = work.config.truth, work.config.truth.second_judge
+    if truth.components and shard.arm.name == arms.TRUTH:
+        return _mix(shard, work)
     is_second = shard.arm.name == arms.SECOND_JUDGE
     training = _training(work.config)
     if is_second:
@@ -168,9 +227,26 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
         if truth.source == "corpus":
             part: documents.Part = "second-judge" if is_second else "judge"
             corpus = _judge_corpus(part, work.config, training, tokenizer_path)
+        elif truth.components:
+            component = truth.components[shard.arm.name.removeprefix(arms.COMPONENT)]
+            corpus = _component_corpus(component, work.config, training, tokenizer_path)
         else:
             corpus = _text_corpus(truth, work.config.length, tokenizer)
         return train_shard(shard, work, training, corpus, tokenizer_path)
+
+
+def _mix(shard: Shard, work: Work[LanguageConfig]) -> Written:
+    """Put the components of a mixture and their weights into one folder."""
+    from kdhpc.models import mixture
+
+    weights = work.config.truth.weights
+    folders = {
+        name: work.input(work.plan.arm(arms.TRUTH, f"{arms.COMPONENT}{name}")[0].key)
+        for name in weights
+    }
+    path = work.new_path(shard)
+    parameters = mixture.write(path, folders, weights)
+    return Written(path=path, num_rows=1, stats={"parameters": parameters})
 
 
 def _take_judge(shard: Shard, judge: Judge, work: Work[LanguageConfig]) -> Written:
@@ -247,6 +323,46 @@ def _judge_corpus(
         ids=samples.ids,
         length=samples.length,
         counting=Counting.with_tokenizer(tokenizer, num_prompt=num_prompt, count_eos=True),
+    )
+
+
+def _component_corpus(
+    component: Component, config: LanguageConfig, training: Training, tokenizer_path: Path
+) -> "Corpus":
+    """Return the rows that a component learns from: the prompt, then a piece of a document each.
+
+    Which rows are used, if not all, follows from digests of their ids.
+
+    Raises:
+        InputError: if the corpus is not the one that the run was submitted with, or too small.
+    """
+    from kdhpc.models.tokenizer import Tokenizer
+    from kdhpc.scoring.counting import Counting
+    from kdhpc.storage.corpora import corpus_fingerprint, read_corpus
+    from kdhpc.storage.token_shards import padded
+    from kdhpc.training.data import Corpus
+
+    fingerprint = corpus_fingerprint(component.corpus, component.text_column)
+    if component.fingerprint not in {"", fingerprint}:
+        raise InputError(
+            f"truth.components: {component.corpus} has changed since the run was submitted; "
+            f"expected the text with fingerprint {component.fingerprint[:12]}"
+        )
+    tokenizer = Tokenizer(tokenizer_path)
+    prompt = tokenizer.prompt_ids(config.prompt, config.begin)
+    texts = read_corpus(component.corpus, component.text_column)
+    rows = documents.shuffled(documents.pieces(texts, tokenizer, prompt, config.length))
+    rows = rows[: config.truth.component_sequences]
+    if len(rows) < training.batch_sequences:
+        raise InputError(
+            f"truth.components: {component.corpus} makes {len(rows)} rows of {config.length} "
+            f"tokens; expected at least truth.training.batch_sequences={training.batch_sequences}"
+        )
+    samples = padded(rows, config.length, tokenizer.size)
+    return Corpus(
+        ids=samples.ids,
+        length=samples.length,
+        counting=Counting.with_tokenizer(tokenizer, num_prompt=len(prompt), count_eos=True),
     )
 
 
