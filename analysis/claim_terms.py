@@ -2,18 +2,27 @@
 
 from collections.abc import Callable, Mapping
 
+import mode_terms
 import numpy as np
 from numpy.typing import NDArray
 from study import Measure, Student, Study, at_equal_precision
 from verdicts import ENTROPY_SHARE
 
-from kdhpc.experiment.claims import BEST_OF, HELD_OUT, OF_TEACHERS, TEACHER, Term
+from kdhpc.experiment.claims import BEST_OF, BY_MODE, HELD_OUT, OF_TEACHERS, TEACHER, Term
 from kdhpc.science.intervals import SeedMean, Statistic, over_seeds, through
+from kdhpc.science.modes import Slope
 
 EXPONENTS = np.arange(2001) * 0.001
 """Exponents of the power laws that are tried, 0 to 2; with 0 nothing changes with size."""
 Floats = NDArray[np.float64]
 BySeed = Mapping[int, Statistic]
+
+
+def tested(study: Study, term: Term, size: str) -> SeedMean | Slope | None:
+    """Return what a claim tests of a term: its mean over seeds, or its slope over modes."""
+    if term.measure in BY_MODE:
+        return mode_terms.slope_of(study, term.measure, term.of, term.against, term.size or size)
+    return mean_of(study, term, size)
 
 
 def mean_of(study: Study, term: Term, size: str) -> SeedMean | None:

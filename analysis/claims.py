@@ -29,7 +29,7 @@ from pathlib import Path
 import files
 import judges
 import numpy as np
-from claim_terms import mean_of
+from claim_terms import tested
 from rich.console import Console
 from rich.table import Table
 from study import SECOND, SELF, TRUTH, Study
@@ -38,8 +38,9 @@ from verdicts import Decision, detectable, text
 from kdhpc.cluster.display import WIDTH, command
 from kdhpc.config import presets
 from kdhpc.errors import InputError
-from kdhpc.experiment.claims import BEST_OF, Claim, read_claims
+from kdhpc.experiment.claims import BEST_OF, BY_MODE, Claim, read_claims
 from kdhpc.science.intervals import SeedMean, equivalence_p_value, holm
+from kdhpc.science.modes import Slope
 from kdhpc.storage.results import Results
 from kdhpc.storage.score_shards import Scores
 from kdhpc.types import Json
@@ -58,7 +59,7 @@ class Outcome:
     """What the scores say about a claim."""
 
     claim: Claim
-    means: tuple[SeedMean, ...]
+    means: tuple[SeedMean | Slope, ...]
     """One for each term; empty if a term has no value in some seed."""
     p_value: float
     """Not corrected; 1 without means."""
@@ -185,7 +186,7 @@ def _agree(ours: Json, theirs: Json) -> bool:
 
 def evaluate(study: Study, claim: Claim, size: str) -> Outcome:
     """Compute the terms of a claim for the students of a size."""
-    means = [mean_of(study, term, size) for term in claim.terms]
+    means = [tested(study, term, size) for term in claim.terms]
     known = tuple(mean for mean in means if mean is not None)
     if len(known) < len(means):
         return Outcome(claim=claim, means=(), p_value=1.0)
@@ -203,7 +204,7 @@ def families(study: Study, claims: Sequence[Claim]) -> Iterator[tuple[list[Outco
         yield [evaluate(study, claim, "") for claim in sized], len(seeds)
 
 
-def _p_value(claim: Claim, mean: SeedMean) -> float:
+def _p_value(claim: Claim, mean: SeedMean | Slope) -> float:
     if claim.test == "within":
         return equivalence_p_value(mean, claim.margin)
     return mean.p_value(claim.margin, "greater" if claim.test == "greater" else "less")
@@ -224,7 +225,7 @@ def decide(outcome: Outcome, corrected: float) -> Decision:
     return "fails" if contradicted else "undecided"
 
 
-def _contradicts(claim: Claim, mean: SeedMean) -> bool:
+def _contradicts(claim: Claim, mean: SeedMean | Slope) -> bool:
     if claim.test == "greater":
         return mean.high < claim.margin
     if claim.test == "less":
@@ -234,8 +235,13 @@ def _contradicts(claim: Claim, mean: SeedMean) -> bool:
 
 def unit_of(outcomes: Sequence[Outcome]) -> str:
     """Return the unit of the measures of some claims."""
-    best = any(BEST_OF.fullmatch(t.measure) for o in outcomes for t in o.claim.all_terms)
-    return "nats per token, pass@k and rouge@k from 0 to 1" if best else "nats per token"
+    measures = {term.measure for o in outcomes for term in o.claim.all_terms}
+    more = ""
+    if any(BEST_OF.fullmatch(measure) for measure in measures):
+        more += ", pass@k and rouge@k from 0 to 1"
+    if measures & {*BY_MODE}:
+        more += ", of log mass per nat of entropy or of log weight"
+    return f"nats per token{more}"
 
 
 def replicates(study: Study) -> str:
@@ -265,8 +271,10 @@ def table(outcomes: Sequence[Outcome], num_seeds: int) -> Table:
     return printed
 
 
-def _about(mean: SeedMean, num_seeds: int) -> str:
+def _about(mean: SeedMean | Slope, num_seeds: int) -> str:
     """Say what a term would have detected, and if it is a mean of fewer seeds than others."""
+    if isinstance(mean, Slope):
+        return f"{mean.num_components} modes, permuted"
     fewer = "" if mean.num_seeds == num_seeds else f"{mean.num_seeds} of {num_seeds} seeds; "
     if mean.num_seeds == 1:
         return f"{fewer}{ONE_TRAINING}"

@@ -2,7 +2,7 @@
 """Write what was found into the pages of the experiments in docs.
 
     python analysis/experiment.py [temperature|capacity|convergence|real_data|reasoning|
-        reasoning_larger|summarisation|post_training|objective|downstream|smollm2 ...]
+        reasoning_larger|summarisation|post_training|objective|modes|downstream|smollm2 ...]
 
 Each page has what was predicted, written by hand before the run was scored. Between two marks in it
 this command writes tables, sentences and a figure, from the scores in the folder beside the page;
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import claims
+import modes
 import page_sections
 import pass_at_k
 import report_rows
@@ -195,6 +196,11 @@ PAGES: Mapping[str, Page] = {
     "objective": Page(
         path="experiments/objective.md", folder="experiments/objective",
         figure=lambda study: _models(study, "soft"), sections=page_sections.by_size,
+    ),
+    "modes": Page(
+        path="experiments/modes.md", folder="experiments/modes",
+        figure=lambda study: modes.figure(study, DOCS_DIR / "experiments/modes" / modes.GAUSSIANS),
+        sections=page_sections.of_modes,
     ),
     "downstream": Page(
         path="experiments/downstream.md", folder="experiments/downstream",

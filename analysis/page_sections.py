@@ -13,6 +13,7 @@ import costs
 import diversity
 import downstream
 import judges
+import modes
 import pass_at_k
 import prediction
 import report_rows
@@ -26,6 +27,7 @@ from verdicts import Decision, Verdict, capitalised, decide, gain_is_entropy, te
 
 from kdhpc.experiment.claims import Claim, Term
 from kdhpc.science.intervals import SeedMean, holm, over_seeds
+from kdhpc.science.modes import Slope
 
 REAL_DATA = Path(__file__).resolve().parents[1] / "docs" / "experiments" / "real_data"
 """Folder of the claims and scores of real data, whose claims are tested with two judges."""
@@ -59,7 +61,7 @@ def claim_table(outcomes: Sequence[Outcome], num_seeds: int, page: str) -> str:
     return f"{title}\n\n" + table(("claim", "decision", "p, corrected", "estimate"), rows)
 
 
-def _terms(claim: Claim, means: Sequence[SeedMean]) -> list[str]:
+def _terms(claim: Claim, means: Sequence[SeedMean | Slope]) -> list[str]:
     return [f"{t}: {text(mean)}" for t, mean in zip(claim.terms, means, strict=False)]
 
 
@@ -370,6 +372,25 @@ def _kept_by(study: Study, size: str, base: str, tau: str) -> str:
         return ""
     mean = mean_of(study, Term(measure="control-recall", of=tau, against=base), size)
     return text(mean) if mean else "not reached"
+
+
+def of_modes(study: Study) -> Iterator[str]:
+    """Yield what is kept of the modes of p*, and what that depends on."""
+    yield "The modes of p\\*, in nats per token:"
+    yield table(modes.MODES_HEADER, [*modes.mode_lines(study)])
+    for size in study.sizes:
+        yield (
+            "Modes that are kept, the fewest that have 95 % of the mass (emphasised), the share of "
+            "texts of no mode, and log(mass / weight in p\\*) of each mode; means over seeds:"
+        )
+        yield table(modes.arms_header(study), [*modes.arm_lines(study, size)])
+        yield (
+            "How the logarithm of a mode's mass depends on its properties: coefficients of one "
+            "regression, with 95 % intervals and p-values by permutation of the modes. Against "
+            "p\\* it is log(mass / weight), otherwise log(mass / mass):"
+        )
+        yield table(modes.SLOPES_HEADER, [*modes.slope_lines(study, size)])
+        yield _means(study, size)
 
 
 def tasks(study: Study) -> Iterator[str]:

@@ -446,6 +446,28 @@ def _best_of(rows: Rows, looks: Looks) -> Layers:
     return alt.layer(*_lines_and_bars(rows, x, y, look, hover)).add_params(_zoom("x", "y"))
 
 
+def _modes(rows: Rows, looks: Looks) -> Layers:
+    names = _names(rows, "series")
+    look = _look("series", names, looks)
+    middle = (len(names) - 1) / 2
+    rows = [
+        row | {"x": row["sharpness"] * FACTOR ** (names.index(str(row["series"])) - middle)}
+        for row in rows
+    ]
+    x = alt.X(
+        "x:Q",
+        title="beta, or 1 / tau",
+        scale=alt.Scale(type="log", nice=False, padding=20),
+        axis=alt.Axis(values=[1, 2, 5, 10, 20, 50, 100], labelExpr="'' + datum.value"),
+    )
+    y = alt.Y(
+        "estimate:Q", title="share of the modes that are kept",
+        scale=alt.Scale(domain=[0, 1], nice=False),
+    )  # fmt: skip
+    hover = [alt.Tooltip("series:N"), alt.Tooltip("sharpness:Q", format=".3g"), *_numbers("")]
+    return alt.layer(*_lines_and_bars(rows, x, y, look, hover)).add_params(_zoom("x", "y"))
+
+
 def _lines_and_bars(
     rows: Rows, x: alt.X, y: alt.Y, look: Mapping[str, Any], hover: Sequence[alt.Tooltip]
 ) -> list[alt.Chart]:
@@ -570,6 +592,7 @@ CHARTS: Mapping[str, Callable[[Rows, Looks], Layers]] = {
     "total-variation": _total_variation,
     "best-temperature": _best_temperature,
     "best-of": _best_of,
+    "modes": _modes,
     "capacity": _across_sizes,
     "convergence": _across_sizes,
 }

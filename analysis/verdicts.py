@@ -16,6 +16,7 @@ from scipy import stats
 from study import Measure, Student, Study, at_equal_precision, best_recall
 
 from kdhpc.science.intervals import SeedMean, over_seeds
+from kdhpc.science.modes import Slope
 
 Decision = Literal["holds", "fails", "undecided"]
 ENTROPY_SHARE = 0.8
@@ -63,7 +64,7 @@ def claim_of(verdict: Verdict, *, several: bool) -> str:
     return verdict.claim + (f" (size {verdict.size})" if several and verdict.size else "")
 
 
-def text(mean: SeedMean, *, sign: bool = True) -> str:
+def text(mean: SeedMean | Slope, *, sign: bool = True) -> str:
     """Return an estimate and its interval, such as `+0.944 [0.848, 1.039]`."""
     return f"{mean.estimate:{'+' if sign else ''}.3f} [{mean.low:.3f}, {mean.high:.3f}]"
 
