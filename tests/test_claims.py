@@ -297,7 +297,7 @@ def test_a_run_records_its_claims_and_its_archive_has_all_but_tokens(
         (
             "measure: precision",
             "measure: recal",
-            "held-out-recall, pass@1, or rouge@1",
+            "mass-by-weight, pass@1, or rouge@1",
         ),
         ("measure: recall", "measure: divergence", "of teachers, expected precision or recall"),
         ("minus: {size: teacher}", "minus: {measure: recall}", "subtracts itself"),

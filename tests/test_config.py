@@ -15,7 +15,7 @@ from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt
 
 from kdhpc.config import presets
 from kdhpc.config.bounds import Pattern, out_of_bounds
-from kdhpc.config.language import LanguageConfig
+from kdhpc.config.language import Component, LanguageConfig
 from kdhpc.config.run import RunConfig, check_run
 from kdhpc.errors import InputError
 from kdhpc.pipeline import LANGUAGE, MIXTURE
@@ -25,6 +25,7 @@ PIPELINES: dict[str, AnyPipeline] = {"tiny": LANGUAGE, "mixture": MIXTURE}
 """The pipeline of each preset."""
 ITEMS = {
     "students": "small",
+    "truth.components": "sums",
     "settings": "paper",
     "slurm.stages": "merge",
     "throughput": "score",
@@ -75,6 +76,9 @@ def valid(preset: str) -> RunConfig:
         # A teacher is never fine-tuned, but it has the fields, whose bounds come first.
         for key in (("teacher",), ("students", "small")):
             config = replaced(config, (*key, "fine_tuning"), config.teacher.training)
+        # A corpus as truth has no components, but it has their fields.
+        components = {"sums": Component(corpus="addition")}
+        config = replaced(config, ("truth", "components"), components)
     return cast(RunConfig, config)
 
 
@@ -163,7 +167,7 @@ def test_bounds_are_found_at_every_depth() -> None:
     assert keys >= {
         "threads", "slurm.mem_gb", "slurm.account", "slurm.gate.time_min",
         "slurm.stages.merge.partition", "taus", "throughput.score", "truth.shape.layers",
-        "truth.second_judge.training.epochs",
+        "truth.second_judge.training.epochs", "truth.components.sums.weight",
         "teacher.training.betas", "students.small.training.stop_after_epochs",
         "settings.paper.em_starts",
     }  # fmt: skip
