@@ -2,7 +2,8 @@
 """Write what was found into the pages of the experiments in docs.
 
     python analysis/experiment.py [temperature|capacity|convergence|real_data|reasoning|
-        reasoning_larger|summarisation|post_training|objective|modes|downstream|smollm2 ...]
+        reasoning_larger|summarisation|post_training|objective|truncation|modes|downstream|
+        smollm2 ...]
 
 Each page has what was predicted, written by hand before the run was scored. Between two marks in it
 this command writes tables, sentences and a figure, from the scores in the folder beside the page;
@@ -196,6 +197,10 @@ PAGES: Mapping[str, Page] = {
     "objective": Page(
         path="experiments/objective.md", folder="experiments/objective",
         figure=lambda study: _models(study, "soft"), sections=page_sections.by_size,
+    ),
+    "truncation": Page(
+        path="experiments/truncation.md", folder="experiments/truncation",
+        figure=lambda study: _models(study, "small"), sections=page_sections.by_size,
     ),
     "modes": Page(
         path="experiments/modes.md", folder="experiments/modes",

@@ -341,24 +341,26 @@ def answers(study: Study, kind: str) -> Iterator[str]:
 
 
 def by_size(study: Study) -> Iterator[str]:
-    """Yield what a tau changes against the direct student and against tau 1, for each size."""
+    """Yield what each teacher changes against the direct student and tau 1, for each size."""
     for size in study.sizes:
+        taught = [label for label in study.labels(size) if label != "direct"]
         rows = [
             (
-                tau,
-                *(_change(study, size, m, tau, "direct") for m in ("precision", "recall")),
-                *(_change(study, size, m, tau) for m in ("precision", "recall")),
-                *(_kept_by(study, size, base, tau) for base in ("direct", "1")),
+                label,
+                *(_change(study, size, m, label, "direct") for m in ("precision", "recall")),
+                *(_change(study, size, m, label) for m in ("precision", "recall")),
+                *(_kept_by(study, size, base, label) for base in ("direct", "1")),
             )
-            for tau in study.taus(size)
+            for label in taught
         ]
+        by = "tau" if taught == study.taus(size) else "tau or truncation"
         yield (
-            f"Size {size}, by tau: the change against the direct student, the change against tau "
+            f"Size {size}, by {by}: the change against the direct student, the change against tau "
             "1, and the recall that another T of the direct student, or of the student of tau 1, "
             "keeps at equal precision:\n\n"
         ) + table(
             (
-                "tau", "precision", "recall", "precision against 1", "recall against 1",
+                by, "precision", "recall", "precision against 1", "recall against 1",
                 "kept by direct", "kept by tau 1",
             ),
             rows,

@@ -40,7 +40,14 @@ def analysis() -> Iterator[None]:
         *itertools.product(BASES, ("temperature", "capacity", "real_data", "downstream")),
         *itertools.product(
             ("tiny", "demo"),
-            ("post_training", "reasoning", "summarisation", "objective", "modes"),
+            (
+                "post_training",
+                "reasoning",
+                "summarisation",
+                "objective",
+                "truncation",
+                "modes",
+            ),
         ),
     ],
 )

@@ -97,6 +97,7 @@ def test_an_experiment_takes_what_another_one_made(tmp_path: Path) -> None:
         "reasoning",
         "summarisation",
         "objective",
+        "truncation",
         "modes",
     ],
 )
