@@ -67,6 +67,7 @@ def flops(study: Study) -> dict[str, float]:
     ids, length = num_ids(config.truth), config.length
     truth = 2.0 * float(str(study.results.models[arms.TRUTH]["parameters"]))
     total = dict.fromkeys(arms.STAGES, 0.0)
+    mixture = arms.TRUTH_MODEL if config.truth.components else None
 
     def forward(model: Model) -> float:
         return forward_flops(model.shape, ids, length) if model.shape else 0.0
@@ -86,7 +87,9 @@ def flops(study: Study) -> dict[str, float]:
     for samples in arms.sample_sets(config):
         sizes = config.sampling
         rows = sizes.eval_sequences if samples.evaluation else sizes.train_sequences
-        total[samples.stage] += passes[samples.model[1]] * rows * length
+        # What is drawn from one component of a mixture is scored under all of them.
+        extra = truth / len(config.truth.components) if samples.model == mixture else 0.0
+        total[samples.stage] += (passes[samples.model[1]] + extra) * rows * length
     for pair in arms.pairs(config):
         tokens = config.sampling.eval_sequences * length
         scores = study.results.scores.get((pair.sampler, pair.scorer))

@@ -46,7 +46,10 @@ def batches_that_fit(config: LanguageConfig) -> Iterator[str]:
             dtype=dtype,
             on_gpu=on_gpu,
         )
-        needed_gb, most = memory.of(rows) / 1e9, memory.most_rows(OF_MEMORY * 1e9 * memory_gb)
+        # All components of a mixture are in memory, each with buffers of its own.
+        models = max(1, len(config.truth.components)) if name == "truth" else 1
+        needed_gb = models * memory.of(rows) / 1e9
+        most = memory.most_rows(OF_MEMORY * 1e9 * memory_gb / models)
         yield (
             f"sampling {name}: {rows} rows take about {needed_gb:.3g} GB; with {key}={memory_gb:g} "
             f"at most {most} fit{'' if most >= rows else ': LOWER sampling.batch_rows'}"

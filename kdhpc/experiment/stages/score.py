@@ -56,7 +56,11 @@ class ScoreSettings:
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
-    """Plan the shards of every pair of sampler and scorer; work is in tokens of whole rows."""
+    """Plan the shards of every pair of sampler and scorer.
+
+    Work is in tokens of whole rows, times the passes that a mixture takes.
+
+    """
     shards = []
     scoring = config.scoring
     row_bytes = 20 + 4 * config.length * scoring.per_token
@@ -98,6 +102,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
             inputs=inputs,
         )
         num_rows = sum(shard.num_rows for shard in sources)
+        passes = max(1, len(config.truth.components)) if pair.scorer == arms.TRUTH else 1
         for name, row_range in cut(num_rows, scoring.shard_sequences):
             start, stop = row_range
             needed = [
@@ -112,7 +117,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
                     name=name,
                     row_range=row_range,
                     reads=(*model_keys, *(shard.key for shard in needed)),
-                    work=size * config.length,
+                    work=size * config.length * passes,
                     num_bytes=size * row_bytes * len(pair.temperatures) + 4096,
                 )
             )
