@@ -45,6 +45,7 @@ from kdhpc.storage.results import Results
 from kdhpc.storage.score_shards import Scores
 from kdhpc.types import Json
 
+CLAIMS = "claims.yaml"
 ALPHA = 0.05
 ONE_TRAINING = "one training: sampling error only"
 SHARED = (
@@ -71,7 +72,7 @@ def pool(parts: Sequence[Results]) -> Results:
     Truth's samples are usually the same in each. If they differ, as on another kind of machine,
     each run is a replicate with a D and an evaluation set of its own: the sets are put one after
     the other, and a model's scores have no tokens in those of other runs. So they say nothing
-    there, and means over seeds are over D and truth's samples too.
+    there, and means over seeds are over D and truth's samples too (`Study.num_sets`).
 
     Raises:
         InputError: if truth's samples are missing, models were trained differently, two runs have
@@ -127,8 +128,8 @@ def _side_by_side(parts: Sequence[Results], sets: Sequence[Sequence[int]]) -> li
     """Return the same parts with the rows of all sets of truth's samples in each.
 
     Scores of truth's own are those of all sets, and of any model zeros outside of its own set. Sums
-    over tokens are right with that; what subtracts a model's scores of truth's samples from truth's
-    own, row by row, is not, and no claim does.
+    over tokens are right with that. What subtracts a model's scores of truth's samples from truth's
+    own, row by row, has to leave out the rows of other sets (`Study.missed`).
     """
     own = [parts[same[0]].scores[TRUTH, SELF] for same in sets]
     names = set.intersection(*({*scores.arrays()} for scores in own))
@@ -246,8 +247,9 @@ def unit_of(outcomes: Sequence[Outcome]) -> str:
 
 def replicates(study: Study) -> str:
     """Say that not all seeds have the same D and truth's samples; empty if they have."""
-    number = int(study.results.provenance.get("sets_of_truth", "1"))
-    return f"{number} runs with a D and truth's samples of their own" if number > 1 else ""
+    if study.num_sets == 1:
+        return ""
+    return f"{study.num_sets} runs with a D and truth's samples of their own"
 
 
 def table(outcomes: Sequence[Outcome], num_seeds: int) -> Table:
@@ -287,7 +289,7 @@ def read(folder: Path) -> tuple[list[Claim], Study]:
     Raises:
         InputError: if there are no scores, or they are of a run that recorded other claims.
     """
-    file = folder / "claims.yaml"
+    file = folder / CLAIMS
     claims = read_claims(file)
     paths = sorted(folder.glob("scores-*.h5*"))
     if not paths:
@@ -308,6 +310,21 @@ def read(folder: Path) -> tuple[list[Claim], Study]:
         if not part.complete:
             print(f"warning: {path}: some planned shards are missing", file=sys.stderr)
     return claims, study
+
+
+def read_pooled(options: argparse.Namespace) -> files.Analysis | None:
+    """Read the runs in a folder with claims as one; None if what was typed is no such folder.
+
+    Raises:
+        InputError: as `read`.
+    """
+    folder = Path(options.run)
+    if not (folder / CLAIMS).is_file():
+        return None
+    _, study = read(folder)
+    return files.Analysis(
+        results=study.results, path=folder / CLAIMS, out=files.folder_to_write(options, folder)
+    )
 
 
 def main(arguments: list[str]) -> int:

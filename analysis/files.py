@@ -154,11 +154,20 @@ def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> Analysis:
         )
     if not results.complete:
         print("warning: some planned shards are missing from these results", file=sys.stderr)
-    out: Path = options.out or path.parent
+    return Analysis(results=results, path=path, out=folder_to_write(options, path.parent))
+
+
+def folder_to_write(options: argparse.Namespace, beside: Path) -> Path:
+    """Return the folder to write to, which is made: `--out`, or that of the results.
+
+    Raises:
+        InputError: if it cannot be made.
+    """
+    out: Path = options.out or beside
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
             f"{out}: cannot be made ({error.strerror}); expected a folder to write to"
         ) from error
-    return Analysis(results=results, path=path, out=out)
+    return out

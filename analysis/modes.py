@@ -135,12 +135,8 @@ def main(arguments: list[str]) -> int:
         analysis = files.read(options, MIXTURE)
         print(_save(analysis.out / GAUSSIANS, gaussian_rows(analysis)))
         return 0
-    if (Path(options.run) / "claims.yaml").is_file():
-        _, study = claims.read(Path(options.run))
-        out: Path = options.out or Path(options.run)
-    else:
-        analysis = files.read(options, LANGUAGE)
-        study, out = Study(analysis.results), analysis.out
+    analysis = claims.read_pooled(options) or files.read(options, LANGUAGE)
+    study = Study(analysis.results)
     components(study)  # says what is missing
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(_modes_table(study))
@@ -154,7 +150,7 @@ def main(arguments: list[str]) -> int:
             for name, mass in zip(names, arm.log_mass, strict=True):
                 line |= interval(mass, f"log_mass_{name}")
             saved.append(line)
-    print(_save(out / "modes.csv", saved))
+    print(_save(analysis.out / "modes.csv", saved))
     return 0
 
 

@@ -3,7 +3,8 @@
 
     python analysis/report.py RUN [RUN ...] [--out FOLDER]
 
-RUN is a run's name or folder, or a file of results, such as that of `rerun.py RUN --partial`.
+RUN is a run's name or folder, a file of results, such as that of `rerun.py RUN --partial`, or a
+folder with claims.yaml and scores of several runs, which are pooled as analysis/claims.py does it.
 
 The page is report.html next to the results, or in FOLDER; beside it are the numbers and the images
 of each figure (report-*.csv, .svg, .png, .pdf). It needs no network and can be sent by itself.
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import claims
 import diversity
 import files
 import judges
@@ -78,9 +80,8 @@ class Read:
         partial = "" if self.analysis.results.complete else "partial results; "
         if num_seeds == 1:
             return f"{partial}one training: sampling error only, so nothing is decided"
-        return (
-            f"{partial}given p* and D; {num_seeds} seeds, 95 % intervals over seeds and sequences"
-        )
+        over = claims.replicates(self.study) or "given p* and D"
+        return f"{partial}{over}; {num_seeds} seeds, 95 % intervals over seeds and sequences"
 
 
 def read_all(options: argparse.Namespace) -> list[Read]:
@@ -92,7 +93,7 @@ def read_all(options: argparse.Namespace) -> list[Read]:
     runs: list[Read] = []
     for typed in options.run:
         one = argparse.Namespace(run=typed, out=options.out)
-        analysis = files.read(one, LANGUAGE)
+        analysis = claims.read_pooled(one) or files.read(one, LANGUAGE)
         study = Study(analysis.results)
         if not study.students:
             raise InputError(
@@ -102,7 +103,9 @@ def read_all(options: argparse.Namespace) -> list[Read]:
             )
         facts = read_facts(analysis.results, analysis.path)
         samples = {size: diversity.sample_sets(study, size, facts) for size in study.sizes}
-        name = (run_folder(analysis.path) or analysis.path).name
+        is_pooled = analysis.path.name == claims.CLAIMS
+        place = analysis.path.parent if is_pooled else run_folder(analysis.path)
+        name = (place or analysis.path).name
         number = 1 + sum(run.name.partition(" (")[0] == name for run in runs)
         runs.append(
             Read(

@@ -72,6 +72,9 @@ class Study:
         self._config = presets.from_yaml(results.provenance.get("config", ""))
         self.eos_counts: bool = self._config.get("eos", "learn") == "learn"
         """Whether end tokens are among the counted tokens."""
+        self.num_sets = int(results.provenance.get("sets_of_truth", "1"))
+        """Number of sets of truth's samples, of runs that were pooled (analysis/claims.py). If
+        there are several, a model has scored one of them, and has no tokens in the others."""
         self.num_prompts: int = self._config.get("eval_prompts") or 0
         """Number of different prompts of evaluation sets; 0 if all sequences have the same."""
         students = [_student(n, f) for n, f in results.models.items() if f["kind"] == "student"]
@@ -283,7 +286,13 @@ class Study:
         """Return KL(p*||p''), end tokens included, over truth's samples."""
         name = at_temperature(student.name, temperature)
         log_ratio = self._whole(TRUTH, SELF) - self._whole(TRUTH, name)
-        return self.ratio(log_ratio, self._tokens(TRUTH, per_sequence), rows=TRUTH)
+        own, tokens = self._own_rows(name), self._tokens(TRUTH, per_sequence)
+        return self.ratio(log_ratio * own, own if tokens is None else tokens * own, rows=TRUTH)
+
+    def _own_rows(self, name: str) -> Numbers:
+        """Return 1 for each of truth's samples that a model scored, 0 for those of other runs."""
+        counts = self.scores[TRUTH, name].num_tokens
+        return np.ones(len(counts)) if self.num_sets == 1 else (counts > 0).astype(np.float64)
 
     @property
     def has_averages(self) -> bool:
@@ -401,9 +410,13 @@ class Study:
 
     @property
     def has_fifths(self) -> bool:
-        """Whether truth's samples can be cut into fifths by rarity."""
+        """Whether truth's samples, of one run, can be cut into fifths by rarity."""
         own = self.scores.get((TRUTH, SELF))
-        return own is not None and int(np.count_nonzero(own.num_tokens)) >= NUM_GROUPS
+        return (
+            self.num_sets == 1
+            and own is not None
+            and int(np.count_nonzero(own.num_tokens)) >= NUM_GROUPS
+        )
 
     @property
     def has_entropies(self) -> bool:
