@@ -1,6 +1,5 @@
 """Claims are tested as they were fixed, on the pooled seeds of one experiment."""
 
-import argparse
 import functools
 import hashlib
 import importlib
@@ -206,11 +205,6 @@ def test_runs_with_other_samples_of_truth_are_pooled_as_replicates(
                 one, two = over_seeds([missed[0]]), over_seeds([missed[1]])
                 assert (one.low, one.high) == pytest.approx((two.low, two.high), rel=1e-3)
     assert not study.has_fifths
-    options = argparse.Namespace(run=[str(folder)], out=tmp_path / "page")
-    [read] = importlib.import_module("report").read_all(options)
-    assert read.name == folder.name
-    assert read.given.startswith("2 runs with a D")
-    assert read.analysis.out == tmp_path / "page"
     # Seeds of different runs share no sequence of truth, so nothing is shared in their errors.
     mean = over_seeds([study.recall(study.of("small", "0.6")[seed]) for seed in (1, 2)])
     assert mean.covariance == pytest.approx(0.0, abs=1e-12)

@@ -1,5 +1,6 @@
 """The report of a run says what its numbers say, in a browser of any width, without a network."""
 
+import argparse
 import csv
 import importlib
 import json
@@ -561,3 +562,12 @@ def test_curves_that_are_checked_nowhere_say_so(report_run: ModuleType) -> None:
     rows = importlib.import_module("report_rows")
     assert rows._check([]).startswith("Not checked:")
     assert "at most 1.2 standard errors" in rows._check([0.3, 1.2])
+
+
+def test_a_report_of_pooled_runs_says_what_its_intervals_are_over(tmp_path: Path) -> None:
+    folder = ROOT / "docs" / "results" / "smollm2"
+    options = argparse.Namespace(run=[str(folder)], out=tmp_path)
+    [read] = importlib.import_module("report").read_all(options)
+    assert read.name == "smollm2"
+    assert "runs with a D and truth's samples of their own" in read.given
+    assert read.analysis.out == tmp_path
