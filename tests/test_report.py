@@ -567,7 +567,9 @@ def test_curves_that_are_checked_nowhere_say_so(report_run: ModuleType) -> None:
 def test_a_report_of_pooled_runs_says_what_its_intervals_are_over(tmp_path: Path) -> None:
     folder = ROOT / "docs" / "results" / "smollm2"
     options = argparse.Namespace(run=[str(folder)], out=tmp_path)
-    [read] = importlib.import_module("report").read_all(options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "analysis"))
+        [read] = importlib.import_module("report").read_all(options)
     assert read.name == "smollm2"
     assert "runs with a D and truth's samples of their own" in read.given
     assert read.analysis.out == tmp_path
