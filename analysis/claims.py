@@ -22,9 +22,10 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import files
 import judges
@@ -75,8 +76,9 @@ def pool(parts: Sequence[Results]) -> Results:
     there, and means over seeds are over D and truth's samples too (`Study.num_sets`).
 
     Raises:
-        InputError: if truth's samples are missing, models were trained differently, two runs have
-            one seed, or truth's samples differ and are made from several prompts.
+        InputError: if truth's samples are missing, models or the components of p* were trained
+            differently, two runs have one seed, or truth's samples differ and are made from several
+            prompts.
     """
     if any((TRUTH, SELF) not in part.scores for part in parts):
         raise InputError("a file lacks truth's own scores; expected files of finished runs")
@@ -170,8 +172,23 @@ def _difference(first: Results, other: Results) -> str | None:
     sampling = [config.get("sampling", {}) for config in (ours, theirs)]
     if not _agree(*({n: v for n, v in of.items() if n == "train_sequences"} for of in sampling)):
         return "sampling.train_sequences"
+    if _components(ours) != _components(theirs):
+        return "truth.components"
     fields = (name for name in SHARED if name in ours and name in theirs)
     return next((name for name in fields if not _agree(ours[name], theirs[name])), None)
+
+
+def _components(config: Mapping[str, Any]) -> Json:
+    """Return what the components of a truth are; their weights may have other places in each run.
+
+    Corpora are named by their fingerprints, as they may be kept elsewhere.
+    """
+    truth = config.get("truth", {})
+    components = truth.get("components") or {}
+    return components and [
+        [[n, c.get("fingerprint"), c.get("weight")] for n, c in components.items()],
+        [truth.get(name) for name in ("shape", "training", "component_sequences")],
+    ]
 
 
 def _agree(ours: Json, theirs: Json) -> bool:

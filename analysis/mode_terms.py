@@ -14,8 +14,11 @@ from study import SELF, TRUTH, Study
 from kdhpc.errors import InputError
 from kdhpc.experiment.claims import BY_MODE, TEACHER
 from kdhpc.science import modes
+from kdhpc.storage.score_shards import Scores
 
 Floats = NDArray[np.float64]
+NUM_FIRST = 4
+"""Number of tokens that `component_first_log_prob` is of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +71,14 @@ def components(study: Study) -> Components:
         )
     first = np.asarray(own.component_first_log_prob)
     entropy, first_entropy, found = (np.zeros(len(names)) for _ in range(3))
-    least = modes.floors(log_probs, own.num_tokens, component)
+    num_drawn = _num_drawn(study, own)
+    least = modes.floors(log_probs, num_drawn, component)
     even = np.full(len(names), 1.0 / len(names))  # weights differ between runs that are pooled
-    shares = modes.assigned(log_probs, own.num_tokens, even, least)
+    shares = modes.assigned(log_probs, num_drawn, even, least)
     for index in range(len(names)):
         mine = component == index
-        entropy[index] = -log_probs[mine, index].sum() / own.num_tokens[mine].sum()
-        num_first = np.minimum(own.num_tokens[mine], 4).sum()
+        entropy[index] = -log_probs[mine, index].sum() / num_drawn[mine].sum()
+        num_first = np.minimum(num_drawn[mine], NUM_FIRST).sum()
         first_entropy[index] = -first[mine, index].sum() / num_first
         found[index] = shares[mine, index].mean()
     return Components(
@@ -101,8 +105,19 @@ def assigned(study: Study, label: str, size: str, seed: int) -> Floats:
     if scores.component_log_prob is None:
         raise ValueError(f"{label} of {size}: no scores under the components")
     return modes.assigned(
-        np.asarray(scores.component_log_prob), scores.num_tokens, known.weights[seed], known.least
+        np.asarray(scores.component_log_prob),
+        _num_drawn(study, scores),
+        known.weights[seed],
+        known.least,
     )
+
+
+def _num_drawn(study: Study, scores: Scores) -> NDArray[np.integer]:
+    """Return the number of drawn tokens [N], which has the end token whether or not it counts."""
+    if study.eos_counts or scores.end_log_prob is None:
+        return scores.num_tokens
+    num_drawn: NDArray[np.integer] = scores.num_tokens + (scores.end_log_prob != 0.0)
+    return num_drawn
 
 
 def seeds(study: Study, label: str, size: str) -> list[int]:

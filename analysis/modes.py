@@ -92,8 +92,13 @@ class Arm:
     def row(self) -> Row:
         row: Row = {"arm": self.name}
         for name in ("kept", "emphasised", "unassigned"):
-            row |= interval(getattr(self, name), name)
+            row |= _row_of(getattr(self, name), name)
         return row
+
+
+def _row_of(mean: SeedMean, name: str) -> Row:
+    """Return a mean and its interval as columns; of one seed there is no interval over seeds."""
+    return interval(mean, name) if mean.num_seeds > 1 else {name: mean.estimate}
 
 
 def arms_of(study: Study, size: str) -> Iterator[Arm]:
@@ -104,13 +109,13 @@ def arms_of(study: Study, size: str) -> Iterator[Arm]:
         shares = [assigned(study, label, of, seed) for seed in every]
         weights = np.array([known.weights[seed] for seed in every])
         log_mass = np.array([modes.log_mass(*both) for both in zip(shares, weights, strict=True)])
-        ratios = np.exp(log_mass)
+        masses = np.array([modes.masses(share) for share in shares])
         yield Arm(
             name=f"{of if of == TEACHER else f'student {of}'}, {label_text(label)}",
             label=label,
             is_teacher=of == TEACHER,
-            kept=over((ratios >= KEPT).sum(axis=1).tolist()),
-            emphasised=over([_emphasised(mass) for mass in ratios * weights]),
+            kept=over((masses >= KEPT * weights).sum(axis=1).tolist()),
+            emphasised=over([_emphasised(mass) for mass in masses]),
             unassigned=over([1.0 - float(share.sum(axis=1).mean()) for share in shares]),
             log_mass=tuple(over(column.tolist()) for column in log_mass.T),
         )
@@ -118,8 +123,7 @@ def arms_of(study: Study, size: str) -> Iterator[Arm]:
 
 def _emphasised(mass: Floats) -> int:
     """Return the smallest number of modes that have `EMPHASISED` of the mass together."""
-    falling = np.sort(mass)[::-1].cumsum() / mass.sum()
-    return int(np.searchsorted(falling, EMPHASISED) + 1)
+    return int(np.searchsorted(np.sort(mass)[::-1].cumsum(), EMPHASISED * mass.sum()) + 1)
 
 
 def main(arguments: list[str]) -> int:
@@ -144,11 +148,14 @@ def main(arguments: list[str]) -> int:
     names = components(study).names
     for size in study.sizes:
         console.print(_arms_table(study, size))
-        console.print(_slopes_table(study, size))
+        if (slopes := _slopes_table(study, size)).row_count:
+            console.print(slopes)
+        else:
+            console.print("properties of so few modes, or with one seed, cannot be told apart")
         for arm in arms_of(study, size):
             line = {"size": size, **arm.row}
             for name, mass in zip(names, arm.log_mass, strict=True):
-                line |= interval(mass, f"log_mass_{name}")
+                line |= _row_of(mass, f"log_mass_{name}")
             saved.append(line)
     print(_save(analysis.out / "modes.csv", saved))
     return 0
@@ -184,7 +191,7 @@ def figure(study: Study, gaussians: Path) -> Figure:
     ]
     size, number = study.sizes[0], len(components(study).names)
     for arm in arms_of(study, size):
-        if arm.label == "direct":
+        if not arm.label.startswith("beta") and not arm.label[0].isdigit():
             continue
         is_beta, who = arm.label.startswith("beta"), "teacher" if arm.is_teacher else "student"
         what = "weights" if is_beta and arm.is_teacher else who
@@ -245,7 +252,8 @@ def arm_lines(study: Study, size: str) -> Iterator[tuple[str, ...]]:
     for arm in arms_of(study, size):
         yield (
             arm.name,
-            f"{arm.kept.estimate:.1f} [{arm.kept.low:.1f}, {arm.kept.high:.1f}]",
+            f"{arm.kept.estimate:.1f}"
+            + (f" [{arm.kept.low:.1f}, {arm.kept.high:.1f}]" if arm.kept.num_seeds > 1 else ""),
             f"{arm.emphasised.estimate:.1f}",
             f"{arm.unassigned.estimate:.2f}",
             *(f"{mass.estimate:+.2f}" for mass in arm.log_mass),
@@ -336,8 +344,7 @@ def _gaussian_modes(of_setting: mixture_arms.Arms, beta: float, row: int) -> tup
             truth.weights,
             least,
         )
-        ratios = np.exp(modes.log_mass(shares, truth.weights))
-        counts.append(int((ratios >= KEPT).sum()))
+        counts.append(int((modes.masses(shares) >= KEPT * truth.weights).sum()))
     return counts[0], counts[1]
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from models_for_tests import llama_of, small_model
 from scipy import stats
 
 from kdhpc.cluster import runs
+from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
 from kdhpc.errors import DamagedError, InputError
 from kdhpc.experiment.inputs import prepare
@@ -85,14 +87,20 @@ def test_the_mixture_and_its_responsibilities_are_those_of_enumeration(
     whole = of_tokens.sum(axis=2)
     p_star = (WEIGHTS[:, None] * np.exp(whole)).sum(axis=0)
     assert p_star.sum() == pytest.approx(1.0, abs=1e-12)
-    scores = score_mixture(
+    scores, sharp = score_mixture(
         mixture,
         padded(sequences, LENGTH, IDS),
         counting=Counting(num_prompt=len(PROMPT), eos=EOS, count_eos=count_eos),
         batch_rows=5,
         head_tokens=3,
         per_token=True,
+        betas=(1.0, 2.0),
     )
+    weights = WEIGHTS**2 / (WEIGHTS**2).sum()
+    sharpened = np.log((weights[:, None] * np.exp(whole)).sum(axis=0))
+    assert sharp.end_log_prob is not None
+    of_ends = 0.0 if count_eos else sharp.end_log_prob
+    assert sharp.log_prob_sum + of_ends == pytest.approx(sharpened, abs=1e-5)
     assert scores.component_log_prob is not None
     assert scores.component_first_log_prob is not None
     assert scores.token_log_prob is not None
@@ -184,6 +192,10 @@ def test_texts_of_no_kind_count_for_no_mode() -> None:
     assert shares[-1].tolist() == [0.0, 0.0]
     assert shares[:-1].sum(axis=1).mean() == pytest.approx(0.99, abs=0.002)
     assert modes.log_mass(shares, weights) == pytest.approx([0.0, 0.0], abs=0.02)
+    none = np.zeros_like(shares)
+    assert modes.masses(none).tolist() == [0.0, 0.0]
+    uneven = np.array([0.9, 0.1])
+    assert modes.log_mass(none, uneven) == pytest.approx([0.0, 0.0])
     alone = modes.log_mass(shares * [1.0, 0.0], weights)
     assert alone[0] == pytest.approx(np.log(2.0), abs=0.01)
     assert np.isfinite(alone[1])
@@ -271,6 +283,10 @@ def test_a_run_knows_where_its_sequences_come_from(run: Path) -> None:
     assert posterior.sum(axis=1) == pytest.approx(1.0)
     mixed = np.log(np.exp(own.component_log_prob) @ np.array([1 / 2, 1 / 3, 1 / 6]))
     assert own.log_prob_sum == pytest.approx(mixed, abs=1e-6)
+    sharp = results.scores["teacher-s0-beta4", "self"]
+    assert sharp.component_log_prob is not None
+    weighted = np.log(np.exp(sharp.component_log_prob) @ np.array([81, 16, 1]) / 98)
+    assert sharp.log_prob_sum == pytest.approx(weighted, abs=1e-6)
     for sampler in ("student-s0-small-tau0.6", "teacher-s0-beta4", "student-s0-small-direct-T0.8"):
         assert results.scores[sampler, "truth"].component_log_prob is not None
     damaged = results.scores["truth-swap", "truth"]
@@ -328,8 +344,10 @@ def test_runs_whose_weights_differ_share_components_and_nothing_that_is_drawn() 
         (["modes", "downstream.tasks=[cloze]"], "downstream.tasks: not possible with"),
         (["modes", "truth.source=corpus"], "truth.source=corpus: not possible with"),
         (["modes", "students.small.labels=soft"], "the distribution of a mixture is not learnt"),
-        (["modes", "truth.components.sums=null", "truth.components.docs=null"], "has one"),
+        (["modes", "truth.components.sums=null", "truth.components.docs=null"], "has 1"),
         (["modes", "truth.components.doc=null"], "no such component to take away"),
+        (["modes", "truth.rotate_weights=3"], "expected less than the number of components, 3"),
+        (["modes", "truth.component_sequences=8"], "at least truth.training.batch_sequences=64"),
         (["modes", "truth.components.a/b={corpus: addition}"], "a name of letters, digits"),
         (["modes", "truth.components.sums.weight=0"], "truth.components.sums.weight"),
     ],
@@ -368,10 +386,77 @@ def test_claims_about_modes_need_modes(tmp_path: Path) -> None:
         "claims:\n- name: n\n  says: s\n  test: less\n  terms:\n"
         "  - {measure: mass-by-entropy, of: 0.6, against: 1}\n"
     )
-    for words, message in ((["tiny"], "p\\* has no modes that are known"), (["tiny", "modes"], "")):
+    for words, message in (
+        (["tiny"], "has 0 modes that are known"),
+        (["tiny", "modes"], "has 3 modes that are known"),
+        (["demo", "modes"], ""),
+    ):
         words.append(f"claims={path}")
         if message:
             with pytest.raises(InputError, match=message):
                 prepared(*words)
         else:
             assert prepared(*words).claims_fingerprint
+
+
+def test_many_modes_are_permuted_at_random() -> None:
+    orders = modes.permutations(12)
+    assert len(orders) == modes.MAX_ORDERS
+    assert orders[0] == tuple(range(12))
+    assert all(sorted(order) == [*range(12)] for order in orders[:50])
+    assert len(modes.permutations(4)) == 24
+    entropy, first, weight = properties(4, number=12)
+    found = modes.slopes(-0.7 * entropy, [entropy, first, weight])
+    assert found is not None
+    assert found[0].estimate == pytest.approx(-0.7)
+    assert found[0].p_value() < 0.001
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("truth.rotate_weights=1", ""),
+        ("truth.components.sums.weight=5", "truth.components differs between files"),
+        ("truth.components.sums.fingerprint=12", "truth.components differs between files"),
+        ("truth.component_sequences=128", "truth.components differs between files"),
+    ],
+)
+def test_runs_with_other_components_are_not_pooled(run: Path, word: str, message: str) -> None:
+    claims = importlib.import_module("claims")
+    one = results_of(run)
+    config = presets.from_yaml(one.provenance["config"])
+    one = replace(one, provenance={**one.provenance, "config": str(config)})
+    *path, last = word.partition("=")[0].split(".")
+    part = config
+    for name in path:
+        part = part[name]
+    part[last] = word.partition("=")[2]
+    models = {name.replace("s0", "s1"): facts for name, facts in one.models.items()}
+    scores = {
+        (a.replace("s0", "s1"), b.replace("s0", "s1")): of for (a, b), of in one.scores.items()
+    }
+    provenance = {**one.provenance, "config": str(config)}
+    other = replace(one, models=models, scores=scores, provenance=provenance)
+    if message:
+        with pytest.raises(InputError, match=message):
+            claims.pool([one, other])
+    else:
+        assert claims.pool([one, other]).complete
+
+
+def test_ends_that_do_not_count_are_tokens_of_a_text(run: Path) -> None:
+    """Sums under components have the end token, so their number of tokens has it too."""
+    terms, study = (importlib.import_module(name) for name in ("mode_terms", "study"))
+    results = results_of(run)
+    own = results.scores["truth", "self"]
+    length = np.asarray(own.num_tokens)
+    config = presets.from_yaml(results.provenance["config"]) | {"eos": "mask"}
+    ended = np.asarray(own.end_log_prob) != 0.0
+    assert ended.any()
+    masked = replace(own, num_tokens=(length - ended).astype(np.int32))
+    scores = {**results.scores, ("truth", "self"): masked}
+    provenance = {**results.provenance, "config": str(config)}
+    changed = study.Study(replace(results, scores=scores, provenance=provenance))
+    whole = terms.components(study.Study(results))
+    assert terms.components(changed).entropy == pytest.approx(whole.entropy)
+    assert terms.components(changed).least == pytest.approx(whole.least)

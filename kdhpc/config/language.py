@@ -77,9 +77,9 @@ class Truth:
     corpus: str = "python-docs"
     """Text that `model: train` trains on, or of `source: corpus`: `python-docs` (the documentation
     inside the installed Python), `python-source` (the code of its standard library), `c-headers`
-    (numpy's), `licences` (of installed packages), `unicode-names`, `addition` (sums with their
-    carries), `docstrings` (of the standard library, with their first sentences), a `.txt`, `.jsonl`
-    or `.parquet` file, or a hub id of a data set."""
+    (numpy's), `licences` (of the packages that kdhpc needs), `unicode-names`, `addition` (sums with
+    their carries), `docstrings` (of the standard library, with their first sentences), a `.txt`,
+    `.jsonl` or `.parquet` file, or a hub id of a data set."""
     text_column: str = "text"
     """Name of the column of the corpus that holds the text."""
     tokenizer: str = "model"
@@ -266,6 +266,8 @@ class LanguageConfig(RunConfig):
 
 
 SECOND_JUDGE_KEY = "truth.second_judge"
+MAX_COMPONENTS = 256
+"""Largest number of components of a truth, whose indices are bytes."""
 
 
 def only_prompt(config: LanguageConfig) -> str:
@@ -455,8 +457,19 @@ def _component_problems(config: LanguageConfig) -> Iterator[str]:
                 yield f"{name}={value}: needs components of p*; expected truth.components"
         return
     yield from name_problems("truth.components", truth.components)
-    if len(truth.components) < 2:
-        yield "truth.components: has one; expected at least two, or truth.corpus alone"
+    number, sequences = len(truth.components), truth.component_sequences
+    if not 2 <= number <= MAX_COMPONENTS:
+        yield f"truth.components: has {number}; expected 2 to {MAX_COMPONENTS}"
+    if truth.rotate_weights >= number:
+        yield (
+            f"truth.rotate_weights={truth.rotate_weights}: expected less than the number of "
+            f"components, {number}"
+        )
+    if sequences and truth.training and sequences < truth.training.batch_sequences:
+        yield (
+            f"truth.component_sequences={sequences}: expected at least "
+            f"truth.training.batch_sequences={truth.training.batch_sequences}"
+        )
     for name, wanted, is_not in (
         (f"truth.model={truth.model}", "truth.model=train", truth.model != "train"),
         (f"truth.source={truth.source}", "truth.source=model", truth.source != "model"),

@@ -54,6 +54,8 @@ TEACHER = "teacher"
 """Stands for a size: the change is then that of the teachers, sampled and scored at each tau."""
 HELD_OUT = {"held-out-precision": "precision", "held-out-recall": "recall"}
 OF_TEACHERS = ("precision", "recall")
+MIN_MODES = 5
+"""Smallest number of modes in claims about them."""
 BY_MODE = ("mass-by-entropy", "mass-by-first-tokens", "mass-by-weight")
 MEASURES = (
     *OF_TEACHERS, "divergence", "divergence-beyond-share", "control-recall", *HELD_OUT, *BY_MODE,
@@ -137,10 +139,11 @@ def check_claims(claims: Sequence[Claim], config: LanguageConfig) -> None:
     for term in (term for claim in claims for term in claim.all_terms):
         if best := BEST_OF.fullmatch(term.measure):
             _check_answers(best[1], int(best[2]), term, config)
-        if term.measure in BY_MODE and not config.truth.components:
+        if term.measure in BY_MODE and len(config.truth.components) < MIN_MODES:
             raise InputError(
-                f"claims={config.claims}: {term}: p* has no modes that are known; expected "
-                "truth.components"
+                f"claims={config.claims}: {term}: p* has {len(config.truth.components)} modes that "
+                f"are known; expected truth.components with {MIN_MODES} or more, as fewer have too "
+                "few permutations to decide anything"
             )
     labels = {"direct"} | {one.name.removeprefix("tau") for one in selections(config)}
     for claim in claims:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from kdhpc.errors import DamagedError
 from kdhpc.models import llama
 from kdhpc.models.devices import DTYPES, Linear, pick_device
 from kdhpc.models.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 class LanguageModel(Protocol):
@@ -111,7 +113,8 @@ class Loaded:
     """Options and sampler that `kdhpc.sampling.sampler` made last; dropped with the model."""
 
 
-_last: tuple[tuple[Path, str, str], Loaded] | None = None
+Key = tuple[Path, str, str]
+_last: tuple[Key, Any] | None = None
 
 
 def load(path: Path, dtype: str, device: str) -> Loaded:
@@ -119,13 +122,22 @@ def load(path: Path, dtype: str, device: str) -> Loaded:
 
     The last model stays in memory, so that a task with several shards loads it once.
     """
+
+    def make() -> Loaded:
+        model = load_model(path, dtype=dtype, device=pick_device(device))
+        return Loaded(model, Tokenizer(path))
+
+    return kept((path, dtype, device), make)
+
+
+def kept(key: Key, make: Callable[[], T]) -> T:
+    """Return what was made last, if it has this path, dtype and device; otherwise make it."""
     global _last
-    key = (path, dtype, device)
     if _last is None or _last[0] != key:
         forget()  # two large models may not fit into memory
-        model = load_model(path, dtype=dtype, device=pick_device(device))
-        _last = key, Loaded(model, Tokenizer(path))
-    return _last[1]
+        _last = key, make()
+    found: T = _last[1]
+    return found
 
 
 def forget() -> None:

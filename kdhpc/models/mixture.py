@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kdhpc.errors import DamagedError
 from kdhpc.models.devices import pick_device
-from kdhpc.models.loading import Loaded, count_parameters, load_model
+from kdhpc.models.loading import Loaded, count_parameters, kept, load_model
 from kdhpc.models.tokenizer import Tokenizer
 
 WEIGHTS = "mixture.json"
@@ -75,28 +75,24 @@ def write(path: Path, components: Mapping[str, Path], weights: Mapping[str, floa
     return sum(count_parameters(folder) for folder in components.values())
 
 
-_last: tuple[tuple[Path, str, str], LanguageMixture] | None = None
-
-
 def load(path: Path, dtype: str, device: str) -> LanguageMixture:
-    """Load a mixture, unless it is the last one that was loaded.
+    """Load a mixture, unless it is what `kdhpc.models.loading` loaded last.
 
     Raises:
         DamagedError: if the folder is not one of a mixture.
     """
-    global _last
-    key = (path, dtype, device)
-    if _last is None or _last[0] != key:
-        _last = None
+
+    def make() -> LanguageMixture:
         try:
             weights: dict[str, float] = json.loads((path / WEIGHTS).read_bytes())
             numbers = np.array([float(weight) for weight in weights.values()])
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise DamagedError(f"{path}: not a mixture of models ({error})") from error
         place = pick_device(device)
-        models = tuple(
+        models = (
             Loaded(load_model(path / name, dtype=dtype, device=place), Tokenizer(path / name))
             for name in weights
         )
-        _last = key, LanguageMixture(weights=numbers, components=models)
-    return _last[1]
+        return LanguageMixture(weights=numbers, components=tuple(models))
+
+    return kept((path, dtype, device), make)

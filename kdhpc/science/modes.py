@@ -20,6 +20,8 @@ OWN_TEXT = 0.01
 """Share of a component's own sequences that are less likely, per token, than any that is assigned
 to it."""
 ALPHA = 0.05
+MAX_ORDERS = 5040
+"""Most permutations of components that are used."""
 
 
 def responsibilities(log_probs: Floats, weights: Floats) -> Floats:
@@ -77,17 +79,27 @@ def assigned(
     return np.where((per_token >= least[best])[:, None], shares, 0.0)
 
 
+def masses(shares: Floats) -> Floats:
+    """Return the mass of each component [K]: its part of all that is assigned; 0 if nothing is.
+
+    Args:
+        shares: [N, K] the result of `assigned`.
+    """
+    counts = shares.sum(axis=0)
+    return np.asarray(counts / max(float(counts.sum()), 1e-12))
+
+
 def log_mass(shares: Floats, weights: Floats) -> Floats:
     """Return log(mass_k / w_k) [K] of a set of sequences.
 
-    The mass of a component is its part of all that is assigned. Half a sequence is added to each,
-    so that a mode without any has a logarithm.
+    Half a sequence for each component, spread as in p*, is added to what is assigned, so that a
+    mode without any has a logarithm, and nothing is moved towards other weights.
 
     Args:
         shares: [N, K] the result of `assigned`.
         weights: [K] weights of the components in p*.
     """
-    counts = shares.sum(axis=0) + 0.5
+    counts = shares.sum(axis=0) + 0.5 * len(weights) * weights
     return np.asarray(np.log(counts / counts.sum()) - np.log(weights))
 
 
@@ -97,11 +109,11 @@ class Slope:
 
     The units are the components, however many seeds there are: under the hypothesis that the
     coefficient is b0, what is left of the outcome without b0 times the regressor has nothing to do
-    with which component has which value of it, so all K! assignments are equally likely. The
-    statistic is the partial correlation. The interval has every b0 that is not rejected.
+    with which component has which value of it, so all K! assignments are equally likely; nearly so
+    if the regressor goes together with others. The statistic is the partial correlation. On each
+    side the interval ends where b0 is rejected first.
 
-    Sources: R. A. Fisher, The Design of Experiments (1935); D. Freedman, D. Lane, J. Bus. Econ.
-    Stat. 1 (1983), 292-298, for regressors beside others.
+    Source: N. R. Draper, D. M. Stoneman, Technometrics 8 (1966), 695-699.
     """
 
     estimate: float
@@ -162,7 +174,7 @@ def slopes(outcome: Floats, regressors: Sequence[Floats]) -> list[Slope] | None:
     """
     num_seeds, num_components = outcome.shape
     centred = [values - values.mean(axis=1, keepdims=True) for values in (outcome, *regressors)]
-    orders = [*itertools.permutations(range(num_components))]
+    orders = permutations(num_components)
     found = []
     for index in range(1, len(centred)):
         others = np.stack(
@@ -193,6 +205,15 @@ def slopes(outcome: Floats, regressors: Sequence[Floats]) -> list[Slope] | None:
             )
         )
     return found
+
+
+def permutations(number: int) -> list[tuple[int, ...]]:
+    """Return all orders of a number of things, or `MAX_ORDERS` random ones; the first is theirs."""
+    if math.factorial(number) <= MAX_ORDERS:
+        return [*itertools.permutations(range(number))]
+    noise = np.random.default_rng(0)
+    drawn = [tuple(noise.permutation(number).tolist()) for _ in range(MAX_ORDERS - 1)]
+    return [tuple(range(number)), *drawn]
 
 
 def _basis(columns: Floats) -> Floats:

@@ -5,7 +5,7 @@ before it is the difference of two of these. The component is drawn after the pr
 say nothing of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -30,9 +30,12 @@ def score_mixture(
     batch_rows: int,
     head_tokens: int,
     per_token: bool = False,
+    betas: Sequence[float] = (1.0,),
     on_batch: Callable[[int], None] = lambda rows_done: None,
-) -> Scores:
+) -> list[Scores]:
     """Compute the log-probabilities of sequences under a mixture and under its components.
+
+    One pass through each component serves every beta.
 
     Args:
         mixture: the mixture.
@@ -41,12 +44,13 @@ def score_mixture(
         batch_rows: number of consecutive rows that are scored together.
         head_tokens: largest number of positions whose logits are in memory at once.
         per_token: whether to keep the log-probability of every token.
+        betas: exponents by which the weights of the mixture are sharpened.
         on_batch: called after each batch with the number of sequences scored so far.
 
     Returns:
-        Scores with `component_log_prob` and `component_first_log_prob`.
+        Scores for each beta, with `component_log_prob` and `component_first_log_prob`.
     """
-    parts = []
+    parts: list[list[Scores]] = [[] for _ in betas]
     for start in range(0, len(samples), batch_rows):
         batch = samples[start : start + batch_rows]
         ids = torch.from_numpy(batch.ids.astype(np.int64)).to(mixture.device)
@@ -59,25 +63,25 @@ def score_mixture(
             ]
         )
         sums = torch.where(drawn, of_components, 0.0).double().cumsum(2)
-        weights = torch.from_numpy(mixture.weights).to(mixture.device)
-        log_prob = token_log_prob(sums, weights)
         counts, end = (rule(ids, length, num_prompt) for rule in (counting.of, counting.end_of))
         is_first = drawn & (drawn.cumsum(1) <= NUM_FIRST)
         first = torch.where(is_first, of_components, 0.0).double().sum(2)
-        parts.append(
-            Scores(
-                log_prob_sum=torch.where(counts, log_prob, 0.0).sum(1).cpu().numpy(),
-                num_tokens=counts.sum(1, dtype=torch.int32).cpu().numpy(),
-                token_log_prob=torch.where(counts, log_prob, torch.nan).float().cpu().numpy()
-                if per_token
-                else None,
-                end_log_prob=torch.where(end, log_prob, 0.0).sum(1).cpu().numpy(),
-                component_log_prob=sums[:, :, -1].T.contiguous().cpu().numpy(),
-                component_first_log_prob=first.T.contiguous().cpu().numpy(),
+        for scores, beta in zip(parts, betas, strict=True):
+            weights = torch.from_numpy(mixture.sharpened(beta)).to(mixture.device)
+            log_prob = token_log_prob(sums, weights)
+            kept = torch.where(counts, log_prob, torch.nan).float().cpu().numpy()
+            scores.append(
+                Scores(
+                    log_prob_sum=torch.where(counts, log_prob, 0.0).sum(1).cpu().numpy(),
+                    num_tokens=counts.sum(1, dtype=torch.int32).cpu().numpy(),
+                    token_log_prob=kept if per_token else None,
+                    end_log_prob=torch.where(end, log_prob, 0.0).sum(1).cpu().numpy(),
+                    component_log_prob=sums[:, :, -1].T.contiguous().cpu().numpy(),
+                    component_first_log_prob=first.T.contiguous().cpu().numpy(),
+                )
             )
-        )
         on_batch(min(start + batch_rows, len(samples)))
-    return join_scores(parts)
+    return [join_scores(scores) for scores in parts]
 
 
 def token_log_prob(sums: Tensor, weights: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import sys
 import unicodedata
 from pathlib import Path
@@ -111,11 +112,29 @@ def _c_headers() -> list[str]:
     return [path.read_text("utf-8", errors="replace") for path in paths]
 
 
+def _required() -> dict[str, importlib.metadata.Distribution]:
+    """Return the installed packages that kdhpc needs, directly or not, without extras."""
+    found: dict[str, importlib.metadata.Distribution] = {}
+    wanted = ["kdhpc"]
+    while wanted:
+        name = re.sub(r"[-_.]+", "-", wanted.pop()).lower()
+        if name in found:
+            continue
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.distribution(name)
+            needs = (need for need in found[name].requires or () if "extra ==" not in need)
+            wanted += [re.split(r"[^A-Za-z0-9._-]", need, maxsplit=1)[0] for need in needs]
+    return found
+
+
 def _licences() -> list[str]:
-    """Return the licences of the installed packages, each text once."""
+    """Return the licences of the packages that kdhpc needs, each text once.
+
+    Those of other packages that are installed would make the text another one with every package.
+    """
     names = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
     texts = set()
-    for package in importlib.metadata.distributions():
+    for package in _required().values():
         for file in package.files or ():
             path = Path(str(package.locate_file(file)))
             if ".dist-info" in str(file) and file.name.upper().startswith(names):
@@ -130,9 +149,9 @@ BUILT_IN = {
     "docstrings": docstrings.texts,
 }  # fmt: skip
 """Texts that every installation has: the topics of Python's documentation, the modules of its
-standard library that are single files, numpy's C headers, the licences of installed packages, the
-names of Unicode's characters, sums (kdhpc/addition.py), and the docstrings of those modules with
-their first sentences (kdhpc/docstrings.py)."""
+standard library that are single files, numpy's C headers, the licences of the packages that kdhpc
+needs, the names of Unicode's characters, sums (kdhpc/addition.py), and the docstrings of those
+modules with their first sentences (kdhpc/docstrings.py)."""
 
 
 def _kind_of(value: object) -> str:

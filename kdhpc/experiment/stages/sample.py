@@ -49,7 +49,7 @@ class SampleSettings:
     """Which prompts sequences start with, if there are several."""
     score_rows: int | None = field(default=None, metadata=ADDED)
     score_head_tokens: int | None = field(default=None, metadata=ADDED)
-    """How sequences of a mixture are scored once they are drawn; None for those of one model."""
+    """How evaluation sets of a mixture are scored once they are drawn; None for others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,7 @@ def _settings(
             threads=config.threads,
         )
     is_mixture = bool(config.truth.components) and sample_set.model == arms.TRUTH_MODEL
+    is_scored = is_mixture and sample_set.evaluation
     return SampleSettings(
         seed=config.seed,
         stream=sample_set.stream,
@@ -98,8 +99,8 @@ def _settings(
         selection=sample_set.selection,
         begin=config.begin,
         prompts=Prompts.of(config, "eval" if sample_set.evaluation else "train"),
-        score_rows=config.scoring.batch_rows if is_mixture else None,
-        score_head_tokens=config.scoring.head_tokens if is_mixture else None,
+        score_rows=config.scoring.batch_rows if is_scored else None,
+        score_head_tokens=config.scoring.head_tokens if is_scored else None,
     )
 
 
@@ -202,10 +203,9 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
 def _from_mixture(
     shard: Shard, work: Work[LanguageConfig], settings: SampleSettings, model_path: Path
 ) -> Written:
-    """Sample one shard from a mixture of models, and score it under all of them.
+    """Sample one shard from a mixture of models; evaluation sets are scored under all of them.
 
-    Its log-probabilities are those under the mixture as it is, also if the weights that it was
-    drawn with are sharpened. Training sets keep none of single components.
+    Log-probabilities of training sets are those under the component that a sequence comes from.
     """
     from kdhpc.models import mixture as mixtures
     from kdhpc.sampling.mixture import draw_components, sample_mixture
@@ -250,27 +250,29 @@ def _from_mixture(
         **stream,
         on_batch=lambda done: work.progress(0.5 * done / shard.num_rows),
     )
-    is_evaluation = _is_evaluation(shard)
-    scores = score_mixture(
-        mixture,
-        samples,
-        counting=counting,
-        batch_rows=settings.score_rows or settings.batch_rows,
-        head_tokens=settings.score_head_tokens or settings.batch_rows,
-        per_token=work.config.scoring.per_token and is_evaluation,
-        on_batch=lambda done: work.progress(0.5 + 0.5 * done / shard.num_rows),
-    )
-    drawn = replace(
-        samples,
-        log_prob_sum=scores.log_prob_sum,
-        log_prob_tau_sum=scores.log_prob_sum,
-        end_log_prob=scores.end_log_prob,
-        end_log_prob_tau=scores.end_log_prob,
-        token_log_prob_tau=scores.token_log_prob,
-        component=component,
-        component_log_prob=scores.component_log_prob if is_evaluation else None,
-        component_first_log_prob=scores.component_first_log_prob if is_evaluation else None,
-    )
+    drawn = replace(samples, component=component)
+    if _is_evaluation(shard):
+        beta = settings.selection.beta
+        whole, own = score_mixture(
+            mixture,
+            samples,
+            counting=counting,
+            batch_rows=settings.score_rows or settings.batch_rows,
+            head_tokens=settings.score_head_tokens or settings.batch_rows,
+            per_token=work.config.scoring.per_token,
+            betas=(1.0, beta),
+            on_batch=lambda done: work.progress(0.5 + 0.5 * done / shard.num_rows),
+        )
+        drawn = replace(
+            drawn,
+            log_prob_sum=whole.log_prob_sum,
+            log_prob_tau_sum=own.log_prob_sum,
+            end_log_prob=whole.end_log_prob,
+            end_log_prob_tau=own.end_log_prob,
+            token_log_prob_tau=own.token_log_prob,
+            component_log_prob=whole.component_log_prob,
+            component_first_log_prob=whole.component_first_log_prob,
+        )
     path = work.new_path(shard, ".arrow")
     metadata = {"kdhpc.key": shard.key, "kdhpc.recipe": shard.recipe, "kdhpc.draw": settings.draw}
     write_samples(path, drawn, metadata)

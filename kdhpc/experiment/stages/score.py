@@ -59,7 +59,6 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
     """Plan the shards of every pair of sampler and scorer.
 
     Work is in tokens of whole rows, times the passes that a mixture takes.
-
     """
     shards = []
     scoring = config.scoring
@@ -87,6 +86,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
             [truth] = before.arm(*arms.TRUTH_MODEL)
             inputs[TOKENIZER] = truth.recipe
             model_keys.append(truth.key)
+        passes = max(1, len(config.truth.components)) if pair.scorer == arms.TRUTH else 1
         arm = Arm(
             stage=arms.SCORE,
             name=pair.arm,
@@ -94,6 +94,8 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
                 dataclasses.replace(
                     settings,
                     dtype=_dtype(config, pair),
+                    # The extension has no head for a mixture.
+                    engine="torch" if passes > 1 else scoring.engine,
                     temperatures=pair.temperatures,
                     corruption=pair.corruption,
                     seed=config.seed if pair.corruption else None,
@@ -102,7 +104,6 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
             inputs=inputs,
         )
         num_rows = sum(shard.num_rows for shard in sources)
-        passes = max(1, len(config.truth.components)) if pair.scorer == arms.TRUTH else 1
         for name, row_range in cut(num_rows, scoring.shard_sequences):
             start, stop = row_range
             needed = [
@@ -205,7 +206,7 @@ def _score_mixture(
 
     settings = settings_of(shard.arm.fields, ScoreSettings)
     work.ready()
-    scores = score_mixture(
+    [scores] = score_mixture(
         mixture,
         samples,
         counting=counting,
