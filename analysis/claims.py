@@ -266,7 +266,7 @@ def replicates(study: Study) -> str:
     """Say that not all seeds have the same D and truth's samples; empty if they have."""
     if study.num_sets == 1:
         return ""
-    return f"{study.num_sets} runs with a D and truth's samples of their own"
+    return f"{study.num_sets} different sets of D and truth's samples"
 
 
 def table(outcomes: Sequence[Outcome], num_seeds: int) -> Table:

@@ -81,7 +81,7 @@ def run_facts(study: Study) -> str:
     reused = sum(json.loads(provenance["seconds_reused"]).values()) / 3600
     more = f", and {reused:.2f} of the run that it takes from" if reused else ""
     versions = ", ".join(f"{n} {v}" for n, v in json.loads(provenance["versions"]).items())
-    apart = f", in {claims.replicates(study)}" if claims.replicates(study) else ""
+    apart = f", with {claims.replicates(study)}" if claims.replicates(study) else ""
     return (
         f"{len(study.students)} students, {num_seeds} seed{'s' if num_seeds > 1 else ''}{apart}, "
         f"{own:.2f} core-hours of work{more} (Python {provenance['python']}, {versions})."

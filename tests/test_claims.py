@@ -181,7 +181,7 @@ def test_runs_with_other_samples_of_truth_are_pooled_as_replicates(
     rewrite(folder / "scores-all.h5", folder / "scores-a.h5", config, "01")
     rewrite(other, folder / "scores-b.h5", config, "23")
     (folder / "scores-all.h5").unlink()
-    assert "2 runs with a D and truth's samples of their own" in run(folder)
+    assert "2 different sets of D and truth's samples" in run(folder)
     claims = importlib.import_module("claims")
     _, study = claims.read(folder)
     alone = [

@@ -571,5 +571,5 @@ def test_a_report_of_pooled_runs_says_what_its_intervals_are_over(tmp_path: Path
         patch.syspath_prepend(str(ROOT / "analysis"))
         [read] = importlib.import_module("report").read_all(options)
     assert read.name == "smollm2"
-    assert "runs with a D and truth's samples of their own" in read.given
+    assert "2 different sets of D and truth's samples" in read.given
     assert read.analysis.out == tmp_path
