@@ -152,9 +152,9 @@ def results_of_sizes(
 
 def terms_of(path: Path, *terms: Mapping[str, Any]) -> list[float | None]:
     """Return the estimates of terms, for students of size a where a term names none."""
-    claims, study = (importlib.import_module(name) for name in ("claims", "study"))
+    claim_terms, study = (importlib.import_module(name) for name in ("claim_terms", "study"))
     scores = study.Study(read_results(path))
-    means = [claims.mean_of(scores, read_term(term, "here"), "a") for term in terms]
+    means = [claim_terms.mean_of(scores, read_term(term, "here"), "a") for term in terms]
     return [None if mean is None else round(mean.estimate, 6) for mean in means]
 
 
