@@ -157,13 +157,17 @@ def _side_by_side(parts: Sequence[Results], sets: Sequence[Sequence[int]]) -> li
 
 
 def _costs(parts: Sequence[Results]) -> dict[str, str]:
-    """Return the seconds of all parts together, as analysis/archive.py keeps them."""
-    totals: dict[str, dict[str, float]] = {"seconds_by_stage": {}, "seconds_reused": {}}
+    """Return the seconds of all parts together, as analysis/archive.py keeps them.
+
+    What parts took from other runs counts once, and not if one of them has made it.
+    """
+    own: dict[str, float] = {}
     for part in parts:
-        for name, total in totals.items():
-            for stage, seconds in json.loads(part.provenance.get(name, "{}")).items():
-                total[stage] = round(total.get(stage, 0.0) + seconds, 1)
-    return {name: json.dumps(total) for name, total in totals.items()}
+        for stage, seconds in json.loads(part.provenance.get("seconds_by_stage", "{}")).items():
+            own[stage] = round(own.get(stage, 0.0) + seconds, 1)
+    taken = [json.loads(part.provenance.get("seconds_reused", "{}")) for part in parts]
+    most = max(taken, key=lambda of: sum(of.values())) if all(taken) else {}
+    return {"seconds_by_stage": json.dumps(own), "seconds_reused": json.dumps(most)}
 
 
 def _difference(first: Results, other: Results) -> str | None:
