@@ -215,14 +215,7 @@ def _from_mixture(
     from kdhpc.storage.token_shards import write_samples
 
     mixture = mixtures.load(model_path, settings.dtype, work.config.device)
-    [prompt] = prompts_of(
-        mixture.tokenizer,
-        prompt=settings.prompt,
-        begin=settings.begin,
-        prompts=None,
-        source=None,
-        seed=settings.seed,
-    )
+    [prompt] = prompts_of(mixture.tokenizer, prompt=settings.prompt, begin=settings.begin)
     counting = Counting.with_tokenizer(
         mixture.tokenizer, num_prompt=len(prompt.ids), count_eos=settings.eos == "learn"
     )

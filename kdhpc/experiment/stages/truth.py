@@ -66,15 +66,6 @@ class TruthSettings:
     """Number of rows that a component learns from; None for all of its corpus."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MixtureSettings:
-    """Settings that determine a truth that is a mixture, together with its components."""
-
-    kind: Literal["mixture"]
-    weights: dict[str, float]
-    """Weights of the components, whose sum is 1, by name."""
-
-
 def _training(config: LanguageConfig) -> Training | None:
     """Return how the run trains the truth; None if the truth is a given model."""
     return config.truth.training if config.truth.model == "train" else None
@@ -133,11 +124,11 @@ def _plan_mixture(config: LanguageConfig, shape: Shape, training: Training) -> l
         )
         for name, component in config.truth.components.items()
     ]
-    settings = MixtureSettings(kind="mixture", weights=config.truth.weights)
     arm = Arm(
         stage=arms.TRUTH,
         name=arms.TRUTH,
-        fields={"kind": settings.kind, "weights": [*settings.weights.items()]},
+        # Pairs, because the order of the components is that of their indices.
+        fields={"kind": "mixture", "weights": [*config.truth.weights.items()]},
         inputs={shard.arm.name: shard.recipe for shard in components},
     )
     mixture = Shard(
