@@ -287,6 +287,7 @@ def test_the_arithmetic_of_a_run_is_that_of_its_models() -> None:
         "summarisation",
         "post_training",
         "objective",
+        "truncation",
         "modes",
         "downstream",
         "smollm2",
