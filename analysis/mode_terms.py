@@ -14,11 +14,9 @@ from study import SELF, TRUTH, Study
 from kdhpc.errors import InputError
 from kdhpc.experiment.claims import BY_MODE, TEACHER
 from kdhpc.science import modes
-from kdhpc.storage.score_shards import Scores
+from kdhpc.storage.score_shards import NUM_FIRST, Scores
 
 Floats = NDArray[np.float64]
-NUM_FIRST = 4
-"""Number of tokens that `component_first_log_prob` is of."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -429,11 +429,7 @@ def _best_of(rows: Rows, looks: Looks) -> Layers:
     names = _names(rows, "student")
     look = _look("student", names, looks)
     numbers = sorted({int(row["k"]) for row in rows})
-    middle = (len(names) - 1) / 2
-    rows = [
-        row | {"x": row["k"] * FACTOR ** (names.index(str(row["student"])) - middle)}
-        for row in rows
-    ]
+    rows = _beside(rows, "k", "student", names)
     x = alt.X(
         "x:Q",
         title="number of texts k",
@@ -446,14 +442,19 @@ def _best_of(rows: Rows, looks: Looks) -> Layers:
     return alt.layer(*_lines_and_bars(rows, x, y, look, hover)).add_params(_zoom("x", "y"))
 
 
+def _beside(rows: Rows, of: str, series: str, names: Sequence[str]) -> Rows:
+    """Return rows with an `x` that moves series apart on an axis of logarithms."""
+    middle = (len(names) - 1) / 2
+    return [
+        row | {"x": float(row[of]) * FACTOR ** (names.index(str(row[series])) - middle)}
+        for row in rows
+    ]
+
+
 def _modes(rows: Rows, looks: Looks) -> Layers:
     names = _names(rows, "series")
     look = _look("series", names, looks)
-    middle = (len(names) - 1) / 2
-    rows = [
-        row | {"x": row["sharpness"] * FACTOR ** (names.index(str(row["series"])) - middle)}
-        for row in rows
-    ]
+    rows = _beside(rows, "sharpness", "series", names)
     x = alt.X(
         "x:Q",
         title="beta, or 1 / tau",

@@ -63,11 +63,10 @@ def write(path: Path, components: Mapping[str, Path], weights: Mapping[str, floa
     Returns:
         Number of parameters of all components together.
     """
+    from kdhpc.models.huggingface import set_tokenizer
+
     path.mkdir(parents=True)
-    first = next(iter(components.values()))
-    for file in first.iterdir():
-        if "token" in file.name or file.suffix == ".jinja":
-            shutil.copy2(file, path / file.name)
+    set_tokenizer(path, next(iter(components.values())))
     for name, folder in components.items():
         shutil.copytree(folder, path / name)
     in_order = {name: weights[name] for name in components}

@@ -15,11 +15,8 @@ from kdhpc.models.mixture import LanguageMixture
 from kdhpc.scoring.counting import Counting
 from kdhpc.scoring.likelihood import token_log_probs
 from kdhpc.scoring.scorer import lengths_of
-from kdhpc.storage.score_shards import Scores, join_scores
+from kdhpc.storage.score_shards import NUM_FIRST, Scores, join_scores
 from kdhpc.storage.token_shards import Samples
-
-NUM_FIRST = 4
-"""Number of tokens after the prompt whose log-probability under each component is kept."""
 
 
 def score_mixture(

@@ -15,6 +15,9 @@ from kdhpc.storage.hdf5 import (
     write_arrays,
 )
 
+NUM_FIRST = 4
+"""Number of tokens after the prompt whose log-probability under each component is kept."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
@@ -39,7 +42,7 @@ class Scores:
     """[N, K] nats: log-probability of all drawn tokens under each component of such a truth, where
     it is the scorer, or `self`."""
     component_first_log_prob: NDArray[np.float64] | None = None
-    """[N, K] nats: the same of the first four drawn tokens."""
+    """[N, K] nats: the same of the first `NUM_FIRST` drawn tokens."""
     right: NDArray[np.uint8] | None = None
     """[N] 1 if the sequence's answer is right, else 0; only for prompts with answers, where the
     scorer is `self`."""

@@ -15,7 +15,7 @@ writes  token shards: ids [N, L] uint16 (uint32 if the model has more than 65,53
 import functools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kdhpc.config.language import LanguageConfig, num_ids, only_prompt, tokens_per_s
 from kdhpc.experiment import arms, documents
@@ -25,6 +25,10 @@ from kdhpc.plan.shards import ADDED, Arm, Plan, Shard, cut, fields_of, settings_
 from kdhpc.plan.stages import Stage
 from kdhpc.selection import Selection
 from kdhpc.storage.work import Work, Written
+
+if TYPE_CHECKING:
+    from kdhpc.sampling.sampler import Sampler
+    from kdhpc.storage.token_shards import Samples
 
 WRITES = "token shards: ids [N, L] uint16 or uint32, length [N], log-probability sums [N] in nats"
 
@@ -144,7 +148,6 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     from kdhpc.models.mixture import is_mixture
     from kdhpc.sampling.sampler import sample, sampler_for
     from kdhpc.scoring.counting import Counting
-    from kdhpc.storage.token_shards import write_samples
 
     settings = settings_of(shard.arm.fields, SampleSettings)
     model_path = work.local_input(shard.reads[0])
@@ -186,8 +189,18 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written:
     if _is_evaluation(shard):
         texts = samples, prompts, (shard.row_range or (0, 0))[0], loaded.tokenizer
         samples = replace(samples, right=right_answers(*texts), rouge_l=likeness(*texts))
+    return _written(shard, work, samples, sampler)
+
+
+def _written(
+    shard: Shard, work: Work[LanguageConfig], samples: "Samples", sampler: "Sampler"
+) -> Written:
+    """Write sequences that a sampler, or one of several, has drawn."""
+    from kdhpc.storage.token_shards import write_samples
+
     path = work.new_path(shard, ".arrow")
-    metadata = {"kdhpc.key": shard.key, "kdhpc.recipe": shard.recipe, "kdhpc.draw": settings.draw}
+    draw = settings_of(shard.arm.fields, SampleSettings).draw
+    metadata = {"kdhpc.key": shard.key, "kdhpc.recipe": shard.recipe, "kdhpc.draw": draw}
     write_samples(path, samples, metadata)
     return Written(
         path=path,
@@ -212,7 +225,6 @@ def _from_mixture(
     from kdhpc.sampling.sampler import sampler_for
     from kdhpc.scoring.counting import Counting
     from kdhpc.scoring.mixture import score_mixture
-    from kdhpc.storage.token_shards import write_samples
 
     mixture = mixtures.load(model_path, settings.dtype, work.config.device)
     [prompt] = prompts_of(mixture.tokenizer, prompt=settings.prompt, begin=settings.begin)
@@ -266,18 +278,7 @@ def _from_mixture(
             component_log_prob=whole.component_log_prob,
             component_first_log_prob=whole.component_first_log_prob,
         )
-    path = work.new_path(shard, ".arrow")
-    metadata = {"kdhpc.key": shard.key, "kdhpc.recipe": shard.recipe, "kdhpc.draw": settings.draw}
-    write_samples(path, drawn, metadata)
-    return Written(
-        path=path,
-        num_rows=len(drawn),
-        stats={
-            "device": mixture.device.type,
-            "decoder": samplers[0].decoder.name,
-            "arrays": sorted(drawn.arrays()),
-        },
-    )
+    return _written(shard, work, drawn, samplers[0])
 
 
 def _cut(shard: Shard, work: Work[LanguageConfig]) -> Written:
