@@ -13,6 +13,8 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import pyarrow as pa
+import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -73,12 +75,19 @@ class Analysis:
         return table
 
     def save_csv(self, rows: Sequence[Mapping[str, Any]], name: str) -> Path:
-        """Write rows as CSV with all digits and a column for every key; return the path."""
+        """Write rows with all digits and a column for every key, as CSV and beside it as Parquet.
+
+        Returns:
+            The path of the CSV file.
+        """
         path = self._named(f"{name}.csv")
+        columns = list(dict.fromkeys(key for row in rows for key in row))
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
+        arrays = {column: _column([row.get(column) for row in rows]) for column in columns}
+        pq.write_table(pa.table(arrays), path.with_suffix(".parquet"))
         return path
 
     def save_figure(self, figure: Figure, name: str) -> list[Path]:
@@ -97,6 +106,18 @@ class Analysis:
 
     def _named(self, file_name: str) -> Path:
         return self.out / (file_name if self.results.complete else f"partial-{file_name}")
+
+
+def _column(values: Sequence[Any]) -> pa.Array:
+    """Return a column of Parquet: numbers or truth values where there is nothing else, else text.
+
+    A cell that is empty in CSV is null, but NaN is a number.
+    """
+    known = [None if value == "" else value for value in values]
+    try:
+        return pa.array(known)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # of several kinds
+        return pa.array([None if value is None else str(value) for value in known])
 
 
 def read_file(path: Path) -> Results:

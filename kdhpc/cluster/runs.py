@@ -42,7 +42,7 @@ class Run(RunFolder):
     """A run folder and its pipeline."""
 
     def __init__(self, path: Path, pipeline: AnyPipeline) -> None:
-        super().__init__(path, pipeline.folders, pipeline.aliases)
+        super().__init__(path, pipeline.folders, pipeline.aliases, pipeline.links)
         self.pipeline = pipeline
 
 
@@ -257,6 +257,8 @@ def add_request(
     with disk_errors(run.path):
         ledger = ledgers.make(run.path)
         code = ledger.requests()[-1].code if kind == "cancel" else snapshot(run)
+        if kind != "cancel":
+            run.make_lost_links()
         while True:
             request = Request(
                 number=max((r.number for r in ledger.requests()), default=0) + 1,

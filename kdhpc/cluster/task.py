@@ -180,7 +180,7 @@ def run_task(path: Path, number: int, index: int) -> int:
         if stop.is_set:
             return failures.STOPPED_EXIT_CODE
         if run.record_path(key).exists():
-            work.point_alias(plan.shards[key])
+            work.point_names(plan.shards[key])
             print(f"{key}: already published", flush=True)
             continue
         if rank == 0:

@@ -40,6 +40,8 @@ TRUTH_TRAIN: ArmName = (SAMPLE_TRUTH, "train")
 """The training set D."""
 TRUTH_EVAL: ArmName = (SAMPLE_TRUTH, "eval")
 """Truth's evaluation set."""
+MODELS = "models"
+"""Folder of a run with a link to each model's checkpoint folder, by the model's name."""
 
 
 def selections(config: LanguageConfig) -> Iterator[Selection]:

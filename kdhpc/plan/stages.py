@@ -56,6 +56,13 @@ class Stage(Generic[C]):
     alias: str | None = None
     """Fixed file name in the stage's folder for the newest output; the file is replaced as a
     whole."""
+    links: str | None = None
+    """Folder of the run, such as `models`, in which the output of each arm, which has one shard,
+    has a symbolic link under the arm's name. It is for people; nothing depends on it."""
+    archived: Callable[[Shard], str] | None = None
+    """Returns which part of a shard's output `runs.py archive` keeps, beside all records: `*` for
+    all of it, a pattern such as `*.json` for those files of a folder, or an empty text for none.
+    By default it keeps the output of the pipeline's last stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +138,18 @@ class Pipeline(Generic[C]):
     def aliases(self) -> dict[str, str]:
         """Fixed file name of the newest output of each stage that has one, by stage name."""
         return {stage.name: stage.alias for stage in self.stages if stage.alias}
+
+    @property
+    def links(self) -> dict[str, str]:
+        """Folder of the links to the output of each stage that has them, by stage name."""
+        return {stage.name: stage.links for stage in self.stages if stage.links}
+
+    def archived(self, shard: Shard) -> str:
+        """Return which part of a shard's output an archive keeps, as `Stage.archived` says it."""
+        stage = self.stage(shard.stage)
+        if stage.archived is not None:
+            return stage.archived(shard)
+        return "*" if stage is self.stages[-1] else ""
 
 
 AnyPipeline: TypeAlias = Pipeline[Any]

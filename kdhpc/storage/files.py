@@ -165,9 +165,25 @@ def stands_for(alias: Path, target: Path) -> bool:
     try:
         if os.path.samefile(alias, target):
             return True
-        return target.stat().st_nlink == 1 and alias.stat().st_size == target.stat().st_size
+        one, other = alias.stat(), target.stat()
+        return one.st_nlink == other.st_nlink == 1 and one.st_size == other.st_size
     except FileNotFoundError:
         return False
+
+
+def point_link(link: Path, target: Path) -> None:
+    """Make a symbolic link to a file or folder of the same run, relative, so that the run can move.
+
+    It is a convenience: where it cannot be made, there is none.
+    """
+    temporary = link.with_name(f".{link.name}.{secrets.token_hex(4)}")
+    with contextlib.suppress(OSError):
+        link.parent.mkdir(exist_ok=True)
+        temporary.symlink_to(os.path.relpath(target, link.parent))
+        try:
+            temporary.replace(link)
+        except OSError:  # somebody's folder has this name
+            temporary.unlink()
 
 
 def remove(path: Path) -> None:

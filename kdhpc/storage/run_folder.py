@@ -10,6 +10,7 @@
       2-sample-truth/train/00017.json            the record: immutable, the first writer wins
       2-sample-truth/train/00017.9c41d2aa.arrow  its data, written whole before the record
       8-merge/results.h5            the newest merge
+      models/teacher-s0             a link to the published checkpoint folder
 
 A shard is done when its record exists and its data has the recorded size. Readers list records,
 never data files.
@@ -21,15 +22,24 @@ import functools
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 from kdhpc.errors import DamagedError, InputError
-from kdhpc.storage.files import digest_of, list_entries, read_once, size_of
+from kdhpc.storage.files import (
+    digest_of,
+    list_entries,
+    point_alias,
+    point_link,
+    read_once,
+    size_of,
+)
 from kdhpc.types import Json
 
 RESULTS = "results.h5"
 """Fixed name of the newest merge in its stage's folder."""
+ARCHIVE = "archive.json"
+"""File that a run has if it was restored from an archive; it says what the archive left out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +85,11 @@ class RunFolder:
     """Paths and files of one run."""
 
     def __init__(
-        self, path: Path, folders: Mapping[str, str], aliases: Mapping[str, str] | None = None
+        self,
+        path: Path,
+        folders: Mapping[str, str],
+        aliases: Mapping[str, str] | None = None,
+        links: Mapping[str, str] | None = None,
     ) -> None:
         """Set the paths of a run folder; nothing is read or created.
 
@@ -83,15 +97,28 @@ class RunFolder:
             path: the run folder.
             folders: the folder inside the run of each stage, by stage name.
             aliases: the fixed file name of the newest output, by the name of a stage that has one.
+            links: the folder of the links to the output of each arm, by the name of a stage that
+                has one.
         """
         self.path = path
         self.folders = folders
         self.aliases = aliases or {}
+        self.links = links or {}
 
     @functools.cached_property
     def identity(self) -> str:
         """Four hexadecimal digits that tell apart runs with the same name."""
         return str(read_once(self.path / "run.json")["identity"])
+
+    @property
+    def is_restored(self) -> bool:
+        """Whether the run was restored from an archive, so that it can be read only."""
+        return (self.path / ARCHIVE).exists()
+
+    @functools.cached_property
+    def left_out(self) -> frozenset[str]:
+        """Keys of the shards whose data, or a part of it, the archive of a restored run lacks."""
+        return frozenset(read_once(self.path / ARCHIVE)["left_out"] if self.is_restored else ())
 
     def stage_dir(self, stage: str) -> Path:
         return self.path / self.folders[stage]
@@ -139,19 +166,52 @@ class RunFolder:
         """Return the fixed name of a stage's newest output, if the stage has one."""
         return self.stage_dir(stage) / self.aliases[stage] if stage in self.aliases else None
 
+    def link_path(self, key: str) -> Path | None:
+        """Return the link to the output of a shard's arm, if the stage has such links."""
+        stage, arm, _ = key.split("/")
+        return self.path / self.links[stage] / arm if stage in self.links else None
+
+    def point_names(self, record: Record) -> None:
+        """Make the fixed names of a published shard's data, if it has any, refer to it."""
+        alias = self.alias_path(record.key.partition("/")[0])
+        if alias is not None:
+            point_alias(alias, record.data)
+        link = self.link_path(record.key)
+        if link is not None:
+            point_link(link, record.data)
+
+    def make_lost_links(self) -> None:
+        """Make the links that are missing, as in the runs of versions that made none."""
+        for stage in self.links:
+            for record in self._scan_stage(stage).records.values():
+                link = self.link_path(record.key)
+                if link is not None and not (link.exists() and link.samefile(record.data)):
+                    point_link(link, record.data)
+
     def scan(self) -> Scan:
-        """Read every record and check the size of its data, in one walk over the run folder."""
+        """Read every record and check the size of its data, in one walk over the run folder.
+
+        In a restored run, data that its archive has left out is not looked for.
+        """
         records: dict[str, Record] = {}
         damaged: dict[str, str] = {}
         for stage in self.folders:
-            for arm in list_entries(self.stage_dir(stage)):
-                if not arm.is_dir():
-                    continue
-                for key, record in _records_in(arm, f"{stage}/{arm.name}"):
-                    if isinstance(record, DamagedError):
-                        damaged[key] = str(record)
-                    else:
-                        records[key] = record
+            of_stage = self._scan_stage(stage)
+            records |= of_stage.records
+            damaged |= of_stage.damaged
+        return Scan(records=records, damaged=damaged)
+
+    def _scan_stage(self, stage: str) -> Scan:
+        records: dict[str, Record] = {}
+        damaged: dict[str, str] = {}
+        for arm in list_entries(self.stage_dir(stage)):
+            if not arm.is_dir():
+                continue
+            for key, record in _records_in(arm, f"{stage}/{arm.name}", self.left_out):
+                if isinstance(record, DamagedError):
+                    damaged[key] = str(record)
+                else:
+                    records[key] = record
         return Scan(records=records, damaged=damaged)
 
     def quarantine(self, key: str) -> None:
@@ -170,8 +230,16 @@ def read_record(path: Path, key: str) -> Record:
     return _record(read_once(path), key, path.parent)
 
 
-def _records_in(arm: os.DirEntry[str], prefix: str) -> Iterator[tuple[str, Record | DamagedError]]:
-    """Yield the key of every shard of an arm that has a record, and the record or its damage."""
+def _records_in(
+    arm: os.DirEntry[str], prefix: str, left_out: Set[str]
+) -> Iterator[tuple[str, Record | DamagedError]]:
+    """Yield the key of every shard of an arm that has a record, and the record or its damage.
+
+    Args:
+        arm: the folder.
+        prefix: beginning of the keys, `stage/arm`.
+        left_out: keys of the shards whose data is not looked for.
+    """
     folder = Path(arm.path)
     present = {entry.name: entry for entry in list_entries(folder)}
     for name, entry in present.items():
@@ -180,6 +248,9 @@ def _records_in(arm: os.DirEntry[str], prefix: str) -> Iterator[tuple[str, Recor
         key = f"{prefix}/{name.removesuffix('.json')}"
         try:
             record = _record(read_once(entry.path), key, folder)
+            if key in left_out:
+                yield key, record
+                continue
             # Data missing from the listing may have been written and recorded during the listing.
             size = size_of(present.get(record.data_name) or record.data)
             if size != record.num_bytes:

@@ -20,7 +20,6 @@ from kdhpc.plan.shards import Plan, Shard
 from kdhpc.storage.files import (
     Digest,
     digest_of,
-    point_alias,
     remove,
     size_of,
     sync_tree,
@@ -260,14 +259,16 @@ class Work(Generic[C]):
         self._unpublished.clear()
         if not won:
             remove(written.path)
-        self.point_alias(shard)
+        self.point_names(shard)
         return won
 
-    def point_alias(self, shard: Shard) -> None:
-        """Make the stage's fixed name, if it has one, refer to the data of a published shard."""
-        alias = self.run.alias_path(shard.stage)
-        if alias is not None:
-            point_alias(alias, read_record(self.run.record_path(shard.key), shard.key).data)
+    def point_names(self, shard: Shard) -> None:
+        """Make the fixed names of a published shard's data, if it has any, refer to it."""
+        if shard.stage in self.run.aliases:
+            self.run.point_names(read_record(self.run.record_path(shard.key), shard.key))
+        elif shard.stage in self.run.links:
+            with contextlib.suppress(DamagedError):  # of a record that somebody else published
+                self.run.point_names(read_record(self.run.record_path(shard.key), shard.key))
 
 
 def attempt_facts(started_at: float, ready_at: float) -> dict[str, object]:

@@ -341,6 +341,7 @@ SAMPLE_TRUTH = Stage(
     run=run,
     modules=("kdhpc.sampling.sampler",),
     rate=functools.partial(tokens_per_s, stage=arms.SAMPLE_TRUTH),
+    archived=lambda shard: "*" if shard.arm.name == arms.TRUTH_EVAL[1] else "",
 )
 SAMPLE_TEACHER = Stage(
     name=arms.SAMPLE_TEACHER,
@@ -360,4 +361,5 @@ SAMPLE_STUDENTS = Stage(
     run=run,
     modules=("kdhpc.sampling.sampler",),
     rate=functools.partial(tokens_per_s, stage=arms.SAMPLE_STUDENTS),
+    archived=lambda shard: "*",
 )

@@ -219,6 +219,7 @@ TRAIN_ON_TRUTH = Stage(
     modules=("kdhpc.training.loop", "deepspeed"),
     rate=functools.partial(tokens_per_s, stage=arms.TRAIN_ON_TRUTH),
     progress=progress,
+    links=arms.MODELS,
 )
 TRAIN_STUDENTS = Stage(
     name=arms.TRAIN_STUDENTS,
@@ -229,4 +230,5 @@ TRAIN_STUDENTS = Stage(
     modules=("kdhpc.training.loop", "deepspeed"),
     rate=functools.partial(tokens_per_s, stage=arms.TRAIN_STUDENTS),
     progress=progress,
+    links=arms.MODELS,
 )

@@ -403,4 +403,6 @@ TRUTH = Stage(
     modules=("kdhpc.training.loop", "deepspeed"),
     rate=functools.partial(tokens_per_s, stage=arms.TRUTH),
     progress=progress,
+    links=arms.MODELS,
+    archived=lambda shard: "*.json",  # the tokenizer, by which texts can be read
 )
