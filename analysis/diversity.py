@@ -90,11 +90,13 @@ def sample_sets(study: Study, size: str, facts: RunFacts) -> dict[str, list[Samp
     for label in study.labels(size):
         students = study.of(size, label).values()
         names[label] = [((arms.SAMPLE_STUDENTS, s.name), s.name) for s in students]
+    # Of D no more is compared than truth's evaluation set has, and an archive has no more.
+    most = sum(record.num_rows for record in facts.all_of(arms.TRUTH_EVAL)) or None
     sets = {
         label: [
             SampleSet(samples=samples, rows=rows)
             for arm, rows in of_seeds
-            if (samples := _read(facts, arm) or _archived(study, rows)) is not None
+            if (samples := _read(facts, arm, most) or _archived(study, rows)) is not None
         ]
         for label, of_seeds in names.items()
     }
@@ -121,9 +123,9 @@ def _cut(samples: Samples, lengths: NDArray[np.integer]) -> Samples:
     return replace(samples, length=length)
 
 
-def _read(facts: RunFacts, arm: arms.ArmName) -> Samples | None:
-    """Read the sequences of an arm in order; None if it is not whole."""
-    records = facts.all_of(arm)
+def _read(facts: RunFacts, arm: arms.ArmName, num_rows: int | None) -> Samples | None:
+    """Read the sequences of an arm in order, at least the first rows; None if one is missing."""
+    records = facts.all_of(arm, num_rows)
     return read_samples([record.data for record in records]) if records else None
 
 

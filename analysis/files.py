@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from kdhpc.cluster import places
+from kdhpc.cluster import archive, places
 from kdhpc.errors import DamagedError, InputError
 from kdhpc.pipeline import MIXTURE
 from kdhpc.plan.stages import Pipeline
@@ -44,11 +44,13 @@ def parser(
     new_parser.add_argument(
         "run",
         nargs="+" if several else None,
-        help=f"a run's name or folder, or a file such as {RESULTS}",
+        help=f"a run's name or folder, its archive (*{archive.SUFFIX}), or a file such as {RESULTS}",
     )
     if writes:
         new_parser.add_argument(
-            "--out", type=Path, help=f"folder to write to (default: the folder of {RESULTS})"
+            "--out",
+            type=Path,
+            help=f"folder to write to (default: that of {RESULTS}; of an archive: this folder)",
         )
     new_parser.set_defaults(out=None)
     return new_parser
@@ -157,8 +159,10 @@ def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> Analysis:
             pipeline, or the folder to write to cannot be made.
         DamagedError: if the results cannot be read.
     """
-    path = Path(options.run)
-    if os.sep not in options.run and not path.exists():
+    path, beside = Path(options.run), None
+    if options.run.endswith(archive.SUFFIX):
+        path, beside = archive.unpack_until_exit(path), Path.cwd()
+    elif os.sep not in options.run and not path.exists():
         path = places.locate(options.run)
     if path.is_dir():
         path = path / pipeline.folders["merge"] / RESULTS
@@ -175,11 +179,16 @@ def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> Analysis:
         )
     if not results.complete:
         print("warning: some planned shards are missing from these results", file=sys.stderr)
-    return Analysis(results=results, path=path, out=folder_to_write(options, path.parent))
+    out = folder_to_write(options, beside or path.parent)
+    return Analysis(results=results, path=path, out=out)
 
 
 def folder_to_write(options: argparse.Namespace, beside: Path) -> Path:
-    """Return the folder to write to, which is made: `--out`, or that of the results.
+    """Return the folder to write to, which is made: `--out`, or another one.
+
+    Args:
+        options: arguments that were parsed by `parser`.
+        beside: folder to write to without `--out`.
 
     Raises:
         InputError: if it cannot be made.

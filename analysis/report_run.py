@@ -62,15 +62,25 @@ class RunFacts:
         keys = sorted(k for k in self.records if k.startswith("/".join((*arm, FIRST_SHARD))))
         return self.records[keys[0]] if keys else None
 
-    def all_of(self, arm: arms.ArmName) -> list[Record]:
+    def all_of(self, arm: arms.ArmName, num_rows: int | None = None) -> list[Record]:
         """Return the shards of an arm in order; none if one is missing.
 
         They are those of the config: a run that has grown has other shards of the same rows too.
+
+        Args:
+            arm: the arm.
+            num_rows: return only the shards with the first rows; None for all of them.
         """
         if not self.records or self._plan is None:
             return []
-        keys = [shard.key for shard in self._plan.arm(*arm)]
-        return [self.records[key] for key in keys] if {*keys} <= self.records.keys() else []
+        keys = [
+            shard.key
+            for shard in self._plan.arm(*arm)
+            if num_rows is None or shard.row_range is None or shard.row_range[0] < num_rows
+        ]
+        records = [self.records[key] for key in keys if key in self.records]
+        is_whole = len(records) == len(keys) and all(record.data.exists() for record in records)
+        return records if is_whole else []
 
     @cached_property
     def _plan(self) -> Plan | None:

@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--runs-dir", help="look for RUN only in this folder")
     options = parser.parse_args(arguments)
     run = runs.find(options.run, options.runs_dir)
+    runs.check_not_restored(run, "it has no jobs; cancel the run that was archived")
     _, config, _ = runs.current(run)
     ledger = Ledger(run.path)
     executor = ledger.requests()[-1].executor

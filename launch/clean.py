@@ -4,8 +4,9 @@
     python launch/clean.py RUN [--yes]
 
 These are data of attempts that did not publish them, checkpoints of finished trainings but those of
-keep_epochs, damaged records that were put aside, progress files, and the logs of a complete run.
-Nothing is deleted without --yes, nor while the run is active.
+keep_epochs, damaged records that were put aside, merges of earlier requests, progress files, and
+the logs of a complete run. An earlier request that is typed again is merged again. Nothing is
+deleted without --yes, nor while the run is active.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import argparse
 from kdhpc.cluster import housekeeping, runs
 from kdhpc.cluster.display import command, size
 from kdhpc.cluster.status import look, status_of
-from kdhpc.errors import BusyError
 from kdhpc.storage.files import remove, size_of
 
 
@@ -28,17 +28,13 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     run = runs.find(options.run, options.runs_dir)
     state = look(run)
-    if state.queue_error:
-        raise BusyError(
-            f"{run.path}: Slurm does not answer, so it is unknown what is active; try again later"
-        )
-    if state.situation.active or runs.is_locked(run):
-        raise BusyError(f"{run.path}: is active; clean it when nothing runs, or cancel.py it first")
+    housekeeping.check_at_rest(run, state, "clean it")
     reasons = housekeeping.unneeded(
         run,
         run.scan(),  # the state's scan calls records of other settings damaged
         finished=state.scan.records.keys(),
         complete=status_of(run, state).complete,
+        planned=state.plan.shards.keys(),
     )
     for path, reason in reasons.items():
         print(f"{path.relative_to(run.path)}  {reason}")

@@ -44,6 +44,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--partial", action="store_true", help="merge the results published so far")
     options = parser.parse_intermixed_args(arguments)
     run = runs.find(options.run, options.runs_dir)
+    runs.check_not_restored(run, "it makes no more shards; rerun the run that was archived")
     _, config, plan = runs.current(run)
     if options.partial:
         return merge_partly(run, config, plan)

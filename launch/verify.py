@@ -30,9 +30,12 @@ def main(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     run = runs.find(options.run, options.runs_dir)
+    if options.put_aside:
+        runs.check_not_restored(run, "nothing would make a shard again; restore it again")
     scan = run.scan()
     problems = dict(scan.damaged)
-    for record in track(list(scan.records.values()), "reading", console=console()):
+    here = [record for key, record in scan.records.items() if key not in run.left_out]
+    for record in track(here, "reading", console=console()):
         try:
             verify(record)
         except DamagedError as error:
@@ -42,7 +45,12 @@ def main(arguments: list[str]) -> int:
     for key in problems if options.put_aside else ():
         run.quarantine(key)
     print(f"{len(scan.records) + len(scan.damaged)} records, {len(problems)} damaged")
-    if problems:
+    if run.is_restored:
+        num_missing = len(scan.records) - len(here)
+        print(f"data of {num_missing} of them was not in the archive that the run is from")
+        if problems:
+            print("delete the run, and restore it again")
+    elif problems:
         print(
             "the damaged records were put aside; sweep.py makes the shards again"
             if options.put_aside

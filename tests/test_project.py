@@ -151,7 +151,8 @@ def test_later_presets_and_overrides_win() -> None:
         "sys.path.insert(0, 'launch'); import sweep; sweep.main(sys.argv[1:])",
         "import sys; sys.argv = ['sweep.py', 'mixture', '--dry-run', 'cluster=local']; "
         "sys.path.insert(0, 'launch'); import sweep; sweep.main(sys.argv[1:])",
-        "import sys; sys.path.insert(0, 'launch'); import status, rerun, cancel, clean, verify",
+        "import sys; sys.path.insert(0, 'launch'); import status, rerun, cancel, clean, "
+        "verify, runs",
         "import kdhpc.cluster.gate, kdhpc.cluster.task, kdhpc.pipeline",
     ],
 )

@@ -1,20 +1,26 @@
 """Format what the launch scripts print: plans, status, and one line for an error."""
 
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from kdhpc.cluster import slurm
+from kdhpc.cluster.overview import Overview
 from kdhpc.cluster.planning import Preview
 from kdhpc.cluster.status import DAMAGE_ADVICE, Status
 from kdhpc.config.run import RunConfig
 from kdhpc.errors import KdhpcError
 from kdhpc.plan.stages import AnyPipeline
+
+if TYPE_CHECKING:
+    from kdhpc.storage.comparison import Pair
 
 WIDTH = 100
 """Characters in a line of a table."""
@@ -163,6 +169,57 @@ def status_view(status: Status) -> Group:
     for key, reason in status.damaged.items():
         parts.append(Text(f"DAMAGED {key}: {reason}; {DAMAGE_ADVICE}", style="red"))
     return Group(*parts)
+
+
+def runs_view(overviews: Sequence[Overview]) -> Group:
+    """Format a line for each run, then what is wrong with those that cannot be read.
+
+    A run has its path in place of its name if several have that name.
+    """
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for name in ("run", "pipeline"):
+        table.add_column(name, overflow="fold")
+    table.add_column("state", no_wrap=True)
+    for name in ("done", "disk", "rank-hours"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("last change", no_wrap=True)
+    count = Counter(run.name for run in overviews)
+    for run in overviews:
+        table.add_row(
+            run.name if count[run.name] == 1 else run.path,
+            run.pipeline,
+            run.state,
+            f"{run.done}/{run.planned}" if run.planned else "",
+            size(run.num_bytes),
+            _hours(run.rank_hours) if run.planned else "",
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed)),
+            style={"failed": "red", "unreadable": "red", "complete": "green"}.get(run.state, ""),
+        )
+    problems = [Text(run.problem, style="red") for run in overviews if run.problem]
+    return Group(table, *problems)
+
+
+def comparison_view(pairs: "Sequence[Pair]") -> Table:
+    """Format a line for each array of two files of results."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("scores", overflow="fold")
+    for name in ("rows", "mean", "other mean", "difference", "largest"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("bits", no_wrap=True)
+    for pair in pairs:
+        rows = [str(num_rows) for num_rows in dict.fromkeys(pair.rows) if num_rows is not None]
+        only = [word for word, n in zip(("second", "first"), pair.rows, strict=True) if n is None]
+        table.add_row(
+            pair.name,
+            "/".join(rows),
+            *(_number(value) for value in (*pair.means, pair.difference, pair.largest)),
+            f"only in the {only[0]}" if only else "equal" if pair.is_equal else "differ",
+        )
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
 
 
 def console() -> Console:

@@ -1,14 +1,43 @@
-"""Find what may be deleted from a run folder."""
+"""Find what may be deleted from a run folder, while nothing works on it."""
 
 from collections.abc import Iterator, Set
 from pathlib import Path
 
-from kdhpc.errors import DamagedError
-from kdhpc.storage.files import read_once
+from kdhpc.cluster import runs
+from kdhpc.cluster.observe import State
+from kdhpc.cluster.runs import Run
+from kdhpc.errors import BusyError, DamagedError
+from kdhpc.storage.files import read_once, stands_for
 from kdhpc.storage.run_folder import RunFolder, Scan
 
 
-def unneeded(run: RunFolder, scan: Scan, *, finished: Set[str], complete: bool) -> dict[Path, str]:
+def check_at_rest(run: Run, state: State, so: str) -> None:
+    """Refuse to work on a run while something else may.
+
+    Args:
+        run: the run.
+        state: what was observed of it.
+        so: what to do when nothing runs.
+
+    Raises:
+        BusyError: if the run is active, or it is unknown whether it is.
+    """
+    if state.queue_error:
+        raise BusyError(
+            f"{run.path}: Slurm does not answer, so it is unknown what is active; try again later"
+        )
+    if state.situation.active or runs.is_locked(run):
+        raise BusyError(f"{run.path}: is active; {so} when nothing runs, or cancel.py it first")
+
+
+def unneeded(
+    run: RunFolder,
+    scan: Scan,
+    *,
+    finished: Set[str],
+    complete: bool,
+    planned: Set[str] | None = None,
+) -> dict[Path, str]:
     """List the paths that may be deleted while nothing runs.
 
     Args:
@@ -17,6 +46,8 @@ def unneeded(run: RunFolder, scan: Scan, *, finished: Set[str], complete: bool) 
         finished: keys of the shards that will not be made again, so that nothing resumes from
             their checkpoints.
         complete: whether the run is complete, so that its logs may be deleted too.
+        planned: keys of the shards that the last request plans, so that merges of earlier ones may
+            be deleted; None to keep them. Typing an earlier request again merges again.
 
     Returns:
         Why each path is not needed, by path.
@@ -25,9 +56,27 @@ def unneeded(run: RunFolder, scan: Scan, *, finished: Set[str], complete: bool) 
     for stage in run.folders:
         for arm in sorted(run.stage_dir(stage).glob("*/")):
             reasons |= _unneeded_in(arm, f"{stage}/{arm.name}", scan, finished)
+    if planned is not None:
+        reasons |= _superseded(run, scan, planned)
     reasons |= dict.fromkeys(sorted((run.path / "progress").iterdir()), "progress of a task")
     if complete:
         reasons |= dict.fromkeys(sorted((run.path / "logs").iterdir()), "logs")
+    return reasons
+
+
+def _superseded(run: RunFolder, scan: Scan, planned: Set[str]) -> dict[Path, str]:
+    """List the merges that no request plans any more, but for the one with the fixed name.
+
+    A record comes before its data, so that what is deleted in this order is never damaged.
+    """
+    reasons: dict[Path, str] = {}
+    for stage in run.aliases:
+        alias = run.alias_path(stage)
+        for key, record in scan.records.items():
+            is_old = key.startswith(f"{stage}/") and key not in planned
+            if alias and is_old and not stands_for(alias, record.data):
+                paths = [run.record_path(key), record.data]
+                reasons |= dict.fromkeys(paths, "merge of an earlier request")
     return reasons
 
 

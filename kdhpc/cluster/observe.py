@@ -5,7 +5,7 @@ written here.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kdhpc.cluster import failures, slurm
@@ -68,6 +68,7 @@ def observe(
     local_active: frozenset[str] = frozenset(),
     policy: Policy | None = None,
     with_queue: bool = True,
+    queue: Callable[[], Sequence[slurm.Queued]] | None = None,
     room: int | None = None,
 ) -> State:
     """Observe a run with one read of the ledger, one squeue and one scan of the records.
@@ -81,6 +82,7 @@ def observe(
         local_active: shards that the local executor is working on.
         policy: limits and packing; by default from the config and the queue.
         with_queue: False to use only what is on disk.
+        queue: returns this user's jobs; by default Slurm is asked.
         room: maximum number of jobs to submit, after Slurm refused more.
 
     Raises:
@@ -93,7 +95,8 @@ def observe(
     uses_slurm = with_queue and any(job.job_id for job in jobs.values())
     uses_slurm |= with_queue and requests[-1].executor == "slurm"
     job_names = {name for submission in submissions for name in submission.job_names}
-    queued = tuple(task for task in slurm.queue() if task.name in job_names) if uses_slurm else ()
+    all_jobs = (queue or slurm.queue)() if uses_slurm else []
+    queued = tuple(task for task in all_jobs if task.name in job_names)
     to_release, held_by_user = _held(submissions, jobs, queued, ledger.released_at())
     scan = _only_this_plan(run.scan(), plan)
     done = _done(run, plan, scan)

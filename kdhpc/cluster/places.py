@@ -44,6 +44,22 @@ def named(name: str) -> list[Path]:
     return _of_name(name, _known())
 
 
+def known(runs_dir: str | None = None) -> list[Path]:
+    """Return the absolute folders of all runs in a folder, or in runs/ and where they are noted.
+
+    Args:
+        runs_dir: folder that has the runs; None to look in runs/ and where runs are noted.
+
+    Raises:
+        InputError: if there is no such folder.
+    """
+    if runs_dir is None:
+        return list(dict.fromkeys(path.resolve() for path in _known()))
+    if not Path(runs_dir).is_dir():
+        raise InputError(f"{runs_dir}: no such folder; expected one with runs")
+    return [path.resolve() for path in _runs_in(Path(runs_dir))]
+
+
 def locate(name: str, runs_dir: str | None = None) -> Path:
     """Find the folder of a run.
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdhpc.cluster import places
-from kdhpc.cluster.runs import Run, open_run
+from kdhpc.cluster.runs import Run, check_not_restored, open_run
 from kdhpc.config.run import RunConfig
 from kdhpc.errors import DamagedError, InputError
 from kdhpc.plan.shards import Plan
@@ -59,6 +59,7 @@ def find(config: RunConfig, plan: Plan) -> list[Record]:
             f"reuse={config.reuse}: a run of the pipeline {source.pipeline.name}; expected one of "
             f"{config.pipeline}"
         )
+    check_not_restored(source, "nothing of it can be reused; expected the run that was archived")
     target = Path(config.runs_dir).expanduser().resolve()
     if target / config.name == source.path:
         raise InputError(f"reuse={config.reuse}: is this run itself; expected another one")

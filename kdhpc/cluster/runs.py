@@ -26,7 +26,7 @@ from kdhpc.errors import BusyError, DamagedError, InputError
 from kdhpc.plan.shards import Plan
 from kdhpc.plan.stages import AnyPipeline, find_pipeline
 from kdhpc.storage.files import disk_errors, read_once, write_once
-from kdhpc.storage.run_folder import RunFolder, Scan, check_run_folder
+from kdhpc.storage.run_folder import ARCHIVE, RunFolder, Scan, check_run_folder
 from kdhpc.types import Json
 
 PROJECT_DIR = Path(presets.__file__).resolve().parents[2]
@@ -93,6 +93,23 @@ def find(name: str, runs_dir: str | None = None) -> Run:
         InputError: if there is no such run, or runs in several places have this name.
     """
     return open_run(places.locate(name, runs_dir))
+
+
+def check_not_restored(run: Run, so: str) -> None:
+    """Refuse what a run that was restored from an archive cannot do.
+
+    Args:
+        run: the run.
+        so: what follows from that, and what to do.
+
+    Raises:
+        InputError: if it was restored.
+    """
+    if run.is_restored:
+        raise InputError(
+            f"{run.path}: was restored from an archive, which has the data of only some shards, "
+            f"so {so}"
+        )
 
 
 def current(run: Run) -> tuple[int, RunConfig, Plan]:
@@ -195,6 +212,9 @@ def open_for(config: RunConfig, plan: Plan) -> Run:
             f"another name, such as name={config.name}-2"
         )
     run = open_run(path)
+    check_not_restored(
+        run, f"it makes no more shards; choose another name, such as name={config.name}-2"
+    )
     check_unchanged(run, config, plan)
     places.note(path)
     return run
@@ -215,7 +235,11 @@ def check_place(config: RunConfig) -> None:
         InputError: if such a run exists; the message says what to type.
     """
     here = _place(config)
-    others = [path for path in places.named(config.name) if path != here]
+    others = [
+        path
+        for path in places.named(config.name)
+        if path != here and not (path / ARCHIVE).exists()  # a restored run cannot be gone on with
+    ]
     if config.runs_dir != places.DEFAULT_DIR or not others:
         return
     requests = ledgers.Ledger(others[0]).requests()

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -91,16 +91,22 @@ class Status:
         return json.dumps(asdict(self) | {"complete": self.complete}, indent=1)
 
 
-def look(run: Run) -> State:
+def look(run: Run, queue: Callable[[], Sequence[slurm.Queued]] = slurm.queue) -> State:
     """Observe a run without working on it, with one squeue and one scan of the records.
 
-    If Slurm does not answer, only the disk is used.
+    If Slurm does not answer, or the run was restored from an archive, only the disk is used.
+
+    Args:
+        run: the run.
+        queue: returns this user's jobs.
     """
     _, config, plan = runs.current(run)
     local = _local_active(run) if runs.is_locked(run) else frozenset[str]()
     policy = Policy.looking(config)
+    if run.is_restored:  # jobs of the run that was archived have the same names
+        return observe(run, config, plan, policy=policy, with_queue=False)
     try:
-        return observe(run, config, plan, local_active=local, policy=policy)
+        return observe(run, config, plan, local_active=local, policy=policy, queue=queue)
     except ClusterError as error:
         state = observe(run, config, plan, local_active=local, policy=policy, with_queue=False)
         return replace(state, queue_error=str(error))
@@ -164,6 +170,8 @@ def _notes(run: Run, state: State, failures: Mapping[str, Failure]) -> Iterator[
     situation = state.situation
     if state.queue_error:
         yield f"the queue is unknown: {state.queue_error}"
+    if run.is_restored:
+        yield f"restored from an archive, which left out data of {len(run.left_out)} shards"
     codes = sorted(
         {record.code for key, record in state.scan.records.items() if key in state.plan.shards}
     )

@@ -59,8 +59,8 @@ class Stage(Generic[C]):
     links: str | None = None
     """Folder of the run, such as `models`, in which the output of each arm, which has one shard,
     has a symbolic link under the arm's name. It is for people; nothing depends on it."""
-    archived: Callable[[Shard], str] | None = None
-    """Returns which part of a shard's output `runs.py archive` keeps, beside all records: `*` for
+    archived: Callable[[C, Shard], str] | None = None
+    """Returns from the config which part of a shard's output `runs.py archive` keeps, beside all records: `*` for
     all of it, a pattern such as `*.json` for those files of a folder, or an empty text for none.
     By default it keeps the output of the pipeline's last stage."""
 
@@ -144,11 +144,11 @@ class Pipeline(Generic[C]):
         """Folder of the links to the output of each stage that has them, by stage name."""
         return {stage.name: stage.links for stage in self.stages if stage.links}
 
-    def archived(self, shard: Shard) -> str:
+    def archived(self, config: C, shard: Shard) -> str:
         """Return which part of a shard's output an archive keeps, as `Stage.archived` says it."""
         stage = self.stage(shard.stage)
         if stage.archived is not None:
-            return stage.archived(shard)
+            return stage.archived(config, shard)
         return "*" if stage is self.stages[-1] else ""
 
 

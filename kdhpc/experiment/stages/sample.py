@@ -333,6 +333,13 @@ def _is_evaluation(shard: Shard) -> bool:
     return shard.stage == arms.SAMPLE_STUDENTS or shard.arm.name == arms.TRUTH_EVAL[1]
 
 
+def _archived(config: LanguageConfig, shard: Shard) -> str:
+    """Keep truth's evaluation set, and as much of D: what analysis compares students' samples with."""
+    first_row = shard.row_range[0] if shard.row_range else 0
+    is_read = shard.arm.name == arms.TRUTH_EVAL[1] or first_row < config.sampling.eval_sequences
+    return "*" if is_read else ""
+
+
 SAMPLE_TRUTH = Stage(
     name=arms.SAMPLE_TRUTH,
     reads="p*",
@@ -341,7 +348,7 @@ SAMPLE_TRUTH = Stage(
     run=run,
     modules=("kdhpc.sampling.sampler",),
     rate=functools.partial(tokens_per_s, stage=arms.SAMPLE_TRUTH),
-    archived=lambda shard: "*" if shard.arm.name == arms.TRUTH_EVAL[1] else "",
+    archived=_archived,
 )
 SAMPLE_TEACHER = Stage(
     name=arms.SAMPLE_TEACHER,
@@ -361,5 +368,5 @@ SAMPLE_STUDENTS = Stage(
     run=run,
     modules=("kdhpc.sampling.sampler",),
     rate=functools.partial(tokens_per_s, stage=arms.SAMPLE_STUDENTS),
-    archived=lambda shard: "*",
+    archived=lambda config, shard: "*",
 )

@@ -404,5 +404,5 @@ TRUTH = Stage(
     rate=functools.partial(tokens_per_s, stage=arms.TRUTH),
     progress=progress,
     links=arms.MODELS,
-    archived=lambda shard: "*.json",  # the tokenizer, by which texts can be read
+    archived=lambda config, shard: "*.json",  # the tokenizer, by which texts can be read
 )
