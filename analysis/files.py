@@ -44,7 +44,7 @@ def parser(
     new_parser.add_argument(
         "run",
         nargs="+" if several else None,
-        help=f"a run's name or folder, its archive (*{archive.SUFFIX}), or a file such as {RESULTS}",
+        help=f"a run's name or folder, its archive ({archive.SUFFIX}), or a file such as {RESULTS}",
     )
     if writes:
         new_parser.add_argument(

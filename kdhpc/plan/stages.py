@@ -60,9 +60,9 @@ class Stage(Generic[C]):
     """Folder of the run, such as `models`, in which the output of each arm, which has one shard,
     has a symbolic link under the arm's name. It is for people; nothing depends on it."""
     archived: Callable[[C, Shard], str] | None = None
-    """Returns from the config which part of a shard's output `runs.py archive` keeps, beside all records: `*` for
+    """Returns which part of a shard's output `runs.py archive` keeps, beside all records: `*` for
     all of it, a pattern such as `*.json` for those files of a folder, or an empty text for none.
-    By default it keeps the output of the pipeline's last stage."""
+    It is pure. By default the output of the pipeline's last stage is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -334,7 +334,7 @@ def _is_evaluation(shard: Shard) -> bool:
 
 
 def _archived(config: LanguageConfig, shard: Shard) -> str:
-    """Keep truth's evaluation set, and as much of D: what analysis compares students' samples with."""
+    """Keep truth's evaluation set and as many rows of D, which analysis compares with it."""
     first_row = shard.row_range[0] if shard.row_range else 0
     is_read = shard.arm.name == arms.TRUTH_EVAL[1] or first_row < config.sampling.eval_sequences
     return "*" if is_read else ""
