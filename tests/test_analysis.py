@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import math
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from commands import ROOT, launch
 
@@ -138,3 +140,35 @@ def test_a_run_is_analysed_by_name_folder_or_file_and_a_partial_look_replaces_no
     assert refused.stderr == (
         "error: tinny: no run of this name in runs/ or noted elsewhere; expected one of tiny\n"
     )
+
+
+def test_the_parquet_beside_a_csv_holds_equal_values(tmp_path: Path) -> None:
+    rows = [
+        {"student": "direct", "tau": 1, "mean": np.float64(-3.25), "low": math.nan, "known": True},
+        {"student": "tau0.8", "tau": 0.8, "mean": 1e-17, "note": "x", "known": False},
+        {"student": "", "tau": "", "mean": -math.inf, "low": 1.5, "mixed": 1},
+        {"student": "a,b", "tau": 2, "mean": 0.1 + 0.2, "low": "", "mixed": "one"},
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "analysis"))
+        files = importlib.import_module("files")
+    results = read_results(partial(tmp_path / "results.h5", [(0, 1.0)]))
+    analysis = files.Analysis(results=results, path=tmp_path / "results.h5", out=tmp_path)
+    path = analysis.save_csv(rows, "table")
+    assert path.name == "partial-table.csv"
+    table = pq.read_table(path.with_suffix(".parquet"))
+    with path.open() as file:
+        in_csv = list(csv.DictReader(file))
+    assert table.column_names == list(in_csv[0])
+    assert table.num_rows == len(in_csv) == 4
+    for from_csv, from_parquet in zip(in_csv, table.to_pylist(), strict=True):
+        for column, text in from_csv.items():
+            value = from_parquet[column]
+            if isinstance(value, float):
+                assert math.isnan(value) == math.isnan(float(text))
+                assert math.isnan(value) or value == float(text)
+            else:
+                assert text == ("" if value is None else str(value))
+    assert str(table.schema.field("mean").type) == "double"
+    assert str(table.schema.field("known").type) == "bool"
+    assert str(table.schema.field("mixed").type) == "string"

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import launch
+from commands import launch, light_result
+from light import expected
 
 from kdhpc.cluster import runs
 from kdhpc.cluster.housekeeping import unneeded
+from kdhpc.cluster.runs import Run
 from kdhpc.config.run import RunConfig
 from kdhpc.plan.shards import Arm, Plan, Shard
-from kdhpc.storage.run_folder import RunFolder
+from kdhpc.storage import files
+from kdhpc.storage.run_folder import RESULTS, RunFolder
 from kdhpc.storage.work import Work, Written
 from kdhpc.training import checkpoints
 
@@ -127,3 +130,59 @@ def test_a_checkpoint_whose_record_is_damaged_may_be_for_good(run: RunFolder) ->
     passing = save(run, 2)
     damage(record)
     assert listed(run, {SHARD.key}) == set(passing)
+
+
+def grown(tmp_path: Path, *more: str) -> Run:
+    """Return a light run that was made, then made again with other shards in the same folder."""
+    words = ["pipeline=light:PIPELINE", "name=light", "cluster=local", f"runs_dir={tmp_path}"]
+    for num_shards in (3, 2):
+        launch("sweep", *words, f"num_shards={num_shards}", *more)
+    return runs.open_run(tmp_path / "light")
+
+
+def test_a_merge_of_an_earlier_request_is_listed_and_can_be_made_again(tmp_path: Path) -> None:
+    run = grown(tmp_path)
+    merges = {key for key in run.scan().records if key.startswith("merge/")}
+    assert len(merges) == 2
+    listed = launch("clean", str(run.path)).stdout.splitlines()
+    old = [line for line in listed if line.endswith("  merge of an earlier request")]
+    assert [Path(line.split("  ")[0]).suffix for line in old] == [".json", ".h5"]
+    launch("clean", str(run.path), "--yes")
+    assert len([key for key in run.scan().records if key.startswith("merge/")]) == 1
+    assert light_result(run.path) == expected(2)
+    assert launch("verify", str(run.path)).stdout.endswith(" 0 damaged\n")
+    words = ["pipeline=light:PIPELINE", "name=light", "cluster=local", f"runs_dir={tmp_path}"]
+    launch("sweep", *words, "num_shards=3")
+    assert light_result(run.path) == expected(3)
+
+
+def test_the_merge_with_the_fixed_name_is_kept_until_a_newer_one_is_there(tmp_path: Path) -> None:
+    run = grown(tmp_path)
+    newest = run.path / "3-merge" / RESULTS
+    [data] = [r.data for r in run.scan().records.values() if r.data.samefile(newest)]
+    plan = runs.current(run)[2]
+    [planned] = plan.stage("merge")
+    run.record_path(planned.key).unlink()  # as if it was not made yet
+    data.unlink()
+    [other] = [r for key, r in run.scan().records.items() if key.startswith("merge/")]
+    files.point_alias(newest, other.data)
+    reasons = unneeded(
+        run, run.scan(), finished=frozenset(), complete=False, planned=plan.shards.keys()
+    )
+    assert "merge of an earlier request" not in reasons.values()
+    assert unneeded(run, run.scan(), finished=frozenset(), complete=False) == reasons
+
+
+def test_a_copy_of_a_run_without_its_links_keeps_the_merge_that_may_be_the_newest(
+    tmp_path: Path,
+) -> None:
+    """Where the fixed name is a copy, two merges of the same size are not told apart."""
+    old, new, alias = (tmp_path / name for name in ("old", "new", "alias"))
+    for path in (old, new):
+        path.write_text("results")
+    files.point_alias(alias, new)
+    assert files.stands_for(alias, new)
+    assert not files.stands_for(alias, old)
+    alias.unlink()
+    alias.write_text("results")
+    assert files.stands_for(alias, old)

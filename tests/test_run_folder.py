@@ -164,3 +164,48 @@ def test_a_full_disk_and_an_unwritable_one_are_named(tmp_path: Path) -> None:
         file.write("x" * 100_000)
     with pytest.raises(DamagedError, match="cannot be written"), disk_errors(tmp_path):
         raise PermissionError(13, "Permission denied")
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> RunFolder:
+    """Return a run folder whose only stage has links to the output of each arm."""
+    (tmp_path / "run").mkdir()
+    return RunFolder(tmp_path / "run", PIPELINE.folders, links={"only": "models"})
+
+
+def test_what_is_published_has_a_link_under_its_arms_name_that_moves_with_the_run(
+    linked: RunFolder, tmp_path: Path
+) -> None:
+    work = Work(linked, RunConfig(), Plan())
+    written = write(SHARD, work)
+    assert work.publish(SHARD, written, time.time())
+    assert not work.publish(SHARD, write(SHARD, work), time.time())
+    assert (linked.path / "models" / "arm").resolve() == written.path.resolve()
+    moved = linked.path.rename(tmp_path / "moved")
+    assert (moved / "models" / "arm").read_text() == "data"
+
+
+def test_a_lost_link_leaves_the_shard_done_and_is_made_again(linked: RunFolder) -> None:
+    work = Work(linked, RunConfig(), Plan())
+    work.publish(SHARD, write(SHARD, work), time.time())
+    link = linked.path / "models" / "arm"
+    link.unlink()
+    assert list(linked.scan().records) == [SHARD.key]
+    linked.make_lost_links()
+    assert link.read_text() == "data"
+    link.unlink()
+    link.symlink_to("../nowhere")  # as after the data was made again under another name
+    linked.make_lost_links()
+    assert link.read_text() == "data"
+
+
+def test_where_links_cannot_be_made_shards_are_published_all_the_same(linked: RunFolder) -> None:
+    (linked.path / "models").write_text("somebody's file")
+    work = Work(linked, RunConfig(), Plan())
+    assert work.publish(SHARD, write(SHARD, work), time.time())
+    linked.make_lost_links()
+    assert list(linked.scan().records) == [SHARD.key]
+    (linked.path / "models").unlink()
+    (linked.path / "models" / "arm").mkdir(parents=True)
+    linked.make_lost_links()
+    assert [path.name for path in (linked.path / "models").iterdir()] == ["arm"]

@@ -71,6 +71,9 @@ def test_a_run_of_an_earlier_commit_lives(unpacked: tuple[str, Path]) -> None:
     assert {path: digest_of(path) for path in before} == before
     extended = read_results(run / folder / "results.h5")
     assert extended.complete
+    links = {path.name: path for path in run.glob("models/*")}
+    assert links.keys() == ({*extended.models} if name.endswith("language") else set())
+    assert all((link / "model.safetensors").is_file() for link in links.values())
     assert set(extended.models) - set(old.models) == new
     if "truth" in config:  # the new arms alone have what the format lacked
         direct = "student-s0-small-direct"

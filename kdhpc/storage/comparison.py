@@ -51,7 +51,7 @@ def pairs(first: Results, second: Results) -> Iterator[Pair]:
     flat = [_flat(results) for results in (first, second)]
     for name in dict.fromkeys([*flat[0], *flat[1]]):
         one, other = flat[0].get(name), flat[1].get(name)
-        yield _pair(name, one, other, is_equal=_equal(one, other))
+        yield _pair(name, one, other, is_equal=same_bits(one, other))
 
 
 def _flat(results: Results) -> dict[str, Array]:
@@ -94,10 +94,10 @@ def _largest(one: Array | None, other: Array | None) -> float | None:
 
 
 def _all_equal(one: Mapping[str, Array], other: Mapping[str, Array]) -> bool:
-    return one.keys() == other.keys() and all(_equal(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(same_bits(one[name], other[name]) for name in one)
 
 
-def _equal(one: Array | None, other: Array | None) -> bool:
+def same_bits(one: Array | None, other: Array | None) -> bool:
     """Return whether two arrays have the same bits."""
     if one is None or other is None or one.dtype != other.dtype or one.shape != other.shape:
         return False
