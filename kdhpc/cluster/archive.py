@@ -3,8 +3,8 @@
 The file is NAME.kdhpc.tar.gz and holds a folder NAME: results, records, the ledger, logs of
 trainings, small logs, the code of the last request, and of the data of shards what
 `Stage.archived` names. Its first file is archive.json, which says what was left out and has the
-digest of every other file. A restored run can be read, verified and archived data looked at; it
-makes nothing anew, because the data that new shards would read is not there.
+digest of every other file. A restored run can be read and verified; it makes no more shards,
+because the data that they would read is not there.
 """
 
 import atexit
@@ -26,7 +26,7 @@ from kdhpc.cluster import ledger as ledgers
 from kdhpc.cluster import places, runs
 from kdhpc.cluster.observe import State
 from kdhpc.cluster.runs import Run
-from kdhpc.errors import DamagedError, InputError
+from kdhpc.errors import BusyError, DamagedError, InputError
 from kdhpc.storage.files import (
     PIECE_BYTES,
     Digest,
@@ -35,6 +35,7 @@ from kdhpc.storage.files import (
     point_alias,
     read_once,
     stands_for,
+    sync_tree,
     write_once,
 )
 from kdhpc.storage.run_folder import ARCHIVE, Record, Scan, verify
@@ -71,6 +72,7 @@ def archive(run: Run, state: State, file: Path) -> Archived:
     Raises:
         InputError: if the file exists, has another ending or cannot be in its folder, or the run
             was itself restored.
+        BusyError: if a file changes meanwhile.
         DamagedError: if a planned shard is damaged, or the disk cannot be written.
     """
     check_new(file)
@@ -80,15 +82,15 @@ def archive(run: Run, state: State, file: Path) -> Archived:
     scan = run.scan()
     aliases = _aliases(run, scan)
     kept, left_out = _data(run, state, scan, frozenset(aliases.values()))
-    files = {str(path.relative_to(run.path)): path for path in [*_facts(run, state, scan), *kept]}
-    manifest = {
+    paths = {*_facts(run, state, scan), *kept}
+    manifest: dict[str, Json] = {
         "format": FORMAT,
         "version": version("kdhpc"),
         "name": run.path.name,
         "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "left_out": sorted(left_out),
         "aliases": aliases,
-        "files": {name: digest_of(path) for name, path in sorted(files.items())},
+        "files": {str(path.relative_to(run.path)): digest_of(path) for path in sorted(paths)},
     }
     part = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     with disk_errors(file.parent), tempfile.TemporaryDirectory() as folder:
@@ -96,13 +98,15 @@ def archive(run: Run, state: State, file: Path) -> Archived:
         write_once(first, manifest)
         try:
             with tarfile.open(part, "x:gz", format=tarfile.PAX_FORMAT) as tar:
-                for name, path in {ARCHIVE: first, **dict(sorted(files.items()))}.items():
-                    _add(tar, f"{run.path.name}/{name}", path)
+                _add(tar, f"{run.path.name}/{ARCHIVE}", first, digest_of(first))
+                for name, digest in manifest["files"].items():
+                    _add(tar, f"{run.path.name}/{name}", run.path / name, digest)
+            sync_tree(part)
             check_new(file)
             part.rename(file)
         finally:
             part.unlink(missing_ok=True)
-    return Archived(num_files=len(files), num_bytes=file.stat().st_size, num_left_out=len(left_out))
+    return Archived(num_files=len(paths), num_bytes=file.stat().st_size, num_left_out=len(left_out))
 
 
 def check_new(file: Path) -> None:
@@ -181,12 +185,32 @@ def _aliases(run: Run, scan: Scan) -> dict[str, str]:
     return aliases
 
 
-def _add(tar: tarfile.TarFile, name: str, path: Path) -> None:
-    """Add a file as a regular one, whatever its links, owner and mode are."""
+class _Read:
+    """A file that is read once, and the digest of what was read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = Digest()
+
+    def read(self, size: int = -1) -> bytes:
+        piece = self._file.read(size)
+        self.digest.update(piece)
+        return piece
+
+
+def _add(tar: tarfile.TarFile, name: str, path: Path, digest: str) -> None:
+    """Add a file as a regular one, whatever its links, owner and mode are.
+
+    Raises:
+        BusyError: if its digest is another one.
+    """
     member, status = tarfile.TarInfo(name), path.stat()
     member.size, member.mtime = status.st_size, int(status.st_mtime)
     with path.open("rb") as file:
-        tar.addfile(member, file)
+        content = _Read(file)
+        tar.addfile(member, content)
+    if content.digest.hexdigest() != digest:
+        raise BusyError(f"{path}: changed while it was archived; try again when nothing runs")
 
 
 def restore(file: Path, runs_dir: str = places.DEFAULT_DIR, name: str | None = None) -> Path:

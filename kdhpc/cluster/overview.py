@@ -1,7 +1,7 @@
 """All known runs, a line for each; one that cannot be read does not hide the others."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import look, status_of
 from kdhpc.errors import ClusterError
 from kdhpc.storage.files import list_entries, read_once
-from kdhpc.storage.run_folder import Record
 
 Queue = Callable[[], Sequence[slurm.Queued]]
 
@@ -81,7 +80,7 @@ def _overview(path: Path, queue: Queue) -> Overview:
             done=len(state.situation.done),
             planned=len(state.plan.shards),
             num_bytes=num_bytes,
-            rank_hours=_rank_hours(state, run.scan().records),
+            rank_hours=_rank_hours(state),
             changed=changed,
             is_restored=run.is_restored,
             problem=f"{path}: {state.queue_error}" if state.queue_error else "",
@@ -126,14 +125,14 @@ def _state(run: Run, state: State) -> str:
     return "failed" if any(stage.failed for stage in status.stages) else "incomplete"
 
 
-def _rank_hours(state: State, records: Mapping[str, Record]) -> float:
+def _rank_hours(state: State) -> float:
     shards = state.plan.shards
     return (
         sum(
             record.seconds * (shards[key].arm.nodes * shards[key].arm.ranks_per_node)
             if key in shards
             else record.seconds
-            for key, record in records.items()
+            for key, record in state.scan.records.items()
             if not record.reused_from
         )
         / 3600
