@@ -30,7 +30,7 @@ def scored(
         recipe="r",
         provenance={"config": config, "python": "3.11", "hosts": '["a"]', "versions": "{}"},
         scores=[ScorePieces(sampler=pair, scorer="truth", num_rows=len(sums), pieces=pieces)],
-        tables=[("beta1", {"recall": np.array(table), "word": np.array([b"a", b"b"])})],
+        tables=[("beta1", {"recall": np.array(table), "word": np.array([b"a", b"b", b"c"])})],
         models={"direct": {"kind": "student", "parameters": parameters}},
     )
     return path

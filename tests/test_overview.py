@@ -51,7 +51,7 @@ def test_every_state_has_its_word_and_one_damaged_run_hides_no_other(tmp_path: P
     make(tmp_path, "incomplete", published=1)
     failed = make(tmp_path, "failed")
     submit(failed, Job(job_id=None))
-    failure = Failure(key="make/arm/00000", kind="RAISED", message="m", submission=1)
+    failure = Failure(key="make/arm/00000", kind="EXCEPTION", message="m", submission=1)
     assert Ledger(failed.path).add_failure(failure)
     cancelled = make(tmp_path, "cancelled")
     _, config, _ = runs.current(cancelled)

@@ -291,6 +291,9 @@ def unpack(file: Path, folder: Path) -> Path:
             if inner in digests or inner not in manifest["files"]:
                 raise InputError(f"{file}: {member.name} should not be in it; fetch it again")
             digests[inner] = _extract(tar, member, run_dir / inner)
+        rest = cast(IO[bytes], tar.fileobj)
+        while rest.read(PIECE_BYTES):  # to the end, where gzip's own check is
+            pass
     if digests != manifest["files"]:
         different = sorted(dict(digests.items() ^ manifest["files"].items()))
         raise InputError(f"{file}: {different[0]} is missing or damaged in it; fetch it again")

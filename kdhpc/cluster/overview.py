@@ -9,7 +9,7 @@ from kdhpc.cluster import runs, slurm
 from kdhpc.cluster.observe import State
 from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import look, status_of
-from kdhpc.errors import ClusterError
+from kdhpc.errors import ClusterError, KdhpcError
 from kdhpc.storage.files import list_entries, read_once
 
 Queue = Callable[[], Sequence[slurm.Queued]]
@@ -86,7 +86,9 @@ def _overview(path: Path, queue: Queue) -> Overview:
             problem=f"{path}: {state.queue_error}" if state.queue_error else "",
         )
     except Exception as error:  # whatever is wrong with one run, the others are shown
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(str(error).split())
+        if not isinstance(error, KdhpcError):
+            text = f"{type(error).__name__}: {text}"
         return Overview(
             name=path.name,
             path=str(path),

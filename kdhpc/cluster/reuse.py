@@ -54,12 +54,12 @@ def find(config: RunConfig, plan: Plan) -> list[Record]:
     if config.reuse is None:
         return []
     source = open_run(Path(config.reuse))
+    check_not_restored(source, "nothing of it can be reused; expected the run that was archived")
     if source.pipeline.name != config.pipeline:
         raise InputError(
             f"reuse={config.reuse}: a run of the pipeline {source.pipeline.name}; expected one of "
             f"{config.pipeline}"
         )
-    check_not_restored(source, "nothing of it can be reused; expected the run that was archived")
     target = Path(config.runs_dir).expanduser().resolve()
     if target / config.name == source.path:
         raise InputError(f"reuse={config.reuse}: is this run itself; expected another one")
