@@ -16,6 +16,7 @@ import argparse
 from kdhpc.cluster import local, planning, runs
 from kdhpc.cluster.advance import advance, wait_for_cancelled
 from kdhpc.cluster.display import command, console, note_ignored_variables, status_view
+from kdhpc.cluster.gate import tell
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import look, status_of
@@ -66,8 +67,8 @@ def main(arguments: list[str]) -> int:
             runs.add_request(run, config, resources=resources, **request)
             with disk_errors(run.path):
                 state = local.run_all(run, config, plan)
-        status = status_of(run, state)
-        console().print(status_view(status))
+        console().print(status_view(status_of(run, state)))
+        tell(run, state)
         return 0 if state.finished else 1
     note_ignored_variables()
     wait_for_cancelled(run)

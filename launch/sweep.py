@@ -136,7 +136,7 @@ def _local(run: Run, config: RunConfig, plan: Plan, reused: Sequence[Record]) ->
             state = local.run_all(run, config, plan, on_change=show)
     status = status_of(run, state)
     out.print(status_view(status))
-    tell(run.path, state)
+    tell(run, state)
     return 0 if state.finished else 1
 
 
@@ -153,7 +153,7 @@ def _watch(run: Run) -> int:
             time.sleep(WATCH_EVERY_S)
     out.print(status_view(status))
     if state.config.slurm.advance_from == "login":
-        tell(run.path, state)
+        tell(run, state)
     return 0 if state.finished else 1
 
 

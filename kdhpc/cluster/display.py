@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdhpc.cluster import slurm
+from kdhpc.cluster.eta import Range
 from kdhpc.cluster.planning import Preview
 from kdhpc.cluster.status import DAMAGE_ADVICE, Status
 from kdhpc.config.run import RunConfig
@@ -52,6 +53,15 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def between(seconds: Range) -> str:
+    """Format a range of seconds for people: 2.1 to 3.5 min, 50 s to 2.5 min, 3.0 min."""
+    low, high = duration(seconds.low), duration(seconds.high)
+    if low == high:
+        return low
+    number, _, unit = low.partition(" ")
+    return f"{number if high.endswith(f' {unit}') else low} to {high}"
+
+
 def size(num_bytes: float) -> str:
     """Format bytes for people: 42 B, 1.5 MB."""
     for exponent, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
@@ -89,7 +99,7 @@ def preview_view(preview: Preview, config: RunConfig, executor: str) -> Group:
         str(sum(stage.num_tasks for stage in starting)),
         _hours(sum(stage.rank_hours for stage in starting)),
         size(sum(stage.num_bytes for stage in starting)),
-        duration(sum(stage.wall_s for stage in starting)),
+        between(preview.left_s),
         style="bold",
     )
     return Group(table, *(Text(line) for line in _assumptions(preview, config, executor)))
@@ -105,7 +115,7 @@ def _assumptions(preview: Preview, config: RunConfig, executor: str) -> Iterator
         )
     else:
         yield f"wall time: an estimate for {preview.at_once} tasks at once (local_workers)"
-    yield "in the total, stages run one after the other; where they overlap it takes less"
+    yield "in the total, stages overlap where they can; four of five runs end inside its range"
     if config.until is not None:
         yield f"until={config.until}: later stages start when sweep.py is typed without it"
     if preview.num_accepted and not preview.refused:
@@ -146,8 +156,8 @@ def status_view(status: Status) -> Group:
     if status.logical_digest:
         parts.append(Text(f"logical digest of the results: {status.logical_digest}"))
     parts += [Text(f"  {line}", style="cyan") for line in status.live]
-    if status.eta_s is not None:
-        parts.append(Text(f"about {duration(status.eta_s)} left at this pace"))
+    if status.left_s is not None:
+        parts.append(Text(f"about {between(status.left_s)} left"))
     if status.waiting:
         reasons = ", ".join(f"{count} {reason}" for reason, count in status.waiting.items())
         parts.append(Text(f"waiting in the queue: {reasons}"))

@@ -41,7 +41,7 @@ def note(run_dir: Path) -> None:
 
 def named(name: str) -> list[Path]:
     """Return the absolute folders of all runs of this name, the one in runs/ first."""
-    return _of_name(name, _known())
+    return _of_name(name, known())
 
 
 def locate(name: str, runs_dir: str | None = None) -> Path:
@@ -60,10 +60,10 @@ def locate(name: str, runs_dir: str | None = None) -> Path:
     is_path = Path(name).is_dir() and (os.sep in name or (Path(name) / "run.json").is_file())
     if is_path and (runs_dir is None or os.sep in name):
         return Path(name).resolve()
-    known = _known() if runs_dir is None else _runs_in(Path(runs_dir))
-    paths = _of_name(name, known)
+    candidates = known() if runs_dir is None else _runs_in(Path(runs_dir))
+    paths = _of_name(name, candidates)
     if not paths:
-        names = ", ".join(sorted({path.name for path in known}))
+        names = ", ".join(sorted({path.name for path in candidates}))
         expected = f"one of {names}" if names else "the path of a run"
         if os.sep in name:
             raise InputError(f"{name}: no such folder; expected {expected}")
@@ -77,7 +77,7 @@ def locate(name: str, runs_dir: str | None = None) -> Path:
     return paths[0]
 
 
-def _known() -> list[Path]:
+def known() -> list[Path]:
     """Return the folders of all runs in runs/, then of those that are noted and still there."""
     noted = [path for path in _noted() if os.path.isfile(path / "run.json")]
     return [*_runs_in(Path(DEFAULT_DIR)), *noted]

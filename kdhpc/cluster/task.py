@@ -130,13 +130,18 @@ def _progress_writer(path: Path) -> Callable[[str], Callable[[float], None]]:
     last_written = [0.0]
 
     def for_shard(key: str) -> Callable[[float], None]:
+        first: list[float] = []
+
         def write(fraction: float) -> None:
+            if not first:
+                first[:] = [round(fraction, 4), round(time.time(), 3)]
             if time.monotonic() - last_written[0] < PROGRESS_EVERY_S:
                 return
             last_written[0] = time.monotonic()
             temporary = path.with_suffix(".tmp")
+            note = {"key": key, "fraction": round(fraction, 4), "first": first}
             with contextlib.suppress(OSError):  # a failure to show progress must not stop work
-                temporary.write_text(json.dumps({"key": key, "fraction": round(fraction, 4)}))
+                temporary.write_text(json.dumps(note))
                 os.replace(temporary, path)
 
         return write
