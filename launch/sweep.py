@@ -12,6 +12,7 @@ Without a preset it runs `demo`. Examples:
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 
@@ -76,6 +77,10 @@ def main(arguments: list[str]) -> int:
     if executor == "slurm":
         wait_for_cancelled(run)
     planning.check_active(run, plan)
+    if planning.nothing_to_do(run, config, plan):
+        console().print(status_view(status_of(run, look(run))))
+        print(f"nothing to do: all {len(plan.shards)} shards are done")
+        return 0
     if note := planning.left_out(run, plan):
         print(note)
     if executor == "local":
@@ -142,15 +147,22 @@ def _local(run: Run, config: RunConfig, plan: Plan, reused: Sequence[Record]) ->
 
 def _watch(run: Run) -> int:
     """Stay until nothing is queued or running; where gates may not submit, this loop does."""
-    out = console()
-    with Live(console=out, refresh_per_second=1, transient=True) as live:
-        while True:
-            state = patiently(run)
-            status = status_of(run, state)
-            live.update(status_view(status))
-            if not state.situation.active and not state.queued:
-                break
-            time.sleep(WATCH_EVERY_S)
+    out, from_here = console(), False
+    try:
+        with Live(console=out, refresh_per_second=1, transient=True) as live:
+            while True:
+                state = patiently(run)
+                from_here = state.config.slurm.advance_from == "login"
+                status = status_of(run, state)
+                live.update(status_view(status))
+                if not state.situation.active and not state.queued:
+                    break
+                time.sleep(WATCH_EVERY_S)
+    except KeyboardInterrupt:
+        later = "nothing more is submitted until sweep.py is typed again; " if from_here else ""
+        goes_on = f"jobs in the queue run on; {later}cancel.py {run.path.name} ends them"
+        print(f"stopped watching; {goes_on}", file=sys.stderr)
+        return 1
     out.print(status_view(status))
     if state.config.slurm.advance_from == "login":
         tell(run, state)

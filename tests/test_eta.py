@@ -23,7 +23,8 @@ STAGES = ("first", "second")
 
 def plan_of(*stages: tuple[str, list[float], bool]) -> Plan:
     """Make a plan; a stage's shards read all of the stage before it, or nothing."""
-    plan, before = Plan(), ()
+    plan = Plan()
+    before: tuple[str, ...] = ()
     for name, works, reads in stages:
         arm = Arm(stage=name, name="arm", fields={}, inputs={})
         shards = [
@@ -141,7 +142,7 @@ def test_progress_inside_a_shard_counts(config: LightConfig) -> None:
 
     def left() -> Range:
         state = observe(run, config, plan, local_active=frozenset({key}), with_queue=False)
-        seconds = pace.time_left(run, state, pace.progress(run, state))
+        seconds = pace.time_left(state, pace.measure(run, state))
         assert seconds is not None
         return seconds
 

@@ -1,7 +1,7 @@
 """Format what the launch scripts print: plans, status, and one line for an error."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdhpc.cluster import slurm
+from kdhpc.cluster.costs import CORE_WATTS, GPU_WATTS, Hours, StageCost
 from kdhpc.cluster.eta import Range
 from kdhpc.cluster.planning import Preview
 from kdhpc.cluster.status import DAMAGE_ADVICE, Status
@@ -29,7 +30,7 @@ def command(main: Callable[[list[str]], int]) -> NoReturn:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("stopped; type the same command to go on", file=sys.stderr)
+        print("stopped; the same command goes on from what is published", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(1)
@@ -158,6 +159,7 @@ def status_view(status: Status) -> Group:
     parts += [Text(f"  {line}", style="cyan") for line in status.live]
     if status.left_s is not None:
         parts.append(Text(f"about {between(status.left_s)} left"))
+    parts.append(Text(_work(status.hours)))
     if status.waiting:
         reasons = ", ".join(f"{count} {reason}" for reason, count in status.waiting.items())
         parts.append(Text(f"waiting in the queue: {reasons}"))
@@ -173,6 +175,51 @@ def status_view(status: Status) -> Group:
     for key, reason in status.damaged.items():
         parts.append(Text(f"DAMAGED {key}: {reason}; {DAMAGE_ADVICE}", style="red"))
     return Group(*parts)
+
+
+def _work(hours: Hours) -> str:
+    """Say what published shards have cost, and what the others will."""
+    left = hours.left
+    more = f", {_hours(left.low)} to {_hours(left.high)} are left" if left.high else ""
+    return f"{_hours(hours.done)} {hours.unit}-hours of work are done{more}"
+
+
+def costs_view(costs: Sequence[StageCost]) -> Group:
+    """Format what a run has cost: a line for each stage, and what follows for the next."""
+    table = Table(title="core-hours, and memory of a node in GB", title_justify="left", box=None)
+    table.add_column("stage", no_wrap=True)
+    for name in ("spent", "lost", "left", "GPU-hours", "used", "asked", "GPU"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for cost in costs:
+        left = cost.left_core_hours
+        table.add_row(
+            cost.stage,
+            _hours(cost.core_hours),
+            _hours(cost.lost_core_hours) if cost.lost_core_hours else "",
+            f"{_hours(left.low)} to {_hours(left.high)}" if left.high else "",
+            _hours(cost.gpu_hours) if cost.gpu_hours else "",
+            f"{cost.memory_gb:.2f}" if cost.memory_gb else "",
+            f"{cost.asked_gb:g}" if cost.asked_gb is not None else "",
+            f"{cost.gpu_memory_gb:.2f}" if cost.gpu_memory_gb else "",
+        )
+    lines = [*_memory_advice(costs)]
+    spent, lost = sum(c.core_hours for c in costs), sum(c.lost_core_hours for c in costs)
+    if spent:
+        lines.append(f"{1 - lost / spent:.0%} of {_hours(spent)} core-hours were useful")
+        lines.append(
+            f"about {sum(c.energy_kwh for c in costs):.2g} kWh, if a busy core takes "
+            f"{CORE_WATTS:g} W at the wall and a GPU {GPU_WATTS:g} W"
+        )
+    return Group(table, *map(Text, lines))
+
+
+def _memory_advice(costs: Sequence[StageCost]) -> Iterator[str]:
+    """Yield what to ask for where what was asked for does not fit what was used."""
+    for cost in costs:
+        if cost.suggested_gb is not None and cost.asked_gb is not None:
+            why = "is enough" if cost.suggested_gb < cost.asked_gb else "is safer"
+            key = f"slurm.stages.{cost.stage}.mem_gb={cost.suggested_gb}"
+            yield f"{cost.stage} used {cost.memory_gb:.2f} of {cost.asked_gb:g} GB: {key} {why}"
 
 
 def console() -> Console:

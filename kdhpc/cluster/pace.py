@@ -65,20 +65,25 @@ def progress(run: Run, state: State) -> dict[str, Progress]:
     return notes
 
 
-def time_left(run: Run, state: State, notes: Mapping[str, Progress]) -> eta.Range | None:
-    """Return how long the rest takes; None if nothing is running or nothing is left.
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How fast a run goes, as far as it is known now."""
 
-    Args:
-        run: the run.
-        state: its state.
-        notes: progress of the shards that are being worked on.
-    """
-    plan, is_local = state.plan, state.request.executor == "local"
-    asked_for = set(plan.stages_until(state.config.until))
-    left = [key for key in state.missing if plan.shards[key].stage in asked_for]
-    if not left or not state.running:
-        return None
-    took = eta.took(state.scan.records.values(), plan)
+    progress: Mapping[str, Progress]
+    """Progress of the shards that are being worked on, by key."""
+    factors: Mapping[str, eta.Factor]
+    """How long shards take by what was estimated, by stage."""
+    num_at_once: int
+    """Most shards that this run or earlier ones there worked on at once; 0 if none has."""
+    begun: bool
+    """Whether any work of this run has been seen to be done."""
+
+
+def measure(run: Run, state: State) -> Pace:
+    """Find out how fast a run goes: what is done, the progress of the rest, and earlier runs."""
+    plan, records = state.plan, state.scan.records.values()
+    took = eta.took(records, plan)
+    notes = progress(run, state)
     for key, note in notes.items():
         shard, gained = plan.shards[key], note.fraction - note.since
         if gained > 0 and note.seconds > 0 and shard.work > 0:
@@ -88,19 +93,34 @@ def time_left(run: Run, state: State, notes: Mapping[str, Progress]) -> eta.Rang
             took[shard.stage] = took[shard.stage] + part if shard.stage in took else part
     place = place_of(state.request.executor, state.config)
     history = read_history(run.pipeline, place, but_not=run.path)
+    return Pace(
+        progress=notes,
+        factors=eta.factors(plan.stages, took, history),
+        num_at_once=max(history.num_at_once, most_at_once(records)),
+        begun=bool(took),
+    )
+
+
+def time_left(state: State, pace: Pace) -> eta.Range | None:
+    """Return how long the rest takes; None if nothing is running or nothing is left."""
+    plan, is_local = state.plan, state.request.executor == "local"
+    asked_for = set(plan.stages_until(state.config.until))
+    left = [key for key in state.missing if plan.shards[key].stage in asked_for]
+    if not left or not state.running:
+        return None
     seconds = eta.seconds_left(
         plan,
         left,
-        eta.factors(plan.stages, took, history),
-        {key: note.fraction for key, note in notes.items()},
-        num_places=_num_places(state, history),
+        pace.factors,
+        {key: note.fraction for key, note in pace.progress.items()},
+        num_places=_num_places(state, pace),
         task_s=LOCAL_TASK_S if is_local else state.config.slurm.task_min * 60,
         start_s=0.0 if is_local else START_S,
     )
-    return seconds if took or not is_local else seconds.later(WARM_UP_S)
+    return seconds if pace.begun or not is_local else seconds.later(WARM_UP_S)
 
 
-def _num_places(state: State, history: eta.History) -> int:
+def _num_places(state: State, pace: Pace) -> int:
     """Return how many shards are worked on at once from now on."""
     if state.request.executor == "local":
         return local.num_workers(state.config, local.num_gpu_devices(state.config))
@@ -109,8 +129,7 @@ def _num_places(state: State, history: eta.History) -> int:
     now = max(1, sum(pack[task.name] for task in tasks if task.state == "RUNNING"))
     if any(task.state == "PENDING" for task in tasks):
         return now  # there is no room for more
-    before = max(history.num_at_once, most_at_once(state.scan.records.values()))
-    return max(now, before or state.config.slurm.max_parallel)
+    return max(now, pace.num_at_once or state.config.slurm.max_parallel)
 
 
 def most_at_once(records: Iterable[Record]) -> int:

@@ -323,6 +323,17 @@ def check_active(run: Run, plan: Plan) -> None:
             )
 
 
+def nothing_to_do(run: Run, config: RunConfig, plan: Plan) -> bool:
+    """Return whether the last request asked for the same shards, and all of them are done."""
+    if not Ledger(run.path).requests():
+        return False
+    _, last_config, last_plan = runs.current(run)
+    if last_config.until != config.until or last_plan.shards.keys() != plan.shards.keys():
+        return False
+    state = observe(run, config, plan, policy=Policy.looking(config), with_queue=False)
+    return state.finished and not state.scan.damaged
+
+
 def left_out(run: Run, plan: Plan) -> str:
     """Name the shards of the last request that a new plan does not have; empty if there are none.
 

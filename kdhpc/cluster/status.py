@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
-from kdhpc.cluster import eta, pace, runs, slurm
+from kdhpc.cluster import eta, runs, slurm
+from kdhpc.cluster.costs import Hours, hours_of_shards
 from kdhpc.cluster.decide import Policy
 from kdhpc.cluster.failures import REMEDIES
 from kdhpc.cluster.ledger import Failure, Ledger
 from kdhpc.cluster.logs import own_part, tasks_of
 from kdhpc.cluster.observe import State, observe
+from kdhpc.cluster.pace import Progress, measure, time_left
 from kdhpc.cluster.runs import Run
 from kdhpc.errors import ClusterError
 
@@ -68,6 +70,8 @@ class Status:
     """Lines about anything else that a person should know."""
     left_s: eta.Range | None
     """Seconds until the end; None if nothing is running or nothing is left."""
+    hours: Hours
+    """What published shards have cost, and what the others will."""
     live: tuple[str, ...]
     """Lines about the progress of the shards that tasks are working on."""
     finished: bool = False
@@ -117,7 +121,7 @@ def status_of(run: Run, state: State) -> Status:
         if of_shard and key not in situation.active
     }
     stages = tuple(_stage_status(run, state, stage, failures) for stage in state.plan.stages)
-    progress = pace.progress(run, state)
+    pace = measure(run, state)
     return Status(
         run=str(run.path),
         executor=state.request.executor,
@@ -126,8 +130,9 @@ def status_of(run: Run, state: State) -> Status:
         damaged=situation.damaged,
         waiting=_waiting(state),
         notes=tuple(_notes(run, state, failures)),
-        left_s=pace.time_left(run, state, progress),
-        live=_live(run, state, progress),
+        left_s=time_left(state, pace),
+        hours=hours_of_shards(state, pace.factors),
+        live=_live(run, state, pace.progress),
         finished=state.finished,
         logical_digest=_logical_digest(run, state),
         queue_unknown=bool(state.queue_error),
@@ -283,9 +288,9 @@ def _log_of(run: Run, state: State, failure: Failure) -> tuple[str, tuple[str, .
     return str(path), part.last_lines(LOG_LINES) if part else ()
 
 
-def _live(run: Run, state: State, notes: Mapping[str, pace.Progress]) -> tuple[str, ...]:
+def _live(run: Run, state: State, progress: Mapping[str, Progress]) -> tuple[str, ...]:
     lines = []
-    for key, note in notes.items():
+    for key, note in progress.items():
         stage = run.pipeline.stage(state.plan.shards[key].stage)
         words = (key, f"{note.fraction:.0%}", stage.progress(run.scratch_path(key)))
         lines.append(" ".join(filter(None, words)))

@@ -33,7 +33,7 @@ from kdhpc.config.run import RunConfig
 from kdhpc.errors import ClusterError, KdhpcError
 from kdhpc.plan.shards import Plan, Shard
 from kdhpc.storage.files import disk_errors
-from kdhpc.storage.work import Work
+from kdhpc.storage.work import Work, forget_memory
 
 PROGRESS_EVERY_S = 2.0
 
@@ -222,6 +222,7 @@ def _attempt(
             ledger.note_attempt(number, place.task, shard.key, event, place.process)
 
     run.check_there()
+    forget_memory()
     print(f"{shard.key}{failures.STARTED}", flush=True)
     note("started")
     try:
