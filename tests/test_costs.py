@@ -83,7 +83,8 @@ def test_hours_of_attempts_that_came_to_nothing_are_lost(run: Run, tmp_path: Pat
     assert "core-hours were useful" in shown
     assert max(map(len, shown.splitlines())) <= 80
     hours = status_of(run, state).hours
-    assert (hours.unit, hours.done) == ("core", pytest.approx(2 * published_s / 3600))
+    assert hours.unit == "core"
+    assert hours.done == pytest.approx(2 * published_s / 3600)
     assert 0 < hours.left.low < hours.left.high
 
 

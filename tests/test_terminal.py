@@ -91,7 +91,8 @@ def test_tables_fit_the_terminal(width: int) -> None:
     status = Status(
         run="/a/long/path" * 12, executor="slurm", stages=tuple(stages), causes=(cause,),
         damaged={}, waiting={"Priority": 5000}, notes=(), left_s=Range(low=60, middle=90, high=9e4),
-        hours=Hours(unit="GPU", done=12.0, left=Range(low=100, middle=150, high=20000)), live=("y" * 300,),
+        live=("y" * 300,),
+        hours=Hours(unit="GPU", done=12.0, left=Range(low=100, middle=150, high=20000)),
     )  # fmt: skip
     cost = StageCost(
         stage="sample-students", core_hours=12345.6, lost_core_hours=1234.5,
