@@ -44,6 +44,12 @@ def named(name: str) -> list[Path]:
     return _of_name(name, _known())
 
 
+def names(runs_dir: str | None = None) -> list[str]:
+    """Return the names of the runs that `locate` finds, sorted."""
+    known = _known() if runs_dir is None else _runs_in(Path(runs_dir))
+    return sorted({path.name for path in known})
+
+
 def locate(name: str, runs_dir: str | None = None) -> Path:
     """Find the folder of a run.
 
@@ -63,8 +69,8 @@ def locate(name: str, runs_dir: str | None = None) -> Path:
     known = _known() if runs_dir is None else _runs_in(Path(runs_dir))
     paths = _of_name(name, known)
     if not paths:
-        names = ", ".join(sorted({path.name for path in known}))
-        expected = f"one of {names}" if names else "the path of a run"
+        others = ", ".join(names(runs_dir))
+        expected = f"one of {others}" if others else "the path of a run"
         if os.sep in name:
             raise InputError(f"{name}: no such folder; expected {expected}")
         where = f"{runs_dir}/" if runs_dir else f"{DEFAULT_DIR}/ or noted elsewhere"
