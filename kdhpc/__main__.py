@@ -12,9 +12,11 @@ import ast
 import runpy
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from kdhpc import __version__
 from kdhpc.cluster import completion
+from kdhpc.cluster.display import command
 from kdhpc.errors import InputError
 from kdhpc.project import PROJECT_DIR
 
@@ -23,26 +25,28 @@ SHEBANG = "#!"
 """A file that begins with it is a script; other files are modules of the scripts beside them."""
 
 
-def main() -> int:
-    """Run the command that was typed; it ends the process with its own exit code.
+def start() -> NoReturn:
+    """Run what was typed, and end the process with its exit code."""
+    command(main)
 
-    Returns:
-        0 after the list of commands, 2 for an unknown command.
+
+def main(arguments: list[str]) -> int:
+    """Run a command, which ends the process with its own exit code, or list them.
+
+    Raises:
+        InputError: for an unknown command.
     """
-    found = commands()
-    words = sys.argv[1:] or ["--help"]
-    answers = {name: path.parent.name == "launch" for name, path in found.items()}
-    if (name := completion.command(answers)) is not None:
-        words = [name]
-    if words[0] in ("-h", "--help"):
-        print(listing(found))
+    scripts = commands()
+    answering = {name: path.parent.name == "launch" for name, path in scripts.items()}
+    if (name := completion.command(answering)) is not None:
+        arguments = [name]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(listing(scripts))
         return 0
-    if words[0] not in found:
-        error = InputError(f"{words[0]}: no such command; expected one of {', '.join(found)}")
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    script = found[words[0]]
-    sys.argv = [str(script), *words[1:]]
+    if arguments[0] not in scripts:
+        raise InputError(f"{arguments[0]}: no such command; expected one of {', '.join(scripts)}")
+    script = scripts[arguments[0]]
+    sys.argv = [str(script), *arguments[1:]]
     sys.path.insert(0, str(script.parent))  # as Python does for a script
     runpy.run_path(str(script), run_name="__main__")
     return 0
@@ -72,4 +76,4 @@ def listing(scripts: dict[str, Path]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start()

@@ -1,7 +1,6 @@
 """Where the folders of the project are: beside the package in a clone, inside it when installed.
 
-A wheel carries copies of launch/, analysis/, configs/ and slurm/ inside the package, so that it needs
-no clone.
+A wheel carries copies of launch/, analysis/, configs/ and slurm/, so that no clone is needed.
 """
 
 from collections.abc import Iterator

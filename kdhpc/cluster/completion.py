@@ -147,7 +147,9 @@ def _leaves(kind: Any, value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_config(kind: Any) -> bool:
-    return isinstance(kind, type) and is_dataclass(kind)  # a bound of a type is one too, but no type
+    return isinstance(kind, type) and is_dataclass(
+        kind
+    )  # a bound of a type is one too, but no type
 
 
 def _choices(kind: Any) -> list[str]:
