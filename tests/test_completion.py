@@ -77,8 +77,8 @@ def test_runs_stages_and_resources_are_completed(tmp_path: Path) -> None:
     launch("sweep", *words, f"runs_dir={tmp_path}/runs")
     for start, typed in ((STATUS, ""), (MODULE, "status "), (MODULE, "report ")):
         assert completed(start, typed, tmp_path) == ["light"]
-    assert completed(STATUS, "light --list m", tmp_path) == ["make"]
-    assert completed(STATUS, "heavy --list m", tmp_path) == []
+    assert completed(STATUS, "light --list mak", tmp_path) == ["make"]
+    assert completed(STATUS, "heavy --list mak", tmp_path) == []
     assert completed(RERUN, "light --stage s", tmp_path) == ["square"]
     assert completed(RERUN, "light slurm.mem", tmp_path) == ["slurm.mem_gb="]
     assert completed(SWEEP, "tiny reuse=", tmp_path) == ["reuse=light"]

@@ -20,7 +20,15 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    build = [*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT]
+    build = [
+        *PIP,
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(folder),
+        str(ROOT),
+    ]
     subprocess.run(build, check=True, cwd=folder)
     [path] = folder.glob("*.whl")
     return path
@@ -29,7 +37,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def installed(wheel: Path) -> Path:
     folder = wheel.parent / "site"
-    install = [*PIP, "install", "--no-deps", "--no-index", "--target", folder, wheel]
+    install = [*PIP, "install", "--no-deps", "--no-index", "--target", str(folder), str(wheel)]
     subprocess.run(install, check=True, cwd=wheel.parent)
     return folder
 
@@ -97,13 +105,13 @@ def test_a_run_without_a_clone_is_the_run_of_the_clone(installed: Path, tmp_path
     assert dry.endswith("planned for local, in runs/tiny; nothing was written\n")
     words = ["pipeline=light:PIPELINE", "cluster=local", "name=light", "num_shards=2"]
     typed(installed, *python, "sweep", *words)
+    shown = typed(installed, f"{installed}/bin/kdhpc", "status", "light", "--json")
+    assert json.loads(shown)["complete"]
     launch("sweep", *words, f"runs_dir={tmp_path}")
     run = installed.parent / "runs" / "light"
     assert_light_complete(run, 2)
     [code] = (path.name for path in (run / "code").iterdir())
     assert [path.name for path in (tmp_path / "light" / "code").iterdir()] == [code]
-    shown = typed(installed, f"{installed}/bin/kdhpc", "status", "light", "--json")
-    assert json.loads(shown)["complete"]
 
 
 def test_the_analysis_needs_no_clone(installed: Path, tmp_path: Path) -> None:

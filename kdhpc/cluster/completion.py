@@ -47,7 +47,11 @@ def answer(parser: argparse.ArgumentParser, words: Completer | None = None) -> N
         except KdhpcError:  # what was typed so far is no run, or has a mistake
             return []
 
-    argcomplete.autocomplete(parser, always_complete_options=False, default_completer=complete)
+    argcomplete.autocomplete(
+        parser,
+        always_complete_options=False,
+        default_completer=complete,  # type: ignore[arg-type]  # any callable does
+    )
 
 
 def command(scripts: Mapping[str, bool]) -> str | None:
@@ -64,10 +68,10 @@ def command(scripts: Mapping[str, bool]) -> str | None:
     """
     if VARIABLE not in os.environ:
         return None
-    import argcomplete
+    from argcomplete.lexers import split_line
 
     num_words = int(os.environ[VARIABLE])
-    *_, words, _ = argcomplete.split_line(os.environ["COMP_LINE"], int(os.environ["COMP_POINT"]))
+    *_, words, _ = split_line(os.environ["COMP_LINE"], int(os.environ["COMP_POINT"]))
     parser = argparse.ArgumentParser()
     if len(words) <= num_words:
         parser.add_argument("command", choices=scripts)
