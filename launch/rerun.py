@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Run failed and missing shards again, with other resources if given.
 
     python launch/rerun.py RUN [--stage S] [--shards 3,17-20] [--put-aside] [slurm.mem_gb=64 ...]
@@ -13,7 +14,7 @@ now.
 
 import argparse
 
-from kdhpc.cluster import local, planning, runs
+from kdhpc.cluster import completion, local, planning, runs
 from kdhpc.cluster.advance import advance, wait_for_cancelled
 from kdhpc.cluster.display import command, console, note_ignored_variables, status_view
 from kdhpc.cluster.gate import tell
@@ -43,6 +44,7 @@ def main(arguments: list[str]) -> int:
         help="make again what was made with other settings, too",
     )
     parser.add_argument("--partial", action="store_true", help="merge the results published so far")
+    completion.answer(parser, words=completion.resources)
     options = parser.parse_intermixed_args(arguments)
     run = runs.find(options.run, options.runs_dir)
     _, config, plan = runs.current(run)

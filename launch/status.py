@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Show the state of a run: counts for each stage, causes of failures, time left.
 
     python launch/status.py RUN [--watch] [--json]
@@ -20,7 +21,7 @@ import time
 
 from rich.live import Live
 
-from kdhpc.cluster import runs
+from kdhpc.cluster import completion, runs
 from kdhpc.cluster.costs import costs
 from kdhpc.cluster.display import command, console, costs_view, status_view
 from kdhpc.cluster.explain import explain, list_stage, planned_shard, show_log
@@ -45,6 +46,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--explain", metavar="SHARD", help="explain the state of this shard")
     parser.add_argument("--log", metavar="SHARD", help="print the log of its last attempt")
     parser.add_argument("--follow", action="store_true", help="with --log: stay until it has ended")
+    completion.answer(parser)
     options = parser.parse_args(arguments)
     run = runs.find(options.run, options.runs_dir)
     state = look(run)

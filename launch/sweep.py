@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Plan and submit a run. Typed again, it submits only what is missing and not queued.
 
     python launch/sweep.py [PRESET ...] [key=value ...] [--dry-run [--verbose]] [--watch]
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 
 from rich.live import Live
 
-from kdhpc.cluster import local, planning, reuse, runs, slurm
+from kdhpc.cluster import completion, local, planning, reuse, runs, slurm
 from kdhpc.cluster.advance import advance, wait_for_cancelled
 from kdhpc.cluster.display import (
     command,
@@ -54,6 +55,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--verbose", action="store_true", help="with --dry-run: what each stage reads and writes"
     )
+    completion.answer(parser, words=completion.settings)
     options = parser.parse_intermixed_args(arguments)
 
     pipeline, config = runs.from_words(options.words)

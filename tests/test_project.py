@@ -153,6 +153,7 @@ def test_later_presets_and_overrides_win() -> None:
         "sys.path.insert(0, 'launch'); import sweep; sweep.main(sys.argv[1:])",
         "import sys; sys.path.insert(0, 'launch'); import status, rerun, cancel, clean, verify",
         "import kdhpc.cluster.gate, kdhpc.cluster.task, kdhpc.pipeline",
+        "import kdhpc.__main__; kdhpc.__main__.main([])",
     ],
 )
 def test_planning_and_status_load_nothing_heavy(statement: str) -> None:

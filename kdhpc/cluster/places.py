@@ -44,6 +44,11 @@ def named(name: str) -> list[Path]:
     return _of_name(name, known())
 
 
+def names(runs_dir: str | None = None) -> list[str]:
+    """Return the names of the runs that `locate` finds, sorted."""
+    return sorted({path.name for path in _candidates(runs_dir)})
+
+
 def locate(name: str, runs_dir: str | None = None) -> Path:
     """Find the folder of a run.
 
@@ -60,11 +65,10 @@ def locate(name: str, runs_dir: str | None = None) -> Path:
     is_path = Path(name).is_dir() and (os.sep in name or (Path(name) / "run.json").is_file())
     if is_path and (runs_dir is None or os.sep in name):
         return Path(name).resolve()
-    candidates = known() if runs_dir is None else _runs_in(Path(runs_dir))
-    paths = _of_name(name, candidates)
+    paths = _of_name(name, _candidates(runs_dir))
     if not paths:
-        names = ", ".join(sorted({path.name for path in candidates}))
-        expected = f"one of {names}" if names else "the path of a run"
+        others = ", ".join(names(runs_dir))
+        expected = f"one of {others}" if others else "the path of a run"
         if os.sep in name:
             raise InputError(f"{name}: no such folder; expected {expected}")
         where = f"{runs_dir}/" if runs_dir else f"{DEFAULT_DIR}/ or noted elsewhere"
@@ -81,6 +85,10 @@ def known() -> list[Path]:
     """Return the folders of all runs in runs/, then of those that are noted and still there."""
     noted = [path for path in _noted() if os.path.isfile(path / "run.json")]
     return [*_runs_in(Path(DEFAULT_DIR)), *noted]
+
+
+def _candidates(runs_dir: str | None) -> list[Path]:
+    return known() if runs_dir is None else _runs_in(Path(runs_dir))
 
 
 def _runs_in(runs_dir: Path) -> list[Path]:
