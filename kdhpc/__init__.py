@@ -1,3 +1,3 @@
 """kdhpc: why does knowledge distillation work in generative models?"""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Cancel all queued and running jobs of a run, and nothing else.
 
     python launch/cancel.py RUN
@@ -10,7 +11,7 @@ import argparse
 import sys
 import time
 
-from kdhpc.cluster import runs, slurm
+from kdhpc.cluster import completion, runs, slurm
 from kdhpc.cluster.display import command
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.runs import Run
@@ -27,6 +28,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("run")
     parser.add_argument("--runs-dir", help="look for RUN only in this folder")
+    completion.answer(parser)
     options = parser.parse_args(arguments)
     run = runs.find(options.run, options.runs_dir)
     runs.check_not_restored(run, "it has no jobs; cancel the run that was archived")

@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """List or delete the files that a run does not need.
 
     python launch/clean.py RUN [--yes]
@@ -11,7 +12,7 @@ deleted without --yes, nor while the run is active.
 
 import argparse
 
-from kdhpc.cluster import housekeeping, runs
+from kdhpc.cluster import completion, housekeeping, runs
 from kdhpc.cluster.display import command, size
 from kdhpc.cluster.status import look, status_of
 from kdhpc.storage.files import remove, size_of
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run")
     parser.add_argument("--runs-dir", help="look for RUN only in this folder")
     parser.add_argument("--yes", action="store_true", help="delete what is listed")
+    completion.answer(parser)
     options = parser.parse_args(arguments)
     run = runs.find(options.run, options.runs_dir)
     state = look(run)

@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Run failed and missing shards again, with other resources if given.
 
     python launch/rerun.py RUN [--stage S] [--shards 3,17-20] [--put-aside] [slurm.mem_gb=64 ...]
@@ -13,9 +14,10 @@ now.
 
 import argparse
 
-from kdhpc.cluster import local, planning, runs
+from kdhpc.cluster import completion, local, planning, runs
 from kdhpc.cluster.advance import advance, wait_for_cancelled
 from kdhpc.cluster.display import command, console, note_ignored_variables, status_view
+from kdhpc.cluster.gate import tell
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import look, status_of
@@ -42,6 +44,7 @@ def main(arguments: list[str]) -> int:
         help="make again what was made with other settings, too",
     )
     parser.add_argument("--partial", action="store_true", help="merge the results published so far")
+    completion.answer(parser, words=completion.resources)
     options = parser.parse_intermixed_args(arguments)
     run = runs.find(options.run, options.runs_dir)
     runs.check_not_restored(run, "it makes no more shards; rerun the run that was archived")
@@ -67,8 +70,8 @@ def main(arguments: list[str]) -> int:
             runs.add_request(run, config, resources=resources, **request)
             with disk_errors(run.path):
                 state = local.run_all(run, config, plan)
-        status = status_of(run, state)
-        console().print(status_view(status))
+        console().print(status_view(status_of(run, state)))
+        tell(run, state)
         return 0 if state.finished else 1
     note_ignored_variables()
     wait_for_cancelled(run)

@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """List all known runs, archive and restore one, compare two.
 
     python launch/runs.py [list] [--runs-dir DIR] [--json]
@@ -21,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdhpc.cluster import archive, housekeeping, places, runs
+from kdhpc.cluster import archive, completion, housekeeping, places, runs
 from kdhpc.cluster.display import command, comparison_view, console, runs_view, size
 from kdhpc.cluster.overview import overviews
 from kdhpc.cluster.status import look
@@ -55,6 +56,7 @@ def main(arguments: list[str]) -> int:
     for name in ("a", "b"):
         comparing.add_argument(name, help="a run, an archive, or a file of results")
     comparing.set_defaults(do=compare)
+    completion.answer(parser)
     if not arguments or (arguments[0][:1] == "-" and arguments[0] not in {"-h", "--help"}):
         arguments = ["list", *arguments]
     options = parser.parse_args(arguments)
@@ -64,7 +66,7 @@ def main(arguments: list[str]) -> int:
 
 def list_runs(options: argparse.Namespace) -> int:
     """Print a line for each run."""
-    found = overviews(places.known(options.runs_dir))
+    found = overviews(places.folders(options.runs_dir))
     if options.json:
         print(json.dumps([asdict(run) for run in found], indent=1))
     elif found:

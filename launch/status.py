@@ -1,7 +1,9 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Show the state of a run: counts for each stage, causes of failures, time left.
 
     python launch/status.py RUN [--watch] [--json]
+    python launch/status.py RUN --costs              hours, memory, energy by stage; what to ask for
     python launch/status.py RUN --list STAGE         a line for each shard of this stage
     python launch/status.py RUN --explain SHARD      why this shard is where it is, what to do
     python launch/status.py RUN --log SHARD          what its last attempt wrote to its task's log
@@ -14,13 +16,16 @@ Works without accounting, and without Slurm.
 """
 
 import argparse
+import sys
 import time
 
 from rich.live import Live
 
-from kdhpc.cluster import runs
-from kdhpc.cluster.display import command, console, status_view
+from kdhpc.cluster import completion, runs
+from kdhpc.cluster.costs import costs
+from kdhpc.cluster.display import command, console, costs_view, status_view
 from kdhpc.cluster.explain import explain, list_stage, planned_shard, show_log
+from kdhpc.cluster.pace import measure
 from kdhpc.cluster.status import look, status_of
 from kdhpc.errors import InputError
 
@@ -36,10 +41,12 @@ def main(arguments: list[str]) -> int:
         "--watch", action="store_true", help="stay until nothing is queued or running"
     )
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--costs", action="store_true", help="hours, memory and energy by stage")
     parser.add_argument("--list", metavar="STAGE", help="list the shards of this stage")
     parser.add_argument("--explain", metavar="SHARD", help="explain the state of this shard")
     parser.add_argument("--log", metavar="SHARD", help="print the log of its last attempt")
     parser.add_argument("--follow", action="store_true", help="with --log: stay until it has ended")
+    completion.answer(parser)
     options = parser.parse_args(arguments)
     run = runs.find(options.run, options.runs_dir)
     state = look(run)
@@ -52,6 +59,9 @@ def main(arguments: list[str]) -> int:
         shard = planned_shard(state, options.explain, "--explain")
         print("\n".join(explain(run, state, shard)))
         return 0 if shard.key in state.situation.done else 1
+    if options.costs:
+        console().print(costs_view(costs(run, state, measure(run, state).factors)))
+        return 0 if state.finished else 1
     if options.log:
         return show_log(run, planned_shard(state, options.log, "--log"), follow=options.follow)
     status = status_of(run, state)
@@ -59,12 +69,18 @@ def main(arguments: list[str]) -> int:
         print(status.as_json())
     elif options.watch:
         out = console()
-        with Live(status_view(status), console=out, refresh_per_second=1, transient=True) as live:
-            while state.situation.active or state.queued:
-                time.sleep(2)
-                state = look(run)
-                status = status_of(run, state)
-                live.update(status_view(status))
+        try:
+            with Live(
+                status_view(status), console=out, refresh_per_second=1, transient=True
+            ) as live:
+                while state.situation.active or state.queued:
+                    time.sleep(2)
+                    state = look(run)
+                    status = status_of(run, state)
+                    live.update(status_view(status))
+        except KeyboardInterrupt:
+            print("stopped watching; the run goes on", file=sys.stderr)
+            return 1
         out.print(status_view(status))
     else:
         console().print(status_view(status))

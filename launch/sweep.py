@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Plan and submit a run. Typed again, it submits only what is missing and not queued.
 
     python launch/sweep.py [PRESET ...] [key=value ...] [--dry-run [--verbose]] [--watch]
@@ -12,12 +13,13 @@ Without a preset it runs `demo`. Examples:
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 
 from rich.live import Live
 
-from kdhpc.cluster import local, planning, reuse, runs, slurm
+from kdhpc.cluster import completion, local, planning, reuse, runs, slurm
 from kdhpc.cluster.advance import advance, wait_for_cancelled
 from kdhpc.cluster.display import (
     command,
@@ -53,6 +55,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--verbose", action="store_true", help="with --dry-run: what each stage reads and writes"
     )
+    completion.answer(parser, words=completion.settings)
     options = parser.parse_intermixed_args(arguments)
 
     pipeline, config = runs.from_words(options.words)
@@ -76,6 +79,10 @@ def main(arguments: list[str]) -> int:
     if executor == "slurm":
         wait_for_cancelled(run)
     planning.check_active(run, plan)
+    if planning.nothing_to_do(run, config, plan):
+        console().print(status_view(status_of(run, look(run))))
+        print(f"nothing to do: all {len(plan.shards)} shards are done")
+        return 0
     if note := planning.left_out(run, plan):
         print(note)
     if executor == "local":
@@ -136,24 +143,31 @@ def _local(run: Run, config: RunConfig, plan: Plan, reused: Sequence[Record]) ->
             state = local.run_all(run, config, plan, on_change=show)
     status = status_of(run, state)
     out.print(status_view(status))
-    tell(run.path, state)
+    tell(run, state)
     return 0 if state.finished else 1
 
 
 def _watch(run: Run) -> int:
     """Stay until nothing is queued or running; where gates may not submit, this loop does."""
-    out = console()
-    with Live(console=out, refresh_per_second=1, transient=True) as live:
-        while True:
-            state = patiently(run)
-            status = status_of(run, state)
-            live.update(status_view(status))
-            if not state.situation.active and not state.queued:
-                break
-            time.sleep(WATCH_EVERY_S)
+    out, from_here = console(), False
+    try:
+        with Live(console=out, refresh_per_second=1, transient=True) as live:
+            while True:
+                state = patiently(run)
+                from_here = state.config.slurm.advance_from == "login"
+                status = status_of(run, state)
+                live.update(status_view(status))
+                if not state.situation.active and not state.queued:
+                    break
+                time.sleep(WATCH_EVERY_S)
+    except KeyboardInterrupt:
+        later = "nothing more is submitted until sweep.py is typed again; " if from_here else ""
+        goes_on = f"jobs in the queue run on; {later}cancel.py {run.path.name} ends them"
+        print(f"stopped watching; {goes_on}", file=sys.stderr)
+        return 1
     out.print(status_view(status))
     if state.config.slurm.advance_from == "login":
-        tell(run.path, state)
+        tell(run, state)
     return 0 if state.finished else 1
 
 

@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Read every published file of a run again and compare it with its digest.
 
     python launch/verify.py RUN [--put-aside]
@@ -12,7 +13,7 @@ import argparse
 
 from rich.progress import track
 
-from kdhpc.cluster import runs
+from kdhpc.cluster import completion, runs
 from kdhpc.cluster.display import command, console
 from kdhpc.errors import DamagedError
 from kdhpc.storage.run_folder import verify
@@ -28,6 +29,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--put-aside", action="store_true", help="let the next sweep.py make damaged shards again"
     )
+    completion.answer(parser)
     options = parser.parse_args(arguments)
     run = runs.find(options.run, options.runs_dir)
     if options.put_aside:

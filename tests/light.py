@@ -159,7 +159,6 @@ def stage(name: str, plan: Any, run: Any, alias: str | None = None) -> Stage[Lig
         writes="",
         plan=plan,
         run=run,
-        rate=lambda c: 1.0,
         alias=alias,
     )
 

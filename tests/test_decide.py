@@ -42,11 +42,10 @@ PIPELINE = Pipeline(
 PLAN = PIPELINE.plan(RunConfig())
 FIRST = [shard.key for shard in PLAN.stage("first")]
 POLICY = Policy(task_s=3.0, max_array=1000, max_tasks=1000)
-RATES = {"first": 1.0, "second": 1.0}
 
 
 def situation(**changes: Any) -> Situation:
-    empty = Situation(done=frozenset(), active=frozenset(), seconds_per_work=RATES)
+    empty = Situation(done=frozenset(), active=frozenset())
     return dataclasses.replace(empty, **changes)
 
 
@@ -117,7 +116,7 @@ def test_the_canary_goes_first_and_the_rest_waits_for_it() -> None:
 
 def test_long_shards_do_not_wait_for_a_canary() -> None:
     policy = dataclasses.replace(POLICY, task_s=1.0, canary=2)
-    slow = situation(seconds_per_work={"first": 3600.0, "second": 1.0})
+    slow = situation(factors={"first": 3600.0, "second": 1.0})
     assert started(decide(PLAN, slow, policy)) == FIRST
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -285,3 +286,18 @@ def test_replayed_steps_draw_what_eager_steps_draw(
         )
     for eager, replayed in zip(*(vars(samples).values() for samples in drawn), strict=True):
         assert np.array_equal(eager, replayed)
+
+
+@pytest.mark.parametrize("flags", ["fpu sse avx2", "fpu avx512_bf16", "asimd bf16"])
+def test_a_cpu_without_bfloat16_is_noted_once(
+    flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only what Linux says of the CPU is replaced."""
+    monkeypatch.setattr(Path, "read_text", lambda path: f"flags : {flags}\n")
+    devices.note_slow_dtype.cache_clear()
+    for dtype, device in (("float32", "cpu"), ("bfloat16", "cuda"), ("bfloat16", "cpu")) * 2:
+        devices.note_slow_dtype(dtype, device)
+    devices.note_slow_dtype.cache_clear()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == ("bf16" not in flags)
+    assert all(line.startswith("note: this CPU has no instructions for bfloat16") for line in lines)

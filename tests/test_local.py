@@ -413,7 +413,7 @@ def test_measured_seconds_decide_how_shards_are_packed(copy: Path) -> None:
         work.publish(shard, Written(path=path, num_rows=1), time.time() - 60)
     policy = dataclasses.replace(before.policy, task_s=40.0)
     after = observe(run, config, plan, policy=policy)
-    assert after.situation.seconds_per_work["sample-truth"] * shards[0].work > 30
+    assert after.situation.factors["sample-truth"] * shards[0].work > 30
     assert sum(len(batch.tasks) for batch in after.decision.batches) == 2
 
 

@@ -96,7 +96,7 @@ def test_slurm_is_asked_once_for_all_runs(tmp_path: Path, monkeypatch: pytest.Mo
         run = make(tmp_path / "runs", name, executor="slurm")
         submit(run, Job(job_id="1"))
     monkeypatch.setenv("PATH", f"{squeue.parent}{os.pathsep}{os.environ['PATH']}")
-    paths = places.known(str(tmp_path / "runs"))
+    paths = places.folders(str(tmp_path / "runs"))
     states = {run.name: run.state for run in overviews(paths)}
     assert states == {"a": "running", "b": "queued", "c": "incomplete"}
     assert asked.read_text() == "asked\n"
@@ -112,7 +112,7 @@ def test_a_line_fits_80_columns_and_runs_of_one_name_have_their_paths(tmp_path: 
     make(tmp_path / "one", long, published=3)
     make(tmp_path / "one", "twin")
     make(tmp_path / "two", "twin")
-    paths = [*places.known(str(tmp_path / "one")), *places.known(str(tmp_path / "two"))]
+    paths = [*places.folders(str(tmp_path / "one")), *places.folders(str(tmp_path / "two"))]
     console = Console(width=80, color_system=None)
     with console.capture() as capture:
         console.print(runs_view(overviews(paths)))

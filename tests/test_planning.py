@@ -12,6 +12,7 @@ from rich.console import Console
 
 from kdhpc.cluster import runs
 from kdhpc.cluster.display import WIDTH, preview_view
+from kdhpc.cluster.eta import Range
 from kdhpc.cluster.planning import (
     Preview,
     StagePreview,
@@ -50,7 +51,8 @@ def test_every_line_of_a_dry_run_for_slurm_fits(preset: str, word: str) -> None:
     plan = pipeline.plan(config)
     batches = batches_by_stage(pipeline, plan, config, max_array=1000)
     rows = preview_stages(pipeline, plan, config, batches, at_once=64)
-    preview = Preview(stages=rows, at_once=64, num_accepted=9, refused=())
+    left = Range(low=60, middle=90, high=7200)
+    preview = Preview(stages=rows, at_once=64, left_s=left, num_accepted=9, refused=())
     file = io.StringIO()
     console = Console(file=file, width=WIDTH, soft_wrap=True)
     console.print(preview_view(preview, config, "slurm"))

@@ -154,6 +154,7 @@ def test_later_presets_and_overrides_win() -> None:
         "import sys; sys.path.insert(0, 'launch'); import status, rerun, cancel, clean, "
         "verify, runs",
         "import kdhpc.cluster.gate, kdhpc.cluster.task, kdhpc.pipeline",
+        "import kdhpc.__main__; kdhpc.__main__.main([])",
     ],
 )
 def test_planning_and_status_load_nothing_heavy(statement: str) -> None:

@@ -88,7 +88,7 @@ def test_a_mail_or_hook_that_fails_is_a_warning(
     runs.add_request(run, config, kind="sweep", executor="local")
     state = observe(run, config, PIPELINE.plan(config), with_queue=False)
     monkeypatch.setenv("PATH", "/nowhere")
-    tell(run.path, state)
+    tell(run, state)
     said = capfd.readouterr()
     assert "warning: slurm.on_end: /nonexistent" in said.err
     assert "warning: slurm.mail_user: mail" in said.err

@@ -6,7 +6,9 @@ Faults are played in `tests/faults`.
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +59,10 @@ def test_tiny_gives_the_same_digest_as_local_processes(tiny_run: Path, tmp_path:
     wait_for_end(run)
     assert status(run, code=0)["complete"]
     assert list((run / "attempts").rglob("0.1.jsonl")), "no task was packed"
+    shown = launch("status", str(run), "--costs").stdout
+    [score] = [line.split() for line in shown.splitlines() if line.split()[:1] == ["score"]]
+    used_gb, asked_gb = map(float, score[-2:])
+    assert 0.1 < used_gb < 1.5 == asked_gb
     name = "8-merge/results.h5"
     assert logical_digest(run / name) == logical_digest(tiny_run / name)
 
@@ -327,6 +333,28 @@ def test_a_stage_that_is_not_asked_for_waits_until_it_is(tmp_path: Path) -> None
     wait_for_end(run)
     assert_light_complete(run, 6)
     assert_submitted_once(run)
+
+
+def test_who_stops_watching_is_told_that_jobs_run_on(tmp_path: Path) -> None:
+    trouble(tmp_path, "make-00004", "sleep 600")
+    words = [*SMALL, "pipeline=light:PIPELINE", "name=light", f"runs_dir={tmp_path}", "--watch"]
+    process = subprocess.Popen(
+        # A shell that runs the tests in the background makes them ignore interrupts.
+        ["env", "--default-signal=INT", sys.executable, ROOT / "launch" / "sweep.py", *words,
+         f"trouble={tmp_path}/trouble"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"},
+    )  # fmt: skip
+    wait_for(lambda: (tmp_path / "light/1-make/arm/00003.json").exists(), "the first shards")
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 1
+    assert "stopped watching; jobs in the queue run on; cancel.py light ends them" in said
+    assert queue()
+    launch("cancel", str(tmp_path / "light"))
+    wait_for(lambda: not queue(), "the run's jobs to go")
 
 
 def test_watching_from_the_login_node_needs_no_gate(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
+from kdhpc import __version__
 from kdhpc.cluster import ledger as ledgers
 from kdhpc.cluster import places, runs
 from kdhpc.cluster.observe import State
@@ -85,7 +85,7 @@ def archive(run: Run, state: State, file: Path) -> Archived:
     paths = {*_facts(run, state, scan), *kept}
     manifest: dict[str, Json] = {
         "format": FORMAT,
-        "version": version("kdhpc"),
+        "version": __version__,
         "name": run.path.name,
         "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "left_out": sorted(left_out),

@@ -30,8 +30,8 @@ class Situation:
     """By shard, how many of those made progress and therefore cost no attempt."""
     damaged: Mapping[str, str] = field(default_factory=dict)
     """By shard, what is wrong with a damaged output that nobody has asked to make again."""
-    seconds_per_work: Mapping[str, float] = field(default_factory=dict)
-    """By stage, seconds per unit of `Shard.work`, measured or estimated."""
+    factors: Mapping[str, float] = field(default_factory=dict)
+    """By stage, how long shards take by what was estimated (`Shard.work`); 1 if not given."""
     overrides: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
     """By shard, the resources that rerun asked for."""
     stopped: bool = False
@@ -257,7 +257,7 @@ def _same_cause_everywhere(
 
 
 def _seconds(shard: Shard, situation: Situation) -> float:
-    return shard.work * situation.seconds_per_work.get(shard.stage, 0.0)
+    return shard.work * situation.factors.get(shard.stage, 1.0)
 
 
 def _groups(ready: list[Shard], situation: Situation, policy: Policy) -> list[list[Shard]]:

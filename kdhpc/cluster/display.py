@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kdhpc.cluster import slurm
+from kdhpc.cluster.costs import CORE_WATTS, GPU_WATTS, Hours, StageCost
+from kdhpc.cluster.eta import Range
 from kdhpc.cluster.overview import Overview
 from kdhpc.cluster.planning import Preview
 from kdhpc.cluster.status import DAMAGE_ADVICE, Status
@@ -34,7 +36,7 @@ def command(main: Callable[[list[str]], int]) -> NoReturn:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("stopped; type the same command to go on", file=sys.stderr)
+        print("stopped; the same command goes on from what is published", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(1)
@@ -56,6 +58,15 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def between(seconds: Range) -> str:
+    """Format a range of seconds for people: 2.1 to 3.5 min, 50 s to 2.5 min, 3.0 min."""
+    low, high = duration(seconds.low), duration(seconds.high)
+    if low == high:
+        return low
+    number, _, unit = low.partition(" ")
+    return f"{number if high.endswith(f' {unit}') else low} to {high}"
 
 
 def size(num_bytes: float) -> str:
@@ -95,7 +106,7 @@ def preview_view(preview: Preview, config: RunConfig, executor: str) -> Group:
         str(sum(stage.num_tasks for stage in starting)),
         _hours(sum(stage.rank_hours for stage in starting)),
         size(sum(stage.num_bytes for stage in starting)),
-        duration(sum(stage.wall_s for stage in starting)),
+        between(preview.left_s),
         style="bold",
     )
     return Group(table, *(Text(line) for line in _assumptions(preview, config, executor)))
@@ -111,7 +122,7 @@ def _assumptions(preview: Preview, config: RunConfig, executor: str) -> Iterator
         )
     else:
         yield f"wall time: an estimate for {preview.at_once} tasks at once (local_workers)"
-    yield "in the total, stages run one after the other; where they overlap it takes less"
+    yield "in the total, stages overlap where they can; four of five runs end inside its range"
     if config.until is not None:
         yield f"until={config.until}: later stages start when sweep.py is typed without it"
     if preview.num_accepted and not preview.refused:
@@ -152,8 +163,9 @@ def status_view(status: Status) -> Group:
     if status.logical_digest:
         parts.append(Text(f"logical digest of the results: {status.logical_digest}"))
     parts += [Text(f"  {line}", style="cyan") for line in status.live]
-    if status.eta_s is not None:
-        parts.append(Text(f"about {duration(status.eta_s)} left at this pace"))
+    if status.left_s is not None:
+        parts.append(Text(f"about {between(status.left_s)} left"))
+    parts.append(Text(_work(status.hours)))
     if status.waiting:
         reasons = ", ".join(f"{count} {reason}" for reason, count in status.waiting.items())
         parts.append(Text(f"waiting in the queue: {reasons}"))
@@ -169,6 +181,51 @@ def status_view(status: Status) -> Group:
     for key, reason in status.damaged.items():
         parts.append(Text(f"DAMAGED {key}: {reason}; {DAMAGE_ADVICE}", style="red"))
     return Group(*parts)
+
+
+def _work(hours: Hours) -> str:
+    """Say what published shards have cost, and what the others will."""
+    left = hours.left
+    more = f", {_hours(left.low)} to {_hours(left.high)} are left" if left.high else ""
+    return f"{_hours(hours.done)} {hours.unit}-hours of work are done{more}"
+
+
+def costs_view(costs: Sequence[StageCost]) -> Group:
+    """Format what a run has cost: a line for each stage, and what follows for the next."""
+    table = Table(title="core-hours, and memory of a node in GB", title_justify="left", box=None)
+    table.add_column("stage", no_wrap=True)
+    for name in ("spent", "lost", "left", "GPU-hours", "used", "asked", "GPU"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for cost in costs:
+        left = cost.left_core_hours
+        table.add_row(
+            cost.stage,
+            _hours(cost.core_hours),
+            _hours(cost.lost_core_hours) if cost.lost_core_hours else "",
+            f"{_hours(left.low)} to {_hours(left.high)}" if left.high else "",
+            _hours(cost.gpu_hours) if cost.gpu_hours else "",
+            f"{cost.memory_gb:.2f}" if cost.memory_gb else "",
+            f"{cost.asked_gb:g}" if cost.asked_gb is not None else "",
+            f"{cost.gpu_memory_gb:.2f}" if cost.gpu_memory_gb else "",
+        )
+    lines = [*_memory_advice(costs)]
+    spent, lost = sum(c.core_hours for c in costs), sum(c.lost_core_hours for c in costs)
+    if spent:
+        lines.append(f"{1 - lost / spent:.0%} of {_hours(spent)} core-hours were useful")
+        lines.append(
+            f"about {sum(c.energy_kwh for c in costs):.2g} kWh, if a busy core takes "
+            f"{CORE_WATTS:g} W at the wall and a GPU {GPU_WATTS:g} W"
+        )
+    return Group(table, *map(Text, lines))
+
+
+def _memory_advice(costs: Sequence[StageCost]) -> Iterator[str]:
+    """Yield what to ask for where what was asked for does not fit what was used."""
+    for cost in costs:
+        if cost.suggested_gb is not None and cost.asked_gb is not None:
+            why = "is enough" if cost.suggested_gb < cost.asked_gb else "is safer"
+            key = f"slurm.stages.{cost.stage}.mem_gb={cost.suggested_gb}"
+            yield f"{cost.stage} used {cost.memory_gb:.2f} of {cost.asked_gb:g} GB: {key} {why}"
 
 
 def runs_view(overviews: Sequence[Overview]) -> Group:

@@ -13,6 +13,7 @@ from kdhpc.cluster import runs, slurm
 from kdhpc.cluster.advance import advance
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.observe import State
+from kdhpc.cluster.pace import note_history
 from kdhpc.cluster.runs import Run
 from kdhpc.errors import BusyError, ClusterError, KdhpcError
 from kdhpc.storage.run_folder import check_run_folder
@@ -27,10 +28,11 @@ def main() -> None:
     path = Path(sys.argv[1])
     check_run_folder(path)  # it may have been moved since the gate was submitted
     _use_newest_code(path)
-    state = patiently(runs.open_run(path))
+    run = runs.open_run(path)
+    state = patiently(run)
     print(f"{len(state.situation.done)} of {len(state.plan.shards)} shards are done", flush=True)
     if not state.situation.active and not state.situation.stopped:
-        tell(path, state)
+        tell(run, state)
 
 
 def patiently(run: Run) -> State:
@@ -67,9 +69,11 @@ def _use_newest_code(path: Path) -> None:
         )
 
 
-def tell(path: Path, state: State) -> None:
-    """Call the user's hook and send the mail, if the config asks for them."""
-    outcome = "complete" if state.finished else "stopped"
+def tell(run: Run, state: State) -> None:
+    """Call the user's hook and send the mail, if asked for; note how fast a complete run was."""
+    path, outcome = run.path, "complete" if state.finished else "stopped"
+    if state.finished:
+        note_history(run, state)
     settings = state.config.slurm
     if settings.on_end:
         _try("slurm.on_end", [settings.on_end, str(path), outcome])

@@ -135,6 +135,19 @@ AttemptEvent = Literal["started", "stopped", "ended"]
 attempt had published first."""
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a shard."""
+
+    key: str
+    started: float
+    """Seconds since the epoch."""
+    ended: float | None = None
+    """The same; None if it goes on, or died without a word."""
+    stopped: bool = False
+    """Whether it stopped when told to, with what it had done."""
+
+
 class Ledger:
     """Reads and writes the requests, submissions, attempts and failures of one run."""
 
@@ -248,6 +261,21 @@ class Ledger:
             events.pop(event["key"], None)  # the dict then keeps the order of the events
             events[event["key"]] = event["event"]
         return events
+
+    def attempts(self, number: int, task: int) -> list[Attempt]:
+        """Read the attempts of a task, oldest first in each of its processes."""
+        attempts: list[Attempt] = []
+        begun: dict[tuple[str, int | None], float] = {}
+        for event in self._events(number, task):
+            place = event["key"], event["process"]
+            if (started := begun.pop(place, None)) is not None:
+                ended = None if event["event"] == "started" else event["time"]
+                stopped = event["event"] == "stopped"
+                attempts.append(Attempt(place[0], started=started, ended=ended, stopped=stopped))
+            if event["event"] == "started":
+                begun[place] = event["time"]
+        attempts += [Attempt(key, started=time) for (key, _), time in begun.items()]
+        return attempts
 
     def claim_shard(self, number: int, task: int, start: int, index: int) -> bool | None:
         """Take a shard for one process of a packed task, before another process does.

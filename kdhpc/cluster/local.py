@@ -145,13 +145,27 @@ class _Pool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *more: object) -> None:
-        """Stop running tasks at their next shard or checkpoint, and end all workers."""
-        for task in self.tasks:
-            for worker in task.workers:
-                worker.stop()
+        """Stop running tasks at their next shard or checkpoint, and end all workers.
+
+        Another Ctrl-C meanwhile kills them.
+        """
+        workers = [worker for task in self.tasks for worker in task.workers]
+        for worker in workers:
+            worker.stop()
+        if kind is KeyboardInterrupt and self.tasks:
+            print(
+                "stopping: what runs now ends at its next shard or checkpoint; Ctrl-C again kills "
+                "it, and what it has not published or saved is made again",
+                file=sys.stderr,
+                flush=True,
+            )
         while self.tasks:
-            self.wait()
-            self.collect()
+            try:
+                self.wait()
+                self.collect()
+            except KeyboardInterrupt:
+                for worker in workers:
+                    worker.process.kill()
         for worker in self.spare:
             worker.stop()
             worker.close()

@@ -4,11 +4,12 @@ If they disagree, a published record counts more than squeue, and squeue more th
 written here.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kdhpc.cluster import failures, slurm
+from kdhpc.cluster import eta, failures, slurm
 from kdhpc.cluster.decide import Decision, Policy, Situation, decide
 from kdhpc.cluster.ledger import Failure, Job, Ledger, Request, Submission, launcher_gone
 from kdhpc.cluster.runs import Run
@@ -108,7 +109,7 @@ def observe(
         failures=counted_failures,
         free_failures=_free(counted_failures, submissions, done),
         damaged={k: v for k, v in scan.damaged.items() if k in plan.shards and k not in active},
-        seconds_per_work=_seconds_per_work(run, config, plan, scan),
+        factors=_factors(plan, scan),
         overrides=_overrides(plan, requests),
         stopped=requests[-1].kind == "cancel",
         only=_asked_for_since_cancel(plan, requests),
@@ -272,15 +273,10 @@ def _free(
     return {key: count for key, count in free.items() if count}
 
 
-def _seconds_per_work(run: Run, config: RunConfig, plan: Plan, scan: Scan) -> dict[str, float]:
-    """Return seconds per unit of work by stage, measured if a shard is done, else estimated."""
-    rates: dict[str, float] = {}
-    for stage in run.pipeline.stages:
-        records = [scan.records[s.key] for s in plan.stage(stage.name) if s.key in scan.records]
-        work = sum(plan.shards[record.key].work for record in records)
-        seconds = sum(record.seconds for record in records)
-        rates[stage.name] = seconds / work if work and seconds else 1.0 / stage.rate(config)
-    return rates
+def _factors(plan: Plan, scan: Scan) -> dict[str, float]:
+    """Return what the done shards of each stage took by what was estimated; 1 if there are none."""
+    took = eta.took(scan.records.values(), plan)
+    return {s: math.exp(took[s].log_factor) if s in took else 1.0 for s in plan.stages}
 
 
 def _overrides(plan: Plan, requests: Iterable[Request]) -> dict[str, Mapping[str, Json]]:

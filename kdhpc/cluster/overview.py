@@ -8,7 +8,7 @@ from pathlib import Path
 from kdhpc.cluster import runs, slurm
 from kdhpc.cluster.observe import State
 from kdhpc.cluster.runs import Run
-from kdhpc.cluster.status import look, status_of
+from kdhpc.cluster.status import look
 from kdhpc.errors import ClusterError, KdhpcError
 from kdhpc.storage.files import list_entries, read_once
 
@@ -113,7 +113,7 @@ def _pipeline(path: Path) -> str:
 
 
 def _state(run: Run, state: State) -> str:
-    situation, status = state.situation, status_of(run, state)
+    situation = state.situation
     if state.finished:
         return "complete"
     if state.running or runs.is_locked(run):
@@ -124,7 +124,8 @@ def _state(run: Run, state: State) -> str:
         return "unknown"
     if situation.stopped:
         return "cancelled"
-    return "failed" if any(stage.failed for stage in status.stages) else "incomplete"
+    broken = {key for key, failures in situation.failures.items() if failures}
+    return "failed" if (broken | situation.damaged.keys()) - situation.done else "incomplete"
 
 
 def _rank_hours(state: State) -> float:

@@ -41,23 +41,23 @@ def note(run_dir: Path) -> None:
 
 def named(name: str) -> list[Path]:
     """Return the absolute folders of all runs of this name, the one in runs/ first."""
-    return _of_name(name, _known())
+    return _of_name(name, known())
 
 
-def known(runs_dir: str | None = None) -> list[Path]:
-    """Return the absolute folders of all runs in a folder, or in runs/ and where they are noted.
+def names(runs_dir: str | None = None) -> list[str]:
+    """Return the names of the runs that `locate` finds, sorted."""
+    return sorted({path.name for path in _candidates(runs_dir)})
 
-    Args:
-        runs_dir: folder that has the runs; None to look in runs/ and where runs are noted.
+
+def folders(runs_dir: str | None = None) -> list[Path]:
+    """Return the absolute folders of the runs that `locate` finds, each once.
 
     Raises:
-        InputError: if there is no such folder.
+        InputError: if there is no folder `runs_dir`.
     """
-    if runs_dir is None:
-        return list(dict.fromkeys(path.resolve() for path in _known()))
-    if not Path(runs_dir).is_dir():
+    if runs_dir is not None and not Path(runs_dir).is_dir():
         raise InputError(f"{runs_dir}: no such folder; expected one with runs")
-    return [path.resolve() for path in _runs_in(Path(runs_dir))]
+    return list(dict.fromkeys(path.resolve() for path in _candidates(runs_dir)))
 
 
 def locate(name: str, runs_dir: str | None = None) -> Path:
@@ -76,11 +76,10 @@ def locate(name: str, runs_dir: str | None = None) -> Path:
     is_path = Path(name).is_dir() and (os.sep in name or (Path(name) / "run.json").is_file())
     if is_path and (runs_dir is None or os.sep in name):
         return Path(name).resolve()
-    known = _known() if runs_dir is None else _runs_in(Path(runs_dir))
-    paths = _of_name(name, known)
+    paths = _of_name(name, _candidates(runs_dir))
     if not paths:
-        names = ", ".join(sorted({path.name for path in known}))
-        expected = f"one of {names}" if names else "the path of a run"
+        others = ", ".join(names(runs_dir))
+        expected = f"one of {others}" if others else "the path of a run"
         if os.sep in name:
             raise InputError(f"{name}: no such folder; expected {expected}")
         where = f"{runs_dir}/" if runs_dir else f"{DEFAULT_DIR}/ or noted elsewhere"
@@ -93,10 +92,14 @@ def locate(name: str, runs_dir: str | None = None) -> Path:
     return paths[0]
 
 
-def _known() -> list[Path]:
+def known() -> list[Path]:
     """Return the folders of all runs in runs/, then of those that are noted and still there."""
     noted = [path for path in _noted() if os.path.isfile(path / "run.json")]
     return [*_runs_in(Path(DEFAULT_DIR)), *noted]
+
+
+def _candidates(runs_dir: str | None) -> list[Path]:
+    return known() if runs_dir is None else _runs_in(Path(runs_dir))
 
 
 def _runs_in(runs_dir: Path) -> list[Path]:

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from kdhpc.cluster import local, runs, slurm
-from kdhpc.cluster.decide import Batch, Policy, Situation, decide
+from kdhpc.cluster import eta, local, pace, runs, slurm
+from kdhpc.cluster.decide import LOCAL_TASK_S, Batch, Policy, Situation, decide
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.observe import observe
 from kdhpc.cluster.resources import Resources, array_resources, gate_resources
@@ -44,6 +44,8 @@ class Preview:
     stages: tuple[StagePreview, ...]
     at_once: int
     """Most tasks that run at once: of a stage on Slurm, of all on this machine."""
+    left_s: eta.Range
+    """Seconds until the end, without waiting in the queue."""
     num_accepted: int
     """Number of scripts that passed `sbatch --test-only`."""
     refused: tuple[str, ...]
@@ -66,24 +68,40 @@ def preview(
         executor: `local` or `slurm`.
         taken: keys of shards that are there already; they are left out.
     """
+    history = pace.read_history(pipeline, pace.place_of(executor, config))
+    factors = eta.factors(plan.stages, {}, history)
+    medians = {stage: factor.at(0) for stage, factor in factors.items()}
+    asked_for = set(plan.stages_until(config.until))
+    keys = [k for k, s in plan.shards.items() if s.stage in asked_for and k not in taken]
     if executor == "local":
         num_gpus = local.num_gpu_devices(config)
         at_once = local.num_workers(config, num_gpus)
         batches = batches_by_stage(pipeline, plan, config, max_array=None, taken=taken)
         stages = preview_stages(
             pipeline, plan, config, batches, at_once=at_once, ranks_count=num_gpus > 0, asks=False,
-            taken=taken,
+            taken=taken, factors=medians,
         )  # fmt: skip
-        return Preview(stages=stages, at_once=at_once, num_accepted=0, refused=())
+        left = eta.seconds_left(
+            plan, keys, factors, {}, num_places=at_once, task_s=LOCAL_TASK_S, start_s=0.0
+        )
+        left = left.later(pace.WARM_UP_S)
+        return Preview(stages=stages, at_once=at_once, left_s=left, num_accepted=0, refused=())
     max_array = config.slurm.max_array or slurm.max_array_size()
     batches = batches_by_stage(pipeline, plan, config, max_array, taken)
     at_once = config.slurm.max_parallel
-    stages = preview_stages(pipeline, plan, config, batches, at_once=at_once, taken=taken)
+    stages = preview_stages(
+        pipeline, plan, config, batches, at_once=at_once, taken=taken, factors=medians
+    )
+    left = eta.seconds_left(
+        plan, keys, factors, {}, num_places=at_once, task_s=config.slurm.task_min * 60,
+        start_s=pace.START_S,
+    )  # fmt: skip
     scripts = _scripts(pipeline, plan, config, batches)
     answers = [(what, slurm.check_script(text)) for what, text in scripts]
     return Preview(
         stages=stages,
         at_once=at_once,
+        left_s=left,
         num_accepted=sum(answer == "" for _, answer in answers),
         refused=tuple(f"{what}: {answer}" for what, answer in answers if answer),
     )
@@ -105,7 +123,6 @@ def batches_by_stage(
         max_array: maximum number of tasks in one array; None for processes of this machine.
         taken: keys of shards that are there already.
     """
-    rates = {stage.name: 1.0 / stage.rate(config) for stage in pipeline.stages}
     policy = Policy.unlimited(config, max_array)
     batches = {}
     done: set[str] = {*taken}
@@ -115,9 +132,7 @@ def batches_by_stage(
         of_stage: tuple[Batch, ...] = ()
         # A shard may read others of its own stage, which then is submitted in several parts.
         while True:
-            situation = Situation(
-                done=frozenset(done), active=others - done, seconds_per_work=rates
-            )
+            situation = Situation(done=frozenset(done), active=others - done)
             part = decide(plan, situation, policy).batches
             if not part:
                 break
@@ -138,6 +153,7 @@ def preview_stages(
     ranks_count: bool = False,
     asks: bool = True,
     taken: frozenset[str] = frozenset(),
+    factors: Mapping[str, float] | None = None,
 ) -> tuple[StagePreview, ...]:
     """Describe every stage that the plan has shards of; a pure function.
 
@@ -150,12 +166,13 @@ def preview_stages(
         ranks_count: whether a task with several ranks takes the places of as many tasks.
         asks: whether tasks ask Slurm for resources; on this machine they do not.
         taken: keys of shards that are there already; they are left out.
+        factors: by stage, how long shards take by what was estimated; 1 if not given.
     """
     asked_for = plan.stages_until(config.until)
     rows = []
     for stage in (pipeline.stage(name) for name in plan.stages):
         shards = [shard for shard in plan.stage(stage.name) if shard.key not in taken]
-        rate = stage.rate(config)
+        factor = (factors or {}).get(stage.name, 1.0)
         requests = [f"{config.threads} thread{'s' * (config.threads > 1)}"] if shards else []
         if asks:
             of_batches = [
@@ -164,7 +181,9 @@ def preview_stages(
             requests = [describe(resources) for resources in of_batches]
         tasks = [
             (
-                _seconds_until_end([(plan.shards[key].work / rate, 1) for key in keys], batch.pack),
+                _seconds_until_end(
+                    [(plan.shards[key].work * factor, 1) for key in keys], batch.pack
+                ),
                 batch.nodes * batch.ranks_per_node if ranks_count else 1,
             )
             for batch in batches[stage.name]
@@ -175,7 +194,7 @@ def preview_stages(
             folder=pipeline.folders[stage.name],
             num_shards=len(shards),
             num_tasks=len(tasks),
-            rank_hours=work / rate / 3600,
+            rank_hours=work * factor / 3600,
             num_bytes=sum(shard.num_bytes for shard in shards),
             wall_s=_seconds_until_end(tasks, at_once),
             requests=tuple(dict.fromkeys(requests)),
@@ -302,6 +321,17 @@ def check_active(run: Run, plan: Plan) -> None:
                 f"{key}: is in the queue with other settings; cancel.py {run.path.name} first, or "
                 "choose another name"
             )
+
+
+def nothing_to_do(run: Run, config: RunConfig, plan: Plan) -> bool:
+    """Return whether the last request asked for the same shards, and all of them are done."""
+    if not Ledger(run.path).requests():
+        return False
+    _, last_config, last_plan = runs.current(run)
+    if last_config.until != config.until or last_plan.shards.keys() != plan.shards.keys():
+        return False
+    state = observe(run, config, plan, policy=Policy.looking(config), with_queue=False)
+    return state.finished and not state.scan.damaged
 
 
 def left_out(run: Run, plan: Plan) -> str:

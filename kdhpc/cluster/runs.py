@@ -25,11 +25,11 @@ from kdhpc.config.run import RunConfig
 from kdhpc.errors import BusyError, DamagedError, InputError
 from kdhpc.plan.shards import Plan
 from kdhpc.plan.stages import AnyPipeline, find_pipeline
+from kdhpc.project import files_of
 from kdhpc.storage.files import disk_errors, read_once, write_once
 from kdhpc.storage.run_folder import ARCHIVE, RunFolder, Scan, check_run_folder
 from kdhpc.types import Json
 
-PROJECT_DIR = Path(presets.__file__).resolve().parents[2]
 SNAPSHOT = ("kdhpc", "configs", "slurm")
 """Folders of the project that are copied into a run."""
 FORMAT = 1
@@ -326,13 +326,12 @@ def snapshot(run: Run) -> str:
 def _sources(run: Run) -> dict[str, Path]:
     """Find the files of a snapshot by relative name, with the package of a foreign pipeline."""
     suffixes = {".py", ".cpp", ".yaml", ".sh"}
-    files = [
-        path
+    sources = {
+        relative: path
         for name in SNAPSHOT
-        for path in sorted((PROJECT_DIR / name).rglob("*"))
-        if path.suffix in suffixes and path.is_file()
-    ]
-    sources = {str(path.relative_to(PROJECT_DIR)): path for path in files}
+        for relative, path in files_of(name)
+        if path.suffix in suffixes
+    }
     module_name = _manifest(run.path)["pipeline"].rpartition(":")[0]
     if module_name and module_name.partition(".")[0] != "kdhpc":
         sources |= _module_sources(module_name.partition(".")[0])

@@ -212,6 +212,29 @@ def accounting(job_ids: Sequence[str]) -> dict[tuple[str, int], Ended]:
     return ended
 
 
+def memory_used(job_ids: Sequence[str]) -> dict[str, float]:
+    """Ask accounting for the most memory that a process of each job used.
+
+    Args:
+        job_ids: job ids of arrays.
+
+    Returns:
+        Memory in GB by job id; empty without accounting, and without a job that it has sampled.
+    """
+    if not job_ids:
+        return {}
+    words = ["sacct", "--noheader", "--parsable2", "--units=K", "--format=JobID,MaxRSS"]
+    try:
+        answer = _run([*words, f"--jobs={','.join(job_ids)}"])
+    except ClusterError:
+        return {}
+    used: dict[str, float] = {}
+    for line in answer.stdout.splitlines():
+        if match := re.fullmatch(r"(\d+)[_.][^|]*\|([\d.]+)K", line):
+            used[match[1]] = max(used.get(match[1], 0.0), float(match[2]) * 1024 / 1e9)
+    return used
+
+
 @functools.cache
 def max_array_size() -> int:
     """Return the cluster's MaxArraySize, which is the largest array index plus one."""

@@ -2,18 +2,18 @@
 
 import json
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
-from kdhpc.cluster import runs, slurm
+from kdhpc.cluster import eta, runs, slurm
+from kdhpc.cluster.costs import Hours, hours_of_shards
 from kdhpc.cluster.decide import Policy
 from kdhpc.cluster.failures import REMEDIES
 from kdhpc.cluster.ledger import Failure, Ledger
 from kdhpc.cluster.logs import own_part, tasks_of
 from kdhpc.cluster.observe import State, observe
+from kdhpc.cluster.pace import Progress, measure, time_left
 from kdhpc.cluster.runs import Run
 from kdhpc.errors import ClusterError
 
@@ -21,8 +21,6 @@ LOG_LINES = 6
 """Lines of a log that are shown for each cause."""
 DISK_FULL_BYTES = 2**20
 """A disk with fewer free bytes counts as full."""
-LIVE_S = 120.0
-"""Age in seconds up to which a note of progress is shown."""
 DAMAGE_ADVICE = "rerun.py RUN --put-aside makes it again"
 
 
@@ -70,8 +68,10 @@ class Status:
     """Number of waiting tasks, by Slurm's reason."""
     notes: tuple[str, ...]
     """Lines about anything else that a person should know."""
-    eta_s: float | None
-    """Seconds until the end at the present pace; None if nothing is running or nothing is left."""
+    left_s: eta.Range | None
+    """Seconds until the end; None if nothing is running or nothing is left."""
+    hours: Hours
+    """What published shards have cost, and what the others will."""
     live: tuple[str, ...]
     """Lines about the progress of the shards that tasks are working on."""
     finished: bool = False
@@ -127,6 +127,7 @@ def status_of(run: Run, state: State) -> Status:
         if of_shard and key not in situation.active
     }
     stages = tuple(_stage_status(run, state, stage, failures) for stage in state.plan.stages)
+    pace = measure(run, state)
     return Status(
         run=str(run.path),
         executor=state.request.executor,
@@ -135,8 +136,9 @@ def status_of(run: Run, state: State) -> Status:
         damaged=situation.damaged,
         waiting=_waiting(state),
         notes=tuple(_notes(run, state, failures)),
-        eta_s=_eta(stages, state),
-        live=_live(run, state),
+        left_s=time_left(state, pace),
+        hours=hours_of_shards(state, pace.factors),
+        live=_live(run, state, pace.progress),
         finished=state.finished,
         logical_digest=_logical_digest(run, state),
         queue_unknown=bool(state.queue_error),
@@ -161,7 +163,7 @@ def _stage_status(
         queued=len(active) - num_running,
         failed=num_failed,
         missing=len(left) - len(active) - num_failed,
-        seconds_left=sum(s.work for s in left) * situation.seconds_per_work[stage],
+        seconds_left=sum(s.work for s in left) * situation.factors[stage],
     )
 
 
@@ -294,38 +296,12 @@ def _log_of(run: Run, state: State, failure: Failure) -> tuple[str, tuple[str, .
     return str(path), part.last_lines(LOG_LINES) if part else ()
 
 
-def _eta(stages: Sequence[StageStatus], state: State) -> float | None:
-    asked_for = len(state.plan.stages_until(state.config.until))
-    left = sum(stage.seconds_left for stage in [s for s in stages if s.planned][:asked_for])
-    if not left or not state.running:
-        return None
-    if state.request.executor == "local":
-        at_once = sum(submission.number not in state.jobs for submission in state.submissions)
-    else:
-        running = [task.name for task in state.queued if task.state == "RUNNING" and task.is_task]
-        pack = {submission.name: submission.pack for submission in state.submissions}
-        at_once = sum(pack.get(name, 1) for name in running)
-    return left / max(1, at_once)
-
-
-def _live(run: Run, state: State) -> tuple[str, ...]:
+def _live(run: Run, state: State, progress: Mapping[str, Progress]) -> tuple[str, ...]:
     lines = []
-    ledger, active = Ledger(run.path), state.situation.active - state.situation.done
-    for path in sorted((run.path / "progress").glob("*.json")):
-        try:
-            progress: dict[str, Any] = json.loads(path.read_text())
-            age_s = time.time() - path.stat().st_mtime
-        except (OSError, ValueError):
-            continue
-        shard = state.plan.shards.get(str(progress.get("key")))
-        if shard and shard.key in active and age_s < LIVE_S:
-            number, task = path.stem.partition(".")[0].split("-")
-            if ledger.last_events(int(number), int(task)).get(shard.key) != "started":
-                continue  # it has failed, and its task goes on with other shards
-            stage = run.pipeline.stage(shard.stage)
-            percent = f"{float(progress.get('fraction', 0)):.0%}"
-            words = (shard.key, percent, stage.progress(run.scratch_path(shard.key)))
-            lines.append(" ".join(filter(None, words)))
+    for key, note in progress.items():
+        stage = run.pipeline.stage(state.plan.shards[key].stage)
+        words = (key, f"{note.fraction:.0%}", stage.progress(run.scratch_path(key)))
+        lines.append(" ".join(filter(None, words)))
     return tuple(lines)
 
 

@@ -33,7 +33,7 @@ from kdhpc.config.run import RunConfig
 from kdhpc.errors import ClusterError, KdhpcError
 from kdhpc.plan.shards import Plan, Shard
 from kdhpc.storage.files import disk_errors
-from kdhpc.storage.work import Work
+from kdhpc.storage.work import Work, forget_memory
 
 PROGRESS_EVERY_S = 2.0
 
@@ -130,13 +130,18 @@ def _progress_writer(path: Path) -> Callable[[str], Callable[[float], None]]:
     last_written = [0.0]
 
     def for_shard(key: str) -> Callable[[float], None]:
+        first: list[float] = []
+
         def write(fraction: float) -> None:
+            if not first:
+                first[:] = [round(fraction, 4), round(time.time(), 3)]
             if time.monotonic() - last_written[0] < PROGRESS_EVERY_S:
                 return
             last_written[0] = time.monotonic()
             temporary = path.with_suffix(".tmp")
+            note = {"key": key, "fraction": round(fraction, 4), "first": first}
             with contextlib.suppress(OSError):  # a failure to show progress must not stop work
-                temporary.write_text(json.dumps({"key": key, "fraction": round(fraction, 4)}))
+                temporary.write_text(json.dumps(note))
                 os.replace(temporary, path)
 
         return write
@@ -217,6 +222,7 @@ def _attempt(
             ledger.note_attempt(number, place.task, shard.key, event, place.process)
 
     run.check_there()
+    forget_memory()
     print(f"{shard.key}{failures.STARTED}", flush=True)
     note("started")
     try:

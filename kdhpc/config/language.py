@@ -281,15 +281,6 @@ def num_ids(truth: Truth) -> int:
     return truth.vocabulary or truth.num_ids or bytes_only or 2**16
 
 
-TOKENS_PER_S = 20000.0
-"""Assumed speed of a stage that `throughput` does not name: that of a toy model on one core."""
-
-
-def tokens_per_s(config: LanguageConfig, stage: str) -> float:
-    """Return the expected speed of one rank in a stage, in tokens per second."""
-    return config.throughput.get(stage, TOKENS_PER_S)
-
-
 def models(config: LanguageConfig) -> dict[str, Model]:
     """Return every model that the run trains, by its key in the config."""
     trained = {"teacher": config.teacher}

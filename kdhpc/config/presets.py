@@ -25,9 +25,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kdhpc.config.run import RunConfig
 from kdhpc.errors import InputError
+from kdhpc.project import PROJECT_DIR
 from kdhpc.types import Json
 
-CONFIGS_DIR = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS_DIR = PROJECT_DIR / "configs"
 
 T = TypeVar("T")
 QUOTED = ('"', "'", "[", "{")

@@ -1,20 +1,90 @@
-"""Estimates that --dry-run prints for the language experiment: speeds, and batches that fit."""
+"""Estimates from the config alone: how long shards take, and which batches fit into memory."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from kdhpc.config.language import TOKENS_PER_S, LanguageConfig, num_ids
-from kdhpc.models.sizes import SamplingMemory
+from kdhpc.config.language import LanguageConfig, num_ids
+from kdhpc.config.model import Shape, Training
+from kdhpc.experiment import arms
+from kdhpc.models.sizes import SamplingMemory, forward_flops, training_flops
 
 OF_MEMORY = 0.9
 """Fraction of the memory that a batch may take; the process and fragmentation take the rest."""
+GIVEN_FLOPS = 3e8
+"""Assumed operations of a forward pass for each token of a model that is given and not known before
+it is read: those of one with 135 million parameters."""
+SHARD_S = 0.5
+"""Seconds of every shard in which a model is loaded and nothing is computed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast one rank is, fitted to runs of models from 0.05 to 135 million parameters."""
+
+    flops_per_s: float
+    token_s: float
+    """Seconds for each token that do not depend on the model: draws, data, and small steps."""
+
+
+CORE = Speed(flops_per_s=6e10, token_s=8e-6)
+"""One core of a server's CPU."""
+GPU = Speed(flops_per_s=1e14, token_s=1e-6)
+"""One recent GPU; not fitted, as kdhpc has not been measured on one."""
+
+
+def seconds(config: LanguageConfig, stage: str, tokens: float, flops: float) -> float:
+    """Estimate how long one rank takes for some tokens, in seconds.
+
+    Args:
+        config: config of the run; `throughput`, if it names the stage, decides.
+        stage: name of the stage.
+        tokens: number of tokens that the rank works on.
+        flops: operations for each of them.
+    """
+    if stage in config.throughput:
+        return tokens / config.throughput[stage]
+    on_gpu = bool(config.slurm.gpus_per_node) and config.device != "cpu"
+    speed, at_once = (GPU, 1) if on_gpu else (CORE, config.threads)
+    return SHARD_S + tokens * (speed.token_s + flops / speed.flops_per_s) / at_once
+
+
+def training_seconds(
+    config: LanguageConfig, stage: str, shape: Shape | None, training: Training, num_steps: float
+) -> float:
+    """Estimate how long each rank of a training takes, in seconds.
+
+    Args:
+        config: config of the run.
+        stage: name of the stage.
+        shape: architecture of the model; None if it is given.
+        training: how it is trained.
+        num_steps: number of optimizer steps.
+    """
+    tokens = num_steps * training.batch_sequences * config.length / training.world_size
+    flops = 3 * GIVEN_FLOPS
+    if shape:
+        flops = training_flops(shape, num_ids(config.truth), config.length)
+    return seconds(config, stage, tokens, flops)
+
+
+def model_flops(config: LanguageConfig) -> dict[str, float]:
+    """Return the operations of a forward pass for each token, by the name of every model."""
+    ids, length = num_ids(config.truth), config.length
+
+    def of(shape: Shape | None) -> float:
+        return forward_flops(shape, ids, length) if shape else GIVEN_FLOPS
+
+    # Each component of a mixture scores every sequence.
+    flops = {arms.TRUTH: of(config.truth.shape) * max(1, len(config.truth.components))}
+    judge = config.truth.trained_second_judge
+    flops[arms.SECOND_JUDGE] = of(judge[0] if judge else None)
+    flops |= {trainee.name: of(trainee.model.shape) for trainee in arms.trainees(config)}
+    return flops
 
 
 def estimates(config: LanguageConfig) -> Iterator[str]:
-    """Yield a line about the speeds that times come from, and one for each sampled model."""
-    yield (
-        "speeds are guesses until shards are done: throughput.STAGE, or "
-        f"{TOKENS_PER_S:g} tokens/s per rank"
-    )
+    """Yield a line about where times come from, and one for each sampled model."""
+    yield "times come from sizes of models and from earlier runs here; or give throughput.STAGE"
     yield from batches_that_fit(config)
 
 

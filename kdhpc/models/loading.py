@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdhpc.errors import DamagedError
 from kdhpc.models import llama
-from kdhpc.models.devices import DTYPES, Linear, pick_device
+from kdhpc.models.devices import DTYPES, Linear, note_slow_dtype, pick_device
 from kdhpc.models.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -46,6 +46,7 @@ def load_model(path: Path, *, dtype: str, device: torch.device) -> LanguageModel
     """
     import safetensors
 
+    note_slow_dtype(dtype, device.type)
     try:
         config = json.loads((path / "config.json").read_bytes())
         if llama.fits(config):

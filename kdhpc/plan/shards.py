@@ -18,6 +18,8 @@ ADDED = {"added": True}
 """`metadata` of a settings field that was added after the first version of a run format. A field
 with this mark is left out of recipes while it has its default, so that older records keep their
 recipes."""
+MERGED_BYTES_PER_S = 1e8
+"""Estimate of how much is merged in a second: checked, read and written."""
 S = TypeVar("S")
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -83,8 +85,8 @@ class Shard:
     reads: tuple[str, ...] = ()
     """Keys of the shards whose records must exist before this shard may start."""
     work: float = 1.0
-    """Work of each rank, for estimates and for packing tasks. Its unit, such as tokens, is a choice
-    of the stage, and `Stage.rate` has the same."""
+    """Estimate of how long each rank works on it, in seconds. Once shards of its stage are done,
+    what they took corrects it."""
     num_bytes: float = 0.0
     """Expected size of the output in bytes."""
 
@@ -145,7 +147,7 @@ def merge_of(
         arm=arm,
         name=arm.recipe[:12],
         reads=tuple(shard.key for shard in shards),
-        work=num_rows,
+        work=0.5 + bytes_per_row * num_rows / MERGED_BYTES_PER_S,
         num_bytes=bytes_per_row * num_rows,
     )
 

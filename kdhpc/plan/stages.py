@@ -42,8 +42,6 @@ class Stage(Generic[C]):
     run: "Callable[[Shard, Work[C]], Written | None]"
     """Computes one shard. Heavy imports belong inside the function. It returns None if it was told
     to stop, and on every rank above 0."""
-    rate: Callable[[C], float] = lambda config: 1.0
-    """Estimates how much of `Shard.work` one rank does per second; measured speeds replace it."""
     progress: Callable[[Path], str] = lambda scratch: ""
     """Describes a running shard in a few words for status.py, from the shard's scratch folder."""
     uses_device: bool = True

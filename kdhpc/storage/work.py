@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from kdhpc.config.run import RunConfig
 from kdhpc.errors import DamagedError
@@ -289,7 +289,34 @@ def attempt_facts(started_at: float, ready_at: float) -> dict[str, object]:
         "started": round(started_at, 3),
         "ready": round(ready_at, 3),
         "seconds": round(time.time() - started_at, 3),
+        **_memory_used(),
     }
+
+
+def forget_memory() -> None:
+    """Let the most memory that this process used count from now on, if the kernel allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if (torch := _torch_with_gpu()) is not None:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _torch_with_gpu() -> Any:
+    """Return the module torch if this process has used a GPU, else None; nothing is imported."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and torch.cuda.is_initialized() else None
+
+
+def _memory_used() -> dict[str, float]:
+    """Return the most memory of this process, and of its GPU if it has used one, in 10^9 bytes."""
+    used = {}
+    with contextlib.suppress(OSError, StopIteration):
+        status = Path("/proc/self/status").read_text().splitlines()
+        peak = next(line for line in status if line.startswith("VmHWM:"))
+        used["memory_gb"] = round(int(peak.split()[1]) * 1024 / 1e9, 3)
+    if (torch := _torch_with_gpu()) is not None:
+        used["gpu_memory_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 3)
+    return used
 
 
 @functools.cache

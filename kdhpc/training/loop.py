@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from kdhpc.config.model import Training
 from kdhpc.errors import InputError
-from kdhpc.models.devices import DTYPES, matmul_flops_per_s
+from kdhpc.models.devices import DTYPES, matmul_flops_per_s, note_slow_dtype
 from kdhpc.training.data import Batches, Corpus, validation_batches
 from kdhpc.training.engine import Engine, State, Teacher
 from kdhpc.training.ranks import any_rank, from_first
@@ -100,6 +100,7 @@ def train(
     """
     if settings.dtype == "float16" and device.type != "cuda":
         raise InputError("dtype=float16: needs a GPU; expected bfloat16 or float32 on a CPU")
+    note_slow_dtype(settings.dtype, device.type)
     schedule = Schedule.of(settings, len(corpus))
     peak = matmul_flops_per_s(device, DTYPES[settings.dtype]) * settings.world_size
     pin = device.type == "cuda"

@@ -4,17 +4,17 @@ reads   models; truth's evaluation set, for tasks that are made of it; p*, for t
 writes  scores of items: the metrics of the task [N] float64, cluster [N] int32
 """
 
-import functools
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdhpc.config import downstream as tasks
-from kdhpc.config.language import LanguageConfig, tokens_per_s
+from kdhpc.config.language import LanguageConfig
 from kdhpc.config.model import Shape
 from kdhpc.experiment import arms
 from kdhpc.experiment.downstream import OWN_ITEMS, OWN_VERSION, Evaluated, evaluated
+from kdhpc.experiment.estimates import GIVEN_FLOPS, model_flops, seconds
 from kdhpc.plan.shards import Arm, Plan, Shard, fields_of, settings_of
 from kdhpc.plan.stages import Stage
 from kdhpc.storage.work import Work, Written
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 NUM_ITEMS = 2000
 """Assumed number of items of a task without a limit, for estimates of time."""
+ENDINGS = 2
+"""Assumed number of endings of an item, each of which is scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +84,9 @@ class InitialSettings:
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
-    """Plan one shard for every model and task; work is in tokens of whole rows."""
+    """Plan one shard for every model and task."""
     shards = []
+    flops = model_flops(config)
     [truth] = before.arm(*arms.TRUTH_MODEL)
     eval_shards = before.arm(*arms.TRUTH_EVAL)
     for task in config.downstream.tasks:
@@ -113,7 +116,12 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
                     arm=arm,
                     name="00000",
                     reads=tuple(dict.fromkeys(reads)),
-                    work=2.0 * num_items * config.length,
+                    work=seconds(
+                        config,
+                        arms.DOWNSTREAM,
+                        ENDINGS * num_items * config.length,
+                        flops.get(model.name, GIVEN_FLOPS),
+                    ),
                     num_bytes=20.0 * num_items + 4096,
                 )
             )
@@ -357,5 +365,4 @@ DOWNSTREAM = Stage(
     plan=plan,
     run=run,
     beside=True,
-    rate=functools.partial(tokens_per_s, stage=arms.DOWNSTREAM),
 )

@@ -247,7 +247,6 @@ MERGE = Stage(
     "/provenance",
     plan=plan,
     run=run,
-    rate=lambda config: 1e6,
     uses_device=False,
     alias=RESULTS,
 )

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 TEACHERS, DIRECT = "teachers", "direct"
 PARTS = ("weights", "means", "covariances")
 PACKAGES = ("numpy", "scipy", "scikit-learn", "h5py")
+FITTED_PER_S = 5e5
+"""Points, times components, times starts of EM, that one core fits in a second."""
+POINTS_PER_S = 1.5e6
+"""Points that one core draws, fits or scores in a second."""
 """Packages whose versions are written into the results."""
 
 
@@ -105,10 +109,7 @@ def arms(config: MixtureConfig, setting: Setting) -> Iterator[StudentArm]:
 
 
 def plan_teachers(config: MixtureConfig, before: Plan) -> list[Shard]:
-    """Plan the shards of fit-teachers: for every setting, ranges of seeds.
-
-    Work is in points times components times starts of EM.
-    """
+    """Plan the shards of fit-teachers: for every setting, ranges of seeds."""
     shards = []
     for name, setting in config.settings.items():
         settings = TeacherSettings(
@@ -136,7 +137,7 @@ def plan_teachers(config: MixtureConfig, before: Plan) -> list[Shard]:
                 arm=arm,
                 name=shard_name,
                 row_range=row_range,
-                work=work * (row_range[1] - row_range[0]),
+                work=work * (row_range[1] - row_range[0]) / FITTED_PER_S,
                 num_bytes=num_bytes * (row_range[1] - row_range[0]),
             )
             for shard_name, row_range in cut(config.seeds, config.shard_seeds)
@@ -145,10 +146,7 @@ def plan_teachers(config: MixtureConfig, before: Plan) -> list[Shard]:
 
 
 def plan_students(config: MixtureConfig, before: Plan) -> list[Shard]:
-    """Plan the shards of fit-students: for every student, one for each shard of its teachers.
-
-    Work is in points.
-    """
+    """Plan the shards of fit-students: for every student, one for each shard of its teachers."""
     shards = []
     for name, setting in config.settings.items():
         teachers = before.arm("fit-teachers", f"{name}-{TEACHERS}")
@@ -178,7 +176,9 @@ def plan_students(config: MixtureConfig, before: Plan) -> list[Shard]:
                     name=source.name,
                     row_range=source.row_range,
                     reads=(source.key,),
-                    work=(setting.distill_points + 4 * config.eval_points) * source.num_rows,
+                    work=(setting.distill_points + 4 * config.eval_points)
+                    * source.num_rows
+                    / POINTS_PER_S,
                     num_bytes=2000.0 * source.num_rows,
                 )
                 for source in teachers
@@ -187,7 +187,7 @@ def plan_students(config: MixtureConfig, before: Plan) -> list[Shard]:
 
 
 def plan_merge(config: MixtureConfig, before: Plan) -> list[Shard]:
-    """Plan one shard that reads all shards of both stages; work is in rows, one for each seed."""
+    """Plan one shard that reads all shards of both stages."""
     merged = [*before.stage("fit-teachers"), *before.stage("fit-students")]
     num_rows = sum(shard.num_rows for shard in merged)
     return [merge_of(merged, stage="merge", fields={}, num_rows=num_rows, bytes_per_row=2000.0)]
@@ -365,7 +365,6 @@ FIT_TEACHERS = Stage(
     writes="p*, D, teachers and direct students; arrays [S, ...] with one row per seed",
     plan=plan_teachers,
     run=run_teachers,
-    rate=lambda config: 5e5,
     uses_device=False,
 )
 FIT_STUDENTS = Stage(
@@ -374,7 +373,6 @@ FIT_STUDENTS = Stage(
     writes="students, also narrowed, and their scores in nats; arrays [S, ...], one row per seed",
     plan=plan_students,
     run=run_students,
-    rate=lambda config: 1.5e6,
     uses_device=False,
 )
 MERGE_MIXTURE = Stage(
@@ -383,7 +381,6 @@ MERGE_MIXTURE = Stage(
     writes="results.h5: /tables/<setting>-<arm>, /models, /provenance",
     plan=plan_merge,
     run=run_merge,
-    rate=lambda config: 1e5,
     uses_device=False,
     alias=RESULTS,
 )

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from kdhpc.config.language import LanguageConfig, num_ids, only_prompt, tokens_per_s
+from kdhpc.config.language import LanguageConfig, num_ids, only_prompt
 from kdhpc.experiment import arms, documents
 from kdhpc.experiment.documents import Documents
+from kdhpc.experiment.estimates import model_flops, seconds
 from kdhpc.experiment.prompts import Prompts, likeness, prompts_of, right_answers
 from kdhpc.plan.shards import ADDED, Arm, Plan, Shard, cut, fields_of, settings_of
 from kdhpc.plan.stages import Stage
@@ -109,8 +110,9 @@ def _settings(
 
 
 def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
-    """Plan the shards of every sample set of one stage; work is in tokens of whole rows."""
+    """Plan the shards of every sample set of one stage."""
     shards: list[Shard] = []
+    flops = model_flops(config)
     id_bytes = 2.0 if num_ids(config.truth) <= 2**16 else 4.0
     for sample_set in arms.sample_sets(config):
         if sample_set.stage != stage:
@@ -132,7 +134,12 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
                 name=name,
                 row_range=row_range,
                 reads=(model.key,),
-                work=(row_range[1] - row_range[0]) * config.length,
+                work=seconds(
+                    config,
+                    stage,
+                    (row_range[1] - row_range[0]) * config.length,
+                    flops[sample_set.model[1]],
+                ),
                 num_bytes=(row_range[1] - row_range[0]) * row_bytes,
             )
             for name, row_range in cut(num_rows, sizes.shard_sequences)
@@ -347,7 +354,6 @@ SAMPLE_TRUTH = Stage(
     plan=functools.partial(plan, arms.SAMPLE_TRUTH),
     run=run,
     modules=("kdhpc.sampling.sampler",),
-    rate=functools.partial(tokens_per_s, stage=arms.SAMPLE_TRUTH),
     archived=_archived,
 )
 SAMPLE_TEACHER = Stage(
@@ -357,7 +363,6 @@ SAMPLE_TEACHER = Stage(
     plan=functools.partial(plan, arms.SAMPLE_TEACHER),
     run=run,
     modules=("kdhpc.sampling.sampler",),
-    rate=functools.partial(tokens_per_s, stage=arms.SAMPLE_TEACHER),
 )
 SAMPLE_STUDENTS = Stage(
     name=arms.SAMPLE_STUDENTS,
@@ -367,6 +372,5 @@ SAMPLE_STUDENTS = Stage(
     plan=functools.partial(plan, arms.SAMPLE_STUDENTS),
     run=run,
     modules=("kdhpc.sampling.sampler",),
-    rate=functools.partial(tokens_per_s, stage=arms.SAMPLE_STUDENTS),
     archived=lambda config, shard: "*",
 )

@@ -10,12 +10,12 @@ writes  score shards: log_prob_sum [N] float64 in nats, num_tokens [N] int32, en
 """
 
 import dataclasses
-import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kdhpc.config.language import SECOND_JUDGE_KEY, LanguageConfig, only_prompt, tokens_per_s
+from kdhpc.config.language import SECOND_JUDGE_KEY, LanguageConfig, only_prompt
 from kdhpc.experiment import arms
+from kdhpc.experiment.estimates import model_flops, seconds
 from kdhpc.experiment.given import num_positions
 from kdhpc.plan.shards import ADDED, Arm, Plan, Shard, cut, fields_of, settings_of
 from kdhpc.plan.stages import Stage
@@ -56,11 +56,9 @@ class ScoreSettings:
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
-    """Plan the shards of every pair of sampler and scorer.
-
-    Work is in tokens of whole rows, times the passes that a mixture takes.
-    """
+    """Plan the shards of every pair of sampler and scorer."""
     shards = []
+    flops = model_flops(config)
     scoring = config.scoring
     row_bytes = 20 + 4 * config.length * scoring.per_token
     settings = ScoreSettings(
@@ -86,7 +84,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
             [truth] = before.arm(*arms.TRUTH_MODEL)
             inputs[TOKENIZER] = truth.recipe
             model_keys.append(truth.key)
-        passes = max(1, len(config.truth.components)) if pair.scorer == arms.TRUTH else 1
+        is_mixture = bool(config.truth.components) and pair.scorer == arms.TRUTH
         arm = Arm(
             stage=arms.SCORE,
             name=pair.arm,
@@ -95,7 +93,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
                     settings,
                     dtype=_dtype(config, pair),
                     # The extension has no head for a mixture.
-                    engine="torch" if passes > 1 else scoring.engine,
+                    engine="torch" if is_mixture else scoring.engine,
                     temperatures=pair.temperatures,
                     corruption=pair.corruption,
                     seed=config.seed if pair.corruption else None,
@@ -118,7 +116,7 @@ def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
                     name=name,
                     row_range=row_range,
                     reads=(*model_keys, *(shard.key for shard in needed)),
-                    work=size * config.length * passes,
+                    work=seconds(config, arms.SCORE, size * config.length, flops[pair.model[1]]),
                     num_bytes=size * row_bytes * len(pair.temperatures) + 4096,
                 )
             )
@@ -349,5 +347,4 @@ SCORE = Stage(
     plan=plan,
     run=run,
     modules=("kdhpc.scoring.scorer",),
-    rate=functools.partial(tokens_per_s, stage=arms.SCORE),
 )

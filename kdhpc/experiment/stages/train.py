@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from kdhpc.config.language import LanguageConfig, num_ids, only_prompt, tokens_per_s
+from kdhpc.config.language import LanguageConfig, num_ids, only_prompt
 from kdhpc.config.model import Model
 from kdhpc.experiment import arms, given
+from kdhpc.experiment.estimates import training_seconds
 from kdhpc.experiment.trainings import TrainSettings, join_ranks, progress, train_shard
 from kdhpc.models.sizes import num_parameters
 from kdhpc.plan.shards import Arm, Plan, Shard, fields_of
@@ -29,7 +30,7 @@ WRITES = "Hugging Face checkpoint folders (safetensors, tokenizer)"
 
 
 def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
-    """Plan one shard for every model of this stage; work is in tokens of whole rows."""
+    """Plan one shard for every model of this stage."""
     shards = []
     [truth] = before.arm(*arms.TRUTH_MODEL)
     for trainee in arms.trainees(config):
@@ -81,7 +82,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
                 arm=arm,
                 name="00000",
                 reads=(truth.key, *(shard.key for shard in (*data, *validation, *start, *teacher))),
-                work=steps * training.batch_sequences * config.length / training.world_size,
+                work=training_seconds(config, stage, trainee.model.shape, training, steps),
                 num_bytes=4.0 * num_parameters(trainee.model.shape, num_ids(config.truth))
                 if trainee.model.shape
                 else 0.0,
@@ -217,7 +218,6 @@ TRAIN_ON_TRUTH = Stage(
     plan=functools.partial(plan, arms.TRAIN_ON_TRUTH),
     run=run,
     modules=("kdhpc.training.loop", "deepspeed"),
-    rate=functools.partial(tokens_per_s, stage=arms.TRAIN_ON_TRUTH),
     progress=progress,
     links=arms.MODELS,
 )
@@ -228,7 +228,6 @@ TRAIN_STUDENTS = Stage(
     plan=functools.partial(plan, arms.TRAIN_STUDENTS),
     run=run,
     modules=("kdhpc.training.loop", "deepspeed"),
-    rate=functools.partial(tokens_per_s, stage=arms.TRAIN_STUDENTS),
     progress=progress,
     links=arms.MODELS,
 )

@@ -9,7 +9,6 @@ writes  a Hugging Face checkpoint folder: config.json, model.safetensors, tokeni
 """
 
 import dataclasses
-import functools
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,12 +20,12 @@ from kdhpc.config.language import (
     LanguageConfig,
     Truth,
     num_ids,
-    tokens_per_s,
 )
 from kdhpc.config.model import Model, Shape, Training
 from kdhpc.errors import InputError
 from kdhpc.experiment import arms, documents, given
 from kdhpc.experiment.documents import Documents
+from kdhpc.experiment.estimates import model_flops, seconds, training_seconds
 from kdhpc.experiment.trainings import TrainSettings, join_ranks, progress, train_shard
 from kdhpc.experiment.vocabulary import Cut
 from kdhpc.models.sizes import num_parameters
@@ -42,6 +41,12 @@ if TYPE_CHECKING:
 
 
 BYTE_VOCAB_SIZE = 257
+CORPUS_TOKENS = 5e5
+"""Assumed size of a corpus, for estimates of time: that of the documentation inside Python."""
+GIVEN_S = 30.0
+"""Assumed seconds in which a given model is read, converted, and written into the run."""
+CUT_TOKENS = 2e4
+"""Tokens that are drawn and scored to cut a vocabulary, about."""
 """Vocabulary size of the byte tokenizer: 256 bytes and the end of a text."""
 
 
@@ -140,6 +145,15 @@ def _plan_mixture(config: LanguageConfig, shape: Shape, training: Training) -> l
     return [*components, mixture]
 
 
+def _given_seconds(config: LanguageConfig, name: str) -> float:
+    """Estimate how long it takes to take a given model into the run, in seconds."""
+    if name != arms.TRUTH or config.truth.vocabulary is None:
+        return GIVEN_S
+    # Drawing is as slow as in the stage that samples the truth.
+    flops = model_flops(config)[arms.TRUTH]
+    return GIVEN_S + seconds(config, arms.SAMPLE_TRUTH, CUT_TOKENS, flops)
+
+
 def _shard(
     config: LanguageConfig,
     settings: TruthSettings,
@@ -162,7 +176,7 @@ def _shard(
     fields = fields_of(settings)
     if training is None or shape is None:
         arm = Arm(stage=arms.TRUTH, name=name, fields=fields, inputs={})
-        return Shard(arm=arm, name="00000")
+        return Shard(arm=arm, name="00000", work=_given_seconds(config, name))
     # The tokenizer of bytes is the same in every run, and is not read from the truth.
     reads = truth if config.truth.model != "train" else None
     arm = Arm(
@@ -184,6 +198,7 @@ def _shard(
         nodes=training.nodes,
         ranks_per_node=training.ranks_per_node,
     )
+    num_steps = CORPUS_TOKENS * training.epochs / training.batch_sequences / config.length
     num_bytes = 4.0 * num_parameters(
         shape, BYTE_VOCAB_SIZE if reads is None else num_ids(config.truth)
     )
@@ -191,7 +206,7 @@ def _shard(
         arm=arm,
         name="00000",
         reads=(reads.key,) if reads else (),
-        work=1e7,
+        work=training_seconds(config, arms.TRUTH, shape, training, num_steps),
         num_bytes=num_bytes,
     )
 
@@ -401,7 +416,6 @@ TRUTH = Stage(
     plan=plan,
     run=run,
     modules=("kdhpc.training.loop", "deepspeed"),
-    rate=functools.partial(tokens_per_s, stage=arms.TRUTH),
     progress=progress,
     links=arms.MODELS,
     archived=lambda config, shard: "*.json",  # the tokenizer, by which texts can be read
