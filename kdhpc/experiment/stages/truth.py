@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 
 
 BYTE_VOCAB_SIZE = 257
+"""Vocabulary size of the byte tokenizer: 256 bytes and the end of a text."""
 CORPUS_TOKENS = 5e5
 """Assumed size of a corpus, for estimates of time: that of the documentation inside Python."""
 GIVEN_S = 30.0
 """Assumed seconds in which a given model is read, converted, and written into the run."""
 CUT_TOKENS = 2e4
 """Tokens that are drawn and scored to cut a vocabulary, about."""
-"""Vocabulary size of the byte tokenizer: 256 bytes and the end of a text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
