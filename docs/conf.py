@@ -32,6 +32,7 @@ docs/results
 docs/downstream
 docs/reliability
 docs/performance
+docs/gpu
 slurm/README
 ```
 ```{toctree}
