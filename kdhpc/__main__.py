@@ -71,7 +71,8 @@ def listing(scripts: dict[str, Path]) -> str:
         for name, path in scripts.items():
             if path.parent.name == folder:
                 text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
-                lines.append(f"  {name.ljust(width)}  {text.partition(chr(10))[0]}")
+                summary = text.partition("\n")[0]
+                lines.append(f"  {name.ljust(width)}  {summary}")
     return "\n".join(lines)
 
 

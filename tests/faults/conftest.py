@@ -1,6 +1,7 @@
 """The cluster that all scenarios share, and the table of their results."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,14 +63,17 @@ def resume_nodes() -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a disk of 3 MB at tmp_path/small."""
+    """Mount a disk of 3 MB at tmp_path/small, as root or by sudo where it asks for no password."""
     path = tmp_path / "small"
     path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(path)]
+    user = os.getuid()
+    as_root = ["sudo", "--non-interactive"] if user and shutil.which("sudo") else []
+    options = f"size=3m,mode=700,uid={user},gid={os.getgid()}"
+    command = [*as_root, "mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
     mounted = subprocess.run(command, capture_output=True, text=True)
     need(mounted.returncode == 0, f"no disk can be mounted here: {mounted.stderr.strip()}")
     yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
+    subprocess.run([*as_root, "umount", "--lazy", str(path)], check=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
