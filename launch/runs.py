@@ -118,7 +118,7 @@ def compare(options: argparse.Namespace) -> int:
         "models": comparison.models(first, second),
     }
     for title, lines in parts.items():
-        print(f"{title}: {len(lines) or 'no'} differences")
+        print(f"{title}:" if lines else f"{title}: equal")
         for line in lines:
             print(f"  {line}")
     out.print(comparison_view(list(comparison.pairs(first, second))))

@@ -324,11 +324,17 @@ def check_active(run: Run, plan: Plan) -> None:
 
 
 def nothing_to_do(run: Run, config: RunConfig, plan: Plan) -> bool:
-    """Return whether the last request asked for the same shards, and all of them are done."""
+    """Return whether the last request asked for the same shards, and all of them are done.
+
+    Shards of other settings have the same keys and other recipes.
+    """
     if not Ledger(run.path).requests():
         return False
     _, last_config, last_plan = runs.current(run)
-    if last_config.until != config.until or last_plan.shards.keys() != plan.shards.keys():
+    recipes, last_recipes = (
+        {key: shard.recipe for key, shard in of.shards.items()} for of in (plan, last_plan)
+    )
+    if last_config.until != config.until or last_recipes != recipes:
         return False
     state = observe(run, config, plan, policy=Policy.looking(config), with_queue=False)
     return state.finished and not state.scan.damaged

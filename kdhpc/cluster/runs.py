@@ -216,6 +216,7 @@ def open_for(config: RunConfig, plan: Plan) -> Run:
         run, f"it makes no more shards; choose another name, such as name={config.name}-2"
     )
     check_unchanged(run, config, plan)
+    run.make_lost_links()
     places.note(path)
     return run
 
