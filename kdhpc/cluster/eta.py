@@ -212,13 +212,15 @@ def _play(
         if not num_waited_for[key]:
             ready[stage].append(key)
     at_work = dict.fromkeys(most, 0)
+    num_free = num_places
     events: list[tuple[float, bool, str]] = []  # when, whether a job ends or else may start, which
     now = 0.0
     while True:
         for stage, waiting in ready.items():
-            while waiting and at_work[stage] < most[stage] and sum(at_work.values()) < num_places:
+            while waiting and num_free and at_work[stage] < most[stage]:
                 key = waiting.popleft()
                 at_work[stage] += 1
+                num_free -= 1
                 heapq.heappush(events, (now + jobs[key][1], True, key))
         if not events:
             return now
@@ -228,6 +230,7 @@ def _play(
             ready[stage].append(key)
             continue
         at_work[stage] -= 1
+        num_free += 1
         for reader in readers.get(key, ()):
             num_waited_for[reader] -= 1
             if not num_waited_for[reader]:
