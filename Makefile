@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 BENCHMARKS := login_node start_up merge core_seconds sampling prompts scoring vocabulary growth training roofline coverage analysis
-QUICK := config presets project decide shards seeding formats sampling likelihood curves
+QUICK := config presets project decide shards seeding formats sampling likelihood
 
 .PHONY: help install native demo mixture check quick test faults chaos mutations docs bench clean
 
@@ -49,7 +49,7 @@ check: $(VENV)/installed-dev docs  ## Format, lint, types, layers, documents
 	$(BIN)/lint-imports
 
 quick: $(VENV)/installed-dev  ## The tests that need no cluster and no training: two minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(QUICK:%=tests/test_%.py)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not slow' $(QUICK:%=tests/test_%.py)
 
 test: $(VENV)/installed-dev  ## All tests; with CI=true on a real Slurm that it installs (root or sudo)
 	@if [ "$$CI" = true ]; then $(SUDO) slurm/devcluster install; fi

@@ -175,6 +175,7 @@ def replaced(part: Any, path: tuple[str, ...], value: object) -> Any:
     return dataclasses.replace(part, **{path[0]: inner})
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(
     path=st.sampled_from(TEXTS),
