@@ -118,7 +118,7 @@ def _column(values: Sequence[Any]) -> pa.Array:
     known = [None if value == "" else value for value in values]
     try:
         return pa.array(known)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):  # of several kinds
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # of several kinds, or huge
         return pa.array([None if value is None else str(value) for value in known])
 
 
