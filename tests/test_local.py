@@ -404,14 +404,14 @@ def test_measured_seconds_decide_how_shards_are_packed(copy: Path) -> None:
     shards = plan.arm("sample-truth", "train")
     for shard in shards:
         run.record_path(shard.key).unlink()
-    before = observe(run, config, plan)
+    policy = dataclasses.replace(observe(run, config, plan).policy, task_s=40.0)
+    before = observe(run, config, plan, policy=policy)
     assert sum(len(batch.tasks) for batch in before.decision.batches) == 1
     work = Work(run, config, plan)
     for shard in shards[:2]:
         path = work.new_path(shard)
         path.write_text("ids")
         work.publish(shard, Written(path=path, num_rows=1), time.time() - 60)
-    policy = dataclasses.replace(before.policy, task_s=40.0)
     after = observe(run, config, plan, policy=policy)
     assert after.situation.factors["sample-truth"] * shards[0].work > 30
     assert sum(len(batch.tasks) for batch in after.decision.batches) == 2
