@@ -30,6 +30,7 @@ from kdhpc.storage.token_shards import read_samples
 
 LAPTOP, PHONE = (1280, 800), (390, 844)
 MAX_BYTES = 2_000_000
+BROWSER = next(filter(shutil.which, ("chromium", "google-chrome")), "")
 MEASURE = """<script>
 addEventListener("load", () => setTimeout(() => {
   const box = text => {
@@ -219,7 +220,7 @@ class Browser:
     def _start(self, *words: str) -> str:
         finished = subprocess.run(
             [
-                "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+                BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
                 f"--user-data-dir={self.folder / 'profile'}", "--virtual-time-budget=5000", *words,
             ],
             capture_output=True,
@@ -249,7 +250,7 @@ class Browser:
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Browser:
-    need(shutil.which("chromium") is not None, "chromium is needed (apt-get install chromium)")
+    need(BROWSER != "", "a browser is needed (apt-get install chromium)")
     return Browser(folder=tmp_path)
 
 
