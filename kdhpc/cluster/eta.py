@@ -27,7 +27,7 @@ SPREAD_OF_STAGES_KNOWN = 0.2
 """That of a stage around its machine, next to earlier runs that had the stage."""
 SPREAD_OF_SHARDS = 0.3
 """That of one shard around its stage."""
-SPREAD_LEFT = 0.07
+SPREAD_LEFT = 0.15
 """What stays however many shards are done, because other users come and go."""
 QUANTILE = 1.28
 """Standard deviations on both sides of the middle: four of five runs end inside the range."""
