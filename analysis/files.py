@@ -50,7 +50,7 @@ def parser(
         new_parser.add_argument(
             "--out",
             type=Path,
-            help=f"folder to write to (default: that of {RESULTS}; of an archive: this folder)",
+            help=f"folder to write to (default: that of {RESULTS}; of an archive: ./NAME)",
         )
     new_parser.set_defaults(out=None)
     return new_parser
@@ -161,7 +161,7 @@ def read(options: argparse.Namespace, pipeline: Pipeline[Any]) -> Analysis:
     """
     path, beside = Path(options.run), None
     if options.run.endswith(archive.SUFFIX):
-        path, beside = archive.unpack_until_exit(path), Path.cwd()
+        path, beside = archive.unpack_until_exit(path), Path(path.name.removesuffix(archive.SUFFIX))
     elif os.sep not in options.run and not path.exists():
         path = places.locate(options.run)
     if path.is_dir():

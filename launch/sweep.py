@@ -7,7 +7,7 @@
 Without a preset it runs `demo`. Examples:
 
     python launch/sweep.py paper --dry-run
-    python launch/sweep.py demo name=second taus=[1.0,0.7]
+    python launch/sweep.py demo name=second 'taus=[1.0,0.7]'
     python launch/sweep.py demo capacity reuse=temperature
     python launch/sweep.py paper cluster=mysite slurm.mem_gb=64
 """
@@ -16,6 +16,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.live import Live
 
@@ -66,6 +67,7 @@ def main(arguments: list[str]) -> int:
     executor = runs.pick_executor(config, slurm_here)
     if not any(word.startswith("runs_dir=") for word in options.words):
         runs.check_place(config)
+    runs.check_executor(config, executor)
     config = reuse.with_place(config)
     if executor == "slurm":
         planning.check_partitions(config)
@@ -104,10 +106,14 @@ def _dry_run(pipeline: AnyPipeline, config: RunConfig, slurm_here: bool, *, verb
     """Show what would be submitted; write nothing."""
     executor = "slurm" if slurm_here and config.executor != "local" else "local"
     config = reuse.with_place(config)
-    if config.reuse:  # which shards are the same is known with what the run starts from
+    place = Path(config.runs_dir).expanduser() / config.name
+    is_begun = (place / "run.json").is_file()
+    if config.reuse or is_begun:  # which shards are the same is known with what a run starts from
         config = pipeline.prepare(config)
     plan = pipeline.plan(config)
-    taken = frozenset(record.key for record in reuse.find(config, plan))
+    reused = frozenset(record.key for record in reuse.find(config, plan))
+    done = runs.done_already(runs.open_run(place.resolve()), plan) if is_begun else frozenset[str]()
+    taken = reused | done
     preview = planning.preview(pipeline, plan, config, executor, taken)
     console().print(preview_view(preview, config, executor))
     if verbose:
@@ -115,7 +121,9 @@ def _dry_run(pipeline: AnyPipeline, config: RunConfig, slurm_here: bool, *, verb
     for line in pipeline.estimate(config):
         print(line)
     if config.reuse:
-        print(f"not in the table: {len(taken)} shards that are taken from {config.reuse} (reuse)")
+        print(f"not in the table: {len(reused)} shards that are taken from {config.reuse} (reuse)")
+    if is_begun:
+        print(f"not in the table: {len(done)} shards that are done")
     print(f"planned for {executor}, in {config.runs_dir}/{config.name}; nothing was written")
     planning.check_jobs(preview)
     return 0

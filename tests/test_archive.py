@@ -151,7 +151,8 @@ def test_an_archive_elsewhere_gives_the_same_report_and_the_same_digest(
     page = report(tiny_run, "--out", here, cwd=here, tmp=tmp_path / "tmp1")
     assert report(file, cwd=away, tmp=tmp_path / "tmp2") == page
     assert report(restored, cwd=away, tmp=tmp_path / "tmp3") == page
-    assert (away / "report.html").read_bytes() == page
+    assert [path.name for path in away.iterdir()] == ["tiny"]
+    assert (away / "tiny" / "report.html").read_bytes() == page
     for folder in ("tmp1", "tmp2", "tmp3"):
         assert not [p for p in (tmp_path / folder).iterdir() if "kdhpc" in p.name]
 

@@ -170,13 +170,16 @@ def test_a_finished_run_is_history_for_others_in_its_place(
     place = pace.place_of("local", config)
     assert noted["place"] == place
     assert noted["num_at_once"] >= 1
-    history = pace.read_history(PIPELINE, place)
+    plan = PIPELINE.plan(config)
+    history = pace.read_history(PIPELINE, place, plan)
     assert history.log_factors == noted["log_factors"]
     assert history.log_factors.keys() == {stage.name for stage in PIPELINE.stages}
-    assert pace.read_history(PIPELINE, place, but_not=path) == History()
-    assert pace.read_history(PIPELINE, "another") == History()
+    assert pace.read_history(PIPELINE, place, plan, but_not=path) == History()
+    assert pace.read_history(PIPELINE, "another", plan) == History()
     other = dataclasses.replace(PIPELINE, name="other")
-    assert pace.read_history(other, place) == History()
+    assert pace.read_history(other, place, plan) == History()
+    large = plan_of(*((stage, [5.0, 5.0], False) for stage in plan.stages))
+    assert pace.read_history(PIPELINE, place, large).log_factors == {}
     (path / pace.HISTORY).write_text("{")
-    assert pace.read_history(PIPELINE, place) == History()
+    assert pace.read_history(PIPELINE, place, plan) == History()
     assert Run(path, PIPELINE).scan().damaged == {}

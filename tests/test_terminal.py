@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, launch
+from light import PIPELINE
 from rich.console import Console
 
+from kdhpc.cluster import runs
 from kdhpc.cluster.costs import Hours, StageCost
 from kdhpc.cluster.display import costs_view, status_view
 from kdhpc.cluster.eta import Range
+from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import Cause, StageStatus, Status
 
 LIGHT = ["pipeline=light:PIPELINE", "name=light", "cluster=local", "local_workers=1"]
@@ -68,6 +71,9 @@ def test_a_complete_run_has_nothing_to_do(tmp_path: Path) -> None:
     again = launch("sweep", *words).stdout
     assert again.endswith("nothing to do: all 13 shards are done\n")
     assert list((tmp_path / "light" / "requests").iterdir()) == requests
+    plan = launch("sweep", *words, "--dry-run").stdout
+    assert "not in the table: 13 shards that are done" in plan
+    assert "not in the table: 12" in launch("sweep", *words, "num_shards=7", "--dry-run").stdout
     (tmp_path / "light" / "3-merge" / "results.h5").unlink()
     assert "nothing to do" not in launch("sweep", *words).stdout
     assert (tmp_path / "light" / "3-merge" / "results.h5").exists()
@@ -108,3 +114,24 @@ def test_tables_fit_the_terminal(width: int) -> None:
     assert "…" not in file.getvalue()
     assert any("1234/10000" in line and "2765" in line for line in lines)
     assert any("12345 to 123456" in line.replace(",", "") and "512" in line for line in lines)
+
+
+def test_a_run_of_a_cluster_that_does_not_answer_goes_on_here_only_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "none"))  # no cluster of another test answers
+    words = ["pipeline=light:PIPELINE", "name=light", f"runs_dir={tmp_path}"]
+    launch("sweep", *words, "cluster=local", "until=make")
+    run = Run(tmp_path / "light", PIPELINE)
+    runs.add_request(run, runs.current(run)[1], kind="sweep", executor="slurm")
+    refused = launch("sweep", *words, code=2).stderr
+    assert "runs on Slurm, which does not answer here" in refused
+    assert "cluster=local" in refused
+    assert not (tmp_path / "light" / "2-square").exists()
+    assert launch("sweep", *words, "cluster=local").stdout.endswith("light: complete\n")
+
+
+def test_a_plan_says_if_its_times_are_those_of_gpus() -> None:
+    local = launch("sweep", "paper", "cluster=local", "--dry-run").stdout
+    assert "TIMES ARE THOSE OF GPUs (slurm.gpus_per_node), and this machine shows none" in local
+    assert "TIMES" not in launch("sweep", "demo", "cluster=local", "--dry-run").stdout

@@ -122,6 +122,10 @@ def _assumptions(preview: Preview, config: RunConfig, executor: str) -> Iterator
         )
     else:
         yield f"wall time: an estimate for {preview.at_once} tasks at once (local_workers)"
+        if config.slurm.gpus_per_node and not preview.has_gpus:
+            yield "TIMES ARE THOSE OF GPUs (slurm.gpus_per_node), and this machine shows none"
+        if config.executor == "slurm":
+            yield "executor=slurm, but no sbatch works here: this is not the cluster's plan"
     yield "in the total, stages overlap where they can; four of five runs end inside its range"
     if config.until is not None:
         yield f"until={config.until}: later stages start when sweep.py is typed without it"
@@ -200,7 +204,7 @@ def costs_view(costs: Sequence[StageCost]) -> Group:
         left = cost.left_core_hours
         table.add_row(
             cost.stage,
-            _hours(cost.core_hours),
+            _hours(cost.core_hours) if cost.core_hours else "",
             _hours(cost.lost_core_hours) if cost.lost_core_hours else "",
             f"{_hours(left.low)} to {_hours(left.high)}" if left.high else "",
             _hours(cost.gpu_hours) if cost.gpu_hours else "",

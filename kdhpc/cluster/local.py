@@ -167,7 +167,7 @@ class _Pool:
                 for worker in workers:
                     worker.process.kill()
         for worker in self.spare:
-            worker.stop()
+            worker.process.kill()  # it has no task; to end by itself takes seconds
             worker.close()
 
     @property

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import socket
 import time
@@ -17,6 +18,7 @@ from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.observe import State
 from kdhpc.cluster.runs import Run
 from kdhpc.config.run import RunConfig
+from kdhpc.plan.shards import Plan
 from kdhpc.plan.stages import AnyPipeline
 from kdhpc.storage.run_folder import Record
 from kdhpc.types import Json
@@ -25,6 +27,8 @@ HISTORY = "pace.json"
 """Name of the file in a finished run that says what its stages took."""
 NUM_RUNS = 5
 """Number of earlier runs that count, the newest."""
+ALIKE = 4.0
+"""Shards count as alike in size if their estimates are apart by less than this factor."""
 START_S = 8.0
 """Seconds on Slurm from the end of what a shard reads until its task works, if a node is free."""
 WARM_UP_S = 4.0
@@ -92,7 +96,7 @@ def measure(run: Run, state: State) -> Pace:
             )
             took[shard.stage] = took[shard.stage] + part if shard.stage in took else part
     place = place_of(state.request.executor, state.config)
-    history = read_history(run.pipeline, place, but_not=run.path)
+    history = read_history(run.pipeline, place, plan, but_not=run.path)
     return Pace(
         progress=notes,
         factors=eta.factors(plan.stages, took, history),
@@ -141,26 +145,38 @@ def most_at_once(records: Iterable[Record]) -> int:
     return max(accumulate(change for _, change in sorted(changes)), default=0)
 
 
-def read_history(pipeline: AnyPipeline, place: str, *, but_not: Path | None = None) -> eta.History:
+def read_history(
+    pipeline: AnyPipeline, place: str, plan: Plan, *, but_not: Path | None = None
+) -> eta.History:
     """Read what the newest runs of a pipeline took that ended in a place.
+
+    A stage counts only if its shards were of about the size that they have in the plan: those of a
+    toy are over before they have done much, and say nothing of large ones.
 
     Args:
         pipeline: the pipeline.
         place: where they ended, from `place_of`.
+        plan: plan of the run that they are compared with.
         but_not: absolute path of a run that does not count.
     """
+    shard_s = _shard_seconds(plan)
     notes = []
     for path in places.known():
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             note: dict[str, Json] = json.loads((path / HISTORY).read_text())
             alike = (note["pipeline"], note["place"]) == (pipeline.name, place)
             if alike and path.resolve() != but_not:
-                notes.append((float(note["time"]), int(note["num_at_once"]), note["log_factors"]))
+                alike_sizes = {
+                    stage: float(value)
+                    for stage, value in note["log_factors"].items()
+                    if 1 / ALIKE < note["shard_s"][stage] / shard_s.get(stage, math.inf) < ALIKE
+                }
+                notes.append((float(note["time"]), int(note["num_at_once"]), alike_sizes))
     newest = sorted(notes, key=lambda note: note[0])[-NUM_RUNS:]
     by_stage: dict[str, list[float]] = {}
     for _, _, log_factors in newest:
         for stage, value in log_factors.items():
-            by_stage.setdefault(stage, []).append(float(value))
+            by_stage.setdefault(stage, []).append(value)
     return eta.History(
         log_factors={stage: sum(values) / len(values) for stage, values in by_stage.items()},
         num_at_once=max((at_once for _, at_once, _ in newest), default=0),
@@ -178,12 +194,21 @@ def note_history(run: Run, state: State) -> None:
         "place": place_of(state.request.executor, state.config),
         "time": time.time(),
         "log_factors": {stage: round(of.log_factor, 3) for stage, of in took.items()},
+        "shard_s": _shard_seconds(state.plan),
         "num_at_once": most_at_once(records),
     }
     with contextlib.suppress(OSError):
         temporary = run.path / f".{HISTORY}.{os.getpid()}"
         temporary.write_text(json.dumps(facts))
         os.replace(temporary, run.path / HISTORY)
+
+
+def _shard_seconds(plan: Plan) -> dict[str, float]:
+    """Return the mean estimate of a shard of each stage, in seconds."""
+    return {
+        stage: sum(shard.work for shard in plan.stage(stage)) / len(plan.stage(stage))
+        for stage in plan.stages
+    }
 
 
 def place_of(executor: str, config: RunConfig) -> str:

@@ -46,6 +46,8 @@ class Preview:
     """Most tasks that run at once: of a stage on Slurm, of all on this machine."""
     left_s: eta.Range
     """Seconds until the end, without waiting in the queue."""
+    has_gpus: bool = False
+    """Whether this machine shows GPUs."""
     num_accepted: int
     """Number of scripts that passed `sbatch --test-only`."""
     refused: tuple[str, ...]
@@ -68,7 +70,7 @@ def preview(
         executor: `local` or `slurm`.
         taken: keys of shards that are there already; they are left out.
     """
-    history = pace.read_history(pipeline, pace.place_of(executor, config))
+    history = pace.read_history(pipeline, pace.place_of(executor, config), plan)
     factors = eta.factors(plan.stages, {}, history)
     medians = {stage: factor.at(0) for stage, factor in factors.items()}
     asked_for = set(plan.stages_until(config.until))
@@ -85,7 +87,10 @@ def preview(
             plan, keys, factors, {}, num_places=at_once, task_s=LOCAL_TASK_S, start_s=0.0
         )
         left = left.later(pace.WARM_UP_S)
-        return Preview(stages=stages, at_once=at_once, left_s=left, num_accepted=0, refused=())
+        return Preview(
+            stages=stages, at_once=at_once, left_s=left, has_gpus=num_gpus > 0, num_accepted=0,
+            refused=(),
+        )  # fmt: skip
     max_array = config.slurm.max_array or slurm.max_array_size()
     batches = batches_by_stage(pipeline, plan, config, max_array, taken)
     at_once = config.slurm.max_parallel

@@ -179,6 +179,13 @@ def changed_recipes(plan: Plan, scan: Scan) -> list[str]:
     return lines
 
 
+def done_already(run: Run, plan: Plan) -> frozenset[str]:
+    """Return the keys of planned shards that are published as they are planned."""
+    records = run.scan().records
+    shards = plan.shards.items()
+    return frozenset(k for k, s in shards if k in records and records[k].recipe == s.recipe)
+
+
 def open_for(config: RunConfig, plan: Plan) -> Run:
     """Create the run's folder, or open it and check that no published recipe would change.
 
@@ -224,6 +231,23 @@ def open_for(config: RunConfig, plan: Plan) -> Run:
 def _place(config: RunConfig) -> Path:
     """Return the absolute path of the run's folder."""
     return (Path(config.runs_dir) / config.name).expanduser().resolve()
+
+
+def check_executor(config: RunConfig, executor: str) -> None:
+    """Refuse to go on in local processes with a run that was started on Slurm, unless asked to.
+
+    Raises:
+        InputError: if nobody asked for it; the message says what to type.
+    """
+    path = _place(config)
+    if executor != "local" or config.executor != "auto" or not (path / "run.json").is_file():
+        return
+    requests = ledgers.Ledger(path).requests() if (path / "requests").is_dir() else []
+    if requests and requests[-1].executor == "slurm":
+        raise InputError(
+            f"{path}: runs on Slurm, which does not answer here; type the same when it does, or "
+            "cluster=local to go on in processes of this machine"
+        )
 
 
 def check_place(config: RunConfig) -> None:

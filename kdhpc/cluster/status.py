@@ -221,6 +221,8 @@ def _stalled(run: Run, state: State) -> Iterator[str]:
     situation = state.situation
     if situation.active or situation.stopped or state.queued or state.queue_error:
         return
+    if runs.is_locked(run):  # a local launcher is at work
+        return
     asked_for = state.plan.stages_until(state.config.until)
     ready = [
         key
@@ -233,7 +235,8 @@ def _stalled(run: Run, state: State) -> Iterator[str]:
     ]
     if not ready:
         return
-    parts = [f"{len(ready)} shards could start (first: {ready[0]}), but nothing is queued"]
+    shards = f"{len(ready)} shard{'s' * (len(ready) > 1)}"
+    parts = [f"{shards} could start (first: {ready[0]}), but nothing is queued"]
     parts += _gate_that_ended(run, state)
     if shutil.disk_usage(run.path).free < DISK_FULL_BYTES:
         parts.append("DISK_FULL: there is no space left to record why; free some")

@@ -123,12 +123,13 @@ def write_results(
     return Merged(logical_digest=expected, digest=digest)
 
 
-def read_results(path: Path) -> Results:
+def read_results(path: str | Path) -> Results:
     """Check all of a merged file but its provenance, in pieces, then map its arrays into memory.
 
     Raises:
         DamagedError: if the file is no merged file, or differs from what was written.
     """
+    path = Path(path)
     with damaged_if_unreadable(path, "a merged results file"), path.open("rb") as held:
         results = _read_results(path)
         replaced = not os.path.samestat(os.fstat(held.fileno()), path.stat())
