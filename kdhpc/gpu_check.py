@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, distributed
 
 from kdhpc.config.model import Shape, Training
+from kdhpc.errors import KdhpcError
 from kdhpc.models import attention, devices, huggingface
 from kdhpc.models.llama import Llama
 from kdhpc.models.sizes import (
@@ -369,7 +370,11 @@ def check_two_ranks(device: torch.device) -> str:
         )
         for rank in range(2)
     ]  # fmt: skip
-    said = [process.communicate(timeout=120)[0] for process in both]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
     require(not any(process.returncode for process in both), said[0][-300:])
     return said[0].strip().splitlines()[-1]
 
@@ -418,8 +423,9 @@ def measured(case: Case, device: torch.device, about: dict[str, Any]) -> Iterato
     for what, work in works.items():
         try:
             tokens, seconds = work(case, device)
-        except torch.OutOfMemoryError as error:
-            print(f"{case.name} {what}: does not fit ({str(error).splitlines()[0]})", flush=True)
+        except Exception as error:  # the other speeds are still worth knowing
+            found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            print(f"{case.name} {what}: not measured: {found}", flush=True)
             continue
         finally:
             if device.type == "cuda":
@@ -509,4 +515,8 @@ def _training(case: Case, device: torch.device) -> tuple[float, float]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as cache:  # DeepSpeed looks for compiled operators
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", cache)
-        sys.exit(main(sys.argv[1:]))
+        try:
+            sys.exit(main(sys.argv[1:]))
+        except KdhpcError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)

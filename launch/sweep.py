@@ -67,7 +67,6 @@ def main(arguments: list[str]) -> int:
     executor = runs.pick_executor(config, slurm_here)
     if not any(word.startswith("runs_dir=") for word in options.words):
         runs.check_place(config)
-    runs.check_executor(config, executor)
     config = reuse.with_place(config)
     if executor == "slurm":
         planning.check_partitions(config)
@@ -83,8 +82,10 @@ def main(arguments: list[str]) -> int:
     planning.check_active(run, plan)
     if planning.nothing_to_do(run, config, plan):
         console().print(status_view(status_of(run, look(run))))
-        print(f"nothing to do: all {len(plan.shards)} shards are done")
+        num_shards = sum(len(plan.stage(stage)) for stage in plan.stages_until(config.until))
+        print(f"nothing to do: all {num_shards} shards are done")
         return 0
+    runs.check_executor(run, config, executor)
     if note := planning.left_out(run, plan):
         print(note)
     if executor == "local":

@@ -388,3 +388,14 @@ def test_the_files_of_an_archive_are_those_of_the_run(whole_archive: Path, tmp_p
         f"{stage}/arm/{number:05d}" for stage in ("make", "square") for number in range(3)
     ]
     assert gzip.decompress(file.read_bytes())[257:262] == b"ustar"
+
+
+def test_a_run_is_not_restored_into_a_file(tiny_run: Path, tmp_path: Path) -> None:
+    file = tmp_path / f"tiny{archive.SUFFIX}"
+    launch("runs", "archive", str(tiny_run), str(file))
+    (tmp_path / "text").write_text("")
+    refused = launch("runs", "restore", str(file), "--runs-dir", str(tmp_path / "text"), code=2)
+    assert "text: is a file; expected a folder" in refused.stderr
+    refused = launch("runs", "restore", str(file), "--name", "n" * 300, code=2)
+    assert "expected the name of a folder" in refused.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text", file.name]

@@ -1,5 +1,6 @@
 """What a run has cost comes from its attempts and its records."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -11,10 +12,12 @@ from light import PIPELINE, LightConfig
 from kdhpc.cluster import costs, eta, runs, slurm
 from kdhpc.cluster.costs import StageCost
 from kdhpc.cluster.eta import Range
-from kdhpc.cluster.ledger import Attempt, Job, Ledger
+from kdhpc.cluster.ledger import Attempt, Failure, Job, Ledger, Submission
+from kdhpc.cluster.observe import observe
 from kdhpc.cluster.pace import measure
 from kdhpc.cluster.runs import Run
 from kdhpc.cluster.status import look, status_of
+from kdhpc.config.run import Slurm
 from kdhpc.storage.work import attempt_facts, forget_memory
 
 KEYS = [f"make/arm/{index:05d}" for index in range(6)]
@@ -146,3 +149,51 @@ def test_what_is_left_is_a_range_of_core_hours(run: Run) -> None:
     known = {stage: eta.Factor(log_mean=0.0, spread=0.0) for stage in state.plan.stages}
     make = costs.costs(run, state, known)[0]
     assert make.left_core_hours.middle == pytest.approx(2 * 6 / 3600)
+
+
+def submit(run: Run, number: int, **resources: object) -> None:
+    submission = Submission(
+        number=number, request=1, name=f"make.light-{number}", stage="make", tasks=((KEYS[0],),),
+        resources=resources, code="", time=time.time(), host="elsewhere", pid=1,
+    )  # fmt: skip
+    assert Ledger(run.path).claim(submission)
+
+
+def test_an_attempt_that_died_is_lost_while_the_next_one_runs(run: Run) -> None:
+    hour = time.time() - 3600
+    for number, started in ((1, hour), (2, time.time() - 36)):
+        submit(run, number)
+        path = run.path / "attempts" / f"{number:04d}" / "0.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"key": KEYS[0], "event": "started", "time": started}))
+    Ledger(run.path).settle(1, Job(job_id=None))
+    Ledger(run.path).add_failure(
+        Failure(key=KEYS[0], kind="LOST", message="", submission=1, time=hour + 1800)
+    )
+    _, config, plan = runs.current(run)
+    active = frozenset(KEYS[:1])
+    state = observe(run, config, plan, local_active=active, with_queue=False)
+    make = costs.costs(run, state, measure(run, state).factors)[0]
+    assert make.lost_core_hours == pytest.approx(2 * 0.5)
+    assert make.core_hours == pytest.approx(2 * (0.5 + 0.01), rel=0.01)
+
+
+@pytest.mark.parametrize(("pack", "uses_device"), [(1, True), (4, True), (1, False)])
+def test_hours_are_of_gpus_where_tasks_have_some(
+    tmp_path: Path, pack: int, uses_device: bool
+) -> None:
+    """Six shards of an estimated second; the four of a packed task share its GPU."""
+    stages = [dataclasses.replace(s, uses_device=uses_device) for s in PIPELINE.stages]
+    pipeline = dataclasses.replace(PIPELINE, stages=tuple(stages))
+    limits = Slurm(gpus_per_node=1, pack=pack)
+    config = LightConfig(
+        pipeline="light:PIPELINE", name="gpus", runs_dir=str(tmp_path), executor="local",
+        slurm=limits, until="make",
+    )  # fmt: skip
+    run = Run(runs.open_for(config, pipeline.plan(config)).path, pipeline)
+    runs.add_request(run, config, kind="sweep", executor="slurm")
+    state = observe(run, config, pipeline.plan(config), with_queue=False)
+    known = {stage: eta.Factor(log_mean=0.0, spread=0.0) for stage in state.plan.stages}
+    hours = costs.hours_of_shards(run, state, known)
+    assert hours.unit == ("GPU" if uses_device else "core")
+    assert hours.left.middle * 3600 == pytest.approx(6 / pack if uses_device else 6)

@@ -171,15 +171,19 @@ def test_a_finished_run_is_history_for_others_in_its_place(
     assert noted["place"] == place
     assert noted["num_at_once"] >= 1
     plan = PIPELINE.plan(config)
-    history = pace.read_history(PIPELINE, place, plan)
+    history = pace.read_history(PIPELINE, place, config, plan)
     assert history.log_factors == noted["log_factors"]
     assert history.log_factors.keys() == {stage.name for stage in PIPELINE.stages}
-    assert pace.read_history(PIPELINE, place, plan, but_not=path) == History()
-    assert pace.read_history(PIPELINE, "another", plan) == History()
+    assert pace.read_history(PIPELINE, place, config, plan, but_not=path) == History()
+    assert pace.read_history(PIPELINE, "another", config, plan) == History()
     other = dataclasses.replace(PIPELINE, name="other")
-    assert pace.read_history(other, place, plan) == History()
+    assert pace.read_history(other, place, config, plan) == History()
+    noted["throughput"] = {"make": 5.0}
+    (path / pace.HISTORY).write_text(json.dumps(noted))
+    history = pace.read_history(PIPELINE, place, config, plan)
+    assert history.log_factors.keys() == {"square", "merge"}
     large = plan_of(*((stage, [5.0, 5.0], False) for stage in plan.stages))
-    assert pace.read_history(PIPELINE, place, large).log_factors == {}
+    assert pace.read_history(PIPELINE, place, config, large).log_factors == {}
     (path / pace.HISTORY).write_text("{")
-    assert pace.read_history(PIPELINE, place, plan) == History()
+    assert pace.read_history(PIPELINE, place, config, plan) == History()
     assert Run(path, PIPELINE).scan().damaged == {}

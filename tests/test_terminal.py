@@ -78,6 +78,12 @@ def test_a_complete_run_has_nothing_to_do(tmp_path: Path) -> None:
     assert "nothing to do" not in launch("sweep", *words).stdout
     assert (tmp_path / "light" / "3-merge" / "results.h5").exists()
     assert "nothing to do" not in launch("sweep", *words, "num_shards=7").stdout
+    only_made = [*words, "num_shards=7", "until=make"]
+    launch("sweep", *only_made)
+    assert "nothing to do: all 7 shards are done" in launch("sweep", *only_made).stdout
+    run = Run(tmp_path / "light", PIPELINE)
+    runs.add_request(run, runs.current(run)[1], kind="cancel", executor="local")
+    assert "nothing to do" not in launch("sweep", *only_made).stdout
 
 
 @pytest.mark.parametrize("width", [80, 200])

@@ -10,6 +10,7 @@ because the data that they would read is not there.
 import atexit
 import contextlib
 import gzip
+import os
 import secrets
 import shutil
 import tarfile
@@ -46,6 +47,8 @@ FORMAT = 1
 """Format number of archives; a change that older versions cannot read raises it."""
 MAX_LOG_BYTES = 64_000
 """Logs of tasks that are larger than this are left out."""
+MAX_NAME_BYTES = 200
+"""Longest name of a restored run; file systems have 255 for names, and some are made longer."""
 LEDGER = ("requests", "submissions", "attempts", "failures")
 """Folders of a run that are kept whole."""
 
@@ -228,13 +231,18 @@ def restore(file: Path, runs_dir: str = places.DEFAULT_DIR, name: str | None = N
         InputError: if the file is no whole archive, or there is a file or folder of that name.
         DamagedError: if the disk cannot be written.
     """
-    if name is not None and (name != Path(name).name or name.startswith(".")):
+    if name is not None and (
+        name != Path(name).name or name.startswith(".") or len(os.fsencode(name)) > MAX_NAME_BYTES
+    ):
         raise InputError(f"--name {name}: expected the name of a folder, such as demo-2")
     with _opened(file) as tar:
         target = Path(runs_dir).expanduser().resolve() / (name or _first(file, tar)[0])
-    if target.exists():
-        raise InputError(f"{target}: exists already; expected another --name or --runs-dir")
     with disk_errors(target.parent):
+        for part in target.parents:
+            if part.exists() and not part.is_dir():
+                raise InputError(f"{part}: is a file; expected a folder (--runs-dir {runs_dir})")
+        if target.exists():
+            raise InputError(f"{target}: exists already; expected another --name or --runs-dir")
         target.parent.mkdir(parents=True, exist_ok=True)
         # A folder deeper, so that a run that is not whole yet is not found by name.
         beside = Path(tempfile.mkdtemp(prefix=".restore-", dir=target.parent))

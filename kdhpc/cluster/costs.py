@@ -72,27 +72,62 @@ class Hours:
     """Those of the others, by estimate."""
 
 
-def hours_of_shards(state: State, factors: Mapping[str, eta.Factor]) -> Hours:
-    """Return what published shards have cost, and what the others will.
+def hours_of_shards(run: Run, state: State, factors: Mapping[str, eta.Factor]) -> Hours:
+    """Return what published shards have cost, and what the others that are asked for will.
 
     This reads no attempts, so those that failed or went on from a checkpoint are not counted.
     """
-    plan, own = state.plan, [r for r in state.scan.records.values() if not r.reused_from]
-    uses_gpus = state.request.executor == "slurm" and bool(state.config.slurm.gpus_per_node)
-    what = 1 if uses_gpus else 0
-    held = {stage: _held_by_config(state, stage)[what] for stage in plan.stages}
-    done = sum(
-        r.seconds * _num_ranks(plan.shards[r.key]) * held[plan.shards[r.key].stage] / 3600
-        for r in own
-        if r.key in plan.shards
+    plan, records = state.plan, state.scan.records
+    stages = plan.stages_until(state.config.until)
+    shares = {stage: _share(run, state, stage) for stage in plan.stages}
+    uses_gpus = any(share.gpus_per_node for share in shares.values())
+    done, left = 0.0, dict.fromkeys(stages, 0.0)
+    for key, shard in plan.shards.items():
+        cores, gpus = shares[shard.stage].of(shard)
+        held = gpus if uses_gpus else cores
+        if key in records and not records[key].reused_from:
+            done += records[key].seconds * held / 3600
+        if key not in state.situation.done and shard.stage in left:
+            left[shard.stage] += shard.work * held / 3600
+    return Hours(unit="GPU" if uses_gpus else "core", done=done, left=_range(left, factors))
+
+
+def _range(hours: Mapping[str, float], factors: Mapping[str, eta.Factor]) -> eta.Range:
+    """Correct estimated hours of stages by their factors, and add them up."""
+    low, middle, high = (
+        sum(value * factors[stage].at(deviations) for stage, value in hours.items())
+        for deviations in (-eta.QUANTILE, 0.0, eta.QUANTILE)
     )
-    left = [_left(state, stage, factors[stage], held[stage]) for stage in plan.stages]
-    total = eta.Range(
-        low=sum(of.low for of in left),
-        middle=sum(of.middle for of in left),
-        high=sum(of.high for of in left),
+    return eta.Range(low=low, middle=middle, high=high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """What the config gives to each shard of a stage that is worked on."""
+
+    cores_per_rank: float
+    gpus_per_node: float
+    pack: int
+
+    def of(self, shard: Shard) -> tuple[float, float]:
+        """Return the number of cores and of GPUs that a shard has for itself."""
+        num_ranks = shard.arm.nodes * shard.arm.ranks_per_node
+        pack = self.pack if num_ranks == 1 else 1  # a shard of several ranks has a task of its own
+        return num_ranks * self.cores_per_rank, shard.arm.nodes * self.gpus_per_node / pack
+
+
+def _share(run: Run, state: State, stage: str) -> _Share:
+    config, limits = state.config, state.config.slurm
+    if state.request.executor == "local":
+        return _Share(cores_per_rank=config.threads, gpus_per_node=0, pack=1)
+    own = limits.stages.get(stage)
+    cores = (own and own.cpus_per_task) or limits.cpus_per_task
+    gpus = limits.gpus_per_node if own is None or own.gpus_per_node is None else own.gpus_per_node
+    return _Share(
+        cores_per_rank=max(config.threads, cores),
+        gpus_per_node=gpus if run.pipeline.stage(stage).uses_device else 0,
+        pack=(own and own.pack) or limits.pack,
     )
-    return Hours(unit="GPU" if uses_gpus else "core", done=done, left=total)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +152,14 @@ def costs(run: Run, state: State, factors: Mapping[str, eta.Factor]) -> list[Sta
         cores, gpus = _held(shard, attempt.submission, state.config)
         hours = attempt.seconds / 3600
         spent[shard.stage].append((hours * cores, hours * gpus, attempt.useful))
-    used = _memory(state)
+    used = _memory(run, state)
     newest = {submission.stage: submission for submission in state.submissions}
     return [
         StageCost(
             stage=stage,
             core_hours=sum(cores for cores, _, _ in of_stage),
             lost_core_hours=sum(cores for cores, _, useful in of_stage if not useful),
-            left_core_hours=_left(state, stage, factors[stage], _held_by_config(state, stage)[0]),
+            left_core_hours=_left_core_hours(run, state, stage, factors[stage]),
             gpu_hours=sum(gpus for _, gpus, _ in of_stage),
             memory_gb=used.get(stage, (0.0, 0.0))[0],
             gpu_memory_gb=used.get(stage, (0.0, 0.0))[1],
@@ -135,12 +170,19 @@ def costs(run: Run, state: State, factors: Mapping[str, eta.Factor]) -> list[Sta
 
 
 def _attempts(run: Run, state: State) -> Iterator[_Attempt]:
-    """Yield every attempt of a planned shard whose end is known, or that goes on."""
+    """Yield every attempt of a planned shard.
+
+    One that died without a word ended when its failure was recorded; if another attempt of the same
+    task followed, nobody knows when, and it counts as nothing.
+    """
     ledger, records = Ledger(run.path), state.scan.records
     failed_at = {(f.submission, f.key): f.time for f in ledger.failures()}
+    newest = {key: submission.number for submission in state.submissions for key in submission.keys}
     for submission in state.submissions:
         for index in range(len(submission.tasks)):
-            for attempt in ledger.attempts(submission.number, index):
+            attempts = ledger.attempts(submission.number, index)
+            last = {attempt.key: attempt for attempt in attempts}
+            for attempt in attempts:
                 key, started = attempt.key, attempt.started
                 if key not in state.plan.shards:
                     continue
@@ -150,10 +192,16 @@ def _attempts(run: Run, state: State) -> Iterator[_Attempt]:
                     ended, useful = started + record.seconds, True
                 elif attempt.ended is not None:
                     ended, useful = attempt.ended, attempt.stopped
-                elif key in state.situation.active and key in state.running:
+                elif (
+                    key in state.situation.active & state.running
+                    and newest[key] == submission.number
+                    and attempt is last[key]
+                ):
                     ended, useful = time.time(), True
-                else:  # it died without a word
+                elif attempt is last[key]:
                     ended, useful = failed_at.get((submission.number, key), started), False
+                else:
+                    ended, useful = started, False
                 seconds = max(0.0, ended - started)
                 yield _Attempt(key=key, seconds=seconds, useful=useful, submission=submission)
 
@@ -161,39 +209,23 @@ def _attempts(run: Run, state: State) -> Iterator[_Attempt]:
 def _held(shard: Shard, submission: Submission, config: RunConfig) -> tuple[float, float]:
     """Return the number of cores and of GPUs that an attempt of a shard had for itself."""
     asked = submission.resources
-    cores = _num_ranks(shard) * float(asked.get("cpus_per_task") or config.threads)
-    gpus = float(asked.get("gpus_per_node") or 0) * shard.arm.nodes / submission.pack
-    return cores, gpus
-
-
-def _num_ranks(shard: Shard) -> int:
-    return shard.arm.nodes * shard.arm.ranks_per_node
-
-
-def _held_by_config(state: State, stage: str) -> tuple[float, float]:
-    """Return the cores and GPUs that the config gives to each rank of a stage."""
-    threads = float(state.config.threads)
-    if state.request.executor == "local":
-        return threads, 0.0
-    limits = state.config.slurm
-    own = limits.stages.get(stage)
-    cores = (own and own.cpus_per_task) or limits.cpus_per_task
-    gpus = limits.gpus_per_node if own is None or own.gpus_per_node is None else own.gpus_per_node
-    return max(threads, float(cores)), min(1.0, float(gpus))
-
-
-def _left(state: State, stage: str, factor: eta.Factor, held: float) -> eta.Range:
-    """Return the hours of a stage that are left, times what each of its ranks holds."""
-    hours = sum(
-        shard.work * _num_ranks(shard) * held / 3600
-        for shard in state.plan.stage(stage)
-        if shard.key not in state.situation.done
+    share = _Share(
+        cores_per_rank=float(asked.get("cpus_per_task") or config.threads),
+        gpus_per_node=float(asked.get("gpus_per_node") or 0),
+        pack=submission.pack,
     )
-    low, middle, high = (hours * factor.at(d) for d in (-eta.QUANTILE, 0.0, eta.QUANTILE))
-    return eta.Range(low=low, middle=middle, high=high)
+    return share.of(shard)
 
 
-def _memory(state: State) -> dict[str, tuple[float, float]]:
+def _left_core_hours(run: Run, state: State, stage: str, factor: eta.Factor) -> eta.Range:
+    """Return the core-hours of the shards of a stage that are not done."""
+    share = _share(run, state, stage)
+    left = [s for s in state.plan.stage(stage) if s.key not in state.situation.done]
+    hours = sum(shard.work * share.of(shard)[0] for shard in left) / 3600
+    return _range({stage: hours}, {stage: factor})
+
+
+def _memory(run: Run, state: State) -> dict[str, tuple[float, float]]:
     """Return the most memory of a node, and of a GPU, that tasks of each stage used, in GB.
 
     It is what records say of their processes, or what accounting says of the tasks, if that is
@@ -220,7 +252,9 @@ def _memory(state: State) -> dict[str, tuple[float, float]]:
         for submission in state.submissions
         if (job := state.jobs.get(submission.number)) and job.job_id
     }
-    for job_id, node_gb in slurm.memory_used(sorted(stage_of)).items():
+    # The jobs of a restored run are those of another cluster.
+    job_ids = [] if run.is_restored else sorted(stage_of)
+    for job_id, node_gb in slurm.memory_used(job_ids).items():
         if stage_of[job_id] in state.plan.stages:
             note(stage_of[job_id], node_gb, 0.0)
     return used

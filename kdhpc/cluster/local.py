@@ -138,6 +138,8 @@ class _Pool:
         self.size = num_workers(config, self.num_gpus)
         self.broken: set[int] = set()
         """Slots whose GPU has failed."""
+        self.killed = False
+        """Whether a second Ctrl-C has killed what ran."""
         self.tasks: list[_Task] = []
         self.spare: list[_Worker] = []
 
@@ -150,22 +152,26 @@ class _Pool:
         Another Ctrl-C meanwhile kills them.
         """
         workers = [worker for task in self.tasks for worker in task.workers]
-        for worker in workers:
-            worker.stop()
-        if kind is KeyboardInterrupt and self.tasks:
-            print(
-                "stopping: what runs now ends at its next shard or checkpoint; Ctrl-C again kills "
-                "it, and what it has not published or saved is made again",
-                file=sys.stderr,
-                flush=True,
-            )
-        while self.tasks:
-            try:
+        try:
+            for worker in workers:
+                worker.stop()
+            if kind is KeyboardInterrupt and self.tasks:
+                print(
+                    "stopping: what runs now ends at its next shard or checkpoint; Ctrl-C again "
+                    "kills it, and what it has not published or saved is made again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            while self.tasks:
                 self.wait()
                 self.collect()
-            except KeyboardInterrupt:
-                for worker in workers:
-                    worker.process.kill()
+        except KeyboardInterrupt:
+            self.killed = True
+            for worker in workers:
+                worker.process.kill()
+            while self.tasks:
+                self.wait()
+                self.collect()
         for worker in self.spare:
             worker.process.kill()  # it has no task; to end by itself takes seconds
             worker.close()
@@ -199,7 +205,7 @@ class _Pool:
         """Settle the tasks that have ended, and keep their workers for the next tasks."""
         for task in [task for task in self.tasks if task.ended()]:
             self.tasks.remove(task)
-            _finish(task, self.run, self.ledger)
+            _finish(task, self.run, self.ledger, killed=self.killed)
             broken = failures.BROKEN_EXIT_CODE in task.codes.values()
             if broken and self.num_gpus:
                 self.broken |= {worker.slot for worker in task.workers}
@@ -312,7 +318,7 @@ def _environment(threads: int, rank: int, world_size: int, port: int) -> dict[st
     }
 
 
-def _finish(task: _Task, run: Run, ledger: Ledger) -> None:
+def _finish(task: _Task, run: Run, ledger: Ledger, *, killed: bool) -> None:
     """Settle a submission, and record a failure for its shards without output or failure."""
     number = task.submission.number
     exit_code = next((code for code in task.codes.values() if code), 0)
@@ -326,6 +332,8 @@ def _finish(task: _Task, run: Run, ledger: Ledger) -> None:
         kind, message = "LOST", f"its process ended with exit code {exit_code}"
         if exit_code == failures.STOPPED_EXIT_CODE or exit_code == -signal.SIGTERM:
             kind, message = "STOPPED", "was told to stop and did"
+        elif killed and exit_code == -signal.SIGKILL:
+            kind, message = "STOPPED", "was killed by a second Ctrl-C"
         elif exit_code < 0:
             message = f"killed by {signal.Signals(-exit_code).name} (out of memory, or by somebody)"
         ledger.add_failure(

@@ -17,6 +17,7 @@ from kdhpc.cluster.decide import LOCAL_TASK_S
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.observe import State
 from kdhpc.cluster.runs import Run
+from kdhpc.config import presets
 from kdhpc.config.run import RunConfig
 from kdhpc.plan.shards import Plan
 from kdhpc.plan.stages import AnyPipeline
@@ -78,7 +79,7 @@ class Pace:
     factors: Mapping[str, eta.Factor]
     """How long shards take by what was estimated, by stage."""
     num_at_once: int
-    """Most shards that this run or earlier ones there worked on at once; 0 if none has."""
+    """Most shards that earlier runs of alike shards worked on at once; 0 if there are none."""
     begun: bool
     """Whether any work of this run has been seen to be done."""
 
@@ -96,11 +97,11 @@ def measure(run: Run, state: State) -> Pace:
             )
             took[shard.stage] = took[shard.stage] + part if shard.stage in took else part
     place = place_of(state.request.executor, state.config)
-    history = read_history(run.pipeline, place, plan, but_not=run.path)
+    history = read_history(run.pipeline, place, state.config, plan, but_not=run.path)
     return Pace(
         progress=notes,
         factors=eta.factors(plan.stages, took, history),
-        num_at_once=max(history.num_at_once, most_at_once(records)),
+        num_at_once=history.num_at_once,
         begun=bool(took),
     )
 
@@ -146,32 +147,41 @@ def most_at_once(records: Iterable[Record]) -> int:
 
 
 def read_history(
-    pipeline: AnyPipeline, place: str, plan: Plan, *, but_not: Path | None = None
+    pipeline: AnyPipeline,
+    place: str,
+    config: RunConfig,
+    plan: Plan,
+    *,
+    but_not: Path | None = None,
 ) -> eta.History:
     """Read what the newest runs of a pipeline took that ended in a place.
 
     A stage counts only if its shards were of about the size that they have in the plan: those of a
-    toy are over before they have done much, and say nothing of large ones.
+    toy are over before they have done much, and say nothing of large ones. Its `throughput`, if the
+    config has such a field, must be the same too, as estimates come from it.
 
     Args:
         pipeline: the pipeline.
         place: where they ended, from `place_of`.
-        plan: plan of the run that they are compared with.
+        config: config of the run that they are compared with.
+        plan: its plan.
         but_not: absolute path of a run that does not count.
     """
-    shard_s = _shard_seconds(plan)
+    shard_s, speeds = _shard_seconds(plan), _throughput(config)
     notes = []
     for path in places.known():
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             note: dict[str, Json] = json.loads((path / HISTORY).read_text())
             alike = (note["pipeline"], note["place"]) == (pipeline.name, place)
             if alike and path.resolve() != but_not:
-                alike_sizes = {
+                log_factors = {
                     stage: float(value)
                     for stage, value in note["log_factors"].items()
-                    if 1 / ALIKE < note["shard_s"][stage] / shard_s.get(stage, math.inf) < ALIKE
+                    if 1 / ALIKE < note["shard_s"][stage] / (shard_s.get(stage) or math.inf) < ALIKE
+                    and note["throughput"].get(stage) == speeds.get(stage)
                 }
-                notes.append((float(note["time"]), int(note["num_at_once"]), alike_sizes))
+                if log_factors:
+                    notes.append((float(note["time"]), int(note["num_at_once"]), log_factors))
     newest = sorted(notes, key=lambda note: note[0])[-NUM_RUNS:]
     by_stage: dict[str, list[float]] = {}
     for _, _, log_factors in newest:
@@ -195,7 +205,8 @@ def note_history(run: Run, state: State) -> None:
         "time": time.time(),
         "log_factors": {stage: round(of.log_factor, 3) for stage, of in took.items()},
         "shard_s": _shard_seconds(state.plan),
-        "num_at_once": most_at_once(records),
+        "throughput": _throughput(state.config),
+        "num_at_once": most_at_once(record for record in records if not record.reused_from),
     }
     with contextlib.suppress(OSError):
         temporary = run.path / f".{HISTORY}.{os.getpid()}"
@@ -209,6 +220,12 @@ def _shard_seconds(plan: Plan) -> dict[str, float]:
         stage: sum(shard.work for shard in plan.stage(stage)) / len(plan.stage(stage))
         for stage in plan.stages
     }
+
+
+def _throughput(config: RunConfig) -> dict[str, float]:
+    """Return the speeds by stage that the config gives, if its class has them."""
+    speeds: dict[str, float] = presets.plain(config).get("throughput", {})
+    return speeds
 
 
 def place_of(executor: str, config: RunConfig) -> str:

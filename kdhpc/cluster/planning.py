@@ -70,7 +70,7 @@ def preview(
         executor: `local` or `slurm`.
         taken: keys of shards that are there already; they are left out.
     """
-    history = pace.read_history(pipeline, pace.place_of(executor, config), plan)
+    history = pace.read_history(pipeline, pace.place_of(executor, config), config, plan)
     factors = eta.factors(plan.stages, {}, history)
     medians = {stage: factor.at(0) for stage, factor in factors.items()}
     asked_for = set(plan.stages_until(config.until))
@@ -333,7 +333,8 @@ def nothing_to_do(run: Run, config: RunConfig, plan: Plan) -> bool:
 
     Shards of other settings have the same keys and other recipes.
     """
-    if not Ledger(run.path).requests():
+    requests = Ledger(run.path).requests()
+    if not requests or requests[-1].kind == "cancel":
         return False
     _, last_config, last_plan = runs.current(run)
     recipes, last_recipes = (

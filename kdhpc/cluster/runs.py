@@ -233,20 +233,18 @@ def _place(config: RunConfig) -> Path:
     return (Path(config.runs_dir) / config.name).expanduser().resolve()
 
 
-def check_executor(config: RunConfig, executor: str) -> None:
+def check_executor(run: Run, config: RunConfig, executor: str) -> None:
     """Refuse to go on in local processes with a run that was started on Slurm, unless asked to.
 
     Raises:
         InputError: if nobody asked for it; the message says what to type.
     """
-    path = _place(config)
-    if executor != "local" or config.executor != "auto" or not (path / "run.json").is_file():
-        return
-    requests = ledgers.Ledger(path).requests() if (path / "requests").is_dir() else []
-    if requests and requests[-1].executor == "slurm":
+    requests = ledgers.Ledger(run.path).requests()
+    was_on_slurm = bool(requests) and requests[-1].executor == "slurm"
+    if was_on_slurm and executor == "local" and config.executor == "auto":
         raise InputError(
-            f"{path}: runs on Slurm, which does not answer here; type the same when it does, or "
-            "cluster=local to go on in processes of this machine"
+            f"{run.path}: runs on Slurm, which does not answer here; type the same when it does, "
+            "or cluster=local to go on in processes of this machine"
         )
 
 

@@ -137,7 +137,7 @@ def status_of(run: Run, state: State) -> Status:
         waiting=_waiting(state),
         notes=tuple(_notes(run, state, failures)),
         left_s=time_left(state, pace),
-        hours=hours_of_shards(state, pace.factors),
+        hours=hours_of_shards(run, state, pace.factors),
         live=_live(run, state, pace.progress),
         finished=state.finished,
         logical_digest=_logical_digest(run, state),
