@@ -7,6 +7,7 @@
       code/3f9a.../                 kdhpc and configs as they were when submitted
       logs/0001/3.log               one log for each task; 3.0.log: of process 0, if it is packed
       failures/0001/...             one file for each failed shard
+      pace.json                     what its stages took, for the times of later runs
       2-sample-truth/train/00017.json            the record: immutable, the first writer wins
       2-sample-truth/train/00017.9c41d2aa.arrow  its data, written whole before the record
       8-merge/results.h5            the newest merge
