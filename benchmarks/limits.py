@@ -1,8 +1,6 @@
 """Measured limits of this machine, and the least work that a job needs."""
 
 import json
-import statistics
-import time
 from pathlib import Path
 
 from kdhpc.config.model import Shape
@@ -20,21 +18,10 @@ def bandwidth() -> float:
 
     The buffer is larger than every cache. On CPUs this and `matrix_rate` use torch's threads.
     """
-    import torch
-
+    from kdhpc import gpu_check
     from kdhpc.models import devices
 
-    device = devices.pick_device("auto")
-    source = torch.ones(2**28, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(7):
-        devices.synchronize(device)
-        began = time.perf_counter()
-        target.copy_(source)
-        devices.synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return 2 * source.numel() / statistics.median(seconds)
+    return gpu_check.bandwidth(devices.pick_device("auto"))
 
 
 def matrix_rate(dtype: str) -> float:

@@ -91,7 +91,7 @@ def test_tables_fit_the_terminal(width: int) -> None:
     stages = [
         StageStatus(
             folder=f"{number}-sample-students", planned=10_000, done=1234, running=1000,
-            queued=5000, failed=1, missing=2765, seconds_left=1e6,
+            queued=5000, failed=1, missing=2765,
         )
         for number in range(1, 9)
     ]  # fmt: skip

@@ -108,21 +108,57 @@ def measure(run: Run, state: State) -> Pace:
 
 def time_left(state: State, pace: Pace) -> eta.Range | None:
     """Return how long the rest takes; None if nothing is running or nothing is left."""
-    plan, is_local = state.plan, state.request.executor == "local"
+    plan = state.plan
     asked_for = set(plan.stages_until(state.config.until))
     left = [key for key in state.missing if plan.shards[key].stage in asked_for]
     if not left or not state.running:
         return None
-    seconds = eta.seconds_left(
+    return seconds_left(
         plan,
         left,
+        state.config,
+        state.request.executor,
         pace.factors,
         {key: note.fraction for key, note in pace.progress.items()},
         num_places=_num_places(state, pace),
-        task_s=LOCAL_TASK_S if is_local else state.config.slurm.task_min * 60,
+        begun=pace.begun,
+    )
+
+
+def seconds_left(
+    plan: Plan,
+    keys: Iterable[str],
+    config: RunConfig,
+    executor: str,
+    factors: Mapping[str, eta.Factor],
+    done: Mapping[str, float],
+    *,
+    num_places: int,
+    begun: bool,
+) -> eta.Range:
+    """Return how long it takes until some shards are done, with the tasks of an executor.
+
+    Args:
+        plan: plan of the run.
+        keys: keys of the shards that are left, in order.
+        config: config of the run.
+        executor: `local` or `slurm`.
+        factors: factor of each stage.
+        done: fraction that is done, by the key of each shard that is being worked on.
+        num_places: how many shards are worked on at once.
+        begun: whether processes have been at work already.
+    """
+    is_local = executor == "local"
+    seconds = eta.seconds_left(
+        plan,
+        keys,
+        factors,
+        done,
+        num_places=num_places,
+        task_s=LOCAL_TASK_S if is_local else config.slurm.task_min * 60,
         start_s=0.0 if is_local else START_S,
     )
-    return seconds if pace.begun or not is_local else seconds.later(WARM_UP_S)
+    return seconds if begun or not is_local else seconds.later(WARM_UP_S)
 
 
 def _num_places(state: State, pace: Pace) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from kdhpc.cluster import eta, local, pace, runs, slurm
-from kdhpc.cluster.decide import LOCAL_TASK_S, Batch, Policy, Situation, decide
+from kdhpc.cluster.decide import Batch, Policy, Situation, decide
 from kdhpc.cluster.ledger import Ledger
 from kdhpc.cluster.observe import observe
 from kdhpc.cluster.resources import Resources, array_resources, gate_resources
@@ -83,10 +83,9 @@ def preview(
             pipeline, plan, config, batches, at_once=at_once, ranks_count=num_gpus > 0, asks=False,
             taken=taken, factors=medians,
         )  # fmt: skip
-        left = eta.seconds_left(
-            plan, keys, factors, {}, num_places=at_once, task_s=LOCAL_TASK_S, start_s=0.0
+        left = pace.seconds_left(
+            plan, keys, config, executor, factors, {}, num_places=at_once, begun=False
         )
-        left = left.later(pace.WARM_UP_S)
         return Preview(
             stages=stages, at_once=at_once, left_s=left, has_gpus=num_gpus > 0, num_accepted=0,
             refused=(),
@@ -97,10 +96,9 @@ def preview(
     stages = preview_stages(
         pipeline, plan, config, batches, at_once=at_once, taken=taken, factors=medians
     )
-    left = eta.seconds_left(
-        plan, keys, factors, {}, num_places=at_once, task_s=config.slurm.task_min * 60,
-        start_s=pace.START_S,
-    )  # fmt: skip
+    left = pace.seconds_left(
+        plan, keys, config, executor, factors, {}, num_places=at_once, begun=False
+    )
     scripts = _scripts(pipeline, plan, config, batches)
     answers = [(what, slurm.check_script(text)) for what, text in scripts]
     return Preview(

@@ -35,8 +35,6 @@ class StageStatus:
     queued: int
     failed: int
     missing: int
-    seconds_left: float
-    """Remaining work, in seconds if one task did it all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +161,6 @@ def _stage_status(
         queued=len(active) - num_running,
         failed=num_failed,
         missing=len(left) - len(active) - num_failed,
-        seconds_left=sum(s.work for s in left) * situation.factors[stage],
     )
 
 
