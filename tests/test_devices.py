@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from kdhpc.cluster import failures
 from kdhpc.errors import ClusterError, InputError
 from kdhpc.models import attention, devices, huggingface
-from kdhpc.sampling.decoding import LlamaDecoder
+from kdhpc.sampling.decoding import DenseDecoder
 from kdhpc.sampling.sampler import Prompt, Sampler, sample
 from kdhpc.scoring.counting import Counting
 from kdhpc.selection import Selection
@@ -202,7 +202,7 @@ def test_a_training_step_never_makes_the_host_wait(
 def decoding_step(num_layers: int) -> Ops:
     shape = dataclasses.replace(SHAPE, layers=num_layers)
     model = llama_of(small_model(257, 128, shape=shape).to(META, torch.bfloat16))
-    decoder = LlamaDecoder(model, rows=4, length=128)
+    decoder = DenseDecoder(model, rows=4, length=128)
     ids = torch.zeros(4, dtype=torch.int64, device=META)
     ops = Ops()
     with ops:
@@ -275,7 +275,7 @@ def test_replayed_steps_draw_what_eager_steps_draw(
             counting=Counting(num_prompt=2, eos=0, count_eos=True),
         )
         decoder = sampler.decoder
-        assert isinstance(decoder, LlamaDecoder)
+        assert isinstance(decoder, DenseDecoder)
         decoder.columns = False  # the cache and the attention of GPUs
         decoder.keys, decoder.values = decoder._cache_views(40)
         sampler.capture = capture

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kdhpc.models import attention
+from kdhpc.models.dense import Dense, turn
 from kdhpc.models.devices import Linear, exact_matmuls
-from kdhpc.models.llama import Llama, turn
 from kdhpc.models.loading import LanguageModel
 from kdhpc.scoring.likelihood import token_log_probs
 
@@ -56,13 +55,13 @@ class Decoder(Protocol):
         ...
 
 
-class LlamaDecoder:
-    """Llama with one preallocated cache of keys and values."""
+class DenseDecoder:
+    """A dense transformer with one preallocated cache of keys and values."""
 
-    name = "llama"
+    name = "dense"
     capturable = True
 
-    def __init__(self, model: Llama, rows: int, length: int) -> None:
+    def __init__(self, model: Dense, rows: int, length: int) -> None:
         self.model, self.head_size = model, model.head_size
         self.head = self._head()
         device, dtype = model.device, model.dtype
@@ -72,7 +71,7 @@ class LlamaDecoder:
         size = self.key_size * length
         self.buffer = torch.zeros((2, model.num_layers, size), dtype=dtype, device=device)
         self.keys, self.values = self._cache_views(length)
-        self.cos, self.sin = model.rotary(length)
+        self.rotary = model.rotary(length)
 
     def restart(self) -> None:
         """Clear the cache: masked keys get weight 0, but 0 times a NaN left there would be NaN."""
@@ -82,25 +81,34 @@ class LlamaDecoder:
         model, heads = self.model, self.model.heads
         if self.columns and num_keys != self.values.shape[3]:
             self._resize_cache(num_keys)
-        x = functional.embedding(ids, model.embedding)
-        cos, sin = self.cos.index_select(0, position), self.sin.index_select(0, position)
-        later = torch.arange(num_keys, device=x.device) > position
-        mask = torch.zeros_like(later, dtype=x.dtype).masked_fill_(later, -torch.inf)
+        x = model.embed(ids)
+        tables = [[table.index_select(0, position) for table in pair] for pair in self.rotary]
+        masks = self._masks(position, num_keys)
         for layer, keys, values in zip(model.layers, self.keys, self.values, strict=True):
-            mixed = layer.qkv(model.norm(x, layer.norm)).view(len(ids), -1, self.head_size)
-            turned = turn(mixed[:, : -model.kv_heads], cos, sin)
+            turning, new_values = model.project(x, layer)
+            turned = turn(turning, *tables[layer.kind])
             new_keys = turned[:, heads:, :, None]
             keys.index_copy_(
                 3 if self.columns else 2,
                 position,
                 new_keys if self.columns else new_keys.transpose(2, 3),
             )
-            values.index_copy_(2, position, mixed[:, -model.kv_heads :, None])
+            values.index_copy_(2, position, new_values[:, :, None])
             query = turned[:, :heads].reshape(len(ids), model.kv_heads, -1, self.head_size)
-            seen = self._attend(query, keys, values, mask)
-            x = x + layer.out(seen.reshape(len(ids), -1))
-            x = x + model.feed_forward(x, layer)
+            seen = self._attend(query, keys, values, masks[layer.kind])
+            x = model.finish(x, seen.reshape(len(ids), -1), layer)
         return self.head(model.norm(x, model.final_norm))
+
+    def _masks(self, position: Tensor, num_keys: int) -> list[Tensor]:
+        """Return what is added to the scores of keys [num_keys] in each kind of layer."""
+        keys, masks = torch.arange(num_keys, device=position.device), []
+        for window in self.model.windows:
+            unseen = keys > position
+            if window is not None and window < num_keys:
+                unseen = unseen | (keys <= position - window)
+            mask = torch.zeros_like(unseen, dtype=self.model.dtype)
+            masks.append(mask.masked_fill_(unseen, -torch.inf))
+        return masks
 
     def _head(self) -> Linear:
         """Return the function from hidden states to float32 logits."""
@@ -137,22 +145,24 @@ class LlamaDecoder:
         Returns:
             [B, H_kv, G, D], on CPUs [B x H_kv, G, D].
         """
+        scale, cap = self.model.scale, self.model.score_cap
         if not self.columns:
-            num_keys = len(mask)
-            return attention.fused(
-                query,
-                keys[:, :, :num_keys],
-                values[:, :, :num_keys],
-                attn_mask=mask.expand(*query.shape[:3], -1),
-            )
-        # With few queries and many heads, batched products take half as long as torch's CPU kernel.
-        scores = (query * self.head_size**-0.5).flatten(0, 1) @ keys.flatten(0, 1)
+            keys, values = keys[:, :, : len(mask)], values[:, :, : len(mask)]
+            if cap is None:
+                mask = mask.expand(*query.shape[:3], -1)
+                return attention.fused(query, keys, values, attn_mask=mask, scale=scale)
+            keys = keys.transpose(2, 3)
+        # With few queries and many heads, batched products take half as long as torch's CPU kernel,
+        # and its fused kernels have no caps.
+        scores = (query * scale).flatten(0, 1) @ keys.flatten(0, 1)
+        if cap is not None:
+            scores.div_(cap).tanh_().mul_(cap)
         seen: Tensor = scores.add_(mask).softmax(-1) @ values.flatten(0, 1)
         return seen
 
 
 class TransformersDecoder:
-    """Any causal language model of transformers with its own cache; slower than `LlamaDecoder`."""
+    """Any causal language model of transformers with its own cache; slower than `DenseDecoder`."""
 
     name = "transformers"
     capturable = False
@@ -172,8 +182,8 @@ class TransformersDecoder:
 
 def decoder_for(model: LanguageModel, rows: int, length: int) -> Decoder:
     """Return the decoder for this model."""
-    if isinstance(model, Llama):
-        return LlamaDecoder(model, rows, length)
+    if isinstance(model, Dense):
+        return DenseDecoder(model, rows, length)
     return TransformersDecoder(cast("TransformersModel", model), rows, length)
 
 
