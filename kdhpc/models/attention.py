@@ -5,7 +5,7 @@ Computing the same sums as batched matrix products, 64 queries at a time against
 them, takes less than half as long (`benchmarks/training.py`).
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +164,43 @@ def causal(
     if query.dtype == torch.float32:
         key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
     return fused(query, key, value, is_causal=True, scale=scale, enable_gqa=groups > 1)
+
+
+def over_used(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    used: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Attend with one query per row to the positions of a cache that are used, by FlashAttention.
+
+    How many they are is read on the device. Sums are not split over keys, so that a row's result
+    does not depend on the others.
+
+    Args:
+        query: [B, H, D] in 16 bits.
+        keys: [B, L, H_kv, D].
+        values: [B, L, H_kv, D].
+        used: [B] int32 number of positions.
+        scale: factor of the scores.
+        window: number of last positions that are seen; all if None.
+
+    Returns:
+        [B, H, D].
+    """
+    from torch.nn.attention import varlen  # older versions of torch do not have it
+
+    rows, length = keys.shape[:2]
+    starts = torch.arange(rows + 1, dtype=torch.int32, device=query.device)
+    attended = varlen.varlen_attn(
+        query, keys.flatten(0, 1), values.flatten(0, 1), starts, starts * length, 1, length,
+        scale=scale, window_size=(-1, -1) if window is None else (window - 1, 0), enable_gqa=True,
+        seqused_k=used, num_splits=1,
+    )  # fmt: skip
+    return cast(Tensor, attended)
 
 
 def fused(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

@@ -297,30 +297,46 @@ class Dense:
         scale = torch.rsqrt((wide * wide).mean(dim=-1, keepdim=True) + self.eps)
         return (weight * (wide * scale).to(weight.dtype)).to(x.dtype)
 
-    def project(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-        """Normalise hidden states [N, H] and project them.
+    def add_norm(
+        self, x: Tensor, delta: Tensor | None, after: Tensor | None, before: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Add what a part of a layer returns to the hidden states, and normalise them for the next.
+
+        Args:
+            x: [N, H] hidden states.
+            delta: [N, H] what is added; None before the first part.
+            after: weight of the norm of `delta`.
+            before: weight of the norm of the sum.
+
+        Returns:
+            The sum and its norm, each [N, H].
+        """
+        if delta is not None:
+            x = x + self.norm(delta, after)
+        return x, self.norm(x, before)
+
+    def split(self, mixed: Tensor, query_norm: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Split projections [N, (heads + 2 kv_heads) D], and normalise queries and keys.
 
         Returns:
             Queries and keys [N, heads + kv_heads, D] without positions; values [N, kv_heads, D].
         """
-        mixed = layer.qkv(self.norm(x, layer.norm)).view(len(x), -1, self.head_size)
+        mixed = mixed.view(len(mixed), -1, self.head_size)
         turning, values = mixed[:, : -self.kv_heads], mixed[:, -self.kv_heads :]
-        if layer.query_norm is not None and self.family.query_norm == "whole":
+        if query_norm is not None and self.family.query_norm == "whole":
             own = torch.tensor_split(turning, [self.heads], 1)
-            weights = torch.tensor_split(layer.query_norm, [self.heads])
+            weights = torch.tensor_split(query_norm, [self.heads])
             normed = [
                 self.norm(x.flatten(1), weight.flatten()).view_as(x)
                 for x, weight in zip(own, weights, strict=True)
             ]
             return torch.cat(normed, 1), values
-        return self.norm(turning, layer.query_norm), values
+        return self.norm(turning, query_norm), values
 
-    def finish(self, x: Tensor, seen: Tensor, layer: Layer) -> Tensor:
-        """Add to hidden states [N, H] what attention has seen [N, heads D], then feed forward."""
-        x = x + self.norm(layer.out(seen), layer.out_norm)
-        gate, up = layer.gate_up(self.norm(x, layer.mlp_norm)).chunk(2, -1)
-        active = ACTIVATIONS[self.activation](gate)
-        return x + self.norm(layer.down(active.mul_(up)), layer.down_norm)
+    def activate(self, gate_up: Tensor) -> Tensor:
+        """Return act(gate) * up [N, F] for the gate and up [N, 2 F] of a feed-forward layer."""
+        gate, up = gate_up.chunk(2, -1)
+        return ACTIVATIONS[self.activation](gate).mul_(up)
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Return the last hidden states, normalised, under causal attention over whole rows.
@@ -338,9 +354,11 @@ class Dense:
 
     def _hidden(self, ids: Tensor, rotary: list[tuple[Tensor, Tensor]]) -> Tensor:
         tables = [(cos[:, None], sin[:, None]) for cos, sin in rotary]
-        x = self.embed(ids.flatten())
+        x, delta, after = self.embed(ids.flatten()), None, None
         for layer in self.layers:
-            turning, values = (y.view(*ids.shape, *y.shape[1:]) for y in self.project(x, layer))
+            x, normed = self.add_norm(x, delta, after, layer.norm)
+            split = self.split(layer.qkv(normed), layer.query_norm)
+            turning, values = (y.view(*ids.shape, *y.shape[1:]) for y in split)
             turned = turn(turning, *tables[layer.kind])
             parts = (turned[:, :, : self.heads], turned[:, :, self.heads :], values)
             query, key, value = (y.transpose(1, 2) for y in parts)
@@ -352,8 +370,10 @@ class Dense:
                 window=self.windows[layer.kind],
                 cap=self.score_cap,
             )
-            x = self.finish(x, seen.transpose(1, 2).reshape(len(x), -1), layer)
-        return self.norm(x, self.final_norm).view(*ids.shape, -1)
+            out = layer.out(seen.transpose(1, 2).reshape(len(x), -1))
+            x, normed = self.add_norm(x, out, layer.out_norm, layer.mlp_norm)
+            delta, after = layer.down(self.activate(layer.gate_up(normed))), layer.down_norm
+        return self.add_norm(x, delta, after, self.final_norm)[1].view(*ids.shape, -1)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

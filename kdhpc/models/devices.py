@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import logging
 import os
 import sys
 import time
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdhpc.errors import ClusterError, InputError
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -127,6 +130,30 @@ def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
         synchronize(device)
         seconds.append(time.perf_counter() - began)
     return 2 * size**3 / min(seconds)
+
+
+def try_or_undo(
+    trial: Callable[[], None], undo: Callable[[], None], *, what: str, instead: str
+) -> None:
+    """Try what may not work on this GPU; if it fails, undo it and log what takes its place.
+
+    Args:
+        trial: what is tried; it may raise anything.
+        undo: called if it fails.
+        what: what is tried, for the log.
+        instead: what takes its place.
+
+    Raises:
+        torch.OutOfMemoryError: if memory is short, which is no reason to do without.
+    """
+    try:
+        trial()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # kernels and compilers raise what they want
+        undo()
+        reason = " ".join(str(error).split())[:200]
+        log.warning("%s does not work here; kdhpc uses %s: %s", what, instead, reason)
 
 
 Linear = Callable[[Tensor], Tensor]
