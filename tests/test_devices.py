@@ -204,6 +204,19 @@ def test_a_training_step_never_makes_the_host_wait(
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_a_validation_multiplies_by_the_head_once() -> None:
+    """The weight still requires a gradient while the loss is only measured."""
+    torch.manual_seed(0)
+    hidden, targets = torch.randn(64, 8), torch.randint(0, 50, (64,))
+    weight = torch.randn(50, 8, requires_grad=True)
+    with Ops() as training:
+        learnt = summed_nll(hidden, weight, targets, head_tokens=32)
+    with torch.no_grad(), Ops() as validation:
+        measured = summed_nll(hidden, weight, targets, head_tokens=32)
+    assert (training.count["mm"], validation.count["mm"]) == (6, 2)
+    assert torch.equal(learnt, measured)
+
+
 SIZES: dict[str, Any] = {
     "vocab_size": 257, "hidden_size": 64, "intermediate_size": 48, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 128, "bos_token_id": 0,
