@@ -188,8 +188,8 @@ def test_a_training_step_never_makes_the_host_wait(
 ) -> None:
     """On meta tensors the code is that of GPUs, but reading a value raises."""
     model = huggingface.new_model(SHAPE, vocab_size=257, length=72, eos=0, seed=1)
+    attention.use_causal(model, 72)
     model = model.to(device, dtype).train()
-    attention.use_causal(model)
     ids = torch.zeros((2, 72), dtype=torch.int64, device=device)
     with Ops() as ops:
         hidden: Tensor = model.base_model(ids, use_cache=False).last_hidden_state
