@@ -77,7 +77,7 @@ class _Head(nn.Module):
         )
 
 
-class _WithLoss(nn.Module):
+class WithLoss(nn.Module):
     """The model and its loss in one module, which DeepSpeed requires."""
 
     def __init__(self, model: PreTrainedModel, head_tokens: int) -> None:
@@ -200,7 +200,7 @@ class Engine:
             fused=True,
         )
         self.engine, self.optimizer, _, self.schedule = self.deepspeed.initialize(
-            model=_WithLoss(model, settings.head_tokens),
+            model=WithLoss(model, settings.head_tokens),
             optimizer=optimizer,
             lr_scheduler=lambda inner: get_wsd_schedule(
                 inner,
