@@ -37,6 +37,7 @@ from kdhpc.models.sizes import (
     forward_flops,
     key_value_bytes,
     num_parameters,
+    sizes_of_shape,
     training_flops,
 )
 from kdhpc.sampling.draws import DRAWS
@@ -439,17 +440,17 @@ def measured(case: Case, device: torch.device, about: dict[str, Any]) -> Iterato
 
 def limit(case: Case, what: str, about: dict[str, Any]) -> float:
     """Return the tokens per second that the measured bandwidth and matrix rate allow."""
-    shape, vocab, length = case.shape, case.vocab_size, case.length
+    sizes, vocab, length = sizes_of_shape(case.shape), case.vocab_size, case.length
     flop_per_s = 1e12 * about[f"tflop_per_s_{case.dtype}"]
     if what == "training":
-        return float(flop_per_s / training_flops(shape, vocab, length))
+        return float(flop_per_s / training_flops(sizes, vocab, length))
     if what == "scoring":
-        return float(flop_per_s / forward_flops(shape, vocab, length))
+        return float(flop_per_s / forward_flops(sizes, vocab, length))
     # A step reads all weights once, and on average half of the keys and values.
     keys = case.rows * length / 2
-    num_bytes: float = NUM_BYTES[case.dtype] * num_parameters(shape, vocab)
-    num_bytes += key_value_bytes(shape, case.dtype) * keys
-    flops = 2.0 * num_parameters(shape, vocab) * case.rows + 4 * shape.layers * shape.hidden * keys
+    num_bytes: float = NUM_BYTES[case.dtype] * num_parameters(sizes, vocab)
+    num_bytes += key_value_bytes(sizes, case.dtype) * keys
+    flops = 2.0 * num_parameters(sizes, vocab) * case.rows + 4 * sizes.layers * sizes.hidden * keys
     return float(case.rows / (num_bytes / (1e9 * about["gb_per_s"]) + flops / flop_per_s))
 
 

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdhpc.cluster import failures
+from kdhpc.config.model import Design
 from kdhpc.errors import ClusterError, InputError
 from kdhpc.models import attention, devices, huggingface
 from kdhpc.models.dense import Dense
@@ -186,15 +187,28 @@ class Ops(TorchDispatchMode):  # type: ignore[no-untyped-call]
         assert not [name for name in WAITING if self.count[name]]
 
 
+SMALL: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 32,
+}  # fmt: skip
+DESIGNS: dict[str, Design] = {
+    "a shape": SHAPE,
+    "Qwen 3": SMALL | {"model_type": "qwen3"},
+    "Gemma 3": SMALL | {"model_type": "gemma3_text", "sliding_window": 72},
+}
+
+
+@pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("device", [CPU, META])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_training_step_never_makes_the_host_wait(
-    device: torch.device, dtype: torch.dtype
+    design: str, device: torch.device, dtype: torch.dtype
 ) -> None:
     """On meta tensors the code is that of GPUs, but reading a value raises."""
-    model = huggingface.new_model(SHAPE, vocab_size=257, length=72, eos=0, seed=1)
+    model = huggingface.new_model(DESIGNS[design], vocab_size=257, length=72, eos=0, seed=1)
+    attention.use_causal(model, 72)
+    assert model.config._attn_implementation == attention.NAME
     model = model.to(device, dtype).train()
-    attention.use_causal(model)
     ids = torch.zeros((2, 72), dtype=torch.int64, device=device)
     with Ops() as ops:
         hidden: Tensor = model.base_model(ids, use_cache=False).last_hidden_state

@@ -25,6 +25,7 @@ from kdhpc.config.language import LanguageConfig
 from kdhpc.errors import InputError
 from kdhpc.experiment import given, inputs
 from kdhpc.models import huggingface
+from kdhpc.models.attention import use_causal
 from kdhpc.models.loading import load_model
 from kdhpc.models.tokenizer import Tokenizer, read_vocabulary, write_vocabulary
 from kdhpc.sampling import native
@@ -33,6 +34,7 @@ from kdhpc.sampling.sampler import Prompt, Sampler, sample
 from kdhpc.scoring.counting import Counting
 from kdhpc.scoring.scorer import score
 from kdhpc.selection import Selection
+from kdhpc.training.engine import WithLoss
 
 CPU = torch.device("cpu")
 LENGTH, ROWS = 24, 32
@@ -101,6 +103,8 @@ COLUMNS = {
 }
 MEASURED: dict[str, dict[str, float]] = {}
 """By family, the largest differences in nats a token: of two samplers, and of the scorer."""
+TRAINED: dict[str, tuple[float, float, str]] = {}
+"""By family, the differences of a training step: of the loss, and of gradients; the attention."""
 
 
 def save(path: Path, family: str, vocab_size: int = 257, **changes: Any) -> Path:
@@ -171,11 +175,21 @@ def table() -> Iterator[None]:
         for name, found in MEASURED.items():
             cells = [f"{found[key]:.1e}" if key in found else "" for key in COLUMNS]
             rows.append(f"| {name} | {' | '.join(cells)} |")
-        page = ROOT / "docs" / "models.md"
-        before, begin, rest = page.read_text().partition("<!-- families -->\n")
-        _, end, after = rest.partition("<!-- end of families -->\n")
         head = f"| family | {' | '.join(COLUMNS.values())} |\n|---|{'--:|' * len(COLUMNS)}\n"
-        page.write_text(before + begin + head + "\n".join(rows) + "\n" + end + after)
+        write_table("families", head, rows)
+        rows = [f"| {name} | {a:.1e} | {b:.1e} | {own} |" for name, (a, b, own) in TRAINED.items()]
+        head = "| family | loss | gradients | attention |\n|---|--:|--:|---|\n"
+        write_table("trained families", head, rows)
+
+
+def write_table(name: str, head: str, rows: list[str]) -> None:
+    """Write a table between its marks in docs/models.md."""
+    page = ROOT / "docs" / "models.md"
+    if not rows:  # other tests were chosen
+        return
+    before, begin, rest = page.read_text().partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- end of {name} -->\n")
+    page.write_text(before + begin + head + "\n".join(rows) + "\n" + end + after)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -187,6 +201,50 @@ def test_a_family_samples_and_scores_what_transformers_computes(
     assert max(MEASURED[family].values()) < 1e-5
     fast = {"dense"} if native.missing() else {"dense", "native"}
     assert MEASURED[family].keys() - {"scorer"} == (fast if family in FAST else {"transformers"})
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    """Return the gradients of a loss by the names of the parameters."""
+    model.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_step_of_a_family_has_the_loss_and_gradients_of_transformers(
+    family: str, tmp_path: Path
+) -> None:
+    model = huggingface.model_to_train(save(tmp_path / "model", family))
+    loss, worst, has_own = differences_of_a_step(model)
+    assert has_own == (family in {"Mistral with a window", "GPT-J", "Gemma 2", "Gemma 3"})
+    TRAINED[family] = loss, worst, "transformers'" if has_own else "kdhpc's"
+    assert max(loss, worst) < 1e-5
+
+
+def differences_of_a_step(model: Any) -> tuple[float, float, bool]:
+    """Compare a training step with transformers' own.
+
+    Returns:
+        The difference of the loss in nats, the largest difference of a gradient relative to its
+        largest entry, and whether the model has kept its own attention.
+    """
+    own = model.train().config._attn_implementation
+    ids = torch.randint(257, (4, LENGTH), generator=torch.Generator().manual_seed(0))
+    targets = torch.full_like(ids, -100)
+    targets[:, :-1] = ids[:, 1:]
+    theirs = model(ids, labels=ids, use_cache=False).loss
+    expected = gradients(model, theirs)
+    use_causal(model, LENGTH)
+    num_tokens = ids[:, 1:].numel()
+    ours = WithLoss(model, head_tokens=40)(ids, targets, 1.0) / num_tokens
+    found = gradients(model, ours)
+    worst = max(
+        float((found[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-6))
+        for name, gradient in expected.items()
+    )
+    assert found.keys() == expected.keys()
+    loss = abs(float(ours.detach() - theirs.detach()))
+    return loss, worst, model.config._attn_implementation == own
 
 
 def without(path: Path, name: str) -> None:

@@ -5,6 +5,7 @@ Computing the same sums as batched matrix products, 64 queries at a time against
 them, takes less than half as long (`benchmarks/training.py`).
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -17,7 +18,9 @@ from kdhpc.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NAME = "kdhpc_causal"
+NAME, TRIAL = "kdhpc_causal", "kdhpc_trial"
+HARMLESS = ("position_ids", "cache_position", "sliding_window", "is_causal")
+"""Arguments of an attention that change nothing beside the mask."""
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 """Kernels of torch that may be used on GPUs. The plain one is left out because it writes all scores
 to memory, and torch would fall back to it without a word; cuDNN's because it makes a plan for every
@@ -242,7 +245,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Compute causal attention with the signature that transformers calls.
 
-    Rows must be padded on the right or not at all.
+    Rows must be padded on the right or not at all. `use_causal` has seen that nothing of `more`
+    matters.
 
     Args:
         module: unused.
@@ -268,14 +272,56 @@ def attend(
     return causal(query, key, value, scaling).transpose(1, 2), None
 
 
-def use_causal(model: "PreTrainedModel") -> None:
-    """Make a transformers Llama attend by `causal`; leave every other model unchanged.
+def use_causal(model: "PreTrainedModel", length: int) -> None:
+    """Make a model of transformers attend by `causal` if that is what its attention computes.
+
+    Otherwise it keeps its own attention: where a window, a cap or sinks matter in rows of this
+    length, or if its attention cannot be replaced.
 
     transformers 5.23 makes no mask for a name that it does not know. For the names that it knows,
     it first looks for packed rows, and a GPU then waits for the host in every forward pass.
-    """
-    from transformers import AttentionInterface
 
-    if model.config.model_type == "llama":
-        AttentionInterface.register(NAME, attend)
-        model.set_attn_implementation(NAME)
+    Args:
+        model: the model; one row goes through it, without its attention.
+        length: number of tokens of a row.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    own, calls = model.config._attn_implementation, []
+
+    def noted(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **more: Any,
+    ) -> tuple[Tensor, None]:
+        calls.append(_is_plain(attention_mask, length, more))
+        return query.new_zeros((len(query), length, query.shape[1], value.shape[3])), None
+
+    AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(TRIAL, noted)
+    AttentionMaskInterface.register(TRIAL, eager_mask)
+    model.set_attn_implementation(TRIAL)
+    with torch.no_grad():
+        ids = torch.zeros((1, length), dtype=torch.int64, device=model.device)
+        model.base_model(ids, use_cache=False)
+    model.set_attn_implementation(NAME if calls and all(calls) else own)
+
+
+def _is_plain(mask: Tensor | None, length: int, more: Mapping[str, Any]) -> bool:
+    """Return whether a call of an attention is causal and nothing else.
+
+    Args:
+        mask: what transformers adds to the scores, [1, 1, L, L].
+        length: number of tokens of the row, L.
+        more: what else it passes. A window is in the mask.
+    """
+    others = [value for name, value in more.items() if name not in HARMLESS]
+    if mask is None or any(isinstance(value, Tensor) or value for value in others):
+        return False
+    causal_mask = torch.ones((length, length), dtype=torch.bool, device=mask.device).tril_()
+    return mask.shape[2:] == causal_mask.shape and bool(((mask == 0) == causal_mask).all())
