@@ -44,7 +44,11 @@ def main() -> None:
         fits = memory.most_rows(OF_MEMORY * 1e9 * options.gb)
         for batch in sorted({config.sampling.batch_rows, fits}):
             num_bytes, flops = limits.decoding(
-                shape, limits.VOCAB_SIZE, rows=batch, new_tokens=config.length - 1, dtype="bfloat16"
+                sizes_of_shape(shape),
+                limits.VOCAB_SIZE,
+                rows=batch,
+                new_tokens=config.length - 1,
+                dtype="bfloat16",
             )
             read_s, compute_s = num_bytes / options.tb_per_s / 1e12, flops / options.tflops / 1e12
             limit = batch / (read_s + compute_s)

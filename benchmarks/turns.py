@@ -20,44 +20,63 @@ Answer = dict[str, Any]
 
 
 class Worker:
-    """A system in a process of its own, on the cores that this process may use."""
+    """A system in processes of its own, on the cores that this process may use."""
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
-        """Start the process and wait until it is ready.
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str] | None = None, processes: int = 1
+    ) -> None:
+        """Start the processes and wait until they are ready.
 
         Args:
             command: the program and its arguments.
             env: variables to set in its environment; without OMP_NUM_THREADS, it gets one thread
                 per core.
+            processes: number of processes that work at once, each on one core if there are
+                several.
         """
-        threads = str(tables.conditions()["cores"])
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": threads} | dict(env or {}),
-        )
-        self.ready = self._answer()
-        """The answer that the worker gave when it was ready."""
+        cores = sorted(os.sched_getaffinity(0))
+        each = [cores] if processes == 1 else [[cores[i % len(cores)]] for i in range(processes)]
+        self.processes = [
+            subprocess.Popen(
+                ["taskset", "-c", ",".join(map(str, own)), *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": str(len(own))} | dict(env or {}),
+            )
+            for own in each
+        ]
+        first, *_ = [_answer(process) for process in self.processes]
+        self.ready = first
+        """The answer that the first process gave when it was ready."""
 
     def turn(self) -> Answer:
-        """Let the worker work once; return its answer with `seconds` added."""
+        """Let all processes work once.
+
+        Returns:
+            The answer of the first, with the seconds until the last one answered and the sum of all
+            tokens.
+        """
         began = time.perf_counter()
-        print("go", file=self.process.stdin, flush=True)
-        answer = self._answer()
-        return {"seconds": time.perf_counter() - began} | answer
+        for process in self.processes:
+            print("go", file=process.stdin, flush=True)
+        answers = [_answer(process) for process in self.processes]
+        seconds = {"seconds": time.perf_counter() - began}
+        tokens = [answer["tokens"] for answer in answers if "tokens" in answer]
+        return seconds | answers[0] | ({"tokens": sum(tokens)} if tokens else {})
 
     def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        for process in self.processes:
+            process.kill()
+            process.wait()
 
-    def _answer(self) -> Answer:
-        line = self.process.stdout.readline() if self.process.stdout else ""
-        if not line:
-            raise SystemExit(f"a worker ended without an answer: {self.process.args!r}")
-        answer: Answer = json.loads(line)
-        return answer
+
+def _answer(process: "subprocess.Popen[str]") -> Answer:
+    line = process.stdout.readline() if process.stdout else ""
+    if not line:
+        raise SystemExit(f"a worker ended without an answer: {process.args!r}")
+    answer: Answer = json.loads(line)
+    return answer
 
 
 def take_turns(workers: Mapping[str, Worker], rounds: int) -> dict[str, list[Answer]]:

@@ -40,6 +40,7 @@ from kdhpc.models.sizes import (
     sizes_of_shape,
     training_flops,
 )
+from kdhpc.sampling.decoding import DenseDecoder
 from kdhpc.sampling.draws import DRAWS
 from kdhpc.sampling.sampler import Prompt, Sampler, sample
 from kdhpc.scoring.counting import Counting
@@ -274,6 +275,31 @@ def sampler_of(model: Dense, *, rows: int, length: int, draw: str = "inverse_cdf
     )  # fmt: skip
 
 
+def check_kernels(device: torch.device) -> str:
+    """Compiled steps that read the used length only give the logits of plain ones with a mask."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, rows, length = toy(device, dtype), 8, 64
+    plain, fast = (DenseDecoder(model, rows, length, settles=settles) for settles in (False, True))
+    plain.attend_by("fused")
+    ids = torch.randint(257, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
+    position, errors = torch.zeros(1, dtype=torch.int64, device=device), []
+    with torch.inference_mode():
+        for index in range(length):
+            one, other = (
+                decoder.step(ids[:, index], position, decoder.num_keys(index)).log_softmax(1)
+                for decoder in (plain, fast)
+            )
+            errors.append(float((one - other).abs().mean()))
+            position += 1
+    worst = max(errors)
+    require(worst < (0.05 if device.type == "cuda" else 1e-4), f"they differ by {worst:.1e} nats")
+    if device.type != "cuda":
+        return f"nothing is compiled on a CPU; products and a mask differ by {worst:.1e} nats"
+    require(fast.attends == "used", "attention over the used length: the warning above says why")
+    require(fast.is_compiled, "nothing is compiled: the warning above says why")
+    return f"they differ by {worst:.1e} nats"
+
+
 def check_capture(device: torch.device) -> str:
     """A step is captured as a CUDA graph, and replays draw what eager steps draw."""
     drawn = []
@@ -401,6 +427,10 @@ CHECKS: dict[str, tuple[Callable[[torch.device], str], str]] = {
         "factors are widened to float32 first, with the head's weights in memory twice",
     ),
     "attention": (check_attention, "nothing: it is refused; use device=cpu"),
+    "kernels": (
+        check_kernels,
+        "attention with a mask, or a kernel for each operation: slower, and as exact",
+    ),
     "capture": (check_capture, "steps run one by one without graphs, several times as slow"),
     "draws": (check_draws, "nothing: samples cannot be trusted; use device=cpu and report it"),
     "scores": (check_scores, "nothing: scores cannot be trusted; use device=cpu and report it"),

@@ -24,18 +24,33 @@ def backward(out: Tensor, *inputs: Tensor, by: Tensor) -> list[Tensor]:
 
 
 @settings(deadline=None, max_examples=25)
-@given(length=st.integers(1, 200), heads=st.integers(1, 3), groups=st.integers(1, 3))
+@given(
+    length=st.integers(1, 200),
+    heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    window=st.sampled_from([None, 1, 5, 64, 90, 300]),
+    cap=st.sampled_from([None, 1.5]),
+)
 def test_blocks_give_the_attention_and_gradients_of_torch(
-    length: int, heads: int, groups: int
+    length: int, heads: int, groups: int, window: int | None, cap: float | None
 ) -> None:
     torch.manual_seed(length)
     q = random(2, heads * groups, length, 8)
     k, v = random(2, heads, length, 8), random(2, heads, length, 8)
     by = torch.randn(2, heads * groups, length, 8, dtype=torch.float64)
-    out, weights = attend(nn.Identity(), q, k, v, None, scaling=0.3)
-    expected = scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=0.3, enable_gqa=groups > 1
+    out, weights = attend(
+        nn.Identity(), q, k, v, None, scaling=0.3, sliding_window=window, softcap=cap
     )
+    if cap is None and window is None:
+        expected = scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=0.3, enable_gqa=groups > 1
+        )
+    else:
+        scores = 0.3 * q @ k.repeat_interleave(groups, 1).transpose(2, 3)
+        scores = scores if cap is None else cap * torch.tanh(scores / cap)
+        seen = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - (window or length))
+        scores = scores.masked_fill(~seen, -torch.inf)
+        expected = scores.softmax(-1) @ v.repeat_interleave(groups, 1)
     assert weights is None
     gradients = backward(out.transpose(1, 2), q, k, v, by=by)
     # The softmax and the sums are float32.

@@ -41,7 +41,7 @@ LENGTH, ROWS = 24, 32
 COMMIT = "0123456789" * 4
 NEW: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.1,
 }  # fmt: skip
 OLD: dict[str, Any] = {
     "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2,
@@ -216,7 +216,7 @@ def test_a_training_step_of_a_family_has_the_loss_and_gradients_of_transformers(
 ) -> None:
     model = huggingface.model_to_train(save(tmp_path / "model", family))
     loss, worst, has_own = differences_of_a_step(model)
-    assert has_own == (family in {"Mistral with a window", "GPT-J", "Gemma 2", "Gemma 3"})
+    assert has_own == (family == "GPT-J")
     TRAINED[family] = loss, worst, "transformers'" if has_own else "kdhpc's"
     assert max(loss, worst) < 1e-5
 
@@ -299,7 +299,7 @@ def with_dynamic_positions(path: Path) -> None:
 def with_long_positions(path: Path) -> None:
     """As of Phi 3: the switch is far below the largest length."""
     rope: dict[str, Any] = {"rope_type": "longrope", "original_max_position_embeddings": 16}
-    rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope |= {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
     save(path, "Llama", max_position_embeddings=200, rope_parameters=ROPE | rope)
 
 
@@ -516,6 +516,9 @@ def test_models_whose_logits_are_computed_in_another_way_are_refused(tmp_path: P
 
 def test_the_page_has_a_row_for_every_family() -> None:
     page = (ROOT / "docs" / "models.md").read_text()
-    rows = re.findall(r"^\| ([^|]+) \| [\d.e-]+ \| [\d.e-]+ \|$", page, re.MULTILINE)
-    assert rows == list(FAMILIES)
+    for name in ("families", "trained families"):
+        _, _, rest = page.partition(f"<!-- {name} -->\n")
+        table, end, _ = rest.partition(f"<!-- end of {name} -->\n")
+        assert end
+        assert [line.split(" | ")[0][2:] for line in table.splitlines()[2:]] == list(FAMILIES)
     assert [case for case in REFUSED if f"| {case} |" not in page] == []

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME, TRIAL = "kdhpc_causal", "kdhpc_trial"
-HARMLESS = ("position_ids", "cache_position", "sliding_window", "is_causal")
+HARMLESS = ("position_ids", "cache_position", "is_causal")
 """Arguments of an attention that change nothing beside the mask."""
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 """Kernels of torch that may be used on GPUs. The plain one is left out because it writes all scores
@@ -241,6 +241,8 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
     """Compute causal attention with the signature that transformers calls.
@@ -255,6 +257,8 @@ def attend(
         value: [B, H_kv, L, D].
         attention_mask: must be None.
         scaling: factor of the scores; 1 / sqrt(D) if None.
+        sliding_window: number of positions that a query sees; all if None.
+        softcap: soft cap of the scores.
         more: unused.
 
     Returns:
@@ -269,14 +273,16 @@ def attend(
             "attention is causal over whole rows; expected no attention mask and no cache, "
             f"got {'a mask' if attention_mask is not None else 'a cache'}"
         )
-    return causal(query, key, value, scaling).transpose(1, 2), None
+    attended = causal(query, key, value, scaling, sliding_window, softcap)
+    return attended.transpose(1, 2), None
 
 
 def use_causal(model: "PreTrainedModel", length: int) -> None:
     """Make a model of transformers attend by `causal` if that is what its attention computes.
 
-    Otherwise it keeps its own attention: where a window, a cap or sinks matter in rows of this
-    length, or if its attention cannot be replaced.
+    Otherwise it keeps its own attention: if it has sinks, or if it cannot be replaced. On a GPU,
+    where `causal` has no fused kernel for them, so does a model whose windows or caps matter in
+    rows of this length.
 
     transformers 5.23 makes no mask for a name that it does not know. For the names that it knows,
     it first looks for packed rows, and a GPU then waits for the host in every forward pass.
@@ -299,7 +305,7 @@ def use_causal(model: "PreTrainedModel", length: int) -> None:
         scaling: float | None = None,
         **more: Any,
     ) -> tuple[Tensor, None]:
-        calls.append(_is_plain(attention_mask, length, more))
+        calls.append(_is_known(attention_mask, length, more))
         return query.new_zeros((len(query), length, query.shape[1], value.shape[3])), None
 
     AttentionInterface.register(NAME, attend)
@@ -312,16 +318,22 @@ def use_causal(model: "PreTrainedModel", length: int) -> None:
     model.set_attn_implementation(NAME if calls and all(calls) else own)
 
 
-def _is_plain(mask: Tensor | None, length: int, more: Mapping[str, Any]) -> bool:
-    """Return whether a call of an attention is causal and nothing else.
+def _is_known(mask: Tensor | None, length: int, more: Mapping[str, Any]) -> bool:
+    """Return whether `attend` computes, on this device, what a call of an attention asks for.
 
     Args:
         mask: what transformers adds to the scores, [1, 1, L, L].
         length: number of tokens of the row, L.
-        more: what else it passes. A window is in the mask.
+        more: what else it passes.
     """
-    others = [value for name, value in more.items() if name not in HARMLESS]
+    window, cap = more.get("sliding_window"), more.get("softcap")
+    known = (*HARMLESS, "sliding_window", "softcap")
+    others = [value for name, value in more.items() if name not in known]
     if mask is None or any(isinstance(value, Tensor) or value for value in others):
         return False
-    causal_mask = torch.ones((length, length), dtype=torch.bool, device=mask.device).tril_()
-    return mask.shape[2:] == causal_mask.shape and bool(((mask == 0) == causal_mask).all())
+    if mask.device.type != "cpu" and ((window or length) < length or cap is not None):
+        return False
+    seen = torch.ones((length, length), dtype=torch.bool, device=mask.device).tril_()
+    if window is not None:
+        seen.triu_(1 - window)
+    return mask.shape[2:] == seen.shape and bool(((mask == 0) == seen).all())

@@ -80,7 +80,15 @@ class DenseDecoder:
     name = "dense"
     capturable = True
 
-    def __init__(self, model: Dense, rows: int, length: int) -> None:
+    def __init__(self, model: Dense, rows: int, length: int, *, settles: bool = True) -> None:
+        """Allocate a cache.
+
+        Args:
+            model: the model.
+            rows: number of rows.
+            length: number of positions.
+            settles: whether to look for faster kernels on a GPU.
+        """
         self.model, self.head_size, self.length = model, model.head_size, length
         self.head = self._head()
         self.rows, self.key_size = rows, rows * model.kv_heads * self.head_size
@@ -91,8 +99,13 @@ class DenseDecoder:
         self.place: Callable[..., Tensor] = self._place
         self.activate: Callable[..., Tensor] = model.activate
         self.attend_by("products" if model.device.type == "cpu" else "fused")
-        if model.device.type == "cuda":
+        if model.device.type == "cuda" and settles:
             self.settle()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether what lies between products is compiled."""
+        return self.place != self._place
 
     def attend_by(self, way: str) -> None:
         """Attend in one of the ways `ATTENDS` from the next sequence on."""
