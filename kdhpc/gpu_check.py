@@ -117,6 +117,8 @@ class Speed:
     tokens_per_s: float
     limit: float | None
     """Tokens per second at the bandwidth and matrix rate that were measured; None for a peer."""
+    flops_per_token: float
+    """Operations of the model for each token."""
 
     @property
     def share(self) -> float | None:
@@ -465,6 +467,9 @@ def measured(case: Case, device: torch.device, about: dict[str, Any]) -> Iterato
         yield Speed(
             model=case.name, what=name, tokens_per_s=tokens / seconds,
             limit=None if what == "generate" else limit(case, what, about),
+            flops_per_token=(training_flops if what == "training" else forward_flops)(
+                case.shape, case.vocab_size, case.length
+            ),
         )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ ITEMS = {
     "settings": "paper",
     "slurm.stages": "merge",
     "throughput": "score",
+    "speeds": "360M sampling",
     "slurm.sbatch": "gres",
     "slurm.gate.sbatch": "gres",
     "sizes": "teacher",
@@ -80,7 +81,9 @@ def valid(preset: str) -> RunConfig:
     if preset == "tiny":
         words[1:1] = ["real_data", "truth.second_judge.training={}"]
         shape = "{layers: 1, hidden: 8, heads: 1, kv_heads: 1, ffn: 8}"
-        words += ["throughput.score=9.0", f"truth.second_judge.shape={shape}"]
+        speed = "{work: sampling, flops_per_token: 7e8, tokens_per_s: 6e4}"
+        words += ["throughput.score=9.0", f"speeds={{360M sampling: {speed}}}"]
+        words += [f"truth.second_judge.shape={shape}"]
     pipeline = PIPELINES[preset]
     config: Any = pipeline.checked(presets.build(pipeline.config, presets.compose(words)))
     if preset == "tiny":

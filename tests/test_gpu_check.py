@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from kdhpc import gpu_check
+from kdhpc.config import presets
+from kdhpc.config.language import LanguageConfig
+from kdhpc.experiment.inputs import _with_speeds
 from kdhpc.gpu_check import CHECKS, Speed, limit, paper_cases, require, toy_cases
 
 CPU = torch.device("cpu")
@@ -29,6 +32,9 @@ def test_every_check_passes_on_a_cpu_and_the_report_has_what_was_found(tmp_path:
     assert all(speed["tokens_per_s"] > 0 for speed in speeds.values())
     assert 0 < speeds["scoring"]["share"] < 1.5
     assert speeds["transformers' generate"]["share"] is None
+    words = ["tiny", f"throughput_from={out}"]
+    config = _with_speeds(presets.build(LanguageConfig, presets.compose(words)))
+    assert set(config.speeds) == {"toy sampling", "toy scoring", "toy training"}
 
 
 def test_a_check_that_fails_is_a_line_and_names_what_is_done_instead() -> None:
@@ -49,5 +55,7 @@ def test_limits_are_below_those_of_products_alone(case: gpu_check.Case) -> None:
     sampling = limit(case, "sampling", about)
     assert sampling < limit(case, "sampling", about | {"gb_per_s": 1e12})
     assert limit(case, "training", about) * 3 == pytest.approx(limit(case, "scoring", about))
-    speed = Speed(model="x", what="sampling", tokens_per_s=sampling / 2, limit=sampling)
+    speed = Speed(
+        model="x", what="sampling", tokens_per_s=sampling / 2, limit=sampling, flops_per_token=1.0
+    )  # fmt: skip
     assert speed.share == 0.5

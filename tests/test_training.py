@@ -37,6 +37,7 @@ from kdhpc.training.data import batch_of
 from kdhpc.training.engine import Engine, State, Teacher
 from kdhpc.training.loop import DivergedError, Trained, Watch, train
 from kdhpc.training.schedule import Schedule
+from kdhpc.training.scratch import copy_to_node
 
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 TOY = Path(__file__).with_name("toy_training.py")
@@ -419,6 +420,53 @@ def test_shards_are_mapped_and_read_by_row(tmp_path: Path) -> None:
     assert np.array_equal(mapped[order], whole[order])
     assert mapped.length.tolist() == 5 * [1] + [2] + 7 * [3]
     assert not any(part.flags.owndata or part.flags.writeable for part in mapped.parts)
+
+
+def shards_of_ids(folder: Path) -> list[Path]:
+    zeros = np.zeros(4)
+    for index in range(2):
+        ids = np.arange(24).reshape(4, 6).astype(np.uint16) + 100 * index
+        part = Samples(
+            ids=ids, length=np.full(4, 6, np.int32), log_prob_sum=zeros, log_prob_tau_sum=zeros
+        )
+        write_samples(folder / f"{index}.arrow", part, {})
+    return [folder / f"{index}.arrow" for index in range(2)]
+
+
+MEMORY = Path("/dev/shm")  # noqa: S108
+
+
+@pytest.mark.skipif(not MEMORY.exists(), reason="needs a disk beside that of temporary files")
+def test_a_corpus_is_copied_to_the_node_and_the_copy_has_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDHPC_SCRATCH", str(MEMORY))
+    paths = shards_of_ids(tmp_path)
+    rows = map_token_rows(paths)
+    copy = copy_to_node(rows, paths[0], CPU)
+    assert not list(MEMORY.glob("kdhpc-*.ids"))
+    assert [part.shape for part in copy.parts] == [(8, 6)]
+    order = np.array([7, 0, 3, 4])
+    assert np.array_equal(copy[order], rows[order])
+
+
+@pytest.mark.skipif(not MEMORY.exists(), reason="needs a disk beside that of temporary files")
+def test_a_corpus_that_does_not_fit_on_the_node_stays_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = shards_of_ids(tmp_path)
+    rows = map_token_rows(paths)
+    monkeypatch.setenv("KDHPC_SCRATCH", str(MEMORY))
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "0")
+    assert copy_to_node(rows, paths[0], CPU) is rows
+    monkeypatch.setenv("KDHPC_SCRATCH", str(tmp_path / "none"))
+    assert copy_to_node(rows, paths[0], CPU) is rows
+    one, other = capsys.readouterr().out.splitlines()
+    assert "at most 0 GB of memory may be used" in one
+    assert "No such file" in other
+    monkeypatch.setenv("KDHPC_SCRATCH", str(tmp_path))  # the same disk
+    assert copy_to_node(rows, paths[0], CPU) is rows
+    assert not capsys.readouterr().out
 
 
 class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -26,6 +26,8 @@ from kdhpc.types import Json
 
 HISTORY = "pace.json"
 """Name of the file in a finished run that says what its stages took."""
+MEASURED = "measured"
+"""Name in that file's `throughput` for speeds of models instead of a stage."""
 NUM_RUNS = 5
 """Number of earlier runs that count, the newest."""
 ALIKE = 4.0
@@ -214,7 +216,10 @@ def read_history(
                     stage: float(value)
                     for stage, value in note["log_factors"].items()
                     if 1 / ALIKE < note["shard_s"][stage] / (shard_s.get(stage) or math.inf) < ALIKE
-                    and note["throughput"].get(stage) == speeds.get(stage)
+                    and all(
+                        note["throughput"].get(name) == speeds.get(name)
+                        for name in (stage, MEASURED)
+                    )
                 }
                 if log_factors:
                     notes.append((float(note["time"]), int(note["num_at_once"]), log_factors))
@@ -258,10 +263,10 @@ def _shard_seconds(plan: Plan) -> dict[str, float]:
     }
 
 
-def _throughput(config: RunConfig) -> dict[str, float]:
-    """Return the speeds by stage that the config gives, if its class has them."""
-    speeds: dict[str, float] = presets.plain(config).get("throughput", {})
-    return speeds
+def _throughput(config: RunConfig) -> dict[str, Json]:
+    """Return the speeds that the config gives, by stage and as measured, if its class has them."""
+    plain = presets.plain(config)
+    return {**plain.get("throughput", {}), MEASURED: plain.get("speeds") or None}
 
 
 def place_of(executor: str, config: RunConfig) -> str:

@@ -220,6 +220,18 @@ class Scoring:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasuredSpeed:
+    """Speed of one rank with one model, for estimates of time."""
+
+    work: Literal["sampling", "scoring", "training"]
+    """What was measured."""
+    flops_per_token: Positive
+    """Operations of the model for each token of it."""
+    tokens_per_s: Positive
+    """Tokens per second of one rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LanguageConfig(RunConfig):
     """Config of the language-model experiment."""
 
@@ -294,6 +306,11 @@ class LanguageConfig(RunConfig):
     throughput: dict[str, Positive] = field(default_factory=dict)
     """Expected speed by stage name, in tokens per second per rank, for estimates of time. Measured
     speeds replace it as soon as there are any."""
+    throughput_from: str | None = None
+    """File of speeds that `python -m kdhpc.gpu_check` has measured, which replace `throughput` for
+    models of about the sizes that it has measured."""
+    speeds: dict[str, MeasuredSpeed] = field(default_factory=dict)
+    """The speeds of that file by model and work. They are filled in when a run is submitted."""
 
 
 SECOND_JUDGE_KEY = "truth.second_judge"

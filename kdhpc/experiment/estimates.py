@@ -1,5 +1,6 @@
 """Estimates from the config alone: how long shards take, and which batches fit into memory."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,13 @@ OF_MEMORY = 0.9
 GIVEN_FLOPS = 3e8
 """Assumed operations of a forward pass for each token of a model that is given and not known before
 it is read: those of one with 135 million parameters."""
+WORK = {arms.SCORE: "scoring", arms.DOWNSTREAM: "scoring"}
+WORK |= dict.fromkeys((arms.SAMPLE_TRUTH, arms.SAMPLE_TEACHER, arms.SAMPLE_STUDENTS), "sampling")
+WORK |= dict.fromkeys((arms.TRUTH, arms.TRAIN_ON_TRUTH, arms.TRAIN_STUDENTS), "training")
+"""The work of a stage, as `kdhpc.gpu_check` names it."""
+ALIKE = 10.0
+"""A speed is taken from the measured model with the nearest operations for each token, as if the
+operations per second were the same, if they differ by less than this factor."""
 SHARD_S = 0.5
 """Seconds of every shard in which a model is loaded and nothing is computed."""
 
@@ -68,19 +76,31 @@ def measured_sizes(config: LanguageConfig, key: str, architecture: Architecture)
         raise InputError(f"{key}.architecture.{error}") from error
 
 
+def uses_gpus(config: LanguageConfig) -> bool:
+    """Return whether tasks run on GPUs, as far as the config says."""
+    return bool(config.slurm.gpus_per_node) and config.device != "cpu"
+
+
 def seconds(config: LanguageConfig, stage: str, tokens: float, flops: float) -> float:
     """Estimate how long one rank takes for some tokens, in seconds.
 
     Args:
-        config: config of the run; `throughput`, if it names the stage, decides.
+        config: config of the run; `speeds` of models of about this size decide, or else
+            `throughput`, if it names the stage.
         stage: name of the stage.
         tokens: number of tokens that the rank works on.
         flops: operations for each of them.
     """
+    of_size = {
+        abs(math.log(speed.flops_per_token / flops)): speed.tokens_per_s * speed.flops_per_token
+        for speed in config.speeds.values()
+        if speed.work == WORK.get(stage)
+    }
+    if of_size and min(of_size) < math.log(ALIKE):
+        return SHARD_S + tokens * flops / of_size[min(of_size)]
     if stage in config.throughput:
         return tokens / config.throughput[stage]
-    on_gpu = bool(config.slurm.gpus_per_node) and config.device != "cpu"
-    speed, at_once = (GPU, 1) if on_gpu else (CORE, config.threads)
+    speed, at_once = (GPU, 1) if uses_gpus(config) else (CORE, config.threads)
     return SHARD_S + tokens * (speed.token_s + flops / speed.flops_per_s) / at_once
 
 
@@ -121,13 +141,22 @@ def model_flops(config: LanguageConfig) -> dict[str, float]:
 
 def estimates(config: LanguageConfig) -> Iterator[str]:
     """Yield a line about where times come from, and one for each sampled model."""
-    yield "times come from sizes of models and from earlier runs here; or give throughput.STAGE"
+    if config.throughput_from:
+        yield (
+            f"times come from {config.throughput_from} for models up to {ALIKE:g} times smaller or "
+            "larger than those measured, else from throughput.STAGE or sizes of models"
+        )
+    else:
+        yield (
+            "times come from sizes of models and from earlier runs here; or give throughput.STAGE, "
+            "or throughput_from=gpu_check.json"
+        )
     yield from batches_that_fit(config)
 
 
 def batches_that_fit(config: LanguageConfig) -> Iterator[str]:
     """Yield for each sampled model what `sampling.batch_rows` takes and how many rows would fit."""
-    on_gpu = bool(config.slurm.gpus_per_node) and config.device != "cpu"
+    on_gpu = uses_gpus(config)
     memory_gb, key = (
         (config.slurm.gpu_mem_gb, "slurm.gpu_mem_gb")
         if on_gpu

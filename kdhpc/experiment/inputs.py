@@ -6,17 +6,24 @@ Files are found and fetched on the login node, so that compute nodes need no net
 import contextlib
 import dataclasses
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdhpc.config.language import SECOND_JUDGE_KEY, LanguageConfig, Truth, language_problems
+from kdhpc.config.language import (
+    SECOND_JUDGE_KEY,
+    LanguageConfig,
+    MeasuredSpeed,
+    Truth,
+    language_problems,
+)
 from kdhpc.config.model import Architecture, Model
 from kdhpc.errors import InputError
 from kdhpc.experiment import arms, documents, given, prompts
 from kdhpc.experiment.claims import check_claims, read_claims
-from kdhpc.experiment.estimates import measured_sizes
+from kdhpc.experiment.estimates import measured_sizes, uses_gpus
 
 if TYPE_CHECKING:
     from kdhpc.models.tokenizer import Tokenizer
@@ -82,7 +89,7 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
         _check_documents(dataclasses.replace(config, truth=truth))
     config = _with_sizes(config)
     with _known_tokenizer(truth) as tokenizer:
-        identified = _with_claims(_with_tasks(_with_prompts(config, tokenizer)))
+        identified = _with_speeds(_with_claims(_with_tasks(_with_prompts(config, tokenizer))))
     return dataclasses.replace(identified, truth=truth, teacher=teacher, students=students)
 
 
@@ -268,6 +275,41 @@ def _with_prompts(config: LanguageConfig, tokenizer: "Tokenizer | None") -> Lang
         prompts_texts=texts,
         eval_prompts=prompts.num_prompts(config),
     )
+
+
+def _with_speeds(config: LanguageConfig) -> LanguageConfig:
+    """Read the speeds that were measured, if a file of them is given.
+
+    Raises:
+        InputError: if it is no file of `kdhpc.gpu_check`, or was measured on another kind of
+            device.
+    """
+    if config.throughput_from is None:
+        return config
+    name = f"throughput_from={config.throughput_from}"
+    expected = "expected the gpu_check.json that `python -m kdhpc.gpu_check` writes on such a node"
+    try:
+        report = json.loads(Path(config.throughput_from).expanduser().read_text())
+        device = report["about"]["device"]
+        speeds = {
+            f"{row['model']} {row['what']}": MeasuredSpeed(
+                work=row["what"],
+                flops_per_token=float(row["flops_per_token"]),
+                tokens_per_s=float(row["tokens_per_s"]),
+            )
+            for row in report["speeds"]
+            if row["limit"] is not None  # the others are of peers
+        }
+    except OSError as error:
+        raise InputError(f"{name}: not readable ({error.strerror}); {expected}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{name}: not a file of speeds ({error!r}); {expected}") from error
+    needed = "cuda" if uses_gpus(config) else "cpu"
+    if device != needed:
+        raise InputError(f"{name}: was measured on {device}, and tasks run on {needed}; {expected}")
+    if not speeds:
+        raise InputError(f"{name}: has no speed, so every measurement has failed; {expected}")
+    return dataclasses.replace(config, speeds=speeds)
 
 
 def _with_claims(config: LanguageConfig) -> LanguageConfig:

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import time
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,9 +113,12 @@ def _meet(store: "Store", rank: int, world_size: int, device: torch.device, limi
 
 def _place(device: torch.device) -> list[str]:
     """Return the node and the GPU of this process; the GPU is empty on a CPU."""
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-    return [node, gpu]
+    return [_node(), gpu]
+
+
+def _node() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def summed(value: Tensor) -> Tensor:
@@ -127,6 +131,14 @@ def summed(value: Tensor) -> Tensor:
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Return whether the flag is set on any rank; no rank returns before all have called this."""
     return bool(summed(torch.tensor(float(flag), device=device)) > 0)
+
+
+def leads_node(device: torch.device) -> bool:
+    """Return whether this is the first rank on its node; every rank must call this."""
+    node = torch.tensor(zlib.crc32(_node().encode()), device=device)
+    nodes = [torch.empty_like(node) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(nodes, node)
+    return [int(other) for other in nodes].index(int(node)) == distributed.get_rank()
 
 
 def from_first(value: Tensor) -> Tensor:

@@ -135,10 +135,12 @@ def _take(shard: Shard, model: Model, tokenizer_path: Path, work: Work[LanguageC
 
 def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
     """Train one model on token shards, or take a teacher as it is."""
+    from kdhpc.models import devices
     from kdhpc.models.tokenizer import Tokenizer
     from kdhpc.scoring.counting import Counting
     from kdhpc.storage.token_shards import map_token_rows
     from kdhpc.training.data import Corpus
+    from kdhpc.training.scratch import copy_to_node
 
     trainee = next(t for t in arms.trainees(work.config) if t.name == shard.arm.name)
     [truth] = work.plan.arm(*arms.TRUTH_MODEL)
@@ -157,8 +159,12 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
     )
 
     def corpus(stage: str, arm: str, num_rows: int | None = None) -> Corpus:
+        """Map an arm's sequences; the first `num_rows` to train on are copied to the node."""
         keys = [s.key for s in work.plan.arm(stage, arm) if s.key in shard.reads]
-        rows = map_token_rows([work.input(key) for key in keys])
+        paths = [work.input(key) for key in keys]
+        rows = map_token_rows(paths)
+        if num_rows is not None:
+            rows = copy_to_node(rows, paths[0], devices.pick_device(work.config.device))
         return Corpus(
             ids=rows,
             length=rows.length[:num_rows],
