@@ -468,7 +468,7 @@ def measured(case: Case, device: torch.device, about: dict[str, Any]) -> Iterato
             model=case.name, what=name, tokens_per_s=tokens / seconds,
             limit=None if what == "generate" else limit(case, what, about),
             flops_per_token=(training_flops if what == "training" else forward_flops)(
-                case.shape, case.vocab_size, case.length
+                sizes_of_shape(case.shape), case.vocab_size, case.length
             ),
         )  # fmt: skip
 
