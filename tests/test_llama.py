@@ -1,6 +1,7 @@
 """kdhpc's own Llama agrees with transformers' on the same checkpoint folder."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,9 +14,9 @@ from models_for_tests import SHAPE, llama_of, small_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from kdhpc.errors import DamagedError, InputError
-from kdhpc.models import huggingface
+from kdhpc.models import devices, huggingface
 from kdhpc.models.dense import CPU_BODY_TOKENS, Dense, fits
-from kdhpc.models.loading import load_model
+from kdhpc.models.loading import count_parameters, load_model
 from kdhpc.models.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -77,7 +78,9 @@ def test_a_checkpoint_that_is_cut_off_or_of_another_shape_is_damaged(tmp_path: P
     config = tmp_path / "config.json"
     whole = config.read_text()
     config.write_text(whole.replace('"intermediate_size": 48', '"intermediate_size": 49'))
-    with pytest.raises(DamagedError, match=r"gate_proj is \[48, 64\]; the config says \[49, 64\]"):
+    with pytest.raises(
+        DamagedError, match=r"gate_proj\.weight is \[48, 64\]; the config says \[49, 64\]"
+    ):
         load_model(tmp_path, dtype="float32", device=CPU)
     config.write_text(whole.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
     with pytest.raises(DamagedError, match=r"model\.layers\.2"):
@@ -93,6 +96,23 @@ def test_a_checkpoint_that_is_cut_off_or_of_another_shape_is_damaged(tmp_path: P
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(DamagedError, match="not a model checkpoint"):
         load_model(tmp_path, dtype="float32", device=CPU)
+
+
+def test_a_model_that_is_larger_than_the_memory_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        10**9 < devices.memory_of(CPU) <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
+    small_model(300, 16).save_pretrained(tmp_path)
+    needed = 4 * count_parameters(tmp_path)
+    monkeypatch.setattr("kdhpc.models.loading.memory_of", lambda device: needed)
+    load_model(tmp_path, dtype="float32", device=CPU)
+    monkeypatch.setattr("kdhpc.models.loading.memory_of", lambda device: needed - 1)
+    load_model(tmp_path, dtype="bfloat16", device=CPU)
+    with pytest.raises(InputError, match=r"GB in float32, more than the .*Large models") as refused:
+        load_model(tmp_path, dtype="float32", device=CPU)
+    assert "\n" not in str(refused.value)
 
 
 def test_prompts_have_the_ids_that_transformers_gives(tmp_path: Path) -> None:

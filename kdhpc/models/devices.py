@@ -113,6 +113,30 @@ def num_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def memory_of(device: torch.device) -> int:
+    """Return the bytes of memory that models of this process can have at most.
+
+    That is a GPU's memory, and on CPUs the memory of the machine or what cgroups, such as those of
+    Slurm, leave of it.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, place = line.split(":", 2)
+            if controllers not in ("", "memory"):
+                continue
+            top, name = Path("/sys/fs/cgroup"), "memory.max"  # cgroups of version 2, then 1
+            if controllers:
+                top, name = top / controllers, "memory.limit_in_bytes"
+            folder = top / place.lstrip("/")
+            for each in (folder, *folder.parents):
+                with contextlib.suppress(OSError, ValueError):  # no file, or no limit
+                    limits.append(int((each / name).read_text()))
+    return min(limits)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished all work that was submitted to it."""
     if device.type == "cuda":

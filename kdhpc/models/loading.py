@@ -10,9 +10,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from kdhpc.errors import DamagedError
+from kdhpc.errors import DamagedError, InputError
 from kdhpc.models import dense
-from kdhpc.models.devices import DTYPES, Linear, note_slow_dtype, pick_device
+from kdhpc.models.devices import DTYPES, Linear, memory_of, note_slow_dtype, pick_device
+from kdhpc.models.sizes import NUM_BYTES
 from kdhpc.models.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -43,12 +44,14 @@ def load_model(path: Path, *, dtype: str, device: torch.device) -> LanguageModel
 
     Raises:
         DamagedError: if the folder is not a checkpoint.
+        InputError: if its weights alone are more than the memory of the device.
     """
     import safetensors
 
     note_slow_dtype(dtype, device.type)
     try:
         config = json.loads((path / "config.json").read_bytes())
+        _check_fits(path, dtype, device)
         if dense.fits(config):
             with _weights(path) as weights:
                 return dense.Dense(config, weights, dtype=DTYPES[dtype], device=device)
@@ -57,6 +60,22 @@ def load_model(path: Path, *, dtype: str, device: torch.device) -> LanguageModel
     from kdhpc.models.huggingface import TransformersModel
 
     return TransformersModel.load(path, dtype=dtype, device=device)
+
+
+def _check_fits(path: Path, dtype: str, device: torch.device) -> None:
+    """Refuse a model that cannot be in memory; kdhpc holds a whole model on one device.
+
+    Raises:
+        InputError: if it is so.
+    """
+    needed, memory = NUM_BYTES[dtype] * count_parameters(path), memory_of(device)
+    if needed > memory:
+        raise InputError(
+            f"{path}: its weights are {needed / 1e9:.1f} GB in {dtype}, more than the "
+            f"{memory / 1e9:.1f} GB of this {'GPU' if device.type == 'cuda' else 'task'}; expected "
+            "a dtype of fewer bits or more memory, since a model is never spread over devices for "
+            'sampling and scoring (docs/models.md, "Large models")'
+        )
 
 
 @contextlib.contextmanager
