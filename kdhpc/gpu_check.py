@@ -31,7 +31,7 @@ from torch import Tensor, distributed
 from kdhpc.config.model import Shape, Training
 from kdhpc.errors import KdhpcError
 from kdhpc.models import attention, devices, huggingface
-from kdhpc.models.llama import Llama
+from kdhpc.models.dense import Dense
 from kdhpc.models.sizes import (
     NUM_BYTES,
     forward_flops,
@@ -259,14 +259,14 @@ def check_attention(device: torch.device) -> str:
     return "largest errors " + "; ".join(taken)
 
 
-def toy(device: torch.device, dtype: torch.dtype = torch.float32) -> Llama:
+def toy(device: torch.device, dtype: torch.dtype = torch.float32) -> Dense:
     """Return a small Llama whose distributions are far from uniform."""
     model = huggingface.new_model(TOY, vocab_size=257, length=64, eos=0, seed=0)
     weights = model.state_dict()
-    return Llama(model.config.to_dict(), weights.__getitem__, dtype=dtype, device=device)
+    return Dense(model.config.to_dict(), weights.__getitem__, dtype=dtype, device=device)
 
 
-def sampler_of(model: Llama, *, rows: int, length: int, draw: str = "inverse_cdf") -> Sampler:
+def sampler_of(model: Dense, *, rows: int, length: int, draw: str = "inverse_cdf") -> Sampler:
     """Return a sampler whose rows all start with one token and never end."""
     return Sampler(
         model, prompts=[Prompt(ids=(1,))], length=length, batch_rows=rows,
@@ -454,13 +454,13 @@ def limit(case: Case, what: str, about: dict[str, Any]) -> float:
     return float(case.rows / (num_bytes / (1e9 * about["gb_per_s"]) + flops / flop_per_s))
 
 
-def _model(case: Case, device: torch.device) -> Llama:
+def _model(case: Case, device: torch.device) -> Dense:
     model = huggingface.new_model(
         case.shape, vocab_size=case.vocab_size, length=case.length, eos=0, seed=0
     )
     weights = model.state_dict()
     dtype = devices.DTYPES[case.dtype]
-    return Llama(model.config.to_dict(), weights.__getitem__, dtype=dtype, device=device)
+    return Dense(model.config.to_dict(), weights.__getitem__, dtype=dtype, device=device)
 
 
 def _sampling(case: Case, device: torch.device) -> tuple[float, float]:

@@ -4,6 +4,8 @@ As a program it can run on several ranks, be killed, and be resumed:
 
 python tests/toy_training.py OUT [--zero-stages 0 1 2 3] [--states FOLDER] [--every N]
     [--die-at STEP] [--die-in-save-of STEP]
+
+With --die-in-save-of it dies in the middle of a checkpoint's data, two steps after that step.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import json
 import os
 import resource
 import signal
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,15 +96,19 @@ def main() -> None:
     )
     save = saver(options.states) if options.states else lambda state: None
 
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    went_on = threading.Event()
+
     def dying_save(state: State) -> None:
-        if (
-            state.step == options.die_in_save_of
-        ):  # as if the kernel ended the process in the middle of a write
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        if state.step == options.die_in_save_of:
+            went_on.wait()
+            # As if the kernel ended the process in the middle of a write.
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         save(state)
 
     def on_step(facts: Mapping[str, Any]) -> None:
+        if facts["step"] == options.die_in_save_of + 2:
+            went_on.set()
         if facts["step"] == options.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -44,6 +44,9 @@ class TrainSettings:
     begin: str = dataclasses.field(default="tokenizer", metadata=ADDED)
     soft_tau: float | None = dataclasses.field(default=None, metadata=ADDED)
     """Temperature of the teacher's distributions that are learnt; None if tokens are."""
+    gradients: str = dataclasses.field(default="", metadata=ADDED)
+    """Dtype in which gradients are summed over micro-batches and ranks; empty if it is that of the
+    model, as it was for every dtype in earlier versions."""
     architecture: Architecture | None = dataclasses.field(default=None, metadata=ADDED)
     """Architecture of new weights in its long form. Neither form is given if the weights are those
     of `start` or of an input."""
@@ -71,6 +74,7 @@ class TrainSettings:
             eos=eos,
             begin=begin,
             threads=config.threads,
+            gradients="" if training.dtype == "float32" else "float32",
         )
 
     @property

@@ -65,8 +65,8 @@ class TrainingMemory:
     buckets: float
     """Buffers in which gradients are reduced over ranks."""
     update: float
-    """Copies of this rank's gradients during the update: flattened, and in float32. Activations are
-    freed by then."""
+    """Copy of this rank's gradients during the update, in one piece. Activations are freed by
+    then."""
 
     @property
     def total(self) -> float:
@@ -99,9 +99,14 @@ def training_memory(
         """Return how many ranks share what ZeRO spreads from this stage on."""
         return ranks if settings.zero_stage >= stage else 1
 
+    # Sums of 16-bit gradients are float32. In stage 1 they are whole on each rank and reduced in
+    # place; in stages 2 and 3 a bucket is converted before it is reduced.
+    is_short, stage = size < 4, settings.zero_stage
+    sums_whole = is_short and stage == 1
+    bucket = 2.0 * size + (4.0 if is_short else 0.0)
     return TrainingMemory(
         weights=size * parameters / shared_from(3),
-        gradients=size * parameters / shared_from(2),
+        gradients=4.0 * parameters / shared_from(2),
         optimizer=(8.0 if settings.zero_stage == 0 else 12.0) * parameters / shared_from(1),
         activations=tokens
         * (
@@ -110,10 +115,8 @@ def training_memory(
             else sizes.layers * layer
         ),
         head=8.0 * chunk * vocab_size + head_sums + size * (vocab_size + tokens) * hidden,
-        update=0.0
-        if settings.zero_stage == 0
-        else (4.0 + (size if size < 4 else 0)) * parameters / shared_from(1),
-        buckets=0.0 if settings.zero_stage == 0 else 2.0 * size * min(BUCKET, parameters),
+        update=0.0 if stage == 0 or sums_whole else 4.0 * parameters / shared_from(1),
+        buckets=0.0 if stage == 0 or sums_whole else bucket * min(BUCKET, parameters),
     )
 
 

@@ -7,7 +7,9 @@
 
 import contextlib
 import secrets
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,42 @@ from kdhpc.types import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class Writer:
+    """Writes one checkpoint at a time in a thread of its own, while the training goes on."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._write: Future[float] | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Start to write, after the checkpoint before is written; its error is raised here."""
+        self.wait()
+
+        def timed() -> float:
+            began = time.perf_counter()
+            write()
+            return time.perf_counter() - began
+
+        self._write = self._thread.submit(timed)
+
+    def ended(self) -> float | None:
+        """Return the seconds of a write that has ended since the last call, or raise its error."""
+        return self.wait() if self._write and self._write.done() else None
+
+    def wait(self) -> float | None:
+        """Wait for the checkpoint that is being written, and raise the error of its writer.
+
+        Returns:
+            Seconds that it took; None if there is none.
+        """
+        write, self._write = self._write, None
+        return None if write is None else write.result()
+
+    def close(self) -> None:
+        """Wait for the checkpoint that is being written, whatever becomes of it."""
+        self._thread.shutdown()
 
 
 def save(

@@ -107,7 +107,14 @@ def deepspeed_config(settings: Training) -> dict[str, object]:
             "allgather_bucket_size": BUCKET,
         },
         "steps_per_print": 10**9,
-        "bf16": {"enabled": settings.dtype == "bfloat16"},
+        # By default DeepSpeed sums gradients over micro-batches and ranks in the model's dtype.
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {
+            "enabled": settings.dtype == "bfloat16",
+            # Add each gradient to its sum when it is there, so that not all of them exist twice.
+            "immediate_grad_update": True,
+        },
     }
     if settings.dtype == "float16":
         config["fp16"] = {"enabled": True, "loss_scale": settings.loss_scale}
@@ -138,8 +145,10 @@ def load_deepspeed(device: torch.device) -> Any:
             "or change the config's device"
         )
     import deepspeed
+    from deepspeed.runtime import bf16_optimizer
 
     deepspeed.logger.setLevel(logging.ERROR)
+    bf16_optimizer.see_memory_usage = lambda *args, **options: None  # it prints by itself
     # DeepSpeed 0.19 builds `ShareMemCommBuilder`, which compiles C++, only if this table allows it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
@@ -267,7 +276,9 @@ class Engine:
             gathered = {name: self._weight(parameter)}
             gathered |= {f"{moment}/{name}": self._moment(parameter, moment) for moment in MOMENTS}
             if distributed.get_rank() == 0:
-                tensors |= {key: value.detach().cpu().clone() for key, value in gathered.items()}
+                tensors |= {
+                    key: value.detach().to("cpu", copy=True) for key, value in gathered.items()
+                }
         return State(step=step, tensors=tensors)
 
     def _weight(self, parameter: nn.Parameter) -> Tensor:

@@ -6,6 +6,7 @@ has the same weight whatever the lengths of the sequences. Checkpoints hold whol
 and moments, so that a training can resume with another number of ranks or another ZeRO stage.
 """
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from kdhpc.config.model import Training
 from kdhpc.errors import InputError
 from kdhpc.models.devices import DTYPES, matmul_flops_per_s, note_slow_dtype
+from kdhpc.training.checkpoints import Writer
 from kdhpc.training.data import Batches, Corpus, validation_batches
 from kdhpc.training.engine import Engine, State, Teacher
 from kdhpc.training.ranks import any_rank, from_first
@@ -48,14 +50,16 @@ class Watch:
     """
 
     save: Callable[[State], None] = lambda state: None
-    """Receives a checkpoint at the interval of the settings and when the training is told to
-    stop."""
+    """Receives a checkpoint at the interval of the settings and when the training is told to stop.
+    It is called in a thread, one checkpoint at a time, while the training goes on. What it raises
+    is raised by the training after a later step, or at its end."""
     should_stop: Callable[[], bool] = lambda: False
     """Asked after every step; the training stops if it returns True on any rank."""
     on_step: Callable[[Mapping[str, Json]], None] = lambda facts: None
     """Receives the facts of a step: step, steps, epoch, loss, learning_rate, gradient_norm,
-    tokens_per_s, mfu, step_s and data_s (waiting for data), also checkpoint_s if a checkpoint was
-    made, and validation_loss and validation_s if the loss was validated."""
+    tokens_per_s, mfu, step_s and data_s (waiting for data), also checkpoint_s (how long a
+    checkpoint stopped the training) and, after a later step, checkpoint_write_s (how long it took
+    to write), and validation_loss and validation_s if the loss was validated."""
     validation: Corpus | None = None
     """Sequences for the validation loss."""
     flops_per_token: float = 0.0
@@ -108,6 +112,7 @@ def train(
     with (
         closing(Engine(model, settings, schedule, device, length, teacher)) as engine,
         closing(Batches(corpus, settings, schedule, seed, stream, pin)) as batches,
+        closing(Writer()) as writer,
     ):
         is_first = distributed.get_rank() == 0
         resumed_step = torch.tensor(0 if state is None else state.step, device=device)
@@ -124,6 +129,7 @@ def train(
             step += 1
             losses.append(loss)
             if not (np.isfinite(loss) and norm <= settings.max_gradient_norm):
+                writer.wait()  # the checkpoint that the message names
                 raise DivergedError(
                     f"step {step}: loss {loss:.6g}, gradient norm {norm:.6g} "
                     f"(max_gradient_norm={settings.max_gradient_norm:g}); "
@@ -145,6 +151,8 @@ def train(
                 "step_s": step_s,
                 "data_s": batches.waited_s,
             }
+            if (write_s := writer.ended()) is not None:
+                facts["checkpoint_write_s"] = write_s
             every = settings.validate_every_steps
             if (
                 watch.validation is not None
@@ -159,12 +167,15 @@ def train(
             stop = step < schedule.last and any_rank(watch.should_stop(), device)
             if stop or schedule.saves_at(step, settings.checkpoint_every_steps):
                 began = time.perf_counter()
-                checkpoint = engine.state(step)
+                writer.wait()  # before the gather, so that memory holds one checkpoint
+                gathered = engine.state(step)
                 if is_first:
-                    watch.save(checkpoint)
+                    writer.start(functools.partial(watch.save, gathered))
+                del gathered  # the writer frees it
                 saved = step
                 facts["checkpoint_s"] = time.perf_counter() - began
             if is_first:
                 watch.on_step(facts)
         weights = {} if stop else engine.weights()
+        writer.wait()
     return Trained(finished=not stop, step=step, losses=losses, weights=weights)

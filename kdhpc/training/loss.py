@@ -45,12 +45,13 @@ class _SummedNll(torch.autograd.Function):
         head_tokens: int,
         gain: float,
         soft: Soft | None,
+        needs_grad: bool,
     ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
-        needs_grad = hidden.requires_grad or weight.requires_grad
         parts: list[Tensor] = []
         # With several chunks, the gradient of the weight is summed in float32.
-        sums = torch.zeros_like(weight, dtype=torch.float32) if len(hidden) > head_tokens else None
+        several = needs_grad and len(hidden) > head_tokens
+        sums = torch.zeros_like(weight, dtype=torch.float32) if several else None
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for at in range(0, len(hidden), head_tokens):
             rows, counts = hidden[at : at + head_tokens], targets[at : at + head_tokens] >= 0
@@ -95,7 +96,7 @@ class _SummedNll(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         factor = grads[0] / ctx.gain
         scaled = (None if grad is None else grad * factor for grad in ctx.saved_tensors)
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
 
 
 def summed_nll(
@@ -115,7 +116,7 @@ def summed_nll(
     which is its cross-entropy: KL(teacher || student) and the teacher's entropy.
 
     Logits and softmax are float32 and exist for one chunk at a time. Gradients are computed in the
-    same pass, so that nothing is computed twice.
+    same pass, so that nothing is computed twice; under `no_grad` there are none.
 
     Args:
         hidden: [N, H] last hidden states of N positions.
@@ -131,7 +132,9 @@ def summed_nll(
     Returns:
         Scalar float32 in nats.
     """
+    # Inside the function gradients are always disabled, so it has to be told.
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     total: Tensor = _SummedNll.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, form, head_tokens, gain, soft
+        hidden, weight, bias, targets, form, head_tokens, gain, soft, needs_grad
     )
     return total
