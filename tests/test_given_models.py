@@ -214,9 +214,9 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 def test_a_training_step_of_a_family_has_the_loss_and_gradients_of_transformers(
     family: str, tmp_path: Path
 ) -> None:
-    model = huggingface.model_to_train(save(tmp_path / "model", family))
-    loss, worst, has_own = differences_of_a_step(model)
-    assert has_own == (family in {"Mistral with a window", "GPT-J", "Gemma 2", "Gemma 3"})
+    path = save(tmp_path / "model", family, initializer_range=0.05)
+    loss, worst, has_own = differences_of_a_step(huggingface.model_to_train(path))
+    assert has_own == (family in {"GPT-J", "Gemma 2", "Gemma 3"} or "window" in family)
     TRAINED[family] = loss, worst, "transformers'" if has_own else "kdhpc's"
     assert max(loss, worst) < 1e-5
 
@@ -225,8 +225,9 @@ def differences_of_a_step(model: Any) -> tuple[float, float, bool]:
     """Compare a training step with transformers' own.
 
     Returns:
-        The difference of the loss in nats, the largest difference of a gradient relative to its
-        largest entry, and whether the model has kept its own attention.
+        The difference of the loss in nats, the largest difference of a gradient relative to the
+        largest entry of its tensor or to 2 % of that of all, and whether the model has kept its own
+        attention.
     """
     own = model.train().config._attn_implementation
     ids = torch.randint(257, (4, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -238,8 +239,10 @@ def differences_of_a_step(model: Any) -> tuple[float, float, bool]:
     num_tokens = ids[:, 1:].numel()
     ours = WithLoss(model, head_tokens=40)(ids, targets, 1.0) / num_tokens
     found = gradients(model, ours)
+    largest = {name: float(gradient.abs().max()) for name, gradient in expected.items()}
+    least = 0.02 * max(largest.values())  # smaller ones are float32's rounding in both
     worst = max(
-        float((found[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-6))
+        float((found[name] - gradient).abs().max()) / max(largest[name], least)
         for name, gradient in expected.items()
     )
     assert found.keys() == expected.keys()
