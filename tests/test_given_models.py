@@ -225,8 +225,9 @@ def differences_of_a_step(model: Any) -> tuple[float, float, bool]:
     """Compare a training step with transformers' own.
 
     Returns:
-        The difference of the loss in nats, the largest difference of a gradient relative to its
-        largest entry, and whether the model has kept its own attention.
+        The difference of the loss in nats, the largest difference of a gradient relative to the
+        largest entry of its tensor or to 2 % of that of all, and whether the model has kept its own
+        attention.
     """
     own = model.train().config._attn_implementation
     ids = torch.randint(257, (4, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -238,8 +239,10 @@ def differences_of_a_step(model: Any) -> tuple[float, float, bool]:
     num_tokens = ids[:, 1:].numel()
     ours = WithLoss(model, head_tokens=40)(ids, targets, 1.0) / num_tokens
     found = gradients(model, ours)
+    largest = {name: float(gradient.abs().max()) for name, gradient in expected.items()}
+    least = 0.02 * max(largest.values())  # smaller ones are float32's rounding in both
     worst = max(
-        float((found[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-6))
+        float((found[name] - gradient).abs().max()) / max(largest[name], least)
         for name, gradient in expected.items()
     )
     assert found.keys() == expected.keys()
