@@ -191,7 +191,7 @@ def _components(config: Mapping[str, Any]) -> Json:
     components = truth.get("components") or {}
     return components and [
         [[n, c.get("fingerprint"), c.get("weight")] for n, c in components.items()],
-        [truth.get(name) for name in ("shape", "training", "component_sequences")],
+        [truth.get(name) for name in ("shape", "architecture", "training", "component_sequences")],
     ]
 
 

@@ -7,8 +7,8 @@ from study import Study
 
 from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig, num_ids
-from kdhpc.config.model import Model
 from kdhpc.experiment import arms
+from kdhpc.experiment.estimates import sizes_of
 from kdhpc.models.sizes import forward_flops, training_flops
 from kdhpc.pipeline import LANGUAGE
 
@@ -69,24 +69,20 @@ def flops(study: Study) -> dict[str, float]:
     total = dict.fromkeys(arms.STAGES, 0.0)
     mixture = arms.TRUTH_MODEL if config.truth.components else None
 
-    def forward(model: Model) -> float:
-        return forward_flops(model.shape, ids, length) if model.shape else 0.0
-
     passes = {arms.TRUTH: truth}
     if (judge := study.results.models.get(arms.SECOND_JUDGE)) is not None:
         passes[arms.SECOND_JUDGE] = 2.0 * float(str(judge["parameters"]))
     for trainee in arms.trainees(config):
         model = trainee.model
-        passes[trainee.name] = forward(model)
-        if model.shape and trainee.training:
+        sizes = sizes_of(config, trainee.key, model.design)
+        passes[trainee.name] = forward_flops(sizes, ids, length) if sizes else 0.0
+        if sizes and trainee.training:
             rows = model.train_sequences or config.sampling.train_sequences
             epochs = trainee.training.stop_after_epochs or trainee.training.epochs
-            total[trainee.stage] += (
-                training_flops(model.shape, ids, length) * rows * epochs * length
-            )
+            total[trainee.stage] += training_flops(sizes, ids, length) * rows * epochs * length
     for samples in arms.sample_sets(config):
-        sizes = config.sampling
-        rows = sizes.eval_sequences if samples.evaluation else sizes.train_sequences
+        sampling = config.sampling
+        rows = sampling.eval_sequences if samples.evaluation else sampling.train_sequences
         # What is drawn from one component of a mixture is scored under all of them.
         extra = truth / len(config.truth.components) if samples.model == mixture else 0.0
         total[samples.stage] += (passes[samples.model[1]] + extra) * rows * length

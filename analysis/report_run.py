@@ -12,7 +12,7 @@ from study import SECOND, Study
 from kdhpc.cluster.display import duration
 from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
-from kdhpc.config.model import Model, Training
+from kdhpc.config.model import Model, Sizes, Training
 from kdhpc.experiment import arms
 from kdhpc.models.tokenizer import Tokenizer
 from kdhpc.pipeline import LANGUAGE
@@ -296,8 +296,11 @@ def _sizes(config: LanguageConfig) -> dict[str, str]:
         "tokens of a sequence": f"{config.length:,}",
         "sequences in D and each D'": f"{sampling.train_sequences:,}",
         "sequences that are scored": f"{sampling.eval_sequences:,}",
-        "teacher": _shape(config.teacher),
-        "students": ", ".join(_shape(model) for model in students),
+        "teacher": _design(config.teacher, config.sizes.get("teacher")),
+        "students": ", ".join(
+            _design(model, config.sizes.get(f"students.{size}"))
+            for size, model in config.students.items()
+        ),
         "passes of the teacher": _passes(config.teacher),
         "passes of the students": ", ".join(dict.fromkeys(map(_passes, students))),
     }
@@ -310,10 +313,14 @@ def _prompt(config: LanguageConfig) -> str:
     return f"one of {config.eval_prompts:,} prompts of {config.prompts}"
 
 
-def _shape(model: Model) -> str:
-    if model.shape is None:
+def _design(model: Model, sizes: Sizes | None) -> str:
+    """Return what a model is made of, in words; sizes are those of an `architecture`."""
+    if model.shape is not None:
+        return f"{model.shape.layers} layers of {model.shape.hidden}"
+    if model.architecture is None:
         return f"{model.model}"
-    return f"{model.shape.layers} layers of {model.shape.hidden}"
+    what = f" with {sizes.layers} layers of {sizes.hidden}" if sizes else ""
+    return f"{model.architecture['model_type']}{what}"
 
 
 def _passes(model: Model) -> str:

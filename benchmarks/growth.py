@@ -16,7 +16,7 @@ import torch
 
 from kdhpc.config.model import Shape
 from kdhpc.models import devices, huggingface
-from kdhpc.models.llama import Llama
+from kdhpc.models.dense import Dense
 from kdhpc.sampling.sampler import Prompt, Sampler, sample
 from kdhpc.scoring import likelihood
 from kdhpc.scoring.counting import Counting
@@ -79,11 +79,11 @@ def score(sequences: int, length: int, batch: int) -> Any:
     return run
 
 
-def model(length: int) -> Llama:
+def model(length: int) -> Dense:
     """Make a model with fresh weights."""
     fresh = huggingface.new_model(SHAPE, vocab_size=VOCAB_SIZE, length=length, eos=0, seed=0)
     weights = fresh.state_dict()
-    return Llama(
+    return Dense(
         fresh.config.to_dict(), weights.__getitem__, dtype=fresh.dtype, device=fresh.device
     )
 

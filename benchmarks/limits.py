@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from kdhpc.config.model import Shape
-from kdhpc.models.sizes import NUM_BYTES, key_value_bytes, num_parameters
+from kdhpc.models.sizes import NUM_BYTES, key_value_bytes, num_parameters, sizes_of_shape
 
 LARGE = Shape(
     layers=30, hidden=576, heads=9, kv_heads=3, ffn=1536, rope_theta=100000.0, init_std=0.04167
@@ -52,8 +52,9 @@ def decoding(
     Weights, and the keys and values before the position, are read once. Attention multiplies and
     adds twice for each key: queries with keys, and probabilities with values.
     """
-    weights = num_parameters(shape, vocab_size)
+    sizes = sizes_of_shape(shape)
+    weights = num_parameters(sizes, vocab_size)
     keys = rows * (new_tokens + 1) / 2
-    num_bytes = NUM_BYTES[dtype] * weights + key_value_bytes(shape, dtype) * keys
-    attention = 4 * shape.layers * shape.hidden * keys
+    num_bytes = NUM_BYTES[dtype] * weights + key_value_bytes(sizes, dtype) * keys
+    attention = 4 * sizes.layers * sizes.hidden * keys
     return num_bytes, 2.0 * weights * rows + attention

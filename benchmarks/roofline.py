@@ -12,7 +12,7 @@ import tables
 from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
 from kdhpc.experiment.estimates import OF_MEMORY
-from kdhpc.models.sizes import SamplingMemory
+from kdhpc.models.sizes import SamplingMemory, sizes_of_shape
 from kdhpc.pipeline import LANGUAGE
 
 SHARE = 0.5
@@ -35,7 +35,7 @@ def main() -> None:
         if shape is None:
             continue
         memory = SamplingMemory(
-            shape=shape,
+            sizes=sizes_of_shape(shape),
             vocab_size=limits.VOCAB_SIZE,
             length=config.length,
             dtype="bfloat16",

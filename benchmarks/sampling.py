@@ -196,7 +196,7 @@ class _Timed:
     """A draw that adds up the seconds that it takes."""
 
     def __init__(self, draw: Any) -> None:
-        self.draw, self.load, self.seconds = draw, draw.load, 0.0
+        self.draw, self.load, self.settle, self.seconds = draw, draw.load, draw.settle, 0.0
 
     def __call__(self, logits: Any, position: Any) -> Any:
         began = time.perf_counter()

@@ -16,7 +16,7 @@ import tables
 import turns
 from sampling import real_model
 
-from kdhpc.models.sizes import forward_flops
+from kdhpc.models.sizes import forward_flops, sizes_of_shape
 from kdhpc.sampling import native
 
 LENGTH, ROWS = 512, 16
@@ -62,7 +62,7 @@ def main() -> None:
     for name, all_turns in answers.items():
         each = turns.median(all_turns)
         dtype = "bfloat16" if name.endswith("bfloat16") else "float32"
-        flops = forward_flops(limits.LARGE, limits.VOCAB_SIZE, LENGTH) * tokens
+        flops = forward_flops(sizes_of_shape(limits.LARGE), limits.VOCAB_SIZE, LENGTH) * tokens
         body = turns.median(answers[key]) if (key := f"body {dtype}") in answers else None
         rows.append(
             {

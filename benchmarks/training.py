@@ -101,7 +101,7 @@ def work(options: argparse.Namespace) -> NoReturn:
     import transformers
 
     from kdhpc.models import devices, huggingface
-    from kdhpc.models.sizes import training_flops
+    from kdhpc.models.sizes import sizes_of_shape, training_flops
 
     device = devices.pick_device("auto")
     if device.type == "cpu":
@@ -116,7 +116,7 @@ def work(options: argparse.Namespace) -> NoReturn:
     [dtype] = options.dtype
     facts = {
         "peak_flops_per_s": devices.matmul_flops_per_s(device, devices.DTYPES[dtype]),
-        "flops_per_token": training_flops(limits.LARGE, limits.VOCAB_SIZE, LENGTH),
+        "flops_per_token": training_flops(sizes_of_shape(limits.LARGE), limits.VOCAB_SIZE, LENGTH),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
 

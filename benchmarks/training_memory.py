@@ -17,7 +17,7 @@ import tables
 from limits import LARGE, VOCAB_SIZE
 
 from kdhpc.config.model import Shape, Training
-from kdhpc.models.sizes import num_parameters, training_memory
+from kdhpc.models.sizes import num_parameters, sizes_of_shape, training_memory
 from kdhpc.scoring.counting import Counting
 
 LENGTH = 512
@@ -59,13 +59,14 @@ def plan() -> None:
     print("| model | GPUs | ZeRO | at once x parts | states GB | activations GB | total GB |")
     print("|---|---|---|---|---|---|---|")
     for name in ("135M", "360M", "1.7B"):
+        sizes = sizes_of_shape(SHAPES[name])
         for gpus in (4, 8, 64):
             for stage in (1, 3) if name == "1.7B" else (1,):
                 recipe = Training(
                     batch_sequences=256, micro_batch_sequences=16, dtype="bfloat16",
                     zero_stage=stage, ranks_per_node=gpus,
                 )  # fmt: skip
-                memory = training_memory(SHAPES[name], recipe, vocab_size=VOCAB_SIZE, length=LENGTH)
+                memory = training_memory(sizes, recipe, vocab_size=VOCAB_SIZE, length=LENGTH)
                 states = memory.weights + memory.gradients + memory.optimizer + memory.buckets
                 print(
                     f"| {name} | {gpus} | {stage} | {recipe.micro_batch} x {recipe.accumulation} "
@@ -78,7 +79,7 @@ def measure() -> None:
     """Run every case in processes of its own and print a table."""
     print("| model | setting | formula GB | measured GB |\n|---|---|---|---|")
     for index, (name, changes) in enumerate(CASES):
-        recipe = dataclasses.replace(BASE, **changes)
+        recipe, sizes = dataclasses.replace(BASE, **changes), sizes_of_shape(SHAPES[name])
         ranks = [
             subprocess.Popen(
                 [sys.executable, __file__, "--case", str(index)],
@@ -93,9 +94,9 @@ def measure() -> None:
         ]
         answers = [rank.communicate()[0] for rank in ranks]
         measured = json.loads(answers[0].splitlines()[-1])
-        formula = training_memory(SHAPES[name], recipe, vocab_size=VOCAB_SIZE, length=LENGTH).total
+        formula = training_memory(sizes, recipe, vocab_size=VOCAB_SIZE, length=LENGTH).total
         what = ", ".join(f"{key}={value}" for key, value in changes.items()) or "as they are"
-        millions = num_parameters(SHAPES[name], VOCAB_SIZE) / 1e6
+        millions = num_parameters(sizes, VOCAB_SIZE) / 1e6
         print(
             f"| {name} ({millions:.0f}M) | {what} | {formula / 1e9:.2f} | {measured / 1e9:.2f} |",
             flush=True,

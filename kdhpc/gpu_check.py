@@ -31,12 +31,13 @@ from torch import Tensor, distributed
 from kdhpc.config.model import Shape, Training
 from kdhpc.errors import KdhpcError
 from kdhpc.models import attention, devices, huggingface
-from kdhpc.models.llama import Llama
+from kdhpc.models.dense import Dense
 from kdhpc.models.sizes import (
     NUM_BYTES,
     forward_flops,
     key_value_bytes,
     num_parameters,
+    sizes_of_shape,
     training_flops,
 )
 from kdhpc.sampling.draws import DRAWS
@@ -260,14 +261,14 @@ def check_attention(device: torch.device) -> str:
     return "largest errors " + "; ".join(taken)
 
 
-def toy(device: torch.device, dtype: torch.dtype = torch.float32) -> Llama:
+def toy(device: torch.device, dtype: torch.dtype = torch.float32) -> Dense:
     """Return a small Llama whose distributions are far from uniform."""
     model = huggingface.new_model(TOY, vocab_size=257, length=64, eos=0, seed=0)
     weights = model.state_dict()
-    return Llama(model.config.to_dict(), weights.__getitem__, dtype=dtype, device=device)
+    return Dense(model.config.to_dict(), weights.__getitem__, dtype=dtype, device=device)
 
 
-def sampler_of(model: Llama, *, rows: int, length: int, draw: str = "inverse_cdf") -> Sampler:
+def sampler_of(model: Dense, *, rows: int, length: int, draw: str = "inverse_cdf") -> Sampler:
     """Return a sampler whose rows all start with one token and never end."""
     return Sampler(
         model, prompts=[Prompt(ids=(1,))], length=length, batch_rows=rows,
@@ -437,34 +438,34 @@ def measured(case: Case, device: torch.device, about: dict[str, Any]) -> Iterato
             model=case.name, what=name, tokens_per_s=tokens / seconds,
             limit=None if what == "generate" else limit(case, what, about),
             flops_per_token=(training_flops if what == "training" else forward_flops)(
-                case.shape, case.vocab_size, case.length
+                sizes_of_shape(case.shape), case.vocab_size, case.length
             ),
         )  # fmt: skip
 
 
 def limit(case: Case, what: str, about: dict[str, Any]) -> float:
     """Return the tokens per second that the measured bandwidth and matrix rate allow."""
-    shape, vocab, length = case.shape, case.vocab_size, case.length
+    sizes, vocab, length = sizes_of_shape(case.shape), case.vocab_size, case.length
     flop_per_s = 1e12 * about[f"tflop_per_s_{case.dtype}"]
     if what == "training":
-        return float(flop_per_s / training_flops(shape, vocab, length))
+        return float(flop_per_s / training_flops(sizes, vocab, length))
     if what == "scoring":
-        return float(flop_per_s / forward_flops(shape, vocab, length))
+        return float(flop_per_s / forward_flops(sizes, vocab, length))
     # A step reads all weights once, and on average half of the keys and values.
     keys = case.rows * length / 2
-    num_bytes: float = NUM_BYTES[case.dtype] * num_parameters(shape, vocab)
-    num_bytes += key_value_bytes(shape, case.dtype) * keys
-    flops = 2.0 * num_parameters(shape, vocab) * case.rows + 4 * shape.layers * shape.hidden * keys
+    num_bytes: float = NUM_BYTES[case.dtype] * num_parameters(sizes, vocab)
+    num_bytes += key_value_bytes(sizes, case.dtype) * keys
+    flops = 2.0 * num_parameters(sizes, vocab) * case.rows + 4 * sizes.layers * sizes.hidden * keys
     return float(case.rows / (num_bytes / (1e9 * about["gb_per_s"]) + flops / flop_per_s))
 
 
-def _model(case: Case, device: torch.device) -> Llama:
+def _model(case: Case, device: torch.device) -> Dense:
     model = huggingface.new_model(
         case.shape, vocab_size=case.vocab_size, length=case.length, eos=0, seed=0
     )
     weights = model.state_dict()
     dtype = devices.DTYPES[case.dtype]
-    return Llama(model.config.to_dict(), weights.__getitem__, dtype=dtype, device=device)
+    return Dense(model.config.to_dict(), weights.__getitem__, dtype=dtype, device=device)
 
 
 def _sampling(case: Case, device: torch.device) -> tuple[float, float]:

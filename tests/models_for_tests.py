@@ -4,8 +4,8 @@ import torch
 from transformers import PreTrainedModel
 
 from kdhpc.config.model import Shape
+from kdhpc.models.dense import Dense
 from kdhpc.models.huggingface import new_model
-from kdhpc.models.llama import Llama
 
 SHAPE = Shape(layers=2, hidden=64, heads=2, kv_heads=1, ffn=48, init_std=0.2)
 
@@ -18,9 +18,9 @@ def small_model(
     return model.eval().requires_grad_(False)
 
 
-def llama_of(model: PreTrainedModel) -> Llama:
+def llama_of(model: PreTrainedModel) -> Dense:
     """Return the weights of a model as a Llama of kdhpc."""
     weights = model.state_dict()
-    return Llama(
+    return Dense(
         model.config.to_dict(), weights.__getitem__, dtype=model.dtype, device=model.device
     )

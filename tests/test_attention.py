@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdhpc.models.attention import attend, causal
+from kdhpc.models.head import Logits
 from kdhpc.training.loss import Soft, summed_nll
 
 
@@ -70,6 +71,43 @@ def test_the_loss_by_chunks_has_the_value_and_gradients_of_cross_entropy(head_to
         strict=True,
     ):  # fmt: skip
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+FORMS = {
+    "a bias": (True, Logits()),
+    "a factor": (False, Logits(factor=0.125)),
+    "a cap": (False, Logits(cap=3.0)),
+    "all of them": (True, Logits(factor=1.5, cap=2.0)),
+}
+
+
+@pytest.mark.parametrize("is_soft", [False, True], ids=["tokens", "soft labels"])
+@pytest.mark.parametrize("head_tokens", [7, 99])
+@pytest.mark.parametrize("name", FORMS)
+def test_logits_of_every_known_form_are_learnt_as_in_a_float64_reference(
+    name: str, head_tokens: int, is_soft: bool
+) -> None:
+    has_bias, form = FORMS[name]
+    hidden, weight, targets, soft, wanted = soft_case(head_tokens, 0.8)
+    bias = random(50, dtype=torch.float32) if has_bias else None
+    inputs = [hidden, weight, *([] if bias is None else [bias])]
+    loss = summed_nll(
+        hidden, weight, targets, bias=bias, form=form, head_tokens=head_tokens, gain=0.125,
+        soft=soft if is_soft else None,
+    )  # fmt: skip
+    logits = hidden.double() @ weight.double().T + (0.0 if bias is None else bias.double())
+    logits = logits * form.factor
+    if form.cap is not None:
+        logits = form.cap * (logits / form.cap).tanh()
+    if is_soft:
+        expected = -(wanted * logits.log_softmax(1)).sum(1)[targets >= 0].sum()
+    else:
+        expected = cross_entropy(logits, targets, reduction="sum")
+    by = torch.tensor(0.125)
+    for ours, theirs in zip(
+        backward(loss, *inputs, by=by), backward(expected, *inputs, by=by.double()), strict=True
+    ):
+        assert torch.allclose(ours.double(), theirs.double(), rtol=1e-5, atol=1e-5)
 
 
 def soft_case(head_tokens: int, tau: float) -> tuple[Tensor, Tensor, Tensor, Soft, Tensor]:

@@ -18,6 +18,7 @@ from kdhpc.config.bounds import Pattern, out_of_bounds
 from kdhpc.config.language import Component, LanguageConfig
 from kdhpc.config.run import RunConfig, check_run
 from kdhpc.errors import InputError
+from kdhpc.models.sizes import sizes_of_shape
 from kdhpc.pipeline import LANGUAGE, MIXTURE
 from kdhpc.plan.stages import AnyPipeline
 
@@ -32,6 +33,16 @@ ITEMS = {
     "speeds": "360M sampling",
     "slurm.sbatch": "gres",
     "slurm.gate.sbatch": "gres",
+    "sizes": "teacher",
+    **{
+        f"{key}.architecture": "hidden_size"
+        for key in (
+            "truth",
+            "truth.second_judge",
+            "teacher",
+            "students.small",
+        )
+    },
     "slurm.stages.merge.sbatch": "gres",
 }
 """One item of every dictionary, under the key of the dictionary."""
@@ -82,6 +93,7 @@ def valid(preset: str) -> RunConfig:
         # A corpus as truth has no components, but it has their fields.
         components = {"sums": Component(corpus="addition")}
         config = replaced(config, ("truth", "components"), components)
+        config = replaced(config, ("sizes",), {"teacher": sizes_of_shape(config.teacher.shape)})
     return cast(RunConfig, config)
 
 

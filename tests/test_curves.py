@@ -8,7 +8,7 @@ import torch
 from models_for_tests import llama_of, small_model
 from numpy.typing import NDArray
 
-from kdhpc.models.llama import Llama
+from kdhpc.models.dense import Dense
 from kdhpc.sampling.sampler import Prompt, Sampler, sample
 from kdhpc.science.curves import precision_terms, prefix_log_prob, recall_terms
 from kdhpc.scoring.counting import Counting
@@ -32,7 +32,7 @@ def every_sequence() -> list[tuple[int, ...]]:
     return sorted(set(sequences))
 
 
-def log_probs_of(model: Llama, sequences: list[tuple[int, ...]], temperature: float) -> Numbers:
+def log_probs_of(model: Dense, sequences: list[tuple[int, ...]], temperature: float) -> Numbers:
     """Return the log-probabilities [N, NEW] of drawn tokens, 0 beyond the end, without `score`."""
     ids = torch.zeros((len(sequences), 1 + NEW), dtype=torch.int64)
     ids[:, 0] = 1
@@ -45,12 +45,12 @@ def log_probs_of(model: Llama, sequences: list[tuple[int, ...]], temperature: fl
 
 
 @pytest.fixture(scope="module")
-def models() -> tuple[Llama, Llama]:
+def models() -> tuple[Dense, Dense]:
     return tuple(llama_of(small_model(VOCAB, 1 + NEW, seed=seed)) for seed in (1, 2))  # type: ignore[return-value]  # two of them
 
 
 def draw_and_score(
-    models: tuple[Llama, Llama], count_eos: bool, temperature: float
+    models: tuple[Dense, Dense], count_eos: bool, temperature: float
 ) -> tuple[Samples, Scores]:
     """Sample the first model at a temperature and score its samples under the second."""
     counting = Counting(num_prompt=1, eos=0, count_eos=count_eos)
@@ -74,7 +74,7 @@ def close(values: Numbers, exact: float) -> bool:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("count_eos", [True, False])
 def test_divergences_and_curves_are_those_of_the_enumeration(
-    models: tuple[Llama, Llama], count_eos: bool, temperature: float
+    models: tuple[Dense, Dense], count_eos: bool, temperature: float
 ) -> None:
     with torch.inference_mode():
         p = log_probs_of(models[0], every_sequence(), temperature)
@@ -110,7 +110,7 @@ def test_divergences_and_curves_are_those_of_the_enumeration(
 
 
 def test_an_average_over_the_next_token_has_the_same_mean_and_less_variance(
-    models: tuple[Llama, Llama],
+    models: tuple[Dense, Dense],
 ) -> None:
     with torch.inference_mode():
         p, q = (log_probs_of(model, every_sequence(), 1.0) for model in models)
@@ -129,7 +129,7 @@ def test_an_average_over_the_next_token_has_the_same_mean_and_less_variance(
     assert np.array_equal(expected.num_tokens, samples.length - 1)
 
 
-def test_precision_is_factor_times_recall(models: tuple[Llama, Llama]) -> None:
+def test_precision_is_factor_times_recall(models: tuple[Dense, Dense]) -> None:
     """Samples of either model give the same overlap."""
     samples, scores = draw_and_score(models, True, 1.0)
     others, others_scores = draw_and_score((models[1], models[0]), True, 1.0)

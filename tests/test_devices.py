@@ -1,27 +1,33 @@
 """What is decided about GPUs, on a machine without one: torch is told how many it should see."""
 
 import contextlib
-import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo as dynamo
 from models_for_tests import SHAPE, llama_of, small_model
 from torch import Tensor
+from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdhpc.cluster import failures
+from kdhpc.config.model import Design
 from kdhpc.errors import ClusterError, InputError
 from kdhpc.models import attention, devices, huggingface
-from kdhpc.sampling.decoding import LlamaDecoder
+from kdhpc.models.dense import Dense
+from kdhpc.sampling.decoding import DenseDecoder
+from kdhpc.sampling.draws import DRAWS
 from kdhpc.sampling.sampler import Prompt, Sampler, sample
 from kdhpc.scoring.counting import Counting
 from kdhpc.selection import Selection
@@ -181,15 +187,28 @@ class Ops(TorchDispatchMode):  # type: ignore[no-untyped-call]
         assert not [name for name in WAITING if self.count[name]]
 
 
+SMALL: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 32,
+}  # fmt: skip
+DESIGNS: dict[str, Design] = {
+    "a shape": SHAPE,
+    "Qwen 3": SMALL | {"model_type": "qwen3"},
+    "Gemma 3": SMALL | {"model_type": "gemma3_text", "sliding_window": 72},
+}
+
+
+@pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("device", [CPU, META])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_training_step_never_makes_the_host_wait(
-    device: torch.device, dtype: torch.dtype
+    design: str, device: torch.device, dtype: torch.dtype
 ) -> None:
     """On meta tensors the code is that of GPUs, but reading a value raises."""
-    model = huggingface.new_model(SHAPE, vocab_size=257, length=72, eos=0, seed=1)
+    model = huggingface.new_model(DESIGNS[design], vocab_size=257, length=72, eos=0, seed=1)
+    attention.use_causal(model, 72)
+    assert model.config._attn_implementation == attention.NAME
     model = model.to(device, dtype).train()
-    attention.use_causal(model)
     ids = torch.zeros((2, 72), dtype=torch.int64, device=device)
     with Ops() as ops:
         hidden: Tensor = model.base_model(ids, use_cache=False).last_hidden_state
@@ -212,24 +231,154 @@ def test_a_validation_multiplies_by_the_head_once() -> None:
     assert torch.equal(learnt, measured)
 
 
-def decoding_step(num_layers: int) -> Ops:
-    shape = dataclasses.replace(SHAPE, layers=num_layers)
-    model = llama_of(small_model(257, 128, shape=shape).to(META, torch.bfloat16))
-    decoder = LlamaDecoder(model, rows=4, length=128)
+SIZES: dict[str, Any] = {
+    "vocab_size": 257, "hidden_size": 64, "intermediate_size": 48, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 128, "bos_token_id": 0,
+    "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def model_of(family: str, num_layers: int, device: torch.device, dtype: torch.dtype) -> Dense:
+    """Make a random model of a family that kdhpc decodes by itself."""
+    with torch.device(device):
+        config = AutoConfig.for_model(family, num_hidden_layers=num_layers, **SIZES)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    weights = model.state_dict()
+    return Dense(model.config.to_dict(), weights.__getitem__, dtype=dtype, device=device)
+
+
+def decoding_step(family: str, num_layers: int, attends: str) -> tuple[Ops, int]:
+    """Do a step on meta tensors; return its operators, and how often compiled pieces are called."""
+    model = model_of(family, num_layers, META, torch.bfloat16)
+    decoder = DenseDecoder(model, rows=4, length=128)
+    decoder.attend_by(attends)
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> Callable[..., Any]:
+        piece = getattr(decoder, name)
+
+        def call(*arguments: Any) -> Any:
+            calls[name] += 1
+            return piece(*arguments)
+
+        return call
+
+    for name in ("add_norm", "place", "activate"):
+        setattr(decoder, name, counted(name))
     ids = torch.zeros(4, dtype=torch.int64, device=META)
     ops = Ops()
     with ops:
         logits = decoder.step(ids, torch.zeros(1, dtype=torch.int64, device=META), 64)
     assert (logits.shape, logits.dtype) == ((4, 257), torch.float32)
-    return ops
+    return ops, calls.total()
 
 
-def test_a_decoding_step_never_makes_the_host_wait_and_has_few_kernels() -> None:
-    """Small models spend their time in launches; here the parts of attention count one by one."""
-    two, three = decoding_step(2), decoding_step(3)
+@pytest.mark.parametrize(("family", "attends", "most"), [
+    ("llama", "fused", 40), ("llama", "used", 32), ("qwen3", "used", 40), ("olmo2", "used", 51),
+    ("gemma3_text", "used", 60), ("gemma2", "fused", 53),
+])  # fmt: skip
+def test_a_decoding_step_never_makes_the_host_wait_and_has_few_kernels(
+    family: str, attends: str, most: int
+) -> None:
+    """Small models spend their time in launches. A piece that is compiled has one or two."""
+    (two, pieces_of_two), (three, pieces_of_three) = (
+        decoding_step(family, number, attends) for number in (2, 3)
+    )
     three.assert_no_wait()
-    of_a_layer = three.count - two.count
-    assert 20 < sum(number for name, number in of_a_layer.items() if name not in VIEWS) <= 40
+    of_a_layer = {k: v for k, v in (three.count - two.count).items() if k not in VIEWS}
+    assert 20 < sum(of_a_layer.values()) <= most, of_a_layer
+    products = of_a_layer.get("mm", 0) + of_a_layer.get("addmm", 0)
+    assert (products, pieces_of_three - pieces_of_two) == (4, 4)
+    if attends == "used":
+        assert of_a_layer["_varlen_attn"] == 1
+
+
+def read_used(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, key_starts: Tensor, max_q: int,
+    max_k: int, *, scale: float, window_size: tuple[int, int], enable_gqa: bool,
+    seqused_k: Tensor, num_splits: int,
+) -> Tensor:  # fmt: skip
+    """Do on a CPU, in float32, what torch documents of its kernel: one query for each sequence."""
+    assert (max_q, enable_gqa, num_splits) == (1, True, 1)
+    assert starts.tolist() == list(range(len(query) + 1))
+    seen = []
+    for row, (at, used) in enumerate(zip(key_starts.tolist(), seqused_k.tolist(), strict=False)):
+        first = at + (max(0, used - 1 - window_size[0]) if window_size[0] >= 0 else 0)
+        groups = query.shape[1] // key.shape[1]
+        k, v = (x[first : at + used].repeat_interleave(groups, 1).float() for x in (key, value))
+        scores = torch.einsum("hd,khd->hk", query[row].float(), k) * scale
+        seen.append(torch.einsum("hk,khd->hd", scores.softmax(1), v))
+    return torch.stack(seen).to(query.dtype)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "olmo2", "gemma2", "gemma3_text"])
+def test_every_way_to_attend_gives_the_same_logits(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", read_used)
+    monkeypatch.setitem(SIZES, "sliding_window", 5)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = model_of(family, 2, CPU, torch.float32)
+    ids = torch.randint(0, 257, (3, 20))
+    found = {}
+    for attends in ("products", "fused", "used"):
+        decoder = DenseDecoder(model, rows=3, length=20)
+        decoder.attend_by(attends)
+        with torch.inference_mode():
+            steps = [
+                decoder.step(ids[:, t], torch.tensor([t]), decoder.num_keys(t)) for t in range(20)
+            ]
+        found[attends] = torch.stack(steps)
+    assert decoder.num_keys(0) == decoder.num_keys(19) == 20, "one graph serves all positions"
+    if model.score_cap is not None:  # decoders do not take a kernel without caps for such a model
+        del found["used"]
+    for logits in found.values():
+        assert (logits - found["products"]).abs().max() < 1e-4 * logits.abs().max()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch's compiler needs a C++ compiler")
+def test_compiled_pieces_are_the_eager_ones_and_a_kernel_that_is_missing_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """On a CPU there is no FlashAttention over the used length, and torch compiles to C++."""
+    model = model_of("qwen3", 2, CPU, torch.bfloat16)
+    eager, compiled = (DenseDecoder(model, rows=3, length=12) for _ in range(2))
+    ids = torch.randint(0, 257, (3, 12))
+    dynamo.utils.counters.clear()
+    with torch.inference_mode():
+        eager.attend_by("fused")
+        compiled.settle()
+        logits = [
+            torch.stack([x.step(ids[:, t], torch.tensor([t]), 12) for t in range(12)])
+            for x in (eager, compiled)
+        ]
+    assert compiled.attends == "fused"
+    assert "attention over the used length does not work here" in caplog.text
+    assert "compiling" not in caplog.text
+    assert compiled.place != compiled._place
+    # One graph for the first norm, one for the others, two for what is between products.
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == 4
+    # A compiled piece rounds to 16 bits at its end only.
+    assert (logits[0] - logits[1]).abs().mean() < 0.03 * logits[0].abs().mean()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch's compiler needs a C++ compiler")
+@pytest.mark.parametrize("draw", ["inverse_cdf", "gumbel"])
+def test_a_compiled_draw_is_the_eager_one(draw: str, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    logits, position = 3.0 * torch.randn(6, 700), torch.tensor([2])
+    found = []
+    for settles in (False, True):
+        drawing = DRAWS[draw](Selection(), 6, 4, CPU)
+        drawing.load(3, [("a", index) for index in range(6)])
+        if settles:
+            drawing.settle(logits)
+        found.append(drawing(logits, position))
+    assert "compiling" not in caplog.text
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.allclose(found[0][1], found[1][1], rtol=0.0, atol=1e-6)
 
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -288,9 +437,8 @@ def test_replayed_steps_draw_what_eager_steps_draw(
             counting=Counting(num_prompt=2, eos=0, count_eos=True),
         )
         decoder = sampler.decoder
-        assert isinstance(decoder, LlamaDecoder)
-        decoder.columns = False  # the cache and the attention of GPUs
-        decoder.keys, decoder.values = decoder._cache_views(40)
+        assert isinstance(decoder, DenseDecoder)
+        decoder.attend_by("fused")
         sampler.capture = capture
         drawn.append(sample(sampler, rows=range(12), seed=0, stream="test"))
         graphs: Any = sampler.graphs

@@ -18,7 +18,7 @@ from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
 from kdhpc.errors import DamagedError, InputError
 from kdhpc.experiment.claims import read_term
-from kdhpc.models.sizes import forward_flops, training_flops
+from kdhpc.models.sizes import forward_flops, sizes_of_shape, training_flops
 from kdhpc.science.intervals import Statistic, ratio, through
 from kdhpc.storage.results import ScorePieces, read_results, write_results
 
@@ -266,11 +266,13 @@ def test_the_arithmetic_of_a_run_is_that_of_its_models() -> None:
     shape = presets.build(LanguageConfig, presets.plain(config)).students["small"].shape
     assert shape is not None
     found = costs.flops(study)
-    by_hand = 8 * 8 * 8192 * 2 * 64 * training_flops(shape, 257, 64)  # seeds, taus, rows, epochs
+    by_hand = (
+        8 * 8 * 8192 * 2 * 64 * training_flops(sizes_of_shape(shape), 257, 64)
+    )  # seeds, taus, rows, epochs
     assert found["train-students"] == pytest.approx(by_hand)
     teacher = presets.build(LanguageConfig, presets.plain(config)).teacher.shape
     assert teacher is not None
-    by_hand = 8 * 8 * 8192 * 64 * forward_flops(teacher, 257, 64)
+    by_hand = 8 * 8 * 8192 * 64 * forward_flops(sizes_of_shape(teacher), 257, 64)
     assert found["sample-teacher"] == pytest.approx(by_hand)
     assert "GPU-hours" in costs.in_words(study)
 

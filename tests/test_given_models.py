@@ -25,19 +25,22 @@ from kdhpc.config.language import LanguageConfig
 from kdhpc.errors import InputError
 from kdhpc.experiment import given, inputs
 from kdhpc.models import huggingface
+from kdhpc.models.attention import use_causal
 from kdhpc.models.loading import load_model
 from kdhpc.models.tokenizer import Tokenizer, read_vocabulary, write_vocabulary
+from kdhpc.sampling import native
 from kdhpc.sampling.decoding import difference_of_steps
 from kdhpc.sampling.sampler import Prompt, Sampler, sample
 from kdhpc.scoring.counting import Counting
 from kdhpc.scoring.scorer import score
 from kdhpc.selection import Selection
+from kdhpc.training.engine import WithLoss
 
 CPU = torch.device("cpu")
 LENGTH, ROWS = 24, 32
 COMMIT = "0123456789" * 4
 NEW: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
 }  # fmt: skip
 OLD: dict[str, Any] = {
@@ -48,7 +51,10 @@ LLAMA3 = ROPE | {
     "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
-GEMMA = NEW | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}
+GEMMA = NEW | {
+    "head_dim": 64, "query_pre_attn_scalar": 24, "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
 FAMILIES: dict[str, Callable[..., Any]] = {
     "Llama": lambda **kw: hf.LlamaConfig(**NEW | kw),
     "Llama with biases": lambda **kw: hf.LlamaConfig(
@@ -59,7 +65,12 @@ FAMILIES: dict[str, Callable[..., Any]] = {
         **NEW | {"rope_parameters": ROPE | {"rope_type": "linear"}} | kw
     ),
     "Qwen 2": lambda **kw: hf.Qwen2Config(**NEW | kw),
-    "Qwen 3": lambda **kw: hf.Qwen3Config(**NEW | {"head_dim": 8} | kw),
+    "Qwen 3": lambda **kw: hf.Qwen3Config(**NEW | {"head_dim": 64} | kw),
+    "Qwen 3 with a window": lambda **kw: hf.Qwen3Config(
+        **NEW
+        | {"head_dim": 64, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+        | kw
+    ),
     "Mistral with a window": lambda **kw: hf.MistralConfig(**NEW | {"sliding_window": 6} | kw),
     "OLMo 2": lambda **kw: hf.Olmo2Config(**NEW | kw),
     "Phi": lambda **kw: hf.PhiConfig(**NEW | {"partial_rotary_factor": 0.5} | kw),
@@ -68,8 +79,13 @@ FAMILIES: dict[str, Callable[..., Any]] = {
         **{k: v for k, v in NEW.items() if k != "num_key_value_heads"} | kw
     ),
     "GPT-J": lambda **kw: hf.GPTJConfig(**OLD | {"rotary_dim": 4} | kw),
-    "Gemma 2": lambda **kw: hf.Gemma2Config(**GEMMA | kw),
-    "Gemma 3": lambda **kw: hf.Gemma3TextConfig(**GEMMA | kw),
+    "Gemma 2": lambda **kw: hf.Gemma2Config(**GEMMA | {"attn_logit_softcapping": 2.0} | kw),
+    "Gemma 3": lambda **kw: hf.Gemma3TextConfig(
+        **GEMMA
+        | {"rope_parameters": {"full_attention": ROPE | {"rope_type": "linear"}}}
+        | {"final_logit_softcapping": 9.0}
+        | kw
+    ),
     "Granite": lambda **kw: hf.GraniteConfig(
         **NEW
         | {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22}
@@ -77,20 +93,30 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     ),
 }
 
-MEASURED: dict[str, tuple[float, float]] = {}
-"""By family, the largest differences in nats a token: of the sampler, and of the scorer."""
+FAST = {name for name in FAMILIES if name.startswith(("Llama", "Qwen", "Mistral", "OLMo", "Gemma"))}
+"""Families that run on kdhpc's own code."""
+COLUMNS = {
+    "dense": "fast path, torch",
+    "native": "fast path, extension",
+    "transformers": "transformers",
+    "scorer": "scorer",
+}
+MEASURED: dict[str, dict[str, float]] = {}
+"""By family, the largest differences in nats a token: of two samplers, and of the scorer."""
+TRAINED: dict[str, tuple[float, float, str]] = {}
+"""By family, the differences of a training step: of the loss, and of gradients; the attention."""
 
 
 def save(path: Path, family: str, vocab_size: int = 257, **changes: Any) -> Path:
-    """Save a random model of a family with a byte tokenizer, biases included."""
+    """Save a random model of a family with a byte tokenizer, biases and norms included."""
     torch.set_num_threads(1)
     ids = {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = hf.AutoModelForCausalLM.from_config(FAMILIES[family](**ids | changes))
         for name, value in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.normal_(value, std=0.3)
+            if name.endswith("bias") or "norm" in name:
+                value.add_(torch.randn_like(value), alpha=0.3)
     model.save_pretrained(path)
     huggingface.byte_tokenizer().save_pretrained(path)
     return path
@@ -119,24 +145,25 @@ def float64_log_probs(path: Path, ids: Tensor) -> Tensor:
     return picked
 
 
-def differences(path: Path) -> tuple[float, float]:
-    """Return the largest differences in nats a token: of the sampler's sums, and of the scorer."""
+def differences(path: Path) -> dict[str, float]:
+    """Return the largest differences in nats a token, of both samplers' sums and of the scorer."""
     model = load_model(path, dtype="float32", device=CPU)
     counting = Counting(num_prompt=2, eos=0, count_eos=True)
-    sampler = Sampler(
-        model, prompts=[Prompt(ids=(2, 3))], length=LENGTH, batch_rows=ROWS, selection=Selection(),
-        draw="inverse_cdf", counting=counting,
-    )  # fmt: skip
-    samples = sample(sampler, rows=range(ROWS), seed=0, stream="test")
-    scores = score(model, samples, counting=counting, batch_rows=ROWS, head_tokens=64)[1.0]
-    ids = torch.from_numpy(samples.ids.astype(np.int64))
-    counts = counting.of(ids, torch.from_numpy(samples.length))[:, 1:]
-    exact = torch.where(counts, float64_log_probs(path, ids), 0.0).sum(1).numpy()
-    tokens = np.maximum(scores.num_tokens, 1)
-    return (
-        float(np.abs((samples.log_prob_sum - exact) / tokens).max()),
-        float(np.abs((scores.log_prob_sum - exact) / tokens).max()),
-    )
+    found = {}
+    for engine in ("torch", "native"):
+        sampler = Sampler(
+            model, prompts=[Prompt(ids=(2, 3))], length=LENGTH, batch_rows=ROWS,
+            selection=Selection(), draw="inverse_cdf", counting=counting, engine=engine,
+        )  # fmt: skip
+        samples = sample(sampler, rows=range(ROWS), seed=0, stream="test")
+        scores = score(model, samples, counting=counting, batch_rows=ROWS, head_tokens=64)[1.0]
+        ids = torch.from_numpy(samples.ids.astype(np.int64))
+        counts = counting.of(ids, torch.from_numpy(samples.length))[:, 1:]
+        exact = torch.where(counts, float64_log_probs(path, ids), 0.0).sum(1).numpy()
+        tokens = np.maximum(scores.num_tokens, 1)
+        found[sampler.decoder.name] = float(np.abs((samples.log_prob_sum - exact) / tokens).max())
+        found["scorer"] = float(np.abs((scores.log_prob_sum - exact) / tokens).max())
+    return found
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -144,12 +171,25 @@ def table() -> Iterator[None]:
     """With UPDATE_DOCS=1, write the differences that were measured into docs/models.md."""
     yield
     if os.environ.get("UPDATE_DOCS"):
-        rows = [f"| {name} | {one:.1e} | {two:.1e} |" for name, (one, two) in MEASURED.items()]
-        page = ROOT / "docs" / "models.md"
-        before, begin, rest = page.read_text().partition("<!-- families -->\n")
-        _, end, after = rest.partition("<!-- end of families -->\n")
-        head = "| family | sampler | scorer |\n|---|--:|--:|\n"
-        page.write_text(before + begin + head + "\n".join(rows) + "\n" + end + after)
+        rows = []
+        for name, found in MEASURED.items():
+            cells = [f"{found[key]:.1e}" if key in found else "" for key in COLUMNS]
+            rows.append(f"| {name} | {' | '.join(cells)} |")
+        head = f"| family | {' | '.join(COLUMNS.values())} |\n|---|{'--:|' * len(COLUMNS)}\n"
+        write_table("families", head, rows)
+        rows = [f"| {name} | {a:.1e} | {b:.1e} | {own} |" for name, (a, b, own) in TRAINED.items()]
+        head = "| family | loss | gradients | attention |\n|---|--:|--:|---|\n"
+        write_table("trained families", head, rows)
+
+
+def write_table(name: str, head: str, rows: list[str]) -> None:
+    """Write a table between its marks in docs/models.md."""
+    page = ROOT / "docs" / "models.md"
+    if not rows:  # other tests were chosen
+        return
+    before, begin, rest = page.read_text().partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- end of {name} -->\n")
+    page.write_text(before + begin + head + "\n".join(rows) + "\n" + end + after)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -158,7 +198,53 @@ def test_a_family_samples_and_scores_what_transformers_computes(
 ) -> None:
     path = take(save(tmp_path / "model", family), tmp_path / "taken")
     MEASURED[family] = differences(path)
-    assert max(MEASURED[family]) < 1e-5
+    assert max(MEASURED[family].values()) < 1e-5
+    fast = {"dense"} if native.missing() else {"dense", "native"}
+    assert MEASURED[family].keys() - {"scorer"} == (fast if family in FAST else {"transformers"})
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    """Return the gradients of a loss by the names of the parameters."""
+    model.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_step_of_a_family_has_the_loss_and_gradients_of_transformers(
+    family: str, tmp_path: Path
+) -> None:
+    model = huggingface.model_to_train(save(tmp_path / "model", family))
+    loss, worst, has_own = differences_of_a_step(model)
+    assert has_own == (family in {"Mistral with a window", "GPT-J", "Gemma 2", "Gemma 3"})
+    TRAINED[family] = loss, worst, "transformers'" if has_own else "kdhpc's"
+    assert max(loss, worst) < 1e-5
+
+
+def differences_of_a_step(model: Any) -> tuple[float, float, bool]:
+    """Compare a training step with transformers' own.
+
+    Returns:
+        The difference of the loss in nats, the largest difference of a gradient relative to its
+        largest entry, and whether the model has kept its own attention.
+    """
+    own = model.train().config._attn_implementation
+    ids = torch.randint(257, (4, LENGTH), generator=torch.Generator().manual_seed(0))
+    targets = torch.full_like(ids, -100)
+    targets[:, :-1] = ids[:, 1:]
+    theirs = model(ids, labels=ids, use_cache=False).loss
+    expected = gradients(model, theirs)
+    use_causal(model, LENGTH)
+    num_tokens = ids[:, 1:].numel()
+    ours = WithLoss(model, head_tokens=40)(ids, targets, 1.0) / num_tokens
+    found = gradients(model, ours)
+    worst = max(
+        float((found[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-6))
+        for name, gradient in expected.items()
+    )
+    assert found.keys() == expected.keys()
+    loss = abs(float(ours.detach() - theirs.detach()))
+    return loss, worst, model.config._attn_implementation == own
 
 
 def without(path: Path, name: str) -> None:
@@ -288,7 +374,7 @@ def test_a_model_that_would_be_read_wrong_is_refused_by_name(case: str, tmp_path
 def test_ids_that_only_fill_the_vocabulary_are_cut_off(family: str, tmp_path: Path) -> None:
     path = take(save(tmp_path / "model", family, vocab_size=320), tmp_path / "taken")
     assert load_model(path, dtype="float32", device=CPU).vocab_size == Tokenizer(path).size == 257
-    assert max(differences(path)) < 1e-5
+    assert max(differences(path).values()) < 1e-5
     ids = torch.randint(0, 257, (2, 8))
     padded, cut = (
         hf.AutoModelForCausalLM.from_pretrained(p, dtype=torch.float64)(ids).logits
@@ -408,7 +494,7 @@ def test_within_the_trained_length_dynamic_positions_are_plain(tmp_path: Path) -
     rope = ROPE | {"rope_type": "dynamic"}
     source = save(tmp_path / "model", "Llama", rope_parameters=rope)
     path = take(source, tmp_path / "taken")
-    assert max(differences(path)) < 1e-5
+    assert max(differences(path).values()) < 1e-5
 
 
 def test_steps_that_differ_from_whole_rows_are_found(tmp_path: Path) -> None:

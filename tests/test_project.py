@@ -24,6 +24,7 @@ HEAVY = {
 }  # fmt: skip
 PRESETS = {
     "tiny": ["tiny"],
+    "tiny-families": ["tiny", "families"],
     "demo": ["demo"],
     "mini": ["mini"],
     "mini-gguf": ["mini", "smollm2_gguf"],

@@ -18,7 +18,7 @@ from kdhpc.models.devices import frozen_head
 from kdhpc.models.huggingface import TransformersModel
 from kdhpc.models.loading import load_model
 from kdhpc.sampling import native
-from kdhpc.sampling.decoding import LlamaDecoder, TransformersDecoder, bucket_of
+from kdhpc.sampling.decoding import DenseDecoder, TransformersDecoder, bucket_of
 from kdhpc.sampling.draws import DRAWS, Gumbel, InverseCdf, philox, select
 from kdhpc.sampling.native import NativeDecoder
 from kdhpc.sampling.sampler import Prompt, Sampler, sample
@@ -64,7 +64,7 @@ def draw(model: Any, rows: range = range(64), **changes: Any) -> Any:
 
 
 DECODERS: dict[str, Any] = {
-    "torch": lambda model, *sizes: LlamaDecoder(llama_of(model), *sizes),
+    "torch": lambda model, *sizes: DenseDecoder(llama_of(model), *sizes),
     "native": lambda model, *sizes: NativeDecoder(llama_of(model), *sizes),
     "transformers": lambda model, *sizes: TransformersDecoder(TransformersModel(model), *sizes),
 }
@@ -297,7 +297,7 @@ def test_without_the_extension_plain_torch_does_the_work_and_says_so(
 ) -> None:
     model = small_model(300, 10, shape=replace(SHAPE, hidden=32))
     fallback = sampler(model, engine="native")
-    assert fallback.decoder.name == "llama"
+    assert fallback.decoder.name == "dense"
     assert "sampling.engine=native: " in caplog.text
     assert "plain torch does the work" in caplog.text
     assert not native.usable(llama_of(model), "scoring.engine")

@@ -105,6 +105,7 @@ def test_an_experiment_takes_what_another_one_made(tmp_path: Path) -> None:
         "objective",
         "truncation",
         "modes",
+        "families",
     ],
 )
 def test_an_experiment_gives_the_same_digest_as_local_processes(

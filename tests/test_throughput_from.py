@@ -14,9 +14,9 @@ from kdhpc.errors import InputError
 from kdhpc.experiment import arms
 from kdhpc.experiment.estimates import SHARD_S, estimates, model_flops, seconds
 from kdhpc.experiment.inputs import _with_speeds
-from kdhpc.models.sizes import forward_flops, training_flops
+from kdhpc.models.sizes import forward_flops, sizes_of_shape, training_flops
 
-LARGE = Shape(layers=32, hidden=960, heads=15, kv_heads=5, ffn=2560)
+LARGE = sizes_of_shape(Shape(layers=32, hidden=960, heads=15, kv_heads=5, ffn=2560))
 
 
 def report(**changes: Any) -> dict[str, Any]:

@@ -133,7 +133,8 @@ def test_bfloat16_learns_like_float32() -> None:
 
 def two_steps(recipe: Training, state: State | None = None) -> list[State]:
     """Do two steps, the second one from a checkpoint if there is one; return both checkpoints."""
-    with contextlib.closing(Engine(fresh(), recipe, Schedule.of(recipe, 256), CPU)) as engine:
+    schedule = Schedule.of(recipe, 256)
+    with contextlib.closing(Engine(fresh(), recipe, schedule, CPU, WIDTH)) as engine:
         states = []
         for step in (0, 1):
             if step and state is not None:
@@ -534,7 +535,9 @@ def test_a_process_keeps_its_number_of_ranks() -> None:
 @pytest.mark.parametrize("shape", [Shape(layers=3, hidden=48, heads=6, kv_heads=2, ffn=80)])
 def test_sizes_are_those_of_the_model(shape: Shape) -> None:
     model = huggingface.new_model(shape, vocab_size=257, length=16, eos=0, seed=0)
-    assert sizes.num_parameters(shape, 257) == sum(p.numel() for p in model.parameters())
+    assert sizes.num_parameters(sizes.sizes_of_shape(shape), 257) == sum(
+        p.numel() for p in model.parameters()
+    )
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:

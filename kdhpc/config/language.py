@@ -15,7 +15,16 @@ from kdhpc.config.bounds import (
     repeated,
 )
 from kdhpc.config.downstream import FROM_TRUTH, Downstream, downstream_problems
-from kdhpc.config.model import Dtype, Model, Shape, Training, model_problems
+from kdhpc.config.model import (
+    Architecture,
+    Design,
+    Dtype,
+    Model,
+    Shape,
+    Sizes,
+    Training,
+    model_problems,
+)
 from kdhpc.config.run import RunConfig
 from kdhpc.errors import InputError
 from kdhpc.selection import Selection
@@ -34,6 +43,8 @@ class Judge:
     """Branch, tag or commit to fetch if `model` is a hub id."""
     shape: Shape | None = None
     """Architecture, if it is trained; `truth.shape` if not given and that is trained too."""
+    architecture: Architecture | None = None
+    """The same for any family, as `students.NAME.architecture`; `truth.architecture` likewise."""
     training: Training | None = None
     """Training settings, if it is trained; `truth.training` if not given."""
     dtype: Dtype = "float32"
@@ -86,7 +97,9 @@ class Truth:
     """`bytes` (required by `model: train`), `model` (the tokenizer that comes with the model), or a
     folder whose tokenizer.json must be identical to the model's."""
     shape: Shape | None = None
-    """Architecture of p*; required by `model: train`."""
+    """Architecture of p*, if it is a Llama; `model: train` needs this or `architecture`."""
+    architecture: Architecture | None = None
+    """The same for any family, as `students.NAME.architecture`."""
     training: Training | None = None
     """Training settings of p*; required by `model: train`."""
     dtype: Dtype = "float32"
@@ -130,14 +143,29 @@ class Truth:
         return {n: w / sum(given) for n, w in zip(self.components, moved, strict=True)}
 
     @property
-    def trained_second_judge(self) -> "tuple[Shape | None, Training] | None":
+    def design(self) -> Design | None:
+        """Architecture of p* in either form; None if neither is given."""
+        return self.shape or self.architecture
+
+    @property
+    def trained(self) -> Model | None:
+        """Architecture and training of a p* that the run trains; None if it does not."""
+        if self.model != "train" or not self.design or self.training is None:
+            return None
+        return Model(shape=self.shape, architecture=self.architecture, training=self.training)
+
+    @property
+    def trained_second_judge(self) -> Model | None:
         """Architecture and training of a second judge that the run trains; None if it does not."""
         judge = self.second_judge
         if judge is None or judge.model != "train":
             return None
         own = self if self.model == "train" else judge
-        shape, training = judge.shape or own.shape, judge.training or own.training
-        return None if training is None else (shape, training)
+        built = judge if judge.shape or judge.architecture else own
+        training = judge.training or own.training
+        if training is None:
+            return None
+        return Model(shape=built.shape, architecture=built.architecture, training=training)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +297,9 @@ class LanguageConfig(RunConfig):
     claims_fingerprint: str = ""
     """The sha256 of that file. It is filled in when a run is submitted; if it is given, another
     file is refused."""
+    sizes: dict[str, Sizes] = field(default_factory=dict)
+    """Sizes of the models that have an `architecture`, by their keys, for estimates of time, memory
+    and disk only. They are filled in when a run is submitted."""
     tensorboard: bool = False
     """Whether to write TensorBoard events next to each training's log; this needs
     kdhpc[tensorboard]."""
@@ -304,9 +335,9 @@ def models(config: LanguageConfig) -> dict[str, Model]:
     trained |= {f"students.{size}": model for size, model in config.students.items()}
     truth = config.truth
     if judge := truth.trained_second_judge:
-        trained = {SECOND_JUDGE_KEY: Model(shape=judge[0], training=judge[1])} | trained
-    if truth.model == "train" and truth.shape is not None and truth.training is not None:
-        trained = {"truth": Model(shape=truth.shape, training=truth.training)} | trained
+        trained = {SECOND_JUDGE_KEY: judge} | trained
+    if truth.trained is not None:
+        trained = {"truth": truth.trained} | trained
     return trained
 
 
@@ -497,8 +528,11 @@ def _truth_problems(truth: Truth) -> Iterator[str]:
                     f"truth.{field_name}={value}: truth.model=train trains on bytes, which are not "
                     "cut; expected a finished truth.model, or null"
                 )
-        if truth.shape is None or truth.training is None:
-            yield "truth.model=train: expected truth.shape and truth.training to be given too"
+        if truth.trained is None:
+            yield (
+                "truth.model=train: expected truth.shape or truth.architecture, and "
+                "truth.training, to be given too"
+            )
         if truth.tokenizer != "bytes":
             yield (
                 f"truth.tokenizer={truth.tokenizer}: truth.model=train trains on bytes; "

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 from kdhpc.config.bounds import Count, DecayRate, Fraction, NotNegative, Positive, Whole, ZeroStage
 
@@ -31,6 +31,32 @@ class Shape:
     """Base of the rotary position embedding."""
     init_std: Positive = 0.02
     """Standard deviation of the initial weights."""
+
+
+Architecture: TypeAlias = dict[str, Any]
+"""Fields of a transformers config, `model_type` among them: an architecture of any family."""
+Design: TypeAlias = Shape | Architecture
+"""Architecture of a model with new weights, in its short form or its long one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What of an architecture decides parameters, arithmetic and memory."""
+
+    layers: Count
+    """Number of transformer layers."""
+    hidden: Count
+    """Width of the residual stream."""
+    attention: Count
+    """Width of all query heads together."""
+    key_values: Count
+    """Width of all key heads together, and of all value heads."""
+    ffn: Count
+    """Width of the feed-forward layer."""
+    parameters: Count
+    """Number of parameters, without those that grow with the vocabulary."""
+    parameters_per_id: Count
+    """Number of parameters that each id of the vocabulary adds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +167,10 @@ class Model:
     fingerprint: str = ""
     """Identity of `model`, as `truth.fingerprint`."""
     shape: Shape | None = None
-    """Architecture of a model with new weights."""
+    """Architecture of a model with new weights, if it is a Llama."""
+    architecture: Architecture | None = None
+    """The same for any family that transformers has: the fields of its config, and `model_type`.
+    The others have transformers' defaults, or follow from the run."""
     training: Training | None = None
     """How the model is trained. A teacher with a `model` and without this is taken as it is."""
     fine_tuning: Training | None = None
@@ -162,6 +191,11 @@ class Model:
         """Dtype in which the finished model is stored and sampled."""
         return self.training.dtype if self.training else self.dtype
 
+    @property
+    def design(self) -> Design | None:
+        """Architecture of a model with new weights, in either form; None if neither is given."""
+        return self.shape or self.architecture
+
 
 def model_problems(
     key: str, model: Model, *, device: Device, num_sequences: int | None
@@ -174,10 +208,7 @@ def model_problems(
         device: device that the model is trained on.
         num_sequences: number of sequences that there are to train on; None if it is not known.
     """
-    if model.model is None and model.shape is None:
-        yield f"{key}.shape: expected an architecture, or {key}.model to start from"
-    if model.shape is not None:
-        yield from _shape_problems(f"{key}.shape", model.shape)
+    yield from _design_problems(key, model)
     if model.labels == "soft" and not key.startswith("students."):
         yield f"{key}.labels=soft: expected hard; only students have a teacher"
     training = model.training
@@ -187,8 +218,9 @@ def model_problems(
         elif key != "teacher":
             yield f"{key}.training: expected settings; only a teacher is taken as it is"
         return
-    if model.model is not None and training.compile:
-        yield f"{key}.training.compile=true: expected false, because it starts from {key}.model"
+    for name in ("model", "architecture") if training.compile else ():
+        if getattr(model, name):
+            yield f"{key}.training.compile=true: expected false, because it has {key}.{name}"
     yield from _training_problems(f"{key}.training", training, model, device, num_sequences)
     if (fine_tuning := model.fine_tuning) is not None:
         if not key.startswith("students."):
@@ -221,6 +253,26 @@ def _training_problems(
         name = f"{key.rpartition('.')[0]}.train_sequences"
     if training.batch_sequences > used:
         yield (f"{key}.batch_sequences={training.batch_sequences}: expected at most {name}={used}")
+
+
+def _design_problems(key: str, model: Model) -> Iterator[str]:
+    """Yield what is wrong with the architecture, as far as it shows without transformers."""
+    if model.model is None and not model.design:
+        yield (
+            f"{key}.shape: expected an architecture, as {key}.shape or {key}.architecture, or "
+            f"{key}.model to start from"
+        )
+    if model.shape is not None:
+        yield from _shape_problems(f"{key}.shape", model.shape)
+        if model.architecture is not None:
+            yield f"{key}.architecture: expected null, or {key}.shape=null; a model has one of them"
+    if model.architecture is not None and not isinstance(
+        model_type := model.architecture.get("model_type"), str
+    ):
+        yield (
+            f"{key}.architecture.model_type={model_type}: expected a type of transformers, such as "
+            "qwen3"
+        )
 
 
 def _shape_problems(key: str, shape: Shape) -> Iterator[str]:

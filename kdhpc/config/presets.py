@@ -8,9 +8,11 @@ that imports omegaconf.
 Values are read as text, in YAML files too, and take the type of their field when the config is
 built. A field of text keeps what was typed: `no`, `0123`, `1e5` and `${HOME}` are texts there. A
 field of minutes, whose name ends with `_min`, also takes the times that sbatch takes: `90`,
-`1:30:00` and `0-1:30` are the same, and `2-0` is two days.
+`1:30:00` and `0-1:30` are the same, and `2-0` is two days. Inside an `architecture`, whose fields
+are those of transformers, a text that is a number, `true` or `false` is that.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -121,7 +123,7 @@ def build(config_class: type[T], values: dict[str, Json]) -> T:
     Raises:
         InputError: if a key is unknown, or a value is missing or has the wrong type.
     """
-    values = _with_minutes(_without_nothing(values))
+    values = _with_minutes(_with_own_types(_without_nothing(values)))
     try:
         merged = OmegaConf.merge(OmegaConf.structured(config_class), _config(values))
         built = _revealed(OmegaConf.to_object(merged))
@@ -146,6 +148,38 @@ def _without_nothing(values: dict[str, Json]) -> dict[str, Json]:
 
 def _given(values: dict[str, Json]) -> dict[str, Json]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _with_own_types(values: dict[str, Json]) -> dict[str, Json]:
+    """Return the same values with what is inside each `architecture` as what it says it is.
+
+    Such fields belong to transformers, so that their types are not known here.
+    """
+    return {
+        name: _own_type(value)
+        if name == "architecture"
+        else _with_own_types(value)
+        if isinstance(value, dict)
+        else value
+        for name, value in values.items()
+    }
+
+
+def _own_type(value: Json) -> Json:
+    """Return texts that are numbers, true or false as these, in lists and keys too."""
+    if isinstance(value, dict):
+        return {name: _own_type(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_own_type(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value.lower() in TRUTH_VALUES:
+        return TRUTH_VALUES[value.lower()]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            number = kind(value)
+            return number if math.isfinite(number) else value
+    return value
 
 
 def _with_minutes(values: dict[str, Json], key: str = "") -> dict[str, Json]:
@@ -184,6 +218,7 @@ def _minutes(name: str, text: str) -> Json:
     return math.ceil(seconds / 60)
 
 
+TRUTH_VALUES = {"true": True, "false": False}
 NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|[-+]?(inf|nan)", re.IGNORECASE)
 DAYS = re.compile(
     r"(?P<days>\d+)-(?P<hours>[01]?\d|2[0-3])(:(?P<minutes>[0-5]?\d))?(:(?P<s>[0-5]?\d))?"

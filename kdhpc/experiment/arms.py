@@ -88,6 +88,11 @@ class Trainee:
         return f"student-s{self.seed}-{self.size}-{self.arm}"
 
     @property
+    def key(self) -> str:
+        """Key of its model in the config."""
+        return "teacher" if self.kind == "teacher" else f"students.{self.size}"
+
+    @property
     def start(self) -> ArmName | None:
         """The direct student whose weights it starts from, if it is fine-tuned."""
         if self.selection is None or self.model.fine_tuning is None:

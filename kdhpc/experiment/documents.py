@@ -156,9 +156,9 @@ def check_sizes(config: LanguageConfig, tokenizer: "Tokenizer") -> None:
     }
     if truth.model == "train" and truth.training:
         wanted["judge"] = ("truth.training.batch_sequences", truth.training.batch_sequences)
-    if judge := truth.trained_second_judge:
+    if (judge := truth.trained_second_judge) and judge.training:
         name = "truth.second_judge.training.batch_sequences"
-        wanted["second-judge"] = (name, judge[1].batch_sequences)
+        wanted["second-judge"] = (name, judge.training.batch_sequences)
     parts = _parts(config)
     for part, (name, number) in wanted.items():
         rows = _rows(part, parts[part], config, tokenizer)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kdhpc.config.language import LanguageConfig
-from kdhpc.config.model import Shape
+from kdhpc.config.model import Design
 from kdhpc.experiment import arms
 
 CLUSTER = "cluster"
@@ -25,7 +25,7 @@ class Evaluated:
     """The finished model; None for initial weights."""
     size: str = ""
     """Size of initial weights: `teacher`, or a key of `students`."""
-    shape: Shape | None = None
+    design: Design | None = None
     """Architecture of initial weights; None for a finished model."""
     stream: str = ""
     """Random stream of initial weights, which is that of the training of the first seed."""
@@ -46,10 +46,10 @@ def evaluated(config: LanguageConfig) -> Iterator[Evaluated]:
         yield Evaluated(name=trainee.name, model=(trainee.stage, trainee.name))
     sizes = {trainee.size: trainee for trainee in reversed(trainees)}
     for size, trainee in reversed(sizes.items()):
-        if trainee.model.shape is not None and trainee.model.model is None:
+        if trainee.model.design and trainee.model.model is None:
             yield Evaluated(
                 name=f"initial-{size}",
                 size=size,
-                shape=trainee.model.shape,
+                design=trainee.model.design,
                 stream=f"{trainee.kind}/s{trainee.seed}/{size}/init",
             )

@@ -4,10 +4,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kdhpc.config.language import LanguageConfig, num_ids
-from kdhpc.config.model import Shape, Training
+from kdhpc.config.language import SECOND_JUDGE_KEY, LanguageConfig, num_ids
+from kdhpc.config.model import Architecture, Design, Shape, Sizes, Training
+from kdhpc.errors import InputError
 from kdhpc.experiment import arms
-from kdhpc.models.sizes import SamplingMemory, forward_flops, training_flops
+from kdhpc.models.sizes import SamplingMemory, forward_flops, sizes_of_shape, training_flops
 
 OF_MEMORY = 0.9
 """Fraction of the memory that a batch may take; the process and fragmentation take the rest."""
@@ -45,6 +46,41 @@ def uses_gpus(config: LanguageConfig) -> bool:
     return bool(config.slurm.gpus_per_node) and config.device != "cpu"
 
 
+def sizes_of(config: LanguageConfig, key: str, design: Design | None) -> Sizes | None:
+    """Return the sizes of a model with new weights; None if its architecture is not configured.
+
+    Those of an `architecture` come from the config, where its submission has put them. Before that
+    they come from transformers, which takes seconds to load.
+
+    Args:
+        config: config of the run.
+        key: key of the model in the config.
+        design: architecture of the model.
+
+    Raises:
+        InputError: if transformers does not have the architecture; names the field.
+    """
+    if not design:
+        return None
+    if isinstance(design, Shape):
+        return sizes_of_shape(design)
+    return config.sizes.get(key) or measured_sizes(config, key, design)
+
+
+def measured_sizes(config: LanguageConfig, key: str, architecture: Architecture) -> Sizes:
+    """Check an architecture, and take its sizes from the model that transformers makes of it.
+
+    Raises:
+        InputError: if it cannot be used; names the field.
+    """
+    from kdhpc.models import architectures
+
+    try:
+        return architectures.sizes_of(architecture, length=config.length)
+    except InputError as error:
+        raise InputError(f"{key}.architecture.{error}") from error
+
+
 def seconds(config: LanguageConfig, stage: str, tokens: float, flops: float) -> float:
     """Estimate how long one rank takes for some tokens, in seconds.
 
@@ -69,21 +105,21 @@ def seconds(config: LanguageConfig, stage: str, tokens: float, flops: float) -> 
 
 
 def training_seconds(
-    config: LanguageConfig, stage: str, shape: Shape | None, training: Training, num_steps: float
+    config: LanguageConfig, stage: str, sizes: Sizes | None, training: Training, num_steps: float
 ) -> float:
     """Estimate how long each rank of a training takes, in seconds.
 
     Args:
         config: config of the run.
         stage: name of the stage.
-        shape: architecture of the model; None if it is given.
+        sizes: sizes of the model; None if it is given.
         training: how it is trained.
         num_steps: number of optimizer steps.
     """
     tokens = num_steps * training.batch_sequences * config.length / training.world_size
     flops = 3 * GIVEN_FLOPS
-    if shape:
-        flops = training_flops(shape, num_ids(config.truth), config.length)
+    if sizes:
+        flops = training_flops(sizes, num_ids(config.truth), config.length)
     return seconds(config, stage, tokens, flops)
 
 
@@ -91,14 +127,15 @@ def model_flops(config: LanguageConfig) -> dict[str, float]:
     """Return the operations of a forward pass for each token, by the name of every model."""
     ids, length = num_ids(config.truth), config.length
 
-    def of(shape: Shape | None) -> float:
-        return forward_flops(shape, ids, length) if shape else GIVEN_FLOPS
+    def of(key: str, design: Design | None) -> float:
+        sizes = sizes_of(config, key, design)
+        return forward_flops(sizes, ids, length) if sizes else GIVEN_FLOPS
 
     # Each component of a mixture scores every sequence.
-    flops = {arms.TRUTH: of(config.truth.shape) * max(1, len(config.truth.components))}
+    flops = {arms.TRUTH: of("truth", config.truth.design) * max(1, len(config.truth.components))}
     judge = config.truth.trained_second_judge
-    flops[arms.SECOND_JUDGE] = of(judge[0] if judge else None)
-    flops |= {trainee.name: of(trainee.model.shape) for trainee in arms.trainees(config)}
+    flops[arms.SECOND_JUDGE] = of(SECOND_JUDGE_KEY, judge.design if judge else None)
+    flops |= {t.name: of(t.key, t.model.design) for t in arms.trainees(config)}
     return flops
 
 
@@ -129,17 +166,19 @@ def batches_that_fit(config: LanguageConfig) -> Iterator[str]:
         yield f"{key} is not given: cannot check that sampling.batch_rows fits"
         return
     rows = config.sampling.batch_rows
-    sampled = {"teacher": config.teacher, **config.students}
-    shapes = {
-        name: (model.shape, model.sampled_dtype)
-        for name, model in sampled.items()
-        if model.shape and not model.model
-    }
-    if config.truth.shape:
-        shapes = {"truth": (config.truth.shape, config.truth.dtype)} | shapes
-    for name, (shape, dtype) in shapes.items():
+    students = {f"students.{size}": student for size, student in config.students.items()}
+    sampled = [("truth", config.truth.design, config.truth.dtype)]
+    sampled += [
+        (key, model.design, model.sampled_dtype)
+        for key, model in {"teacher": config.teacher, **students}.items()
+        if not model.model
+    ]
+    for path, design, dtype in sampled:
+        name, sizes = path.removeprefix("students."), sizes_of(config, path, design)
+        if sizes is None:
+            continue
         memory = SamplingMemory(
-            shape=shape,
+            sizes=sizes,
             vocab_size=num_ids(config.truth),
             length=config.length,
             dtype=dtype,

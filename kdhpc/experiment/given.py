@@ -31,14 +31,13 @@ BOUND_NATS = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 """Largest mean difference of a token's log-probability between the two, by dtype."""
 
 
-def check_folder(path: Path, name: str, *, length: int, trained: bool = False) -> None:
+def check_folder(path: Path, name: str, *, length: int) -> None:
     """Check what the files of a checkpoint folder say, without loading the model.
 
     Args:
         path: the folder.
         name: what names the model in the config, for errors.
         length: number of tokens of a sequence.
-        trained: whether the run trains the model further.
 
     Raises:
         InputError: for the first problem.
@@ -49,10 +48,8 @@ def check_folder(path: Path, name: str, *, length: int, trained: bool = False) -
         tensors = set(_tensor_names(path))
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{name}: its files are not readable ({error})") from error
-    problems = [*_problems(text_config, tensors, length)]
-    problems += _training_problems(text_config, tensors) if trained else []
-    if problems:
-        raise InputError(f"{name}: {problems[0]}")
+    for problem in _problems(text_config, tensors, length):
+        raise InputError(f"{name}: {problem}")
 
 
 def num_positions(path: Path) -> int | None:
@@ -83,16 +80,6 @@ def _problems(config: Mapping[str, Json], tensors: set[str], length: int) -> Ite
                 f"its rotary positions, of the type {kind}, depend on the length of the row beyond "
                 f"{trained} tokens, so that sampling and scoring differ; expected length<={trained}"
             )
-
-
-def _training_problems(config: Mapping[str, Json], tensors: set[str]) -> Iterator[str]:
-    """Yield why a model cannot be trained; the loss takes logits to be a product with the head."""
-    expected = "expected an architecture whose logits are a product with the head"
-    if "lm_head.bias" in tensors:
-        yield f"its head has a bias, with which it cannot be trained; {expected}"
-    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if config.get(field) not in (None, 1.0):
-            yield f"{field}={config[field]}: with it the model cannot be trained; {expected}"
 
 
 def _tensor_names(path: Path) -> Iterator[str]:
@@ -176,9 +163,7 @@ def _file_of_package(key: str, model: str) -> str:
     )
 
 
-def identify(
-    key: str, model: str, revision: str, expected: str, *, length: int, trained: bool = False
-) -> str:
+def identify(key: str, model: str, revision: str, expected: str, *, length: int) -> str:
     """Find a model, check what its files say, and return its identity; a hub id is fetched.
 
     Args:
@@ -187,7 +172,6 @@ def identify(
         revision: branch, tag or commit of a hub id.
         expected: identity that the model must have; empty if any will do.
         length: number of tokens of a sequence.
-        trained: whether the run trains the model further.
 
     Returns:
         The sha256 of its files, or `commit:` and the commit of a hub id.
@@ -215,7 +199,7 @@ def identify(
         folder = _fetch(name, model, revision)
         fingerprint = f"commit:{folder.name}"
     if folder is not None:
-        check_folder(folder, name, length=length, trained=trained)
+        check_folder(folder, name, length=length)
     compare(expected, fingerprint, key)
     return fingerprint
 

@@ -19,14 +19,19 @@ from kdhpc.config.language import (
     Truth,
     language_problems,
 )
-from kdhpc.config.model import Model
+from kdhpc.config.model import Architecture, Model
 from kdhpc.errors import InputError
 from kdhpc.experiment import arms, documents, given, prompts
 from kdhpc.experiment.claims import check_claims, read_claims
-from kdhpc.experiment.estimates import uses_gpus
+from kdhpc.experiment.estimates import measured_sizes, uses_gpus
 
 if TYPE_CHECKING:
     from kdhpc.models.tokenizer import Tokenizer
+
+
+TRIED_PARAMETERS = 2e8
+"""Number of parameters up to which a model with new weights is tried before a run is submitted; it
+takes seconds and a gigabyte of memory. A larger one is tried when its training starts."""
 
 
 def problems(config: LanguageConfig) -> Iterator[str]:
@@ -82,9 +87,46 @@ def prepare(config: LanguageConfig) -> LanguageConfig:
         truth = _with_second_judge(truth, config)
         _check_judges(dataclasses.replace(config, truth=truth, teacher=teacher))
         _check_documents(dataclasses.replace(config, truth=truth))
+    config = _with_sizes(config)
     with _known_tokenizer(truth) as tokenizer:
         identified = _with_speeds(_with_claims(_with_tasks(_with_prompts(config, tokenizer))))
     return dataclasses.replace(identified, truth=truth, teacher=teacher, students=students)
+
+
+def _with_sizes(config: LanguageConfig) -> LanguageConfig:
+    """Check every architecture that transformers builds, and add the sizes of its models.
+
+    Raises:
+        InputError: if one cannot be used; names the field.
+    """
+    truth, judge = config.truth, config.truth.second_judge
+    architectures = {
+        "truth": truth.architecture,
+        SECOND_JUDGE_KEY: judge.architecture if judge else None,
+        "teacher": config.teacher.architecture,
+        **{f"students.{size}": model.architecture for size, model in config.students.items()},
+    }
+    sizes = {}
+    for key, architecture in architectures.items():
+        if architecture:
+            sizes[key] = measured_sizes(config, key, architecture)
+            if sizes[key].parameters <= TRIED_PARAMETERS:
+                _check_architecture(key, architecture, config.length)
+    return dataclasses.replace(config, sizes=sizes)
+
+
+def _check_architecture(key: str, architecture: Architecture, length: int) -> None:
+    """Check that a model of an architecture computes what the loss takes it to compute.
+
+    Raises:
+        InputError: if it does not.
+    """
+    from kdhpc.models import huggingface
+
+    try:
+        huggingface.check_architecture(architecture, length=length)
+    except InputError as error:
+        raise InputError(f"{key}.architecture: {error}") from error
 
 
 def _with_components(truth: Truth) -> Truth:
@@ -377,14 +419,7 @@ def _identified(key: str, model: Model, truth: Truth, length: int) -> Model:
     if model.model is None:
         return model
     place = given.whole_path(model.model)
-    fingerprint = given.identify(
-        key,
-        place,
-        model.revision,
-        model.fingerprint,
-        length=length,
-        trained=model.training is not None,
-    )
+    fingerprint = given.identify(key, place, model.revision, model.fingerprint, length=length)
     if truth.model != "train":
         given.compare_tokenizers(key, place, fingerprint, truth)
     return dataclasses.replace(model, model=place, fingerprint=fingerprint)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdhpc.config.language import LanguageConfig
-from kdhpc.config.model import LAYOUT, WATCHING, Model, Shape, Training
+from kdhpc.config.model import LAYOUT, WATCHING, Architecture, Model, Shape, Training
 from kdhpc.errors import ClusterError
 from kdhpc.models.sizes import training_flops
 from kdhpc.plan.shards import ADDED, Arm, Shard, fields_of, settings_of
@@ -30,7 +30,7 @@ class TrainSettings:
     stream: str
     """Prefix of the random streams of the initial weights and of the order of the data."""
     shape: Shape | None
-    """Architecture of new weights; None if they are those of `start`."""
+    """Architecture of new weights in its short form, if it has that."""
     training: Training
     """Training settings. The fields of `WATCHING` are no part of the recipe; settings read back
     from an arm have their defaults."""
@@ -47,6 +47,9 @@ class TrainSettings:
     gradients: str = dataclasses.field(default="", metadata=ADDED)
     """Dtype in which gradients are summed over micro-batches and ranks; empty if it is that of the
     model, as it was for every dtype in earlier versions."""
+    architecture: Architecture | None = dataclasses.field(default=None, metadata=ADDED)
+    """Architecture of new weights in its long form. Neither form is given if the weights are those
+    of `start` or of an input."""
 
     @staticmethod
     def of(
@@ -63,6 +66,7 @@ class TrainSettings:
             seed=config.seed,
             stream=stream,
             shape=None if model.model else model.shape,
+            architecture=None if model.model else model.architecture,
             training=training,
             start=model.fingerprint if model.model else "",
             length=config.length,
@@ -142,7 +146,7 @@ def train_shard(
         The checkpoint folder; None if told to stop, and on every rank above 0.
     """
     from kdhpc import seeding
-    from kdhpc.models import devices, huggingface, loading
+    from kdhpc.models import architectures, devices, huggingface, loading
     from kdhpc.models.tokenizer import Tokenizer
     from kdhpc.training import checkpoints
     from kdhpc.training.engine import State, Teacher
@@ -165,10 +169,11 @@ def train_shard(
     def new_model() -> "PreTrainedModel":
         if start_path is not None:
             return huggingface.model_to_train(start_path)
-        if settings.shape is None:
-            raise ValueError(f"{shard.key}: has neither a shape nor a model to start from")
+        design = settings.shape or settings.architecture
+        if not design:
+            raise ValueError(f"{shard.key}: has neither an architecture nor a model to start from")
         return huggingface.new_model(
-            settings.shape,
+            design,
             vocab_size=tokenizer.size,
             length=settings.length,
             eos=tokenizer.eos,
@@ -216,11 +221,7 @@ def train_shard(
             log.write(facts)
 
         model = new_model()
-        flops = (
-            training_flops(settings.shape, tokenizer.size, settings.length)
-            if settings.shape
-            else 6.0 * model.num_parameters()
-        )
+        flops = training_flops(architectures.sizes_of_model(model), tokenizer.size, settings.length)
         if teacher_path is not None:
             flops += 2.0 * loading.count_parameters(teacher_path)
         trained = train(

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import logging
 import os
 import sys
 import time
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdhpc.errors import ClusterError, InputError
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -129,11 +132,35 @@ def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds)
 
 
+def try_or_undo(
+    trial: Callable[[], None], undo: Callable[[], None], *, what: str, instead: str
+) -> None:
+    """Try what may not work on this GPU; if it fails, undo it and log what takes its place.
+
+    Args:
+        trial: what is tried; it may raise anything.
+        undo: called if it fails.
+        what: what is tried, for the log.
+        instead: what takes its place.
+
+    Raises:
+        torch.OutOfMemoryError: if memory is short, which is no reason to do without.
+    """
+    try:
+        trial()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # kernels and compilers raise what they want
+        undo()
+        reason = " ".join(str(error).split())[:200]
+        log.warning("%s does not work here; kdhpc uses %s: %s", what, instead, reason)
+
+
 Linear = Callable[[Tensor], Tensor]
 
 
-def frozen_linear(weight: Tensor) -> Linear:
-    """Return the matrix product with a weight [O, I] that never changes.
+def frozen_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """Return the matrix product with a weight [O, I], and a bias [O], that never change.
 
     On CPUs oneDNN reorders the weight once, which makes products 1.1 to 2 times as fast as
     reordering it each time; the original weight is not kept. torch's own compiler calls the same
@@ -144,10 +171,10 @@ def frozen_linear(weight: Tensor) -> Linear:
         or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
     if weight.device.type != "cpu" or not supported:
-        return lambda x: functional.linear(x, weight)
+        return lambda x: functional.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
     apply = torch.ops.mkldnn._linear_pointwise
-    return lambda x: cast(Tensor, apply(x, packed, None, "none", [], ""))
+    return lambda x: cast(Tensor, apply(x, packed, bias, "none", [], ""))
 
 
 def frozen_head(weight: Tensor) -> Linear:

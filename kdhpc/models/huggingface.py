@@ -15,17 +15,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
-from kdhpc.config.model import Shape
+from kdhpc.config.model import Architecture, Design, Shape
 from kdhpc.errors import DamagedError, InputError
+from kdhpc.models.architectures import NUM_IDS, config_of, without_dropout
 from kdhpc.models.devices import DTYPES, Linear, frozen_head
+from kdhpc.models.head import Logits
 from kdhpc.models.tokenizer import (
     END_OF_TEXT,
     VOCABULARY,
@@ -40,60 +40,90 @@ from kdhpc.models.tokenizer import byte_tokenizer as bytes_alone
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
+KNOWN_LOGITS = "a product with the head, and a bias, factor or soft cap"
+"""What logits may be, in errors."""
+
 
 def new_model(
-    shape: Shape, *, vocab_size: int, length: int, eos: int, seed: int
+    design: Design, *, vocab_size: int, length: int, eos: int, seed: int
 ) -> PreTrainedModel:
-    """Make a Llama model with fresh float32 weights on the CPU; they depend on the seed alone."""
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=length,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        initializer_range=shape.init_std,
-        tie_word_embeddings=True,
-        bos_token_id=eos,
-        eos_token_id=eos,
-        pad_token_id=None,
-        attn_implementation="sdpa",
-        dtype=torch.float32,
-    )
+    """Make a model with fresh float32 weights on the CPU; they depend on the seed alone.
+
+    Raises:
+        InputError: if transformers does not have the architecture, or kdhpc cannot train it.
+    """
+    config = config_of(design, vocab_size=vocab_size, length=length, eos=eos)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    if not isinstance(design, Shape):
+        _check_trainable(model)
+    return model
+
+
+def check_architecture(architecture: Architecture, *, length: int) -> None:
+    """Check that a model of an architecture can be trained, with few ids.
+
+    Raises:
+        InputError: if it cannot.
+    """
+    try:
+        new_model(architecture, vocab_size=NUM_IDS, length=length, eos=0, seed=0)
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # each model raises what it wants
+        text = " ".join(str(error).split())
+        raise InputError(
+            f"model type {architecture['model_type']}: does not run with these fields ({text})"
+        ) from error
 
 
 def model_to_train(path: Path) -> PreTrainedModel:
     """Load a checkpoint folder to train it further: in float32 on the CPU, and without dropout.
 
-    Dropout would draw numbers that depend on the ranks.
-
     Raises:
-        InputError: if its logits are more than the product of hidden states and head.
+        InputError: if kdhpc cannot train it.
     """
     config = AutoConfig.from_pretrained(path)
-    for name in vars(config.get_text_config()):
-        if name.endswith(("dropout", "pdrop", "dropout_prob", "dropout_rate")):
-            setattr(config.get_text_config(), name, 0.0)
+    without_dropout(config.get_text_config())
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype=torch.float32, local_files_only=True
     )
-    with torch.no_grad():
-        ids = torch.arange(8)[None] % model.get_output_embeddings().weight.shape[0]
-        own = model(ids, use_cache=False).logits
-        hidden = model.base_model(ids, use_cache=False).last_hidden_state
-        product = hidden @ model.get_output_embeddings().weight.T
-    if (own - product).abs().max() > 1e-3 * own.abs().max():
-        raise InputError(
-            f"model type {model.config.model_type}: cannot be trained, because its logits are more "
-            "than the product of its hidden states and its head"
-        )
+    _check_trainable(model)
     return model
+
+
+@torch.no_grad()
+def _check_trainable(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are not those of the loss, or that sees later tokens.
+
+    For the time of the comparison the head is scaled to logits of up to about 100, because a cap or
+    a bias does not show in those of new weights.
+
+    Raises:
+        InputError: if it is one.
+    """
+    model.eval()
+    name, layer = f"model type {model.config.model_type}", model.get_output_embeddings()
+    ids = torch.arange(8)[None] % layer.weight.shape[0]
+    kept = layer.weight.clone()
+    layer.weight.mul_(100.0 / model(ids, use_cache=False).logits.abs().max())
+    own = model(ids, use_cache=False).logits
+    states = model.base_model(ids, use_cache=False).last_hidden_state
+    logits = _logits_of(model)(states[0])
+    layer.weight.copy_(kept)
+    if (own - logits).abs().max() > 1e-3 * own.abs().max():
+        raise InputError(
+            f"{name}: cannot be trained, because its logits are not what kdhpc computes from its "
+            f"hidden states; expected {KNOWN_LOGITS}"
+        )
+    earlier, changed = (
+        model.base_model(rows, use_cache=False).last_hidden_state[0, :-1]
+        for rows in (ids, torch.cat((ids[:, :-1], ids[:, :1]), dim=1))
+    )
+    if (earlier - changed).abs().max() > 1e-3 * earlier.abs().max():
+        raise InputError(f"{name}: sees later tokens; expected a causal language model")
+    model.train()
 
 
 class TransformersModel:
@@ -134,7 +164,7 @@ class TransformersModel:
         if (own - head(self.hidden(ids)[0])).abs().max() > 0.02 * largest:
             raise InputError(
                 f"model type {self.kind}: its logits are not what kdhpc computes from its hidden "
-                "states; expected a product with the head, and a bias, factor or soft cap"
+                f"states; expected {KNOWN_LOGITS}"
             )
         return head
 
@@ -145,26 +175,10 @@ class TransformersModel:
 
 
 def _logits_of(model: PreTrainedModel) -> Linear:
-    """Return the function from hidden states [N, H] to float32 logits [N, V].
-
-    Besides the product with the head, some architectures have a bias (GPT-J, Phi), divide or
-    multiply by a constant (Granite, Cohere), or cap the logits softly (Gemma 2).
-    """
-    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    """Return the function from hidden states [N, H] to float32 logits [N, V]."""
+    layer, form = model.get_output_embeddings(), Logits.of(model.config.get_text_config())
     product, bias = frozen_head(layer.weight), getattr(layer, "bias", None)
-    factor = getattr(config, "logit_scale", None) or 1.0
-    factor /= getattr(config, "logits_scaling", None) or 1.0
-    cap = getattr(config, "final_logit_softcapping", None)
-
-    def logits(x: Tensor) -> Tensor:
-        out = product(x)
-        if bias is not None:
-            out = out + bias.float()
-        if factor != 1.0:
-            out = out * factor
-        return out if cap is None else torch.tanh(out / cap) * cap
-
-    return logits
+    return lambda x: form.from_products(product(x), bias)
 
 
 def save_model(model: PreTrainedModel, tokenizer_path: Path, path: Path) -> None:

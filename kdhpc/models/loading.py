@@ -1,4 +1,4 @@
-"""Load models for sampling and scoring: kdhpc's own Llama, or any model that transformers reads."""
+"""Load models for sampling and scoring: kdhpc's own code, or any model that transformers reads."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdhpc.errors import DamagedError
-from kdhpc.models import llama
+from kdhpc.models import dense
 from kdhpc.models.devices import DTYPES, Linear, note_slow_dtype, pick_device
 from kdhpc.models.tokenizer import Tokenizer
 
@@ -22,7 +22,7 @@ class LanguageModel(Protocol):
     """A causal language model for inference only."""
 
     kind: str
-    """The model type, as transformers names it; `llama` for kdhpc's own Llama."""
+    """The model type, as transformers names it."""
     device: torch.device
     dtype: torch.dtype
     vocab_size: int
@@ -49,9 +49,9 @@ def load_model(path: Path, *, dtype: str, device: torch.device) -> LanguageModel
     note_slow_dtype(dtype, device.type)
     try:
         config = json.loads((path / "config.json").read_bytes())
-        if llama.fits(config):
+        if dense.fits(config):
             with _weights(path) as weights:
-                return llama.Llama(config, weights, dtype=DTYPES[dtype], device=device)
+                return dense.Dense(config, weights, dtype=DTYPES[dtype], device=device)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise DamagedError(f"{path}: not a model checkpoint ({error})") from error
     from kdhpc.models.huggingface import TransformersModel
@@ -86,7 +86,7 @@ def _weights(path: Path) -> Iterator[Callable[[str], Tensor]]:
 
         yield read
         if unknown := sorted(file_of.keys() - used):
-            raise ValueError(f"a Llama has no {unknown[0]}")
+            raise ValueError(f"its config.json has no place for {unknown[0]}")
 
 
 def count_parameters(path: Path) -> int:

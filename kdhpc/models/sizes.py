@@ -1,46 +1,53 @@
-"""Parameters, arithmetic and memory of a model, computed from its shape for plans and estimates."""
+"""Parameters, arithmetic and memory of a model, computed from its sizes for plans and estimates."""
 
 from dataclasses import dataclass
 
-from kdhpc.config.model import Shape, Training
+from kdhpc.config.model import Shape, Sizes, Training
 
 NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def num_parameters(shape: Shape, vocab_size: int) -> int:
-    """Return the number of parameters of a Llama model with tied embeddings."""
-    return vocab_size * shape.hidden + shape.layers * _layer_parameters(shape) + shape.hidden
+def sizes_of_shape(shape: Shape) -> Sizes:
+    """Return the sizes of a Llama with tied embeddings."""
+    hidden, key_values = shape.hidden, shape.hidden // shape.heads * shape.kv_heads
+    of_layer = 2 * hidden * (hidden + key_values) + 3 * hidden * shape.ffn + 2 * hidden
+    return Sizes(
+        layers=shape.layers,
+        hidden=hidden,
+        attention=hidden,
+        key_values=key_values,
+        ffn=shape.ffn,
+        parameters=shape.layers * of_layer + hidden,
+        parameters_per_id=hidden,
+    )
 
 
-def _layer_parameters(shape: Shape) -> int:
-    head_size = shape.hidden // shape.heads
-    attention = shape.hidden * head_size * (2 * shape.heads + 2 * shape.kv_heads)
-    return attention + 3 * shape.hidden * shape.ffn + 2 * shape.hidden
+def num_parameters(sizes: Sizes, vocab_size: int) -> int:
+    return sizes.parameters + vocab_size * sizes.parameters_per_id
 
 
-def key_value_bytes(shape: Shape, dtype: str) -> float:
+def key_value_bytes(sizes: Sizes, dtype: str) -> float:
     """Return the bytes of the keys and values of one position in all layers."""
-    head_size = shape.hidden // shape.heads
-    return 2.0 * NUM_BYTES[dtype] * shape.layers * head_size * shape.kv_heads
+    return 2.0 * NUM_BYTES[dtype] * sizes.layers * sizes.key_values
 
 
-def forward_flops(shape: Shape, vocab_size: int, length: int) -> float:
+def forward_flops(sizes: Sizes, vocab_size: int, length: int) -> float:
     """Return the multiplications and additions of a forward pass per token of a row of `length`.
 
-    There are two for each weight, the tied embeddings counted once as the head, and those of causal
-    attention.
+    There are two for each weight, the embedding not counted and the head once, and those of causal
+    attention. All experts of a mixture of experts are counted.
     """
-    attention = shape.layers * shape.hidden * length
-    return 2.0 * (num_parameters(shape, vocab_size) + attention)
+    attention = sizes.layers * sizes.attention * length
+    return 2.0 * (sizes.parameters + vocab_size * sizes.hidden + attention)
 
 
-def training_flops(shape: Shape, vocab_size: int, length: int) -> float:
+def training_flops(sizes: Sizes, vocab_size: int, length: int) -> float:
     """Return the operations of a forward and a backward pass per token of a row of `length`.
 
     The backward pass takes twice as many as the forward pass. What activation checkpointing
     recomputes is counted once.
     """
-    return 3.0 * forward_flops(shape, vocab_size, length)
+    return 3.0 * forward_flops(sizes, vocab_size, length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +80,20 @@ BUCKET = 5 * 10**7
 
 
 def training_memory(
-    shape: Shape, settings: Training, *, vocab_size: int, length: int
+    sizes: Sizes, settings: Training, *, vocab_size: int, length: int
 ) -> TrainingMemory:
     """Return the memory of one rank in training; ZeRO spreads parts of it over the ranks.
 
     Activations are counted tensor by tensor for transformers' Llama (`docs/training.md`).
     """
     size = NUM_BYTES[settings.dtype]
-    parameters, ranks = num_parameters(shape, vocab_size), settings.world_size
-    tokens = settings.micro_batch * length
-    kv = shape.hidden // shape.heads * shape.kv_heads
-    norms = 2 * shape.hidden * (2 * size + 4)  # the input in float32, the scaled input, the output
-    attention = size * (3 * shape.hidden + 2 * kv)
-    layer = norms + attention + size * 4 * shape.ffn
+    parameters, ranks = num_parameters(sizes, vocab_size), settings.world_size
+    tokens, hidden = settings.micro_batch * length, sizes.hidden
+    norms = 2 * hidden * (2 * size + 4)  # the input in float32, the scaled input, the output
+    attention = size * (hidden + 2 * sizes.attention + 2 * sizes.key_values)
+    layer = norms + attention + size * 4 * sizes.ffn
     chunk = min(settings.head_tokens, tokens)
-    head_sums = 0 if chunk == tokens else 4 * vocab_size * shape.hidden
+    head_sums = 0 if chunk == tokens else 4 * vocab_size * hidden
 
     def shared_from(stage: int) -> int:
         """Return how many ranks share what ZeRO spreads from this stage on."""
@@ -104,11 +110,11 @@ def training_memory(
         optimizer=(8.0 if settings.zero_stage == 0 else 12.0) * parameters / shared_from(1),
         activations=tokens
         * (
-            layer + shape.layers * size * shape.hidden
+            layer + sizes.layers * size * hidden
             if settings.activation_checkpointing
-            else shape.layers * layer
+            else sizes.layers * layer
         ),
-        head=8.0 * chunk * vocab_size + head_sums + size * (vocab_size + tokens) * shape.hidden,
+        head=8.0 * chunk * vocab_size + head_sums + size * (vocab_size + tokens) * hidden,
         update=0.0 if stage == 0 or sums_whole else 4.0 * parameters / shared_from(1),
         buckets=0.0 if stage == 0 or sums_whole else bucket * min(BUCKET, parameters),
     )
@@ -118,7 +124,7 @@ def training_memory(
 class SamplingMemory:
     """Memory of sampling: weights, keys and values, logits and what a step computes from them."""
 
-    shape: Shape
+    sizes: Sizes
     vocab_size: int
     length: int
     """Number of tokens of a sequence."""
@@ -131,8 +137,8 @@ class SamplingMemory:
         On CPUs the head is also stored in float32. On GPUs the buffers for logits exist twice, for
         eager steps and for CUDA graphs.
         """
-        weights = NUM_BYTES[self.dtype] * num_parameters(self.shape, self.vocab_size)
-        head = 0 if self.on_gpu else 4 * self.vocab_size * self.shape.hidden
+        weights = NUM_BYTES[self.dtype] * num_parameters(self.sizes, self.vocab_size)
+        head = 0 if self.on_gpu else 4 * self.vocab_size * self.sizes.hidden
         return weights + head + rows * self._of_row()
 
     def most_rows(self, num_bytes: float) -> int:
@@ -140,7 +146,7 @@ class SamplingMemory:
         return max(0, int((num_bytes - self.of(0)) // self._of_row()))
 
     def _of_row(self) -> float:
-        keys = key_value_bytes(self.shape, self.dtype) * self.length
+        keys = key_value_bytes(self.sizes, self.dtype) * self.length
         # Logits and probabilities in float32, both once more for tau.
         logits = (32.0 if self.on_gpu else 16.0) * self.vocab_size
-        return keys + logits + 64.0 * self.shape.ffn
+        return keys + logits + 64.0 * self.sizes.ffn

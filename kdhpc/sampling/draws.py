@@ -5,14 +5,15 @@ operations for every input, so that a GPU never waits for the host.
 """
 
 import hashlib
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from kdhpc import seeding
+from kdhpc.models.devices import try_or_undo
 from kdhpc.selection import Selection
 
 BLOCK = 256
@@ -45,6 +46,10 @@ class Draw(Protocol):
         """Load the random numbers of sequences, given by stream and index: one for each row."""
         ...
 
+    def settle(self, logits: Tensor) -> None:
+        """Compile the draw into few kernels, if that works on the device of these logits [B, V]."""
+        ...
+
     def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draw the tokens at `position`.
 
@@ -63,16 +68,22 @@ class InverseCdf:
     """Draws by inverting the cumulative distribution with one 53-bit uniform number per token."""
 
     def __init__(self, selection: Selection, rows: int, length: int, device: torch.device) -> None:
-        self.selection = selection
+        self.selection, self.invert = selection, invert_cdf
         self.uniform = torch.zeros((length, rows), dtype=torch.float64, device=device)
 
     def load(self, seed: int, sequences: Sequence[tuple[str, int]]) -> None:
         uniforms = seeding.uniforms_of(seed, sequences, len(self.uniform))
         self.uniform.copy_(torch.from_numpy(uniforms.T.copy()))
 
+    def settle(self, logits: Tensor) -> None:
+        def take(invert: Callable[..., tuple[Tensor, Tensor]]) -> None:
+            self.invert = invert
+
+        _settle(self, take, invert_cdf, logits)
+
     def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         uniform = self.uniform.index_select(0, position)[0]
-        token, log_prob_tau = invert_cdf(select(logits, self.selection), uniform)
+        token, log_prob_tau = self.invert(select(logits, self.selection), uniform)
         if self.selection.keeps_all:
             return token, log_prob_tau, log_prob_tau
         return token, log_prob_tau, log_prob_of(logits, token)
@@ -126,6 +137,7 @@ class Gumbel:
 
     def __init__(self, selection: Selection, rows: int, length: int, device: torch.device) -> None:
         self.selection = selection
+        self.best: Callable[..., tuple[Tensor, Tensor]] = self._best
         self.key = torch.zeros((2, rows, 1), dtype=torch.int64, device=device)
         self.sequence = torch.zeros((rows, 1), dtype=torch.int64, device=device)
 
@@ -134,6 +146,12 @@ class Gumbel:
         words = [[int.from_bytes(d[at : at + 4], "little") for d in digests] for at in (0, 4)]
         self.key.copy_(torch.tensor(words)[:, :, None])
         self.sequence.copy_(torch.tensor([index for _, index in sequences])[:, None])
+
+    def settle(self, logits: Tensor) -> None:
+        def take(best: Callable[..., tuple[Tensor, Tensor]]) -> None:
+            self.best = best
+
+        _settle(self, take, self._best, logits)
 
     def noise(self, position: Tensor, vocab: range) -> Tensor:
         """Return standard Gumbel noise [B, len(vocab)] float64 for a range of vocabulary entries.
@@ -152,20 +170,45 @@ class Gumbel:
     def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         selected, vocab_size = select(logits, self.selection), logits.shape[1]
         # Entries that are processed at once: on CPUs they should fit the cache, on GPUs they cost
-        # memory.
+        # memory, unless they are compiled.
         width = 2 * ((2**21 if logits.is_cuda else 2**15) // len(logits) + 1)
+        if self.best != self._best:
+            width = vocab_size
         best = [
-            (selected[:, at : at + width].double() + self.noise(position, vocab)).max(dim=1)
+            self.best(selected[:, at : at + width], position, at)
             for at in range(0, vocab_size, width)
-            for vocab in [range(at, min(at + width, vocab_size))]
         ]
-        part = torch.stack([maximum.values for maximum in best]).argmax(dim=0)
-        inside = torch.stack([maximum.indices for maximum in best]).gather(0, part[None])[0]
+        part = torch.stack([maximum for maximum, _ in best]).argmax(dim=0)
+        inside = torch.stack([indices for _, indices in best]).gather(0, part[None])[0]
         token = part * width + inside
         log_prob = log_prob_of(logits, token)
         if self.selection.keeps_all:
             return token, log_prob, log_prob
         return token, log_prob_of(selected, token), log_prob
+
+    def _best(self, logits: Tensor, position: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Add noise to the logits [B, n] of the entries from `start` on, and take the largest."""
+        vocab = range(start, start + logits.shape[1])
+        values, indices = (logits.double() + self.noise(position, vocab)).max(dim=1)
+        return values, indices
+
+
+def _settle(
+    draw: Draw,
+    take: Callable[[Callable[..., Any]], None],
+    eager: Callable[..., Any],
+    logits: Tensor,
+) -> None:
+    """Let a draw take its function compiled, if it can then draw; otherwise as it is."""
+    position = torch.zeros(1, dtype=torch.int64, device=logits.device)
+
+    def trial() -> None:
+        take(torch.compile(eager, fullgraph=True, dynamic=False))
+        draw(logits, position)
+
+    try_or_undo(
+        trial, lambda: take(eager), what="compiling the draw", instead="a kernel for each operation"
+    )
 
 
 MASK = 2**32 - 1

@@ -111,38 +111,98 @@ void each_row(int64_t rows, const F& work) {
         __VA_ARGS__                                                        \
     }
 
-// Adds `delta` [B, H] to `x` [B, H] in place, if it is given, and returns the root-mean-square norm
-// of the sum times `weight` [H]. The mean of squares is float32.
-Tensor add_norm(Tensor& x, const std::optional<Tensor>& delta, const Tensor& weight, double eps) {
+// A root-mean-square norm of rows, or none. The mean of squares is float32. Numbers are rounded
+// before they are multiplied by weights of their own dtype, and after it by float32 weights.
+template <typename T>
+struct Norm {
+    const T* own = nullptr;
+    const float* wide = nullptr;
+    float eps;
+
+    Norm(const std::optional<Tensor>& weight, double eps) : eps((float)eps) {
+        if (!weight) return;
+        if (weight->scalar_type() == c10::CppTypeToScalarType<T>::value)
+            own = in<T>(*weight);
+        else
+            wide = in<float>(*weight);
+    }
+    bool exists() const { return own || wide; }
+    float scale(Vec squares, int64_t size) const {
+        return 1.0f / std::sqrt(sum(squares) / size + eps);
+    }
+    float scale_of(const T* row, int64_t size) const {
+        Vec squares = {};
+        for (int64_t i = 0; i < size; i += WIDTH) squares += load(row + i) * load(row + i);
+        return scale(squares, size);
+    }
+    Vec apply(Vec v, float scale, int64_t i) const {
+        return wide ? rounded<T>(v * scale * load(wide + i)) : rounded<T>(v * scale) * load(own + i);
+    }
+};
+
+// Adds `delta` [B, H], if it is given, to `x` [B, H] in place, and returns the norm of the sum.
+// `delta_weight` [H] is that of a norm of `delta`, `weight` [H] that of the result; a norm without
+// weights changes nothing.
+Tensor add_norm(Tensor& x, const std::optional<Tensor>& delta,
+                const std::optional<Tensor>& delta_weight, const std::optional<Tensor>& weight,
+                double eps) {
     const int64_t size = x.size(1);
     Tensor out = at::empty_like(x);
     FOR_DTYPE(x, {
         T* xs = x.mutable_data_ptr<T>();
         T* outs = out.mutable_data_ptr<T>();
         const T* deltas = delta ? in<T>(*delta) : nullptr;
-        const T* weights = in<T>(weight);
+        const Norm<T> of_delta(delta_weight, eps);
+        const Norm<T> norm(weight, eps);
         each_row(x.size(0), [&](int64_t row) {
             T* at = xs + row * size;
+            const T* add = deltas ? deltas + row * size : nullptr;
+            const float add_scale = add && of_delta.exists() ? of_delta.scale_of(add, size) : 0;
             Vec squares = {};
             for (int64_t i = 0; i < size; i += WIDTH) {
                 Vec v = load(at + i);
-                if (deltas) {
-                    v += load(deltas + row * size + i);
+                if (add) {
+                    const Vec more = load(add + i);
+                    v += of_delta.exists() ? rounded<T>(of_delta.apply(more, add_scale, i)) : more;
                     store(at + i, v);
                     v = load(at + i);
                 }
                 squares += v * v;
             }
-            const float scale = 1.0f / std::sqrt(sum(squares) / size + (float)eps);
-            for (int64_t i = 0; i < size; i += WIDTH)
-                store(outs + row * size + i, rounded<T>(load(at + i) * scale) * load(weights + i));
+            const float scale = norm.scale(squares, size);
+            for (int64_t i = 0; i < size; i += WIDTH) {
+                const Vec v = load(at + i);
+                store(outs + row * size + i, norm.exists() ? norm.apply(v, scale, i) : v);
+            }
         });
     })
     return out;
 }
 
-// Returns SiLU(gate) * up [B, F] for `gate_up` [B, 2 F], whose rows are gate, then up.
-Tensor silu_mul(const Tensor& gate_up) {
+// Normalises the queries and keys of `qkv` [B, (heads + 2 kv_heads) D] in place, each head by
+// itself or all queries and all keys together. `weight` is [heads + kv_heads, D].
+void norm_queries_and_keys(Tensor& qkv, const Tensor& weight, int64_t heads, bool together,
+                           double eps) {
+    const int64_t count = weight.size(0), size = weight.size(1), stride = qkv.size(1);
+    FOR_DTYPE(qkv, {
+        T* rows = qkv.mutable_data_ptr<T>();
+        const Norm<T> norm(weight, eps);
+        each_row(qkv.size(0), [&](int64_t row) {
+            for (int64_t head = 0, step = 1; head < count; head += step) {
+                if (together) step = head < heads ? heads : count - heads;
+                const int64_t first = head * size;
+                T* at = rows + row * stride + first;
+                const float scale = norm.scale_of(at, step * size);
+                for (int64_t i = 0; i < step * size; i += WIDTH)
+                    store(at + i, norm.apply(load(at + i), scale, first + i));
+            }
+        });
+    })
+}
+
+// Returns act(gate) * up [B, F] for `gate_up` [B, 2 F], whose rows are gate, then up. The activation
+// is SiLU, or GELU by its approximation with tanh. Both are gate times a logistic function.
+Tensor activate(const Tensor& gate_up, bool gelu) {
     const int64_t size = gate_up.size(1) / 2;
     Tensor out = at::empty({gate_up.size(0), size}, gate_up.options());
     FOR_DTYPE(gate_up, {
@@ -152,19 +212,30 @@ Tensor silu_mul(const Tensor& gate_up) {
             const T* gate = from + row * 2 * size;
             for (int64_t i = 0; i < size; i += WIDTH) {
                 const Vec g = load(gate + i);
-                const Vec silu = rounded<T>(g / (exponential(-g) + 1.0f));
-                store(outs + row * size + i, silu * load(gate + size + i));
+                const Vec at = gelu ? (g + g * g * g * 0.044715f) * 1.5957691216f : g;
+                const Vec active = rounded<T>(g / (exponential(-at) + 1.0f));
+                store(outs + row * size + i, active * load(gate + size + i));
             }
         });
     })
     return out;
 }
 
-// Attends with GROUPS queries of one row and key head to the first `seen` keys. `query` is already
-// scaled [GROUPS, D], keys are columns [D, L], values are rows [L, D], `out` is [GROUPS, D].
+// Computes tanh x, with a Pade approximant where the exponential function would lose digits.
+inline Vec tanh(Vec x) {
+    const Vec one = (Vec){} + 1.0f, s = x * x;
+    const Vec near = x * (((s + 378.0f) * s + 17325.0f) * s + 135135.0f) /
+                     (((s * 28.0f + 3150.0f) * s + 62370.0f) * s + 135135.0f);
+    const Vec far = one - 2.0f / (exponential(x * 2.0f) + 1.0f);
+    return s < one ? near : far;
+}
+
+// Attends with GROUPS queries of one row and key head to the first `seen` keys but the first
+// `hidden` of them. `query` is already scaled [GROUPS, D], keys are columns [D, L], values are rows
+// [L, D], `out` is [GROUPS, D]. A `cap` other than 0 caps scores softly.
 template <typename T, int GROUPS>
-void attend_head(const float* query, const T* keys, const T* values, int64_t length, int64_t seen,
-                 int64_t size, float* scores, T* out) {
+void attend_head(const float* query, const T* keys, const T* values, int64_t length, int64_t hidden,
+                 int64_t seen, int64_t size, float cap, float* scores, T* out) {
     const int64_t padded = (seen + WIDTH - 1) / WIDTH * WIDTH;  // at most `length`
     for (int64_t at = 0; at < padded; at += WIDTH) {
         Vec sums[GROUPS] = {};
@@ -172,10 +243,12 @@ void attend_head(const float* query, const T* keys, const T* values, int64_t len
             const Vec key = load(keys + d * length + at);
             for (int g = 0; g < GROUPS; g++) sums[g] += key * query[g * size + d];
         }
-        for (int g = 0; g < GROUPS; g++) store(scores + g * padded + at, sums[g]);
+        for (int g = 0; g < GROUPS; g++)
+            store(scores + g * padded + at, cap ? tanh(sums[g] / cap) * cap : sums[g]);
     }
     for (int g = 0; g < GROUPS; g++) {
         float* row = scores + g * padded;
+        for (int64_t i = 0; i < hidden; i++) row[i] = -std::numeric_limits<float>::infinity();
         for (int64_t i = seen; i < padded; i++) row[i] = -std::numeric_limits<float>::infinity();
         Vec most = load(row);
         for (int64_t i = WIDTH; i < padded; i += WIDTH) {
@@ -216,10 +289,14 @@ void turn(const T* from, const T* cos, const T* sin, int64_t size, T* to) {
 // Queries share keys in groups; threads divide the pairs of row and key head.
 template <typename T>
 void attend_rows(const Tensor& qkv, Tensor& keys, Tensor& values, const Tensor& cos,
-                 const Tensor& sin, int64_t position, int64_t groups, double scale, Tensor& out) {
+                 const Tensor& sin, int64_t position, int64_t groups, double scale, int64_t window,
+                 double cap, Tensor& out) {
     const int64_t kv_heads = keys.size(1), size = keys.size(2), length = keys.size(3);
     const int64_t heads = kv_heads * groups, stride = (heads + 2 * kv_heads) * size;
-    const int64_t seen = position + 1, padded = (seen + WIDTH - 1) / WIDTH * WIDTH;
+    // Keys are read from a multiple of the vector on.
+    const int64_t first = std::max(position + 1 - window, (int64_t)0);
+    const int64_t base = first / WIDTH * WIDTH, hidden = first - base, seen = position + 1 - base;
+    const int64_t padded = (seen + WIDTH - 1) / WIDTH * WIDTH;
     const T *from = in<T>(qkv), *c = in<T>(cos) + position * size, *s = in<T>(sin) + position * size;
     T *all_keys = keys.mutable_data_ptr<T>(), *all_values = values.mutable_data_ptr<T>();
     T* outs = out.mutable_data_ptr<T>();
@@ -241,30 +318,30 @@ void attend_rows(const Tensor& qkv, Tensor& keys, Tensor& values, const Tensor& 
                     query[g * size + d] = (float)turned[d] * (float)scale;
             }
             T* to = outs + row * heads * size + head * groups * size;
-            int64_t g = 0;
-            for (; g + 4 <= groups; g += 4)
-                attend_head<T, 4>(&query[g * size], key, value, length, seen, size, scores.data(),
-                                  to + g * size);
-            if (groups - g == 3)
-                attend_head<T, 3>(&query[g * size], key, value, length, seen, size, scores.data(),
-                                  to + g * size);
-            else
-                for (; g < groups; g++)
-                    attend_head<T, 1>(&query[g * size], key, value, length, seen, size,
-                                      scores.data(), to + g * size);
+            for (int64_t g = 0; g < groups;) {
+                const int64_t together = std::min(groups - g, (int64_t)4);
+                const auto head = together == 4   ? attend_head<T, 4>
+                                  : together == 3 ? attend_head<T, 3>
+                                  : together == 2 ? attend_head<T, 2>
+                                                  : attend_head<T, 1>;
+                head(&query[g * size], key + base, value + base * size, length, hidden, seen, size,
+                     (float)cap, scores.data(), to + g * size);
+                g += together;
+            }
         }
     });
 }
 
 // Takes `qkv` [B, (heads + 2 kv_heads) D], keys [B, kv_heads, D, L] and values [B, kv_heads, L, D],
-// which are updated, and cosines and sines [L, D]. Returns [B, heads D].
+// which are updated, and cosines and sines [L, D]. Queries see the last `window` positions; a `cap`
+// other than 0 caps scores softly. Returns [B, heads D].
 Tensor attend(const Tensor& qkv, Tensor& keys, Tensor& values, const Tensor& cos, const Tensor& sin,
-              const Tensor& position, int64_t groups, double scale) {
+              const Tensor& position, int64_t groups, double scale, int64_t window, double cap) {
     TORCH_CHECK(keys.size(2) % WIDTH == 0 && keys.size(3) % WIDTH == 0, "expected a head size and a cache length that are multiples of 16");
     const int64_t at = in<int64_t>(position)[0];
     TORCH_CHECK(at >= 0 && at < keys.size(3), "position ", at, " is outside the cache");
     Tensor out = at::empty({qkv.size(0), keys.size(1) * groups * keys.size(2)}, qkv.options());
-    FOR_DTYPE(qkv, { attend_rows<T>(qkv, keys, values, cos, sin, at, groups, scale, out); })
+    FOR_DTYPE(qkv, { attend_rows<T>(qkv, keys, values, cos, sin, at, groups, scale, window, cap, out); })
     return out;
 }
 
@@ -399,11 +476,18 @@ std::tuple<Tensor, Tensor, Tensor> draw(const Tensor& logits, const Tensor& unif
 }  // namespace
 
 TORCH_LIBRARY(kdhpc, library) {
-    library.def("add_norm(Tensor(a!) x, Tensor? delta, Tensor weight, float eps) -> Tensor", &add_norm);
-    library.def("silu_mul(Tensor gate_up) -> Tensor", &silu_mul);
+    library.def(
+        "add_norm(Tensor(a!) x, Tensor? delta, Tensor? delta_weight, Tensor? weight, float eps) "
+        "-> Tensor",
+        &add_norm);
+    library.def(
+        "norm_queries_and_keys(Tensor(a!) qkv, Tensor weight, int heads, bool together, float eps) "
+        "-> ()",
+        &norm_queries_and_keys);
+    library.def("activate(Tensor gate_up, bool gelu) -> Tensor", &activate);
     library.def(
         "attend(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor cos, Tensor sin, "
-        "Tensor position, int groups, float scale) -> Tensor",
+        "Tensor position, int groups, float scale, int window, float cap) -> Tensor",
         &attend);
     library.def("pack_head(Tensor weight) -> Tensor", &pack_head);
     library.def("head(Tensor hidden, Tensor packed, int vocab_size) -> Tensor", &head);

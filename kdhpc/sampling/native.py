@@ -19,11 +19,11 @@ from typing import TypeGuard, cast
 import torch
 from torch import Tensor
 
+from kdhpc.models.dense import FAMILIES, Dense
 from kdhpc.models.devices import Linear
-from kdhpc.models.llama import Llama
 from kdhpc.models.loading import LanguageModel
 from kdhpc.sampling import draws
-from kdhpc.sampling.decoding import LlamaDecoder
+from kdhpc.sampling.decoding import DenseDecoder
 from kdhpc.sampling.draws import InverseCdf
 from kdhpc.selection import Selection
 
@@ -90,10 +90,12 @@ def unfit(model: LanguageModel) -> str:
     """Return why the extension cannot decode this model, or an empty string."""
     if model.device.type != "cpu":
         return f"it is for CPUs, and the model is on {model.device.type}"
-    if not isinstance(model, Llama):
-        return f"it is for Llama, and this is {model.kind}"
+    if not isinstance(model, Dense):
+        return f"it is for {', '.join(FAMILIES)}, and this is {model.kind}"
     if model.dtype not in (torch.float32, torch.bfloat16):
         return f"it is for float32 and bfloat16, and this is {model.dtype}"
+    if model.family.wide_rotary and model.dtype != torch.float32:
+        return f"it is for float32 if the model is {model.kind}, and this is {model.dtype}"
     sizes = {
         "head size": (model.head_size, 2 * VECTOR),
         "hidden size": (model.hidden_size, VECTOR),
@@ -105,7 +107,7 @@ def unfit(model: LanguageModel) -> str:
     return ""
 
 
-def usable(model: LanguageModel, setting: str) -> TypeGuard[Llama]:
+def usable(model: LanguageModel, setting: str) -> TypeGuard[Dense]:
     """Return whether the extension can decode this model; if not, log why and name the setting."""
     reason = missing() or unfit(model)
     if reason:
@@ -140,34 +142,42 @@ def head_for(model: LanguageModel, setting: str) -> Linear | None:
     return head
 
 
-def head_of(model: Llama) -> Linear | None:
+def head_of(model: Dense) -> Linear | None:
     """Return the function from bfloat16 hidden states to float32 logits; None if it needs torch."""
     weight, vocab_size = model.head_weight, model.vocab_size
     if weight.dtype != torch.bfloat16 or not has_head():
         return None
     packed = torch.ops.kdhpc.pack_head(weight.contiguous())
-    return lambda x: cast(Tensor, torch.ops.kdhpc.head(x, packed, vocab_size))
+    return model.capped(lambda x: cast(Tensor, torch.ops.kdhpc.head(x, packed, vocab_size)))
 
 
-class NativeDecoder(LlamaDecoder):
-    """Llama on CPUs; everything but the matrix products of its layers is in the extension."""
+class NativeDecoder(DenseDecoder):
+    """A dense transformer on CPUs; all but the products of its layers is in the extension."""
 
     name = "native"
 
-    def __init__(self, model: Llama, rows: int, length: int) -> None:
-        super().__init__(model, rows, -(-length // VECTOR) * VECTOR)
+    def __init__(self, model: Dense, rows: int, length: int) -> None:
+        self.length = -(-length // VECTOR) * VECTOR
+        super().__init__(model, rows, self.length)
 
     def step(self, ids: Tensor, position: Tensor, num_keys: int) -> Tensor:
-        ops, model = torch.ops.kdhpc, self.model
-        groups, scale = model.heads // model.kv_heads, self.head_size**-0.5
-        x, delta = torch.nn.functional.embedding(ids, model.embedding), None
+        ops, model, eps = torch.ops.kdhpc, self.model, self.model.eps
+        groups, cap = model.heads // model.kv_heads, model.score_cap or 0.0
+        together, gelu = model.family.query_norm == "whole", model.activation != "silu"
+        x, delta, delta_norm = model.embed(ids), None, None
         for layer, keys, values in zip(model.layers, self.keys, self.values, strict=True):
-            mixed = layer.qkv(ops.add_norm(x, delta, layer.norm, model.eps))
-            seen = ops.attend(mixed, keys, values, self.cos, self.sin, position, groups, scale)
-            delta = layer.out(seen)
-            normed = ops.add_norm(x, delta, layer.mlp_norm, model.eps)
-            delta = layer.down(ops.silu_mul(layer.gate_up(normed)))
-        return self.head(ops.add_norm(x, delta, model.final_norm, model.eps))
+            mixed = layer.qkv(ops.add_norm(x, delta, delta_norm, layer.norm, eps))
+            if layer.query_norm is not None:
+                ops.norm_queries_and_keys(mixed, layer.query_norm, model.heads, together, eps)
+            window = model.windows[layer.kind] or self.length
+            seen = ops.attend(
+                mixed, keys, values, *self.rotary[layer.kind], position, groups, model.scale,
+                window, cap,
+            )  # fmt: skip
+            normed = ops.add_norm(x, layer.out(seen), layer.out_norm, layer.mlp_norm, eps)
+            delta = layer.down(ops.activate(layer.gate_up(normed), gelu))
+            delta_norm = layer.down_norm
+        return self.head(ops.add_norm(x, delta, delta_norm, model.final_norm, eps))
 
     def _head(self) -> Linear:
         return head_of(self.model) or super()._head()

@@ -17,7 +17,7 @@ import torch
 
 from kdhpc.models.devices import exact_matmuls
 from kdhpc.models.loading import LanguageModel, Loaded
-from kdhpc.sampling.decoding import Decoder, bucket_of, decoder_for
+from kdhpc.sampling.decoding import Decoder, decoder_for
 from kdhpc.sampling.draws import DRAWS, Draw
 from kdhpc.scoring.counting import Counting
 from kdhpc.selection import Selection
@@ -94,6 +94,8 @@ class Sampler:
         # All graphs share one memory pool, because the results of a step are in buffers outside it.
         self.pool: Any = None
         self.capture = device.type == "cuda" and self.decoder.capturable
+        if self.capture:
+            self.draw.settle(torch.zeros((batch_rows, model.vocab_size), device=device))
 
     @torch.inference_mode()
     def batch(self, seed: int, stream: str, rows: Sequence[int]) -> Samples:
@@ -109,13 +111,13 @@ class Sampler:
         with exact_matmuls():
             for position in range(self.shortest - 1):
                 self.decoder.step(
-                    self.ids[position], self.position, bucket_of(position, self.device, length)
+                    self.ids[position], self.position, self.decoder.num_keys(position)
                 )
                 self.position += 1
             for position in range(self.shortest - 1, length - 1):
                 if position % LOOK_EVERY == 0 and not bool(self.alive.any()):
                     break
-                self._replay(bucket_of(position, self.device, length))
+                self._replay(self.decoder.num_keys(position))
         return Samples(
             ids=cast(Ids, self.ids.T.cpu().numpy().astype(self.id_type)),
             length=self.length.cpu().numpy().copy(),

@@ -15,6 +15,7 @@ from kdhpc.config.model import Training
 from kdhpc.errors import InputError
 from kdhpc.models import attention
 from kdhpc.models.devices import DTYPES
+from kdhpc.models.head import Logits
 from kdhpc.models.loading import LanguageModel
 from kdhpc.models.sizes import BUCKET
 from kdhpc.training.data import Batch
@@ -56,9 +57,11 @@ class Teacher:
 class _Head(nn.Module):
     """The output layer and the loss in one module, so that ZeRO-3 gathers the weight for both."""
 
-    def __init__(self, weight: nn.Parameter, head_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, head_tokens: int) -> None:
         super().__init__()
-        self.weight = weight
+        layer = model.get_output_embeddings()
+        self.weight, self.bias = layer.weight, getattr(layer, "bias", None)
+        self.form = Logits.of(model.config.get_text_config())
         self.head_tokens = head_tokens
 
     def forward(self, hidden: Tensor, targets: Tensor, gain: float, soft: Soft | None) -> Tensor:
@@ -66,19 +69,21 @@ class _Head(nn.Module):
             hidden.flatten(0, 1),
             self.weight,
             targets.flatten(),
+            bias=self.bias,
+            form=self.form,
             head_tokens=self.head_tokens,
             gain=gain,
             soft=soft,
         )
 
 
-class _WithLoss(nn.Module):
+class WithLoss(nn.Module):
     """The model and its loss in one module, which DeepSpeed requires."""
 
     def __init__(self, model: PreTrainedModel, head_tokens: int) -> None:
         super().__init__()
         self.model = model
-        self.head = _Head(model.get_output_embeddings().weight, head_tokens)
+        self.head = _Head(model, head_tokens)
 
     def forward(
         self, ids: Tensor, targets: Tensor, gain: float, soft: Soft | None = None
@@ -158,6 +163,7 @@ class Engine:
         settings: Training,
         schedule: Schedule,
         device: torch.device,
+        length: int,
         teacher: Teacher | None = None,
     ) -> None:
         """Hand the model to DeepSpeed.
@@ -167,6 +173,7 @@ class Engine:
             settings: optimizer, batch, ranks and dtype.
             schedule: steps of the learning-rate schedule.
             device: device of this rank.
+            length: number of tokens of a row.
             teacher: a model whose distributions are learnt in place of tokens.
 
         Raises:
@@ -185,7 +192,7 @@ class Engine:
         # the saved model.
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         model.to(DTYPES[settings.dtype])
-        attention.use_causal(model)
+        attention.use_causal(model, length)
         if settings.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         for layer in model.base_model.layers if settings.compile else ():
@@ -202,7 +209,7 @@ class Engine:
             fused=True,
         )
         self.engine, self.optimizer, _, self.schedule = self.deepspeed.initialize(
-            model=_WithLoss(model, settings.head_tokens),
+            model=WithLoss(model, settings.head_tokens),
             optimizer=optimizer,
             lr_scheduler=lambda inner: get_wsd_schedule(
                 inner,

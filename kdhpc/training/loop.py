@@ -108,8 +108,9 @@ def train(
     schedule = Schedule.of(settings, len(corpus))
     peak = matmul_flops_per_s(device, DTYPES[settings.dtype]) * settings.world_size
     pin = device.type == "cuda"
+    length = corpus.ids[np.zeros(1, np.int64)].shape[1]
     with (
-        closing(Engine(model, settings, schedule, device, teacher)) as engine,
+        closing(Engine(model, settings, schedule, device, length, teacher)) as engine,
         closing(Batches(corpus, settings, schedule, seed, stream, pin)) as batches,
         closing(Writer()) as writer,
     ):

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdhpc.models.head import PLAIN, Logits
+
 
 @dataclass(frozen=True, kw_only=True)
 class Soft:
@@ -37,7 +39,9 @@ class _SummedNll(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         targets: Tensor,
+        form: Logits,
         head_tokens: int,
         gain: float,
         soft: Soft | None,
@@ -48,10 +52,14 @@ class _SummedNll(torch.autograd.Function):
         # With several chunks, the gradient of the weight is summed in float32.
         several = needs_grad and len(hidden) > head_tokens
         sums = torch.zeros_like(weight, dtype=torch.float32) if several else None
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for at in range(0, len(hidden), head_tokens):
             rows, counts = hidden[at : at + head_tokens], targets[at : at + head_tokens] >= 0
             target = targets[at : at + head_tokens].clamp(min=0)[:, None]
-            log_p = torch.log_softmax((rows @ weight.T).float(), dim=1)
+            logits = form.from_products((rows @ weight.T).float(), bias)
+            log_p = torch.log_softmax(logits, dim=1)
+            slope = form.slope(logits) if needs_grad else None
+            del logits
             if soft is None:
                 total -= (log_p.gather(1, target).squeeze(1) * counts).sum()
             else:
@@ -65,24 +73,30 @@ class _SummedNll(torch.autograd.Function):
             else:
                 log_p.sub_(wanted)
                 del wanted
-            grad = log_p.mul_((counts * gain)[:, None]).to(weight.dtype)
-            del log_p  # frees memory before the next large buffers are allocated
+            log_p.mul_((counts * gain)[:, None])
+            products = form.gradient(log_p, slope)
+            if grad_bias is not None:
+                grad_bias += products.sum(0)
+            grad = products.to(weight.dtype)
+            del log_p, products, slope  # frees memory before the next large buffers are allocated
             parts.append(grad @ weight)
             grad_weight = grad.T @ rows
             if sums is not None:
                 sums += grad_weight
         if needs_grad:
             ctx.save_for_backward(
-                torch.cat(parts), grad_weight if sums is None else sums.to(weight.dtype)
+                torch.cat(parts),
+                grad_weight if sums is None else sums.to(weight.dtype),
+                None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
             )
             ctx.gain = gain
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
         factor = grads[0] / ctx.gain
-        return grad_hidden * factor, grad_weight * factor, None, None, None, None, None
+        scaled = (None if grad is None else grad * factor for grad in ctx.saved_tensors)
+        return (*scaled, None, None, None, None, None, None)
 
 
 def summed_nll(
@@ -90,6 +104,8 @@ def summed_nll(
     weight: Tensor,
     targets: Tensor,
     *,
+    bias: Tensor | None = None,
+    form: Logits = PLAIN,
     head_tokens: int,
     gain: float = 1.0,
     soft: Soft | None = None,
@@ -106,6 +122,8 @@ def summed_nll(
         hidden: [N, H] last hidden states of N positions.
         weight: [V, H] weight of the head, in the dtype of `hidden`.
         targets: [N] int64 token ids; negative if a position does not count.
+        bias: [V] bias of the head, if it has one.
+        form: what the architecture makes of the product of the two.
         head_tokens: number of positions in one chunk.
         gain: gradient that the sum is expected to receive, within a few powers of two. Gradients
             are computed at that scale, so that small ones do not underflow in float16.
@@ -117,6 +135,6 @@ def summed_nll(
     # Inside the function gradients are always disabled, so it has to be told.
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     total: Tensor = _SummedNll.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, head_tokens, gain, soft, needs_grad
+        hidden, weight, bias, targets, form, head_tokens, gain, soft, needs_grad
     )
     return total

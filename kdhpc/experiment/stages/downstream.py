@@ -5,17 +5,17 @@ writes  scores of items: the metrics of the task [N] float64, cluster [N] int32
 """
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdhpc.config import downstream as tasks
 from kdhpc.config.language import LanguageConfig
-from kdhpc.config.model import Shape
+from kdhpc.config.model import Architecture, Shape
 from kdhpc.experiment import arms
 from kdhpc.experiment.downstream import OWN_ITEMS, OWN_VERSION, Evaluated, evaluated
 from kdhpc.experiment.estimates import GIVEN_FLOPS, model_flops, seconds
-from kdhpc.plan.shards import Arm, Plan, Shard, fields_of, settings_of
+from kdhpc.plan.shards import ADDED, Arm, Plan, Shard, fields_of, settings_of
 from kdhpc.plan.stages import Stage
 from kdhpc.storage.work import Work, Written
 
@@ -77,10 +77,12 @@ class OpenSettings:
 class InitialSettings:
     """Settings that determine initial weights."""
 
-    shape: Shape
+    shape: Shape | None
     seed: int
     stream: str
     length: int
+    architecture: Architecture | None = field(default=None, metadata=ADDED)
+    """Architecture in its long form; `shape` is then None."""
 
 
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
@@ -155,10 +157,14 @@ def _settings(config: LanguageConfig, task: str) -> DownstreamSettings:
 
 
 def _initial(config: LanguageConfig, model: Evaluated) -> InitialSettings | None:
-    if model.shape is None:
+    if model.design is None:
         return None
     return InitialSettings(
-        shape=model.shape, seed=config.seed, stream=model.stream, length=config.length
+        shape=model.design if isinstance(model.design, Shape) else None,
+        architecture=None if isinstance(model.design, Shape) else model.design,
+        seed=config.seed,
+        stream=model.stream,
+        length=config.length,
     )
 
 
@@ -196,9 +202,11 @@ def _new_model(initial: InitialSettings, tokenizer_path: Path, folder: Path) -> 
     from kdhpc.models import huggingface
     from kdhpc.models.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer, design = Tokenizer(tokenizer_path), initial.shape or initial.architecture
+    if not design:
+        raise ValueError("initial weights of no architecture")
     model = huggingface.new_model(
-        initial.shape,
+        design,
         vocab_size=tokenizer.size,
         length=initial.length,
         eos=tokenizer.eos,

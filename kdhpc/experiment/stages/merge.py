@@ -235,7 +235,7 @@ def _models(work: Work[LanguageConfig], present: frozenset[str]) -> dict[str, di
             }
     if work.config.downstream.tasks:
         for model in evaluated(work.config):
-            if model.shape is not None:
+            if model.design is not None:
                 models[model.name] = {"kind": "initial", "size": model.size}
     return models
 

@@ -15,7 +15,7 @@ from typing import Literal
 from kdhpc.config.language import LanguageConfig, num_ids, only_prompt
 from kdhpc.config.model import Model
 from kdhpc.experiment import arms, given
-from kdhpc.experiment.estimates import training_seconds
+from kdhpc.experiment.estimates import sizes_of, training_seconds
 from kdhpc.experiment.trainings import TrainSettings, join_ranks, progress, train_shard
 from kdhpc.models.sizes import num_parameters
 from kdhpc.plan.shards import Arm, Plan, Shard, fields_of
@@ -64,7 +64,7 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
         )
         if start:
             # The weights are those of an input, so that no architecture determines them here.
-            settings = dataclasses.replace(settings, shape=None, start="")
+            settings = dataclasses.replace(settings, shape=None, architecture=None, start="")
         if teacher:
             settings = dataclasses.replace(settings, soft_tau=trainee.tau)
         arm = Arm(
@@ -77,15 +77,14 @@ def plan(stage: str, config: LanguageConfig, before: Plan) -> list[Shard]:
             nodes=training.nodes,
             ranks_per_node=training.ranks_per_node,
         )
+        sizes = sizes_of(config, trainee.key, trainee.model.design)
         shards.append(
             Shard(
                 arm=arm,
                 name="00000",
                 reads=(truth.key, *(shard.key for shard in (*data, *validation, *start, *teacher))),
-                work=training_seconds(config, stage, trainee.model.shape, training, steps),
-                num_bytes=4.0 * num_parameters(trainee.model.shape, num_ids(config.truth))
-                if trainee.model.shape
-                else 0.0,
+                work=training_seconds(config, stage, sizes, training, steps),
+                num_bytes=4.0 * num_parameters(sizes, num_ids(config.truth)) if sizes else 0.0,
             )
         )
     return shards
@@ -203,10 +202,9 @@ def _start(
     if model.model is None:
         yield None
         return
-    key = "teacher" if trainee.kind == "teacher" else f"students.{trainee.size}"
     with tempfile.TemporaryDirectory() as folder:
         given.take(
-            key,
+            trainee.key,
             model.model,
             model.revision,
             model.fingerprint,

@@ -21,11 +21,11 @@ from kdhpc.config.language import (
     Truth,
     num_ids,
 )
-from kdhpc.config.model import Model, Shape, Training
+from kdhpc.config.model import Model, Training
 from kdhpc.errors import InputError
 from kdhpc.experiment import arms, documents, given
 from kdhpc.experiment.documents import Documents
-from kdhpc.experiment.estimates import model_flops, seconds, training_seconds
+from kdhpc.experiment.estimates import model_flops, seconds, sizes_of, training_seconds
 from kdhpc.experiment.trainings import TrainSettings, join_ranks, progress, train_shard
 from kdhpc.experiment.vocabulary import Cut
 from kdhpc.models.sizes import num_parameters
@@ -71,47 +71,40 @@ class TruthSettings:
     """Number of rows that a component learns from; None for all of its corpus."""
 
 
-def _training(config: LanguageConfig) -> Training | None:
-    """Return how the run trains the truth; None if the truth is a given model."""
-    return config.truth.training if config.truth.model == "train" else None
-
-
 def plan(config: LanguageConfig, before: Plan) -> list[Shard]:
     """Plan one shard for p* and one for a second judge, each a checkpoint folder.
 
     The work of a training is a guess in tokens.
     """
-    truth, training = config.truth, _training(config)
-    if truth.components and truth.shape and training:
-        return _plan_mixture(config, truth.shape, training)
+    truth, trained = config.truth, config.truth.trained
+    if truth.components and trained:
+        return _plan_mixture(config, trained)
     halved = documents.shared_by_judges(truth)
     settings = TruthSettings(
-        kind="trained" if training else "given",
+        kind="trained" if trained else "given",
         fingerprint=truth.fingerprint,
-        text_column=truth.text_column if training else None,
-        dtype=None if training else truth.dtype,
+        text_column=truth.text_column if trained else None,
+        dtype=None if trained else truth.dtype,
         vocabulary=Cut.of(config),
-        documents=Documents.of(config) if training else None,
-        half="first" if training and halved else None,
+        documents=Documents.of(config) if trained else None,
+        half="first" if trained and halved else None,
     )
-    shards = [_shard(config, settings, truth.shape, training, name=arms.TRUTH)]
+    shards = [_shard(config, settings, trained, name=arms.TRUTH)]
     if (judge := truth.second_judge) is not None:
-        shape, training = truth.trained_second_judge or (None, None)
+        trained = truth.trained_second_judge
         settings = TruthSettings(
-            kind="trained" if training else "given",
+            kind="trained" if trained else "given",
             fingerprint=judge.fingerprint,
-            text_column=truth.text_column if training else None,
-            dtype=None if training else judge.dtype,
-            documents=Documents.of(config) if training else None,
+            text_column=truth.text_column if trained else None,
+            dtype=None if trained else judge.dtype,
+            documents=Documents.of(config) if trained else None,
             half="second" if halved else None,
         )
-        shards.append(
-            _shard(config, settings, shape, training, name=arms.SECOND_JUDGE, truth=shards[0])
-        )
+        shards.append(_shard(config, settings, trained, name=arms.SECOND_JUDGE, truth=shards[0]))
     return shards
 
 
-def _plan_mixture(config: LanguageConfig, shape: Shape, training: Training) -> list[Shard]:
+def _plan_mixture(config: LanguageConfig, trained: Model) -> list[Shard]:
     """Plan one shard for each component, and one for the mixture, which reads them."""
     components = [
         _shard(
@@ -123,8 +116,7 @@ def _plan_mixture(config: LanguageConfig, shape: Shape, training: Training) -> l
                 dtype=None,
                 sequences=config.truth.component_sequences,
             ),
-            shape,
-            training,
+            trained,
             name=f"{arms.COMPONENT}{name}",
         )
         for name, component in config.truth.components.items()
@@ -157,8 +149,7 @@ def _given_seconds(config: LanguageConfig, name: str) -> float:
 def _shard(
     config: LanguageConfig,
     settings: TruthSettings,
-    shape: Shape | None,
-    training: Training | None,
+    trained: Model | None,
     *,
     name: str,
     truth: Shard | None = None,
@@ -168,15 +159,15 @@ def _shard(
     Args:
         config: config of the run.
         settings: what determines the model, besides its training.
-        shape: architecture, if it is trained.
-        training: how it is trained; None if it is a given model.
+        trained: its architecture and training; None if it is a given model.
         name: name of the arm.
         truth: shard of the truth, whose tokenizer a second judge that is trained has.
     """
     fields = fields_of(settings)
-    if training is None or shape is None:
+    if trained is None or trained.training is None:
         arm = Arm(stage=arms.TRUTH, name=name, fields=fields, inputs={})
         return Shard(arm=arm, name="00000", work=_given_seconds(config, name))
+    training = trained.training
     # The tokenizer of bytes is the same in every run, and is not read from the truth.
     reads = truth if config.truth.model != "train" else None
     arm = Arm(
@@ -185,7 +176,7 @@ def _shard(
         # The end of a text is always learnt.
         fields=fields
         | TrainSettings.of(
-            Model(shape=shape),
+            trained,
             training,
             config,
             stream=name,
@@ -199,15 +190,15 @@ def _shard(
         ranks_per_node=training.ranks_per_node,
     )
     num_steps = CORPUS_TOKENS * training.epochs / training.batch_sequences / config.length
-    num_bytes = 4.0 * num_parameters(
-        shape, BYTE_VOCAB_SIZE if reads is None else num_ids(config.truth)
-    )
+    key = SECOND_JUDGE_KEY if name == arms.SECOND_JUDGE else "truth"
+    sizes = sizes_of(config, key, trained.design)
+    vocab_size = BYTE_VOCAB_SIZE if reads is None else num_ids(config.truth)
     return Shard(
         arm=arm,
         name="00000",
         reads=(reads.key,) if reads else (),
-        work=training_seconds(config, arms.TRUTH, shape, training, num_steps),
-        num_bytes=num_bytes,
+        work=training_seconds(config, arms.TRUTH, sizes, training, num_steps),
+        num_bytes=4.0 * num_parameters(sizes, vocab_size) if sizes else 0.0,
     )
 
 
@@ -219,9 +210,8 @@ def run(shard: Shard, work: Work[LanguageConfig]) -> Written | None:
     if truth.components and shard.arm.name == arms.TRUTH:
         return _mix(shard, work)
     is_second = shard.arm.name == arms.SECOND_JUDGE
-    training = _training(work.config)
-    if is_second:
-        training = truth.trained_second_judge[1] if truth.trained_second_judge else None
+    trained = truth.trained_second_judge if is_second else truth.trained
+    training = trained.training if trained else None
     if training is None:
         devices.set_threads(work.config.threads)
         return _take_judge(shard, judge, work) if is_second and judge else _take(shard, work)
