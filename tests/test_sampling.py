@@ -14,6 +14,7 @@ from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from kdhpc.models.dense import ACTIVATIONS
 from kdhpc.models.devices import frozen_head
 from kdhpc.models.huggingface import TransformersModel
 from kdhpc.models.loading import load_model
@@ -116,14 +117,21 @@ def test_bfloat16_decoders_agree_with_transformers_to_its_own_rounding(decoder: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_silu_of_the_extension_is_silu_everywhere(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+def test_activations_of_the_extension_are_those_of_torch_everywhere(
+    activation: str, dtype: torch.dtype
+) -> None:
     need(not native.missing(), f"the extension: {native.missing()}")
     gate = torch.linspace(-1000, 1000, 4096).to(dtype).view(4, 1024)
-    ones = torch.ones_like(gate)
-    product = torch.ops.kdhpc.silu_mul(torch.cat([gate, ones], dim=1))
-    wanted = torch.nn.functional.silu(gate)
+    gate[0] = torch.linspace(-6, 6, 1024)
+    product = torch.ops.kdhpc.activate(
+        torch.cat([gate, torch.ones_like(gate)], dim=1), activation != "silu"
+    )
     assert torch.allclose(
-        product, wanted, rtol=0.01 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+        product,
+        ACTIVATIONS[activation](gate),
+        rtol=0.01 if dtype == torch.bfloat16 else 1e-5,
+        atol=0.01 if dtype == torch.bfloat16 else 1e-6,
     )
 
 

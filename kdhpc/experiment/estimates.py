@@ -143,13 +143,13 @@ def estimates(config: LanguageConfig) -> Iterator[str]:
     """Yield a line about where times come from, and one for each sampled model."""
     if config.throughput_from:
         yield (
-            f"times come from {config.throughput_from} for models up to {ALIKE:g} times smaller or "
-            "larger than those measured, else from throughput.STAGE or sizes of models"
+            f"times come from {config.throughput_from}, for models of about the sizes in it; "
+            "otherwise from throughput.STAGE or sizes of models"
         )
     else:
         yield (
-            "times come from sizes of models and from earlier runs here; or give throughput.STAGE, "
-            "or throughput_from=gpu_check.json"
+            "times come from sizes of models and earlier runs; or give throughput.STAGE or "
+            "throughput_from"
         )
     yield from batches_that_fit(config)
 
