@@ -174,6 +174,7 @@ def over_used(
     keys: Tensor,
     values: Tensor,
     used: Tensor,
+    starts: tuple[Tensor, Tensor],
     *,
     scale: float,
     window: int | None = None,
@@ -188,6 +189,7 @@ def over_used(
         keys: [B, L, H_kv, D].
         values: [B, L, H_kv, D].
         used: [B] int32 number of positions.
+        starts: where rows start if queries, and if keys, of all rows are one list, [B + 1] int32.
         scale: factor of the scores.
         window: number of last positions that are seen; all if None.
 
@@ -196,10 +198,8 @@ def over_used(
     """
     from torch.nn.attention import varlen  # older versions of torch do not have it
 
-    rows, length = keys.shape[:2]
-    starts = torch.arange(rows + 1, dtype=torch.int32, device=query.device)
     attended = varlen.varlen_attn(
-        query, keys.flatten(0, 1), values.flatten(0, 1), starts, starts * length, 1, length,
+        query, keys.flatten(0, 1), values.flatten(0, 1), *starts, 1, keys.shape[1],
         scale=scale, window_size=(-1, -1) if window is None else (window - 1, 0), enable_gqa=True,
         seqused_k=used, num_splits=1,
     )  # fmt: skip

@@ -95,6 +95,9 @@ class DenseDecoder:
         size = (2, model.num_layers, self.key_size * length)
         self.buffer = torch.zeros(size, dtype=model.dtype, device=model.device)
         self.rotary = model.rotary(length)
+        rows_before = torch.arange(rows + 1, dtype=torch.int32, device=model.device)
+        self.starts = rows_before, rows_before * length
+        """Where rows start if the queries, and the keys, of all rows are one list."""
         self.add_norm: Callable[..., tuple[Tensor, Tensor]] = model.add_norm
         self.place: Callable[..., Tensor] = self._place
         self.activate: Callable[..., Tensor] = model.activate
@@ -263,7 +266,7 @@ class DenseDecoder:
         scale, cap = self.model.scale, self.model.score_cap
         if self.attends == "used":
             return attention.over_used(
-                query.flatten(1, 2), keys, values, seen, scale=scale, window=window
+                query.flatten(1, 2), keys, values, seen, self.starts, scale=scale, window=window
             )
         if self.attends == "fused":
             keys, values = keys[:, :, : len(seen)], values[:, :, : len(seen)]
