@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from commands import ROOT
 from test_given_models import differences_of_a_step
 from toy_training import CPU, RECIPE, WIDTH, corpus, one_process
 
@@ -211,6 +214,22 @@ def test_sizes_are_measured_once_at_submission_and_decide_estimates() -> None:
         "train-on-truth/teacher-s0/00000"
     ]
     assert work > 1000
+
+
+def test_a_submitted_run_is_planned_without_torch() -> None:
+    stored = json.dumps(presets.plain(LANGUAGE.prepare(config_of("families"))))
+    code = (
+        "import json, sys\n"
+        "from kdhpc.config import presets\n"
+        "from kdhpc.pipeline import LANGUAGE\n"
+        "config = presets.build(LANGUAGE.config, json.loads(sys.stdin.read()))\n"
+        "print(len(LANGUAGE.plan(LANGUAGE.checked(config)).shards), {'torch'} & {*sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=stored, capture_output=True, text=True, check=True,
+        cwd=ROOT,
+    )  # fmt: skip
+    assert done.stdout == "48 set()\n"
 
 
 def trained(name: str, recipe: Training, **options: Any) -> Trained:
