@@ -154,7 +154,7 @@ def load_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def parts_to_compile(layer: nn.Module, device: torch.device) -> Sequence[nn.Module]:
+def parts_to_compile(layer: Any, device: torch.device) -> Sequence[nn.Module]:
     """Return the parts of a layer that are compiled; each needs one graph for all layers.
 
     A GPU's time goes into small kernels, so that whole layers are worth it there. On CPUs that took
