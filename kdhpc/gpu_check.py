@@ -362,12 +362,13 @@ def random_corpus(num_rows: int, length: int, vocab_size: int) -> Corpus:
     )
 
 
-def losses_of(device: torch.device) -> list[float]:
-    """Train a toy for eight steps and return the losses."""
+def losses_of(device: torch.device, *, compiled: bool = False) -> list[float]:
+    """Train a toy for eight steps, with layers compiled or not, and return the losses."""
     losses: list[float] = []
     settings = Training(
-        learning_rate=3e-3, epochs=2.0, batch_sequences=32, micro_batch_sequences=16
-    )
+        learning_rate=3e-3, epochs=2.0, batch_sequences=32, micro_batch_sequences=16,
+        compile=compiled,
+    )  # fmt: skip
     train(
         huggingface.new_model(TOY, vocab_size=257, length=64, eos=0, seed=0),
         random_corpus(128, 64, 257), settings, seed=0, stream="check", device=device,
@@ -382,6 +383,16 @@ def check_training(device: torch.device) -> str:
     require(bool(np.isfinite(losses).all()), f"losses {losses}")
     require(losses[-1] < losses[0], f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f}")
     return f"loss {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps"
+
+
+def check_compiled(device: torch.device) -> str:
+    """A training with compiled layers has the losses of one without."""
+    if device.type == "cpu":
+        return "on a CPU: not tried, because it takes long"
+    plain, compiled = (np.array(losses_of(device, compiled=c)) for c in (False, True))
+    error = float(np.abs(compiled / plain - 1).max())
+    require(error < 1e-3, f"losses differ by {error:.1e} of their values")
+    return f"losses differ by at most {error:.1e} of their values"
 
 
 def check_two_ranks(device: torch.device) -> str:
@@ -437,6 +448,7 @@ CHECKS: dict[str, tuple[Callable[[torch.device], str], str]] = {
     "draws": (check_draws, "nothing: samples cannot be trusted; use device=cpu and report it"),
     "scores": (check_scores, "nothing: scores cannot be trusted; use device=cpu and report it"),
     "training": (check_training, "nothing: trainings fail; use device=cpu and report it"),
+    "compiled training": (check_compiled, "nothing: leave compile=false, the default"),
     "two ranks": (check_two_ranks, "nothing: set ranks_per_node=1, nodes=1 and report it"),
 }
 """By name: what is checked, and what kdhpc does where it fails."""

@@ -1,6 +1,7 @@
 """What is decided about GPUs, on a machine without one: torch is told how many it should see."""
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ from kdhpc.sampling.draws import DRAWS
 from kdhpc.sampling.sampler import Prompt, Sampler, sample
 from kdhpc.scoring.counting import Counting
 from kdhpc.selection import Selection
-from kdhpc.training.engine import load_deepspeed
+from kdhpc.training.engine import load_deepspeed, parts_to_compile
 from kdhpc.training.loss import summed_nll
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -119,7 +120,7 @@ def test_on_a_node_with_gpus_deepspeed_takes_the_cpu_if_the_config_says_so() -> 
 import torch
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 4
 from kdhpc.models.devices import pick_device
-from kdhpc.training.engine import load_deepspeed
+from kdhpc.training.engine import load_deepspeed, parts_to_compile
 print("CHOSE", load_deepspeed(pick_device("cpu")).accelerator.get_accelerator()._name)
 """
     environment = {name: v for name, v in os.environ.items() if name != "DS_ACCELERATOR"}
@@ -216,6 +217,49 @@ def test_a_training_step_never_makes_the_host_wait(
         summed_nll(hidden.flatten(0, 1), head, ids.flatten(), head_tokens=32).backward()  # type: ignore[no-untyped-call]
     ops.assert_no_wait()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def training_model(num_layers: int) -> Any:
+    """Return a model in bfloat16 on meta tensors, on which the code is that of GPUs."""
+    shape = dataclasses.replace(SHAPE, layers=num_layers)
+    model = huggingface.new_model(shape, vocab_size=257, length=72, eos=0, seed=1)
+    attention.use_causal(model, 72)
+    return model.to(META, torch.bfloat16).train()
+
+
+def pass_through(model: Any) -> None:
+    """Do a forward and a backward pass without the head."""
+    ids = torch.zeros((2, 72), dtype=torch.int64, device=META)
+    model.base_model(ids, use_cache=False).last_hidden_state.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.base_model.parameters())
+
+
+def test_a_layer_of_a_training_step_has_few_kernels() -> None:
+    """The parts of attention count one by one here: two kernels on a GPU."""
+    counts = []
+    for num_layers in (2, 3):
+        model = training_model(num_layers)
+        with Ops() as ops:
+            pass_through(model)
+        counts.append(ops.count)
+    of_a_layer = {k: v for k, v in (counts[1] - counts[0]).items() if k not in {*VIEWS, "detach"}}
+    assert of_a_layer["mm"] == 3 * 7
+    assert sum(of_a_layer.values()) <= 145, of_a_layer
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile itself reads it
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_a_whole_layer_is_one_graph_where_it_is_compiled_on_gpus(recomputes: bool) -> None:
+    """With `fullgraph` it is an error if something in it cannot be compiled; no code is made."""
+    torch.compiler.reset()
+    model = training_model(2)
+    if recomputes:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    for layer in model.base_model.layers:
+        [whole] = parts_to_compile(layer, META)
+        whole.compile(backend="aot_eager", fullgraph=True)
+    pass_through(model)
+    torch.compiler.reset()
 
 
 def test_a_validation_multiplies_by_the_head_once() -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +154,17 @@ def load_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+def parts_to_compile(layer: Any, device: torch.device) -> Sequence[nn.Module]:
+    """Return the parts of a layer that are compiled; each needs one graph for all layers.
+
+    A GPU's time goes into small kernels, so that whole layers are worth it there. On CPUs that took
+    minutes and gained less than to leave out attention (docs/log.md).
+    """
+    if device.type == "cpu":
+        return layer.mlp, layer.input_layernorm, layer.post_attention_layernorm
+    return (layer,)
+
+
 class Engine:
     """Trains one model with DeepSpeed; every rank calls the same methods in the same order."""
 
@@ -196,9 +207,7 @@ class Engine:
         if settings.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         for layer in model.base_model.layers if settings.compile else ():
-            # Compile the parts other than attention; each kind of part needs one graph for all
-            # layers.
-            for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+            for part in parts_to_compile(layer, device):
                 part.compile()
         optimizer = torch.optim.AdamW(
             model.parameters(),
