@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from kdhpc.models import attention
 from kdhpc.models.devices import Linear, frozen_head, frozen_linear
+from kdhpc.models.head import PLAIN, Logits
 from kdhpc.types import Json
 
 CPU_BODY_TOKENS = 1024
@@ -181,7 +182,8 @@ class Dense:
         self.scale = float(config.get("query_pre_attn_scalar") or self.head_size) ** -0.5
         """Factor of the scores of attention."""
         self.score_cap = config.get("attn_logit_softcapping") if family.caps_scores else None
-        self.logit_cap = config.get("final_logit_softcapping")
+        self.logits = Logits(cap=config.get("final_logit_softcapping"))
+        """What is made of the products with the head."""
         usual = SLIDING if family.window == "all" else FULL
         kinds = config["layer_types"] if family.window == "listed" else [usual] * self.num_layers
         names = sorted(set(kinds))
@@ -264,8 +266,8 @@ class Dense:
 
     def capped(self, head: Linear) -> Linear:
         """Return a head whose logits are capped as the config says."""
-        cap = self.logit_cap
-        return head if cap is None else lambda x: head(x).div_(cap).tanh_().mul_(cap)
+        form = self.logits
+        return head if form == PLAIN else lambda x: form.from_products(head(x))
 
     def rotary(self, length: int) -> list[tuple[Tensor, Tensor]]:
         """Return cosines and sines [length, D] of the rotary angles of all positions.
