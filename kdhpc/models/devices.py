@@ -161,6 +161,8 @@ def try_or_undo(
 ) -> None:
     """Try what may not work on this GPU; if it fails, undo it and log what takes its place.
 
+    Modes are those of inference, because a compiled function is compiled again in others.
+
     Args:
         trial: what is tried; it may raise anything.
         undo: called if it fails.
@@ -171,7 +173,8 @@ def try_or_undo(
         torch.OutOfMemoryError: if memory is short, which is no reason to do without.
     """
     try:
-        trial()
+        with torch.inference_mode(), exact_matmuls():
+            trial()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # kernels and compilers raise what they want

@@ -87,7 +87,7 @@ class DenseDecoder:
             model: the model.
             rows: number of rows.
             length: number of positions.
-            settles: whether to look for faster kernels on a GPU.
+            settles: whether to look for faster kernels on a GPU, which takes about a minute.
         """
         self.model, self.head_size, self.length = model, model.head_size, length
         self.head = self._head()
@@ -303,10 +303,10 @@ class TransformersDecoder:
         return self.head(out.last_hidden_state[:, -1])
 
 
-def decoder_for(model: LanguageModel, rows: int, length: int) -> Decoder:
-    """Return the decoder for this model."""
+def decoder_for(model: LanguageModel, rows: int, length: int, *, settles: bool = True) -> Decoder:
+    """Return the decoder for this model; see `DenseDecoder.settle`."""
     if isinstance(model, Dense):
-        return DenseDecoder(model, rows, length)
+        return DenseDecoder(model, rows, length, settles=settles)
     return TransformersDecoder(cast("TransformersModel", model), rows, length)
 
 
@@ -324,7 +324,7 @@ def difference_of_steps(model: LanguageModel, length: int) -> float:
     rows = 2
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.vocab_size, (rows, length), generator=generator).to(model.device)
-    decoder = decoder_for(model, rows, length)
+    decoder = decoder_for(model, rows, length, settles=False)  # two rows are not worth compiling
     decoder.restart()
     position = torch.zeros(1, dtype=torch.int64, device=model.device)
     steps = []
