@@ -109,7 +109,9 @@ def _dry_run(pipeline: AnyPipeline, config: RunConfig, slurm_here: bool, *, verb
     config = reuse.with_place(config)
     place = Path(config.runs_dir).expanduser() / config.name
     is_begun = (place / "run.json").is_file()
-    if config.reuse or is_begun:  # which shards are the same is known with what a run starts from
+    measured = getattr(config, "throughput_from", None)
+    # Which shards are the same, and what was measured, is known with what a run starts from.
+    if config.reuse or is_begun or measured:
         config = pipeline.prepare(config)
     plan = pipeline.plan(config)
     reused = frozenset(record.key for record in reuse.find(config, plan))

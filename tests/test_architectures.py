@@ -76,6 +76,18 @@ def test_sizes_are_exact_and_weights_depend_on_the_seed_alone(name: str) -> None
     assert (sizes.layers, sizes.hidden, sizes.attention) == (2, 32, 32)
 
 
+def test_values_of_another_size_than_queries_keep_the_attention_of_transformers() -> None:
+    architecture = NEW | {
+        "model_type": "deepseek_v3", "num_key_value_heads": 4, "intermediate_size": 48,
+        "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+        "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1,
+    }  # fmt: skip
+    loss, worst, has_own = differences_of_a_step(new(architecture))
+    assert has_own
+    assert max(loss, worst) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["gemma3_text", "cohere", "mixtral"])
 def test_a_step_of_these_has_the_gradients_of_transformers_too(name: str) -> None:
     """The models of tests/test_given_models.py have short windows, and no experts."""
@@ -104,6 +116,8 @@ def test_a_step_of_these_has_the_gradients_of_transformers_too(name: str) -> Non
         (QWEN | {"layer_types": ["full_attention"]}, "equal to the number of `layer_types`"),
         (QWEN | {"vocab_size": 300}, "vocab_size=300: follows from the truth's tokenizer"),
         (QWEN | {"attention_dropout": 0.1}, "attention_dropout=0.1: expected 0"),
+        (ARCHITECTURES["mixtral"] | {"router_jitter_noise": 0.1}, "jitter_noise=0.1: expected"),
+        (GATED | {"model_type": "gemma4_text", "head_dim": 8}, "its sizes are not known"),
         (QWEN | {"max_position_embeddings": 8}, "max_position_embeddings=8: expected at least"),
         (ARCHITECTURES["gpt2"] | {"n_embd": 32}, "n_embd=32: is given twice"),
     ],
@@ -128,6 +142,14 @@ def test_what_only_shows_with_weights_is_refused_too(fields: dict[str, Any], mes
     sizes_of(fields, length=24)
     with pytest.raises(InputError, match=message):
         huggingface.check_architecture(fields, length=24)
+
+
+def test_a_model_that_draws_random_numbers_in_training_is_refused() -> None:
+    model = new(ARCHITECTURES["gpt2"])
+    huggingface._check_trainable(model)
+    model.transformer.drop.p = 0.1
+    with pytest.raises(InputError, match="model type gpt2: draws random numbers in training"):
+        huggingface._check_trainable(model)
 
 
 @pytest.mark.parametrize(

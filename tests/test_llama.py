@@ -151,6 +151,18 @@ def test_quantised_weights_are_not_for_the_own_llama() -> None:
     assert fits(config)
     assert not fits(config | {"quantization_config": {"quant_method": "fp8"}})
     assert not fits(config | {"hidden_act": "relu"})
+    assert not fits(config | {"is_causal": False})
+
+
+def test_fields_of_other_families_do_not_count() -> None:
+    model = small_model(300, 16)
+    weights = model.state_dict()
+    others = {"query_pre_attn_scalar": 7, "final_logit_softcapping": 3.0, "hidden_activation": "x"}
+    config = model.config.to_dict() | others
+    assert fits(config)
+    made = Dense(config, weights.__getitem__, dtype=torch.float32, device=CPU)
+    ids = torch.arange(8)[None]
+    assert torch.equal(logits_of(made, ids), logits_of(llama_of(model), ids))
 
 
 @pytest.mark.parametrize("kind", ["llama", "transformers"])

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import launch
 
 from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
@@ -85,6 +87,34 @@ def test_a_file_that_has_no_speeds_is_refused_in_one_line(
     assert str(refused.value).startswith(f"throughput_from={tmp_path}/speeds.json: ")
     assert "python -m kdhpc.gpu_check" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("changes", [
+    {"tokens_per_s": 0.0}, {"tokens_per_s": float("nan")}, {"flops_per_token": -1.0},
+    {"flops_per_token": float("inf")}, {"what": "decoding"},
+])  # fmt: skip
+def test_speeds_that_cannot_be_are_refused_in_one_line(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = report()["speeds"]
+    with pytest.raises(InputError, match=r"tokens/s of .* operations; expected") as refused:
+        paper_with(tmp_path / "speeds.json", json.dumps(report(speeds=[rows[0] | changes])))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_dry_run_plans_with_the_speeds_of_the_file(tmp_path: Path) -> None:
+    """The paper's truth cannot be read here, so that tiny takes its place."""
+    path = tmp_path / "gpu_check.json"
+    words = ["tiny", f"throughput_from={path}", "--dry-run"]
+    refused = launch("sweep", *words, code=2)
+    assert f"throughput_from={path}: not readable" in refused.stderr
+    slow = {"what": "sampling", "model": "toy", "tokens_per_s": 0.1, "limit": 1.0}
+    slow["flops_per_token"] = 3e5
+    path.write_text(json.dumps(report(about={"device": "cpu"}, speeds=[slow])))
+    said = launch("sweep", *words).stdout
+    assert f"times come from {path}" in said
+    hours = [float(n) for n in re.findall(r"([\d.]+) h\b", said)]
+    assert max(hours) > 10, said
 
 
 def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -443,7 +445,12 @@ def test_a_corpus_is_copied_to_the_node_and_the_copy_has_no_name(
     monkeypatch.setenv("KDHPC_SCRATCH", str(MEMORY))
     paths = shards_of_ids(tmp_path)
     rows = map_token_rows(paths)
-    copy = copy_to_node(rows, paths[0], CPU)
+    left, held = (MEMORY / f"kdhpc-{socket.gethostname()}-{name}.ids" for name in ("left", "held"))
+    left.touch()  # by a rank that was killed
+    with held.open("xb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        copy = copy_to_node(rows, paths[0], CPU)
+        held.unlink()
     assert not list(MEMORY.glob("kdhpc-*.ids"))
     assert [part.shape for part in copy.parts] == [(8, 6)]
     order = np.array([7, 0, 3, 4])

@@ -141,7 +141,7 @@ def model_flops(config: LanguageConfig) -> dict[str, float]:
 
 def estimates(config: LanguageConfig) -> Iterator[str]:
     """Yield a line about where times come from, and one for each sampled model."""
-    if config.throughput_from:
+    if config.speeds:
         yield (
             f"times come from {config.throughput_from}, for models of about the sizes in it; "
             "otherwise from throughput.STAGE or sizes of models"

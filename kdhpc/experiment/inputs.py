@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +19,13 @@ from kdhpc.config.language import (
     MeasuredSpeed,
     Truth,
     language_problems,
+    models,
 )
 from kdhpc.config.model import Architecture, Model
 from kdhpc.errors import InputError
 from kdhpc.experiment import arms, documents, given, prompts
 from kdhpc.experiment.claims import check_claims, read_claims
-from kdhpc.experiment.estimates import measured_sizes, uses_gpus
+from kdhpc.experiment.estimates import WORK, measured_sizes, uses_gpus
 
 if TYPE_CHECKING:
     from kdhpc.models.tokenizer import Tokenizer
@@ -99,16 +101,9 @@ def _with_sizes(config: LanguageConfig) -> LanguageConfig:
     Raises:
         InputError: if one cannot be used; names the field.
     """
-    truth, judge = config.truth, config.truth.second_judge
-    architectures = {
-        "truth": truth.architecture,
-        SECOND_JUDGE_KEY: judge.architecture if judge else None,
-        "teacher": config.teacher.architecture,
-        **{f"students.{size}": model.architecture for size, model in config.students.items()},
-    }
     sizes = {}
-    for key, architecture in architectures.items():
-        if architecture:
+    for key, model in models(config).items():
+        if architecture := model.architecture:
             sizes[key] = measured_sizes(config, key, architecture)
             if sizes[key].parameters <= TRIED_PARAMETERS:
                 _check_architecture(key, architecture, config.length)
@@ -302,8 +297,15 @@ def _with_speeds(config: LanguageConfig) -> LanguageConfig:
         }
     except OSError as error:
         raise InputError(f"{name}: not readable ({error.strerror}); {expected}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{name}: not a file of speeds ({error!r}); {expected}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        cause = f"{type(error).__name__}: {error}"[:80]
+        raise InputError(f"{name}: not a file of speeds ({cause}); {expected}") from error
+    for row, speed in speeds.items():
+        numbers = speed.flops_per_token, speed.tokens_per_s
+        if speed.work not in WORK.values() or not all(0.0 < x < math.inf for x in numbers):
+            raise InputError(
+                f"{name}: {row}: {numbers[1]:g} tokens/s of {numbers[0]:g} operations; {expected}"
+            )
     needed = "cuda" if uses_gpus(config) else "cpu"
     if device != needed:
         raise InputError(f"{name}: was measured on {device}, and tasks run on {needed}; {expected}")

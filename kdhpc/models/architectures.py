@@ -29,7 +29,7 @@ transformers_logging.set_verbosity_error()
 
 OWN = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 """Fields that follow from the truth's tokenizer."""
-DROPOUTS = ("dropout", "pdrop", "dropout_prob", "dropout_rate")
+DROPOUTS = ("dropout", "pdrop", "dropout_prob", "dropout_rate", "layerdrop", "jitter_noise")
 """Ends of the names of fields that are probabilities of dropout."""
 POSITIONS = "max_position_embeddings"
 NUM_IDS = 64
@@ -119,6 +119,8 @@ def _fields(architecture: Architecture, config_class: Any, length: int) -> dict[
             raise InputError(
                 f"{name}={value}: follows from the truth's tokenizer; expected no such field"
             )
+        if own not in known and value is None:
+            continue  # takes away what an earlier preset gave another type
         if own not in known:
             close = get_close_matches(name, [*known, *names], n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -192,7 +194,10 @@ def _sizes_of(architecture_json: str, length: int) -> Sizes:
             f"{name}: keeps a state instead of keys and values, with which it is not sampled here; "
             "expected a model with attention alone"
         )
-    sizes = sizes_of_model(model)
+    try:
+        sizes = sizes_of_model(model)
+    except Exception as error:  # each config raises what it wants
+        raise InputError(f"{name}: its sizes are not known: {_one_line(error)}") from error
     for problem in out_of_bounds(sizes, Sizes):
         raise InputError(f"{name}: cannot be built of these fields: its {problem}")
     if sizes.attention % sizes.key_values:

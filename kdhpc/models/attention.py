@@ -274,7 +274,7 @@ def attend(
             f"got {'a mask' if attention_mask is not None else 'a cache'}"
         )
     attended = causal(query, key, value, scaling, sliding_window, softcap)
-    return attended.transpose(1, 2), None
+    return attended.transpose(1, 2).contiguous(), None
 
 
 def use_causal(model: "PreTrainedModel", length: int) -> None:
@@ -305,7 +305,8 @@ def use_causal(model: "PreTrainedModel", length: int) -> None:
         scaling: float | None = None,
         **more: Any,
     ) -> tuple[Tensor, None]:
-        calls.append(_is_known(attention_mask, length, more))
+        known = query.shape[3] == value.shape[3] and _is_known(attention_mask, length, more)
+        calls.append(known)
         return query.new_zeros((len(query), length, query.shape[1], value.shape[3])), None
 
     AttentionInterface.register(NAME, attend)

@@ -52,12 +52,14 @@ class Family:
     the output do."""
     wide: bool = False
     """Whether norms multiply by their weights before they round to 16 bits."""
-    centred: bool = False
-    """Whether weights of norms are stored as differences from 1."""
+    gemma: bool = False
+    """Whether weights of norms are stored as differences from 1, embeddings are multiplied by the
+    square root of their size, and `query_pre_attn_scalar`, `hidden_activation` and
+    `final_logit_softcapping` count."""
     wide_rotary: bool = False
     """Whether rotary positions are applied in float32."""
-    scaled_embedding: bool = False
-    """Whether embeddings are multiplied by the square root of their size."""
+    mlp_bias: bool = False
+    """Whether `mlp_bias` counts."""
     caps_scores: bool = False
     """Whether attention caps its scores at `attn_logit_softcapping`."""
     window: Literal["all", "listed"] | None = None
@@ -71,12 +73,11 @@ _GEMMA = Family(
         "pre_feedforward_layernorm", "post_feedforward_layernorm",
     ),
     wide=True,
-    centred=True,
-    scaled_embedding=True,
+    gemma=True,
     window="listed",
 )  # fmt: skip
 FAMILIES = {
-    "llama": Family(),
+    "llama": Family(mlp_bias=True),
     "mistral": Family(qkv_bias=False, window="all"),
     "qwen2": Family(qkv_bias=True, window="listed"),
     "qwen3": Family(query_norm="head", window="listed"),
@@ -99,7 +100,7 @@ def fits(config: Mapping[str, Json]) -> bool:
     positions, or quantised weights.
     """
     family = FAMILIES.get(config.get("model_type", ""))
-    if family is None or _activation(config) not in ACTIVATIONS:
+    if family is None or _activation(config, family) not in ACTIVATIONS:
         return False
     if family.window == "listed" and not {*(config.get("layer_types") or [None])} <= {
         FULL,
@@ -110,14 +111,16 @@ def fits(config: Mapping[str, Json]) -> bool:
     return (
         config.get("quantization_config") is None
         and not config.get("use_bidirectional_attention")
+        and config.get("is_causal", True)
         and all(rope.get("rope_type") in ROPE_TYPES for rope in ropes)
         and all(rope.get("partial_rotary_factor", 1.0) == 1.0 for rope in ropes)
     )
 
 
-def _activation(config: Mapping[str, Json]) -> str:
-    name: str = config.get("hidden_activation") or config.get("hidden_act") or "silu"
-    return name
+def _activation(config: Mapping[str, Json], family: Family) -> str:
+    if family.gemma:
+        return str(config.get("hidden_activation", "gelu_pytorch_tanh"))
+    return str(config.get("hidden_act", "silu"))
 
 
 def _rope(config: Mapping[str, Json], kind: str) -> Mapping[str, Json]:
@@ -178,11 +181,12 @@ class Dense:
         self.head_size = config.get("head_dim") or self.hidden_size // self.heads
         self.vocab_size, self.num_layers = config["vocab_size"], config["num_hidden_layers"]
         self.eps = float(config["rms_norm_eps"])
-        self.activation = _activation(config)
-        self.scale = float(config.get("query_pre_attn_scalar") or self.head_size) ** -0.5
+        self.activation = _activation(config, family)
+        scalar = config["query_pre_attn_scalar"] if family.gemma else self.head_size
+        self.scale = float(scalar) ** -0.5
         """Factor of the scores of attention."""
         self.score_cap = config.get("attn_logit_softcapping") if family.caps_scores else None
-        self.logits = Logits(cap=config.get("final_logit_softcapping"))
+        self.logits = Logits(cap=config["final_logit_softcapping"] if family.gemma else None)
         """What is made of the products with the head."""
         usual = SLIDING if family.window == "all" else FULL
         kinds = config["layer_types"] if family.window == "listed" else [usual] * self.num_layers
@@ -197,7 +201,8 @@ class Dense:
         q, kv = self.heads * self.head_size, self.kv_heads * self.head_size
         biased = bool(config.get("attention_bias"))
         qkv_bias = biased if family.qkv_bias is None else family.qkv_bias
-        out_bias, mlp_bias = biased and family.qkv_bias is None, bool(config.get("mlp_bias"))
+        out_bias = biased and family.qkv_bias is None
+        mlp_bias = family.mlp_bias and bool(config.get("mlp_bias"))
 
         def get(name: str, *shape: int) -> Tensor:
             # Copy, because the tensor that was read may be a view of the file.
@@ -214,7 +219,7 @@ class Dense:
         def norm(name: str, size: int) -> Tensor:
             weight = get(f"{name}.weight", size)
             weight = weight.float() if family.wide else weight
-            return weight + 1.0 if family.centred else weight
+            return weight + 1.0 if family.gemma else weight
 
         def query_norm(at: str) -> Tensor | None:
             if family.query_norm is None:
@@ -249,9 +254,7 @@ class Dense:
             )
 
         self.embedding = get("model.embed_tokens.weight", self.vocab_size, hidden)
-        self.embedding_scale = (
-            float(torch.tensor(hidden**0.5).to(dtype)) if family.scaled_embedding else None
-        )
+        self.embedding_scale = float(torch.tensor(hidden**0.5).to(dtype)) if family.gemma else None
         self.layers = [layer(index) for index in range(self.num_layers)]
         self.final_norm = norm("model.norm", hidden)
         tied = config.get("tie_word_embeddings", False)

@@ -1,4 +1,4 @@
-"""Make, convert and save models with transformers, and infer with models other than Llama."""
+"""Make, convert and save models with transformers, and infer with those of other families."""
 
 import functools
 import json
@@ -112,7 +112,7 @@ def _check_trainable(model: PreTrainedModel) -> None:
     states = model.base_model(ids, use_cache=False).last_hidden_state
     logits = _logits_of(model)(states[0])
     layer.weight.copy_(kept)
-    if (own - logits).abs().max() > 1e-3 * own.abs().max():
+    if not (own - logits).abs().max() <= 1e-3 * own.abs().max():  # nor if they are NaN
         raise InputError(
             f"{name}: cannot be trained, because its logits are not what kdhpc computes from its "
             f"hidden states; expected {KNOWN_LOGITS}"
@@ -121,9 +121,16 @@ def _check_trainable(model: PreTrainedModel) -> None:
         model.base_model(rows, use_cache=False).last_hidden_state[0, :-1]
         for rows in (ids, torch.cat((ids[:, :-1], ids[:, :1]), dim=1))
     )
-    if (earlier - changed).abs().max() > 1e-3 * earlier.abs().max():
+    if not (earlier - changed).abs().max() <= 1e-3 * earlier.abs().max():
         raise InputError(f"{name}: sees later tokens; expected a causal language model")
     model.train()
+    many = torch.arange(512).view(64, 8) % layer.weight.shape[0]
+    once, again = (model.base_model(many, use_cache=False).last_hidden_state for _ in range(2))
+    if not torch.equal(once, again):
+        raise InputError(
+            f"{name}: draws random numbers in training; expected a model that computes the same "
+            "twice"
+        )
 
 
 class TransformersModel:

@@ -1,5 +1,5 @@
 // The operations that are slow between the matrix products of a decoding step on CPUs, for float32
-// and bfloat16: normalisation, rotary positions with attention over the cache, SiLU, and the draw.
+// and bfloat16: norms, rotary positions with attention over the cache, activations, and the draw.
 // It also has the one product that torch does not offer on CPUs, bfloat16 with float32 results,
 // which it computes with oneDNN's kernel. `make native` builds it; kdhpc/sampling/native.py calls
 // it.

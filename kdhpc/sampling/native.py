@@ -19,7 +19,7 @@ from typing import TypeGuard, cast
 import torch
 from torch import Tensor
 
-from kdhpc.models.dense import FAMILIES, Dense
+from kdhpc.models.dense import Dense
 from kdhpc.models.devices import Linear
 from kdhpc.models.loading import LanguageModel
 from kdhpc.sampling import draws
@@ -91,7 +91,7 @@ def unfit(model: LanguageModel) -> str:
     if model.device.type != "cpu":
         return f"it is for CPUs, and the model is on {model.device.type}"
     if not isinstance(model, Dense):
-        return f"it is for {', '.join(FAMILIES)}, and this is {model.kind}"
+        return f"it is for models on kdhpc's own code, and this is {model.kind} on transformers"
     if model.dtype not in (torch.float32, torch.bfloat16):
         return f"it is for float32 and bfloat16, and this is {model.dtype}"
     if model.family.wide_rotary and model.dtype != torch.float32:
