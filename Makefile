@@ -56,7 +56,7 @@ test: $(VENV)/installed-dev  ## All tests; with CI=true on a real Slurm that it 
 	@if [ "$$CI" = true ] && ! command -v c++ > /dev/null; then $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq g++; fi
 	@if [ "$$CI" = true ] && ! command -v chromium > /dev/null && ! command -v google-chrome > /dev/null; then $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq chromium; fi
 	@if command -v c++ > /dev/null; then $(BIN)/python -m kdhpc.sampling.native; fi
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: $(VENV)/installed-dev  ## The fault suite on a real Slurm; FAULTS=all: the long ones too
 	@if [ "$$CI" = true ]; then $(SUDO) slurm/devcluster install; fi

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 from commands import launch, status
 
+FIRST = ("test_demo.py", "test_training.py", "test_slurm.py", "test_local.py")
+"""Files that take longest, so that no core waits for one of them at the end."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked as long, because it takes minutes of two cores, unless FAULTS=all."""
+    """Put the longest files first, and skip what is marked as long, unless FAULTS=all."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
     for item in items:
         if item.get_closest_marker("long") and os.environ.get("FAULTS") != "all":
             reason = "long: takes minutes of two cores; FAULTS=all plays it"
