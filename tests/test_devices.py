@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo as dynamo
+from commands import need
 from models_for_tests import SHAPE, llama_of, small_model
 from torch import Tensor
 from torch.nn.attention import varlen
@@ -381,11 +382,11 @@ def test_every_way_to_attend_gives_the_same_logits(
         assert (logits - found["products"]).abs().max() < 1e-4 * logits.abs().max()
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch's compiler needs a C++ compiler")
 def test_compiled_pieces_are_the_eager_ones_and_a_kernel_that_is_missing_is_named(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """On a CPU there is no FlashAttention over the used length, and torch compiles to C++."""
+    need(shutil.which("c++") is not None, "torch's compiler needs a C++ compiler")
     model = model_of("qwen3", 2, CPU, torch.bfloat16)
     eager, compiled = (DenseDecoder(model, rows=3, length=12) for _ in range(2))
     ids = torch.randint(0, 257, (3, 12))
@@ -408,9 +409,9 @@ def test_compiled_pieces_are_the_eager_ones_and_a_kernel_that_is_missing_is_name
 
 
 @pytest.mark.long
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch's compiler needs a C++ compiler")
 @pytest.mark.parametrize("draw", ["inverse_cdf", "gumbel"])
 def test_a_compiled_draw_is_the_eager_one(draw: str, caplog: pytest.LogCaptureFixture) -> None:
+    need(shutil.which("c++") is not None, "torch's compiler needs a C++ compiler")
     torch.manual_seed(0)
     logits, position = 3.0 * torch.randn(6, 700), torch.tensor([2])
     found = []

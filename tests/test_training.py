@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import need
 from real_slurm import DEVCLUSTER, need_slurm
 from safetensors.torch import load_file
 from torch import Tensor
@@ -438,10 +439,10 @@ def shards_of_ids(folder: Path) -> list[Path]:
 MEMORY = Path("/dev/shm")  # noqa: S108
 
 
-@pytest.mark.skipif(not MEMORY.exists(), reason="needs a disk beside that of temporary files")
 def test_a_corpus_is_copied_to_the_node_and_the_copy_has_no_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    need(MEMORY.exists(), "the copy needs a disk beside that of temporary files")
     monkeypatch.setenv("KDHPC_SCRATCH", str(MEMORY))
     paths = shards_of_ids(tmp_path)
     rows = map_token_rows(paths)
@@ -457,10 +458,10 @@ def test_a_corpus_is_copied_to_the_node_and_the_copy_has_no_name(
     assert np.array_equal(copy[order], rows[order])
 
 
-@pytest.mark.skipif(not MEMORY.exists(), reason="needs a disk beside that of temporary files")
 def test_a_corpus_that_does_not_fit_on_the_node_stays_where_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    need(MEMORY.exists(), "the copy needs a disk beside that of temporary files")
     paths = shards_of_ids(tmp_path)
     rows = map_token_rows(paths)
     monkeypatch.setenv("KDHPC_SCRATCH", str(MEMORY))
