@@ -3,7 +3,7 @@
 
     python analysis/experiment.py [temperature|capacity|convergence|real_data|reasoning|
         reasoning_larger|summarisation|post_training|objective|truncation|modes|downstream|
-        smollm2 ...]
+        teacher_training|smollm2 ...]
 
 Each page has what was predicted, written by hand before the run was scored. Between two marks in it
 this command writes tables, sentences and a figure, from the scores in the folder beside the page;
@@ -210,6 +210,10 @@ PAGES: Mapping[str, Page] = {
     "downstream": Page(
         path="experiments/downstream.md", folder="experiments/downstream",
         figure=lambda study: _models(study, study.sizes[0]), sections=page_sections.tasks,
+    ),
+    "teacher_training": Page(
+        path="experiments/teacher_training.md", folder="experiments/teacher_training",
+        figure=lambda study: _models(study, study.sizes[0]), sections=page_sections.by_size,
     ),
     "smollm2": Page(
         path="results/smollm2/README.md", folder="results/smollm2", figure=_crossover,

@@ -1,15 +1,17 @@
 """Check what one GPU does with kdhpc, in about five minutes, before hours are spent on it.
 
-    python -m kdhpc.gpu_check [--out gpu_check.json] [--device auto] [--quick]
+    python -m kdhpc.gpu_check [--out gpu_check.json] [--device auto] [--quick] [--vllm PYTHON]
 
 Every check says what it found, and one that fails names what kdhpc does instead. Then the speeds of
 sampling, scoring and training are measured for the three models of the paper, with random weights,
 beside the limit that follows from the bandwidth and the matrix rate measured here, and beside
 `generate` of transformers. The table is printed, and written as JSON, which is what to send along
-with a question. `--quick` takes toy models in their place, as a CPU does.
+with a question. `--quick` takes toy models in their place, as a CPU does. `--vllm` names the Python
+of an environment that has vLLM, which is then timed with the same weights; that takes minutes more.
 """
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
+from kdhpc import vllm_speed
 from kdhpc.config.model import Shape, Training
 from kdhpc.errors import KdhpcError
 from kdhpc.models import attention, devices, huggingface
@@ -133,6 +136,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"))
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
     parser.add_argument("--quick", action="store_true", help="toy models only")
+    parser.add_argument("--vllm", metavar="PYTHON", help="time vLLM too, with this Python")
     parser.add_argument("--rank", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     device = devices.pick_device(options.device)
@@ -152,7 +156,7 @@ def main(arguments: list[str]) -> int:
     speeds = []
     cases = toy_cases() if options.quick or device.type == "cpu" else paper_cases()
     for case in cases:
-        for speed in measured(case, device, about):
+        for speed in measured(case, device, about, options.vllm):
             speeds.append(speed)
             share = f", {speed.share:.2f} of the limit" if speed.share else ""
             print(
@@ -454,15 +458,23 @@ CHECKS: dict[str, tuple[Callable[[torch.device], str], str]] = {
 """By name: what is checked, and what kdhpc does where it fails."""
 
 
-def measured(case: Case, device: torch.device, about: dict[str, Any]) -> Iterator[Speed]:
+PEERS = {"generate": "transformers' generate", "vllm": "vLLM"}
+
+
+def measured(
+    case: Case, device: torch.device, about: dict[str, Any], vllm: str | None = None
+) -> Iterator[Speed]:
     """Yield the speeds of sampling, scoring and training of one model, as far as it fits.
 
     Args:
         case: the model and its sizes.
         device: where to measure.
         about: limits from `describe`.
+        vllm: a Python that has vLLM, to time that too.
     """
     works = {"sampling": _sampling, "scoring": _scoring, "generate": _generating}
+    if vllm:
+        works["vllm"] = functools.partial(_vllm, vllm)
     if case.trains:
         works["training"] = _training
     for what, work in works.items():
@@ -470,15 +482,14 @@ def measured(case: Case, device: torch.device, about: dict[str, Any]) -> Iterato
             tokens, seconds = work(case, device)
         except Exception as error:  # the other speeds are still worth knowing
             found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            print(f"{case.name} {what}: not measured: {found}", flush=True)
+            print(f"{case.name} {PEERS.get(what, what)}: not measured: {found}", flush=True)
             continue
         finally:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        name = "transformers' generate" if what == "generate" else what
         yield Speed(
-            model=case.name, what=name, tokens_per_s=tokens / seconds,
-            limit=None if what == "generate" else limit(case, what, about),
+            model=case.name, what=PEERS.get(what, what), tokens_per_s=tokens / seconds,
+            limit=None if what in PEERS else limit(case, what, about),
             flops_per_token=(training_flops if what == "training" else forward_flops)(
                 sizes_of_shape(case.shape), case.vocab_size, case.length
             ),
@@ -539,6 +550,26 @@ def _generating(case: Case, device: torch.device) -> tuple[float, float]:
         return drawn
 
     return case.rows * (case.length - 1), _seconds(generate, device, 1)
+
+
+def _vllm(python: str, case: Case, device: torch.device) -> tuple[float, float]:
+    """Time vLLM in a process of its own, with the same weights and as many rows."""
+    model = huggingface.new_model(
+        case.shape, vocab_size=case.vocab_size, length=case.length, eos=0, seed=0
+    )
+    # What this process says of its rank is not for vLLM.
+    hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    with tempfile.TemporaryDirectory() as folder:
+        model.to(devices.DTYPES[case.dtype]).save_pretrained(folder)
+        words = (folder, case.dtype, str(case.rows), str(case.length))
+        finished = subprocess.run(
+            [python, "-I", str(Path(vllm_speed.__file__)), *words], capture_output=True, text=True,
+            env={name: value for name, value in os.environ.items() if name not in hidden},
+        )  # fmt: skip
+    if finished.returncode:
+        raise CheckError(finished.stderr.strip()[-200:])
+    answer = json.loads(finished.stdout.splitlines()[-1])
+    return answer["tokens"], answer["seconds"]
 
 
 def _training(case: Case, device: torch.device) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdhpc.models.attention import attend, causal
 from kdhpc.models.head import Logits
-from kdhpc.training.loss import Soft, summed_nll
+from kdhpc.training.loss import Chunk, Soft, at_once, step_by_step, summed_nll
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -99,8 +99,9 @@ FORMS = {
 @pytest.mark.parametrize("is_soft", [False, True], ids=["tokens", "soft labels"])
 @pytest.mark.parametrize("head_tokens", [7, 99])
 @pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("chunk", [step_by_step, at_once])
 def test_logits_of_every_known_form_are_learnt_as_in_a_float64_reference(
-    name: str, head_tokens: int, is_soft: bool
+    chunk: Chunk, name: str, head_tokens: int, is_soft: bool
 ) -> None:
     has_bias, form = FORMS[name]
     hidden, weight, targets, soft, wanted = soft_case(head_tokens, 0.8)
@@ -108,7 +109,7 @@ def test_logits_of_every_known_form_are_learnt_as_in_a_float64_reference(
     inputs = [hidden, weight, *([] if bias is None else [bias])]
     loss = summed_nll(
         hidden, weight, targets, bias=bias, form=form, head_tokens=head_tokens, gain=0.125,
-        soft=soft if is_soft else None,
+        soft=soft if is_soft else None, chunk=chunk,
     )  # fmt: skip
     logits = hidden.double() @ weight.double().T + (0.0 if bias is None else bias.double())
     logits = logits * form.factor

@@ -292,6 +292,7 @@ def test_the_arithmetic_of_a_run_is_that_of_its_models() -> None:
         "truncation",
         "modes",
         "downstream",
+        "teacher_training",
         "smollm2",
     ],
 )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
+from kdhpc.config.model import Training
 from kdhpc.errors import InputError
 from kdhpc.experiment import given, inputs
 from kdhpc.models import huggingface
@@ -237,7 +238,7 @@ def differences_of_a_step(model: Any) -> tuple[float, float, bool]:
     expected = gradients(model, theirs)
     use_causal(model, LENGTH)
     num_tokens = ids[:, 1:].numel()
-    ours = WithLoss(model, head_tokens=40)(ids, targets, 1.0) / num_tokens
+    ours = WithLoss(model, Training(head_tokens=40))(ids, targets, 1.0) / num_tokens
     found = gradients(model, ours)
     largest = {name: float(gradient.abs().max()) for name, gradient in expected.items()}
     least = 0.02 * max(largest.values())  # smaller ones are float32's rounding in both

@@ -21,10 +21,13 @@ CPU = torch.device("cpu")
 def test_every_check_passes_on_a_cpu_and_the_report_has_what_was_found(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     command = [sys.executable, "-m", "kdhpc.gpu_check", "--device", "cpu", "--out", str(out)]
+    command += ["--vllm", sys.executable]  # has no vLLM
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, capture_output=True, text=True, env=env)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert f"{len(CHECKS)} checks, 0 failed" in finished.stdout
+    assert "toy vLLM: not measured: CheckError: " in finished.stdout
+    assert "No module named 'vllm'" in finished.stdout
     report = json.loads(out.read_text())
     assert [check["name"] for check in report["checks"]] == list(CHECKS)
     speeds = {speed["what"]: speed for speed in report["speeds"]}

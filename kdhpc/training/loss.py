@@ -9,6 +9,80 @@ from torch import Tensor
 
 from kdhpc.models.head import PLAIN, Logits
 
+Chunk = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+"""The loss of a chunk and its gradients, with the arguments and results of `step_by_step`."""
+
+
+def step_by_step(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    soft: Tensor | None,
+    form: Logits,
+    gain: float | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Compute the loss of a chunk and its gradients, in as little memory as single operations can.
+
+    Args:
+        hidden: [n, H] hidden states.
+        weight: [V, H] weight of the head, in the same dtype.
+        bias: [V] bias of the head, if it has one.
+        targets: [n] int64 token ids; negative if a position does not count.
+        soft: [n, V] float32 distributions that are learnt instead of tokens.
+        form: what the architecture makes of the products.
+        gain: gradient of the sum; None if no gradients are needed.
+
+    Returns:
+        Scalar float32, the sum of the losses in nats; gradients of the products [n, V] in the
+        dtype of the weight, and of the bias [V] in float32.
+    """
+    counts, target = targets >= 0, targets.clamp(min=0)[:, None]
+    logits = form.from_products((hidden @ weight.T).float(), bias)
+    log_p = torch.log_softmax(logits, dim=1)
+    slope = form.slope(logits) if gain is not None else None
+    del logits  # frees memory before the next large buffer is allocated
+    if soft is None:
+        total = -(log_p.gather(1, target).squeeze(1) * counts).sum()
+    else:
+        total = -((log_p * soft).sum(1) * counts).sum()
+    if gain is None:
+        return total, None, None
+    log_p.exp_()
+    if soft is None:
+        log_p.scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype))
+    else:
+        log_p.sub_(soft)
+    log_p.mul_((counts * gain)[:, None])
+    gradient = form.gradient(log_p, slope)
+    return total, gradient.to(weight.dtype), None if bias is None else gradient.sum(0)
+
+
+def at_once(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    soft: Tensor | None,
+    form: Logits,
+    gain: float | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Compute what `step_by_step` does, in a form that a compiler makes few kernels of."""
+    counts, target = targets >= 0, targets.clamp(min=0)[:, None]
+    logits = form.from_products((hidden @ weight.T).float(), bias)
+    log_p = torch.log_softmax(logits, dim=1)
+    slope = form.slope(logits) if gain is not None else None
+    if soft is None:
+        total = -(log_p.gather(1, target).squeeze(1) * counts).sum()
+    else:
+        total = -((log_p * soft).sum(1) * counts).sum()
+    if gain is None:
+        return total, None, None
+    if soft is None:
+        soft = (torch.arange(log_p.shape[1], device=log_p.device) == target).float()
+    gradient = form.gradient((log_p.exp() - soft) * (counts * gain)[:, None], slope)
+    return total, gradient.to(weight.dtype), None if bias is None else gradient.sum(0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Soft:
@@ -45,6 +119,7 @@ class _SummedNll(torch.autograd.Function):
         head_tokens: int,
         gain: float,
         soft: Soft | None,
+        chunk: Chunk,
         needs_grad: bool,
     ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
@@ -54,31 +129,18 @@ class _SummedNll(torch.autograd.Function):
         sums = torch.zeros_like(weight, dtype=torch.float32) if several else None
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for at in range(0, len(hidden), head_tokens):
-            rows, counts = hidden[at : at + head_tokens], targets[at : at + head_tokens] >= 0
-            target = targets[at : at + head_tokens].clamp(min=0)[:, None]
-            logits = form.from_products((rows @ weight.T).float(), bias)
-            log_p = torch.log_softmax(logits, dim=1)
-            slope = form.slope(logits) if needs_grad else None
-            del logits
-            if soft is None:
-                total -= (log_p.gather(1, target).squeeze(1) * counts).sum()
-            else:
-                wanted = soft.probabilities(at, at + head_tokens)
-                total -= ((log_p * wanted).sum(1) * counts).sum()
-            if not needs_grad:
+            rows = hidden[at : at + head_tokens]
+            wanted = None if soft is None else soft.probabilities(at, at + head_tokens)
+            part, grad, of_bias = chunk(
+                rows, weight, bias, targets[at : at + head_tokens], wanted, form,
+                gain if needs_grad else None,
+            )  # fmt: skip
+            del wanted
+            total += part
+            if grad is None:
                 continue
-            log_p.exp_()
-            if soft is None:
-                log_p.scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype))
-            else:
-                log_p.sub_(wanted)
-                del wanted
-            log_p.mul_((counts * gain)[:, None])
-            products = form.gradient(log_p, slope)
             if grad_bias is not None:
-                grad_bias += products.sum(0)
-            grad = products.to(weight.dtype)
-            del log_p, products, slope  # frees memory before the next large buffers are allocated
+                grad_bias += of_bias
             parts.append(grad @ weight)
             grad_weight = grad.T @ rows
             if sums is not None:
@@ -96,7 +158,7 @@ class _SummedNll(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         factor = grads[0] / ctx.gain
         scaled = (None if grad is None else grad * factor for grad in ctx.saved_tensors)
-        return (*scaled, None, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None, None)
 
 
 def summed_nll(
@@ -109,6 +171,7 @@ def summed_nll(
     head_tokens: int,
     gain: float = 1.0,
     soft: Soft | None = None,
+    chunk: Chunk = step_by_step,
 ) -> Tensor:
     """Sum -log p(target) for training with memory for `head_tokens` x V logits, not for all.
 
@@ -128,6 +191,7 @@ def summed_nll(
         gain: gradient that the sum is expected to receive, within a few powers of two. Gradients
             are computed at that scale, so that small ones do not underflow in float16.
         soft: the teacher's distributions; `targets` then only say which positions count.
+        chunk: `step_by_step`, or `at_once` as compiled.
 
     Returns:
         Scalar float32 in nats.
@@ -135,6 +199,6 @@ def summed_nll(
     # Inside the function gradients are always disabled, so it has to be told.
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     total: Tensor = _SummedNll.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, form, head_tokens, gain, soft, needs_grad
+        hidden, weight, bias, targets, form, head_tokens, gain, soft, chunk, needs_grad
     )
     return total

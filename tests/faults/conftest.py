@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import ROOT, need
@@ -76,9 +78,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run([*as_root, "umount", "--lazy", str(path)], check=True)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def table() -> Iterator[None]:
-    """Write the table of the scenarios that were played."""
-    yield
-    if ROWS:
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the table of the scenarios that were played; a process of `-n` sends its rows."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["rows"] = [asdict(row) for row in ROWS]
+    elif ROWS:
         write_table(ROWS, ROOT / "build" / "faults.md")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take the rows of a process that has played its part."""
+    ROWS.extend(Row(**row) for row in getattr(node, "workeroutput", {}).get("rows", []))
