@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -124,6 +125,20 @@ def test_logits_of_every_known_form_are_learnt_as_in_a_float64_reference(
         backward(loss, *inputs, by=by), backward(expected, *inputs, by=by.double()), strict=True
     ):
         assert torch.allclose(ours.double(), theirs.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_chunk_is_compiled_once_for_gains_of_every_step() -> None:
+    """Steps have other numbers of tokens, and so other gains."""
+    counter = CompileCounter()
+    chunk = torch.compile(at_once, backend=counter, dynamic=False)
+    hidden, weight, targets, _, _ = soft_case(20, 1.0)
+    for gain in (0.5, 0.25, 0.125):
+        for head_tokens in (20, 30):  # the last chunk is smaller with 30
+            summed_nll(
+                hidden, weight, targets, head_tokens=head_tokens, gain=gain, chunk=chunk
+            ).backward()  # type: ignore[no-untyped-call]
+    assert counter.frame_count == 3  # for 20, 30 and 10 positions
+    torch.compiler.reset()
 
 
 def soft_case(head_tokens: int, tau: float) -> tuple[Tensor, Tensor, Tensor, Soft, Tensor]:

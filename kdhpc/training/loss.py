@@ -20,7 +20,7 @@ def step_by_step(
     targets: Tensor,
     soft: Tensor | None,
     form: Logits,
-    gain: float | None,
+    gains: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Compute the loss of a chunk and its gradients, in as little memory as single operations can.
 
@@ -31,7 +31,7 @@ def step_by_step(
         targets: [n] int64 token ids; negative if a position does not count.
         soft: [n, V] float32 distributions that are learnt instead of tokens.
         form: what the architecture makes of the products.
-        gain: gradient of the sum; None if no gradients are needed.
+        gains: [n] float32, the gradient of each loss; None if no gradients are needed.
 
     Returns:
         Scalar float32, the sum of the losses in nats; gradients of the products [n, V] in the
@@ -40,20 +40,20 @@ def step_by_step(
     counts, target = targets >= 0, targets.clamp(min=0)[:, None]
     logits = form.from_products((hidden @ weight.T).float(), bias)
     log_p = torch.log_softmax(logits, dim=1)
-    slope = form.slope(logits) if gain is not None else None
+    slope = form.slope(logits) if gains is not None else None
     del logits  # frees memory before the next large buffer is allocated
     if soft is None:
         total = -(log_p.gather(1, target).squeeze(1) * counts).sum()
     else:
         total = -((log_p * soft).sum(1) * counts).sum()
-    if gain is None:
+    if gains is None:
         return total, None, None
     log_p.exp_()
     if soft is None:
         log_p.scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype))
     else:
         log_p.sub_(soft)
-    log_p.mul_((counts * gain)[:, None])
+    log_p.mul_(gains[:, None])
     gradient = form.gradient(log_p, slope)
     return total, gradient.to(weight.dtype), None if bias is None else gradient.sum(0)
 
@@ -65,22 +65,22 @@ def at_once(
     targets: Tensor,
     soft: Tensor | None,
     form: Logits,
-    gain: float | None,
+    gains: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Compute what `step_by_step` does, in a form that a compiler makes few kernels of."""
     counts, target = targets >= 0, targets.clamp(min=0)[:, None]
     logits = form.from_products((hidden @ weight.T).float(), bias)
     log_p = torch.log_softmax(logits, dim=1)
-    slope = form.slope(logits) if gain is not None else None
+    slope = form.slope(logits) if gains is not None else None
     if soft is None:
         total = -(log_p.gather(1, target).squeeze(1) * counts).sum()
     else:
         total = -((log_p * soft).sum(1) * counts).sum()
-    if gain is None:
+    if gains is None:
         return total, None, None
     if soft is None:
         soft = (torch.arange(log_p.shape[1], device=log_p.device) == target).float()
-    gradient = form.gradient((log_p.exp() - soft) * (counts * gain)[:, None], slope)
+    gradient = form.gradient((log_p.exp() - soft) * gains[:, None], slope)
     return total, gradient.to(weight.dtype), None if bias is None else gradient.sum(0)
 
 
@@ -131,10 +131,10 @@ class _SummedNll(torch.autograd.Function):
         for at in range(0, len(hidden), head_tokens):
             rows = hidden[at : at + head_tokens]
             wanted = None if soft is None else soft.probabilities(at, at + head_tokens)
-            part, grad, of_bias = chunk(
-                rows, weight, bias, targets[at : at + head_tokens], wanted, form,
-                gain if needs_grad else None,
-            )  # fmt: skip
+            some = targets[at : at + head_tokens]
+            # A tensor, because a number would be compiled in, and it differs from step to step.
+            gains = (some >= 0) * gain if needs_grad else None
+            part, grad, of_bias = chunk(rows, weight, bias, some, wanted, form, gains)
             del wanted
             total += part
             if grad is None:
