@@ -144,7 +144,9 @@ def main() -> None:
             on_gpu=True,
         )
         fits = memory.most_rows(OF_MEMORY * 1e9 * options.gb)
-        for batch in sorted({config.sampling.batch_rows, fits}):
+        trained = config.sampling.rows_of_trained
+        own = config.sampling.batch_rows if name == "truth" else trained
+        for batch in sorted({config.sampling.batch_rows, own, fits}):
             num_bytes, flops = limits.decoding(
                 sizes_of_shape(shape),
                 limits.VOCAB_SIZE,

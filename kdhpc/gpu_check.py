@@ -78,14 +78,21 @@ class Case:
 
 def paper_cases() -> list[Case]:
     """Return the paper's three models, with the sizes of preset `paper`."""
-    size = {"vocab_size": 49152, "length": 512, "rows": 512, "score_rows": 32, "micro_batch": 16}
+    size = {"vocab_size": 49152, "length": 512, "score_rows": 32, "micro_batch": 16}
     shapes = {
         "1.7B": Shape(layers=24, hidden=2048, heads=32, kv_heads=32, ffn=8192),
         "360M": Shape(layers=32, hidden=960, heads=15, kv_heads=5, ffn=2560),
         "135M": Shape(layers=30, hidden=576, heads=9, kv_heads=3, ffn=1536),
     }
     return [
-        Case(name=name, shape=shape, dtype="bfloat16", trains=name != "1.7B", **size)
+        Case(
+            name=name,
+            shape=shape,
+            dtype="bfloat16",
+            trains=name != "1.7B",
+            rows=512 if name == "1.7B" else 2048,
+            **size,
+        )
         for name, shape in shapes.items()
     ]
 

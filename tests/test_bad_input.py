@@ -115,6 +115,11 @@ TYPED: dict[str, Case] = {
     "no sequences": ("sampling.train_sequences=0", "sampling.train_sequences=0", "at least 1"),
     "empty shards": ("sampling.shard_sequences=0", "sampling.shard_sequences=0", "at least 1"),
     "broken batches": ("sampling.shard_sequences=65", "sampling.shard_sequences=65", "multiple of"),
+    "broken trained batches": (
+        "sampling.trained_batch_rows=48",
+        "sampling.shard_sequences=64",
+        "trained_batch_rows=48",
+    ),
     "uneven scoring": (
         "scoring.shard_sequences=60",
         "scoring.shard_sequences=60",

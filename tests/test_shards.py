@@ -70,6 +70,17 @@ def test_what_determines_a_result_is_in_its_recipe() -> None:
         assert after[key].recipe != before[key].recipe, override
 
 
+def test_rows_of_trained_models_are_not_those_of_the_truth() -> None:
+    before = LANGUAGE.plan(tiny()).shards
+    after = LANGUAGE.plan(tiny("sampling.trained_batch_rows=64")).shards
+    key = "sample-truth/eval/00000"
+    assert after[key].recipe == before[key].recipe
+    [teacher, *_] = [key for key in before if key.startswith("sample-teacher/")]
+    [student, *_] = [key for key in before if key.startswith("sample-students/")]
+    for key in (teacher, student):
+        assert after[key].recipe != before[key].recipe
+
+
 def test_checkpoint_intervals_are_in_no_recipe() -> None:
     before = LANGUAGE.plan(tiny()).shards
     after = LANGUAGE.plan(tiny("teacher.training.checkpoint_every_steps=3")).shards

@@ -182,6 +182,9 @@ class Sampling:
     batch_rows: Count = 64
     """Number of rows that are decoded together. It determines memory, and it is part of the recipe
     because another batch shape rounds differently."""
+    trained_batch_rows: Count | None = None
+    """The same for teacher and students, which are smaller than the truth and are sampled faster
+    with more rows; None for `batch_rows`."""
     draw: Literal["inverse_cdf", "gumbel"] = "inverse_cdf"
     """How tokens are drawn; both methods are exact. `inverse_cdf` uses one uniform number per token
     and is the fastest. `gumbel` uses one per vocabulary entry, which keeps ids comparable across
@@ -192,6 +195,11 @@ class Sampling:
     truncations: tuple[str, ...] = ()
     """More ways to sample the teacher, besides the taus: `top_k=50` or `top_p=0.9`, each at
     temperature 1. Each of them gets students of its own."""
+
+    @property
+    def rows_of_trained(self) -> int:
+        """Number of rows of teacher and students that are decoded together."""
+        return self.trained_batch_rows or self.batch_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,11 +419,13 @@ def _label_problems(config: LanguageConfig) -> Iterator[str]:
 
 
 def _sampling_problems(sampling: Sampling) -> Iterator[str]:
-    if sampling.shard_sequences % sampling.batch_rows:
-        yield (
-            f"sampling.shard_sequences={sampling.shard_sequences}: expected a multiple of "
-            f"sampling.batch_rows={sampling.batch_rows}, so that shards do not change the batches"
-        )
+    for name in ("batch_rows", "trained_batch_rows"):
+        rows = getattr(sampling, name)
+        if rows and sampling.shard_sequences % rows:
+            yield (
+                f"sampling.shard_sequences={sampling.shard_sequences}: expected a multiple of "
+                f"sampling.{name}={rows}, so that shards do not change the batches"
+            )
     setting = f"sampling.truncations={list(sampling.truncations)}"
     names = []
     for text in sampling.truncations:

@@ -165,7 +165,6 @@ def batches_that_fit(config: LanguageConfig) -> Iterator[str]:
     if memory_gb is None:
         yield f"{key} is not given: cannot check that sampling.batch_rows fits"
         return
-    rows = config.sampling.batch_rows
     students = {f"students.{size}": student for size, student in config.students.items()}
     sampled = [("truth", config.truth.design, config.truth.dtype)]
     sampled += [
@@ -186,9 +185,12 @@ def batches_that_fit(config: LanguageConfig) -> Iterator[str]:
         )
         # All components of a mixture are in memory, each with buffers of its own.
         models = max(1, len(config.truth.components)) if name == "truth" else 1
+        rows, setting = config.sampling.rows_of_trained, "trained_batch_rows"
+        if name == "truth" or not config.sampling.trained_batch_rows:
+            rows, setting = config.sampling.batch_rows, "batch_rows"
         needed_gb = models * memory.of(rows) / 1e9
         most = memory.most_rows(OF_MEMORY * 1e9 * memory_gb / models)
         yield (
             f"sampling {name}: {rows} rows take about {needed_gb:.3g} GB; with {key}={memory_gb:g} "
-            f"at most {most} fit{'' if most >= rows else ': LOWER sampling.batch_rows'}"
+            f"at most {most} fit{'' if most >= rows else ': LOWER sampling.' + setting}"
         )

@@ -139,7 +139,7 @@ class _SummedNll(torch.autograd.Function):
             total += part
             if grad is None:
                 continue
-            if grad_bias is not None:
+            if grad_bias is not None and of_bias is not None:
                 grad_bias += of_bias
             parts.append(grad @ weight)
             grad_weight = grad.T @ rows

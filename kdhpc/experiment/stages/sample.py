@@ -88,7 +88,8 @@ def _settings(
             head_tokens=config.scoring.head_tokens,
             threads=config.threads,
         )
-    is_mixture = bool(config.truth.components) and sample_set.model == arms.TRUTH_MODEL
+    is_truth = sample_set.model == arms.TRUTH_MODEL
+    is_mixture = bool(config.truth.components) and is_truth
     is_scored = is_mixture and sample_set.evaluation
     return SampleSettings(
         seed=config.seed,
@@ -97,7 +98,7 @@ def _settings(
         length=config.length,
         eos=config.eos,
         dtype=sample_set.dtype,
-        batch_rows=config.sampling.batch_rows,
+        batch_rows=config.sampling.batch_rows if is_truth else config.sampling.rows_of_trained,
         draw=config.sampling.draw,
         engine=config.sampling.engine,
         threads=config.threads,
