@@ -50,11 +50,13 @@ def in_words(study: Study) -> str:
     operations = sum(flops(study).values())
     gpu_hours = operations / (SHARE * H100_FLOPS_PER_S) / 3600
     paper = paper_hours()
+    dollars = gpu_hours * DOLLARS
+    price = f"${dollars:.2f}" if dollars >= 0.01 else "less than a cent"
     return (
-        f"{hours:.1f} core-hours, about {hours * WATTS / 1000:.2f} kWh if a busy core takes "
+        f"{hours:.1f} core-hours, about {hours * WATTS / 1000:.1g} kWh if a busy core takes "
         f"{WATTS:g} W at the wall. Its arithmetic, {operations:.1e} operations, takes one H100 "
-        f"{3600 * gpu_hours:.0f} seconds if models so small reach {SHARE:.0%} of its peak: "
-        f"${gpu_hours * DOLLARS:.2f} at ${DOLLARS:g} an hour. The paper's sizes (preset `paper`, "
+        f"{3600 * gpu_hours:.2g} seconds if models so small reach {SHARE:.0%} of its peak: "
+        f"{price} at ${DOLLARS:g} an hour. The paper's sizes (preset `paper`, "
         f"five seeds) are planned with {paper:,.0f} GPU-hours, which is {paper / GPUS / 24:.0f} "
         f"days of {GPUS} H100s and ${paper * DOLLARS:,.0f}. Only the core-hours are measured."
     )
