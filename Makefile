@@ -60,7 +60,7 @@ test: $(VENV)/installed-dev  ## All tests; with CI=true on a real Slurm that it 
 
 faults: $(VENV)/installed-dev  ## The fault suite on a real Slurm; FAULTS=all: the long ones too
 	@if [ "$$CI" = true ]; then $(SUDO) slurm/devcluster install; fi
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(if $(UPDATE_DOCS),0,2) --dist loadfile tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(if $(UPDATE_DOCS),0,2) --dist loadfile --no-loadscope-reorder tests/faults
 
 chaos: $(VENV)/installed-dev  ## Twenty random faults in one run: make chaos SEED=1
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults.chaos $(SEED)

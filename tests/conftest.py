@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from commands import launch, status
 
-FIRST = ("test_training.py", "test_slurm.py", "test_local.py")
+FIRST = ("test_ranks.py", "test_training.py", "test_slurm.py", "test_local.py")
 """Files that take longest, so that no core waits for one of them at the end."""
 
 
