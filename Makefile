@@ -58,6 +58,7 @@ test: $(VENV)/installed-dev  ## All tests; with CI=true on a real Slurm that it 
 	@if command -v c++ > /dev/null; then $(BIN)/python -m kdhpc.sampling.native; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# One at a time where the seconds that each takes go into docs/reliability.md.
 faults: $(VENV)/installed-dev  ## The fault suite on a real Slurm; FAULTS=all: the long ones too
 	@if [ "$$CI" = true ]; then $(SUDO) slurm/devcluster install; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(if $(UPDATE_DOCS),0,2) --dist loadfile --no-loadscope-reorder tests/faults

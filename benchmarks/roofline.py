@@ -144,8 +144,7 @@ def main() -> None:
             on_gpu=True,
         )
         fits = memory.most_rows(OF_MEMORY * 1e9 * options.gb)
-        trained = config.sampling.rows_of_trained
-        own = config.sampling.batch_rows if name == "truth" else trained
+        own = config.sampling.rows_of(is_truth=name == "truth")
         for batch in sorted({config.sampling.batch_rows, own, fits}):
             num_bytes, flops = limits.decoding(
                 sizes_of_shape(shape),

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdhpc.models.attention import attend, causal
 from kdhpc.models.head import Logits
-from kdhpc.training.loss import Chunk, Soft, at_once, step_by_step, summed_nll
+from kdhpc.training.loss import Soft, loss_of_chunk, summed_nll
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -100,17 +100,20 @@ FORMS = {
 @pytest.mark.parametrize("is_soft", [False, True], ids=["tokens", "soft labels"])
 @pytest.mark.parametrize("head_tokens", [7, 99])
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("chunk", [step_by_step, at_once])
+@pytest.mark.parametrize("compiled", [False, True])
 def test_logits_of_every_known_form_are_learnt_as_in_a_float64_reference(
-    chunk: Chunk, name: str, head_tokens: int, is_soft: bool
+    compiled: bool, name: str, head_tokens: int, is_soft: bool
 ) -> None:
     has_bias, form = FORMS[name]
     hidden, weight, targets, soft, wanted = soft_case(head_tokens, 0.8)
+    torch.compiler.reset()
+    traced = torch.compile(loss_of_chunk, backend="eager", dynamic=False)
     bias = random(50, dtype=torch.float32) if has_bias else None
     inputs = [hidden, weight, *([] if bias is None else [bias])]
     loss = summed_nll(
         hidden, weight, targets, bias=bias, form=form, head_tokens=head_tokens, gain=0.125,
-        soft=soft if is_soft else None, chunk=chunk,
+        soft=soft if is_soft else None,
+        chunk=traced if compiled else loss_of_chunk,
     )  # fmt: skip
     logits = hidden.double() @ weight.double().T + (0.0 if bias is None else bias.double())
     logits = logits * form.factor
@@ -130,7 +133,7 @@ def test_logits_of_every_known_form_are_learnt_as_in_a_float64_reference(
 def test_a_chunk_is_compiled_once_for_gains_of_every_step() -> None:
     """Steps have other numbers of tokens, and so other gains."""
     counter = CompileCounter()
-    chunk = torch.compile(at_once, backend=counter, dynamic=False)
+    chunk = torch.compile(loss_of_chunk, backend=counter, dynamic=False)
     hidden, weight, targets, _, _ = soft_case(20, 1.0)
     for gain in (0.5, 0.25, 0.125):
         for head_tokens in (20, 30):  # the last chunk is smaller with 30

@@ -196,10 +196,9 @@ class Sampling:
     """More ways to sample the teacher, besides the taus: `top_k=50` or `top_p=0.9`, each at
     temperature 1. Each of them gets students of its own."""
 
-    @property
-    def rows_of_trained(self) -> int:
-        """Number of rows of teacher and students that are decoded together."""
-        return self.trained_batch_rows or self.batch_rows
+    def rows_of(self, *, is_truth: bool) -> int:
+        """Return the number of rows of the truth, or of a trained model, decoded together."""
+        return self.batch_rows if is_truth else self.trained_batch_rows or self.batch_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -185,9 +185,8 @@ def batches_that_fit(config: LanguageConfig) -> Iterator[str]:
         )
         # All components of a mixture are in memory, each with buffers of its own.
         models = max(1, len(config.truth.components)) if name == "truth" else 1
-        rows, setting = config.sampling.rows_of_trained, "trained_batch_rows"
-        if name == "truth" or not config.sampling.trained_batch_rows:
-            rows, setting = config.sampling.batch_rows, "batch_rows"
+        rows = config.sampling.rows_of(is_truth=name == "truth")
+        setting = "batch_rows" if rows == config.sampling.batch_rows else "trained_batch_rows"
         needed_gb = models * memory.of(rows) / 1e9
         most = memory.most_rows(OF_MEMORY * 1e9 * memory_gb / models)
         yield (

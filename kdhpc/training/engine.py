@@ -19,7 +19,7 @@ from kdhpc.models.head import Logits
 from kdhpc.models.loading import LanguageModel
 from kdhpc.models.sizes import BUCKET
 from kdhpc.training.data import Batch
-from kdhpc.training.loss import Soft, at_once, step_by_step, summed_nll
+from kdhpc.training.loss import Soft, loss_of_chunk, summed_nll
 from kdhpc.training.ranks import from_first, summed
 from kdhpc.training.schedule import Schedule
 
@@ -63,7 +63,8 @@ class _Head(nn.Module):
         self.weight, self.bias = layer.weight, getattr(layer, "bias", None)
         self.form = Logits.of(model.config.get_text_config())
         self.head_tokens = settings.head_tokens
-        self.chunk = torch.compile(at_once, dynamic=False) if settings.compile else step_by_step
+        compiled = settings.compile
+        self.chunk = torch.compile(loss_of_chunk, dynamic=False) if compiled else loss_of_chunk
 
     def forward(self, hidden: Tensor, targets: Tensor, gain: float, soft: Soft | None) -> Tensor:
         return summed_nll(

@@ -10,10 +10,10 @@ from torch import Tensor
 from kdhpc.models.head import PLAIN, Logits
 
 Chunk = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
-"""The loss of a chunk and its gradients, with the arguments and results of `step_by_step`."""
+"""The loss of a chunk and its gradients, with the arguments and results of `loss_of_chunk`."""
 
 
-def step_by_step(
+def loss_of_chunk(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -23,6 +23,8 @@ def step_by_step(
     gains: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Compute the loss of a chunk and its gradients, in as little memory as single operations can.
+
+    A compiler makes few kernels of it, with less memory still.
 
     Args:
         hidden: [n, H] hidden states.
@@ -49,38 +51,13 @@ def step_by_step(
     if gains is None:
         return total, None, None
     log_p.exp_()
-    if soft is None:
-        log_p.scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype))
-    else:
+    if soft is not None:
         log_p.sub_(soft)
-    log_p.mul_(gains[:, None])
-    gradient = form.gradient(log_p, slope)
-    return total, gradient.to(weight.dtype), None if bias is None else gradient.sum(0)
-
-
-def at_once(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    soft: Tensor | None,
-    form: Logits,
-    gains: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute what `step_by_step` does, in a form that a compiler makes few kernels of."""
-    counts, target = targets >= 0, targets.clamp(min=0)[:, None]
-    logits = form.from_products((hidden @ weight.T).float(), bias)
-    log_p = torch.log_softmax(logits, dim=1)
-    slope = form.slope(logits) if gains is not None else None
-    if soft is None:
-        total = -(log_p.gather(1, target).squeeze(1) * counts).sum()
+    elif torch.compiler.is_compiling():  # a scatter would need the whole matrix in memory first
+        log_p.sub_((torch.arange(log_p.shape[1], device=log_p.device) == target).float())
     else:
-        total = -((log_p * soft).sum(1) * counts).sum()
-    if gains is None:
-        return total, None, None
-    if soft is None:
-        soft = (torch.arange(log_p.shape[1], device=log_p.device) == target).float()
-    gradient = form.gradient((log_p.exp() - soft) * gains[:, None], slope)
+        log_p.scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype))
+    gradient = form.gradient(log_p.mul_(gains[:, None]), slope)
     return total, gradient.to(weight.dtype), None if bias is None else gradient.sum(0)
 
 
@@ -171,7 +148,7 @@ def summed_nll(
     head_tokens: int,
     gain: float = 1.0,
     soft: Soft | None = None,
-    chunk: Chunk = step_by_step,
+    chunk: Chunk = loss_of_chunk,
 ) -> Tensor:
     """Sum -log p(target) for training with memory for `head_tokens` x V logits, not for all.
 
@@ -191,7 +168,7 @@ def summed_nll(
         gain: gradient that the sum is expected to receive, within a few powers of two. Gradients
             are computed at that scale, so that small ones do not underflow in float16.
         soft: the teacher's distributions; `targets` then only say which positions count.
-        chunk: `step_by_step`, or `at_once` as compiled.
+        chunk: `loss_of_chunk`, compiled or not.
 
     Returns:
         Scalar float32 in nats.

@@ -98,7 +98,7 @@ def _settings(
         length=config.length,
         eos=config.eos,
         dtype=sample_set.dtype,
-        batch_rows=config.sampling.batch_rows if is_truth else config.sampling.rows_of_trained,
+        batch_rows=config.sampling.rows_of(is_truth=is_truth),
         draw=config.sampling.draw,
         engine=config.sampling.engine,
         threads=config.threads,
