@@ -70,6 +70,11 @@ TYPED: dict[str, Case] = {
     # presets, keys, syntax
     "unknown preset": ("tniy", "no preset 'tniy'", "Did you mean tiny?"),
     "unknown key": ("lenght=3", "lenght", "Did you mean: 'length'?"),
+    "key in the wrong place": (
+        "students.small.hidden=8",
+        "students.small.hidden",
+        "did you mean students.small.shape.hidden?",
+    ),
     "unknown nested key": ("teacher.shape.layer=3", "teacher.shape.layer", "'layers'?"),
     "no key": ("=3", "'=3'", "expected key=value"),
     "unclosed list": ("taus=[", "taus=[:", "expected"),

@@ -23,7 +23,7 @@ from typing import TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from kdhpc.config.run import RunConfig
 from kdhpc.errors import InputError
@@ -129,8 +129,28 @@ def build(config_class: type[T], values: dict[str, Json]) -> T:
         built = _revealed(OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or _value_that_does_not_fit(config_class, values)
-        raise InputError(_one_line(error, key)) from error
+        line = _one_line(error, key)
+        if isinstance(error, ConfigKeyError) and "?" not in line:
+            line += _elsewhere(key, values)
+        raise InputError(line) from error
     return cast(T, built)
+
+
+def _elsewhere(key: str, values: dict[str, Json]) -> str:
+    """Say where else a key has a value: `teacher.training.epochs`, if `teacher.epochs` was given."""
+    above, _, name = key.rpartition(".")
+    places = [place for place in _places(name, values) if place != key]
+    below = [place for place in places if place.startswith(f"{above}.")]
+    return f"; did you mean {' or '.join(below or places)}?" if places else ""
+
+
+def _places(name: str, values: dict[str, Json], above: str = "") -> Iterator[str]:
+    """Yield the places of a key in nested values, with dots between the names."""
+    for key, value in values.items():
+        if key == name:
+            yield f"{above}{key}"
+        if isinstance(value, dict):
+            yield from _places(name, value, f"{above}{key}.")
 
 
 def _without_nothing(values: dict[str, Json]) -> dict[str, Json]:
