@@ -23,6 +23,11 @@ using at::Tensor;
 constexpr int64_t WIDTH = 16;   // numbers in a vector
 constexpr int64_t BLOCK = 256;  // vocabulary entries summed together, as in kdhpc.sampling.draws
 constexpr int64_t HEAD_COLUMNS = 64;  // vocabulary entries in a block of the packed head
+#ifdef __AVX512F__
+constexpr int TOGETHER = 4;  // vectors that attention sums at once: 16 with 4 queries, of 32 registers
+#else
+constexpr int TOGETHER = 1;  // a vector takes two or four registers, of 16
+#endif
 typedef float Vec __attribute__((vector_size(WIDTH * 4)));
 typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
 typedef uint16_t Halves __attribute__((vector_size(WIDTH * 2)));
@@ -230,22 +235,55 @@ inline Vec tanh(Vec x) {
     return s < one ? near : far;
 }
 
+// Sums VECTORS vectors of each of GROUPS products: of the numbers `weights` [GROUPS, weights_stride],
+// `count` of each group, with the rows of `matrix` [count, stride]. A sum goes from row to row, however
+// many vectors there are; several at a time hide its latency. The rows of the matrix that is `ahead`
+// numbers further are fetched meanwhile, as it is multiplied next.
+template <int GROUPS, int VECTORS, typename T>
+inline void multiply(const float* weights, int64_t weights_stride, const T* matrix, int64_t stride,
+                     int64_t count, int64_t ahead, Vec (&sums)[GROUPS][VECTORS]) {
+    constexpr int64_t line = 64 / sizeof(T);  // numbers in a line of the cache
+    for (int64_t i = 0; i < count; i++, matrix += stride) {
+        Vec row[VECTORS];
+        for (int v = 0; v < VECTORS; v++) row[v] = load(matrix + v * WIDTH);
+        for (int64_t n = 0; n < VECTORS * WIDTH; n += line)
+            __builtin_prefetch(matrix + ahead + n, 0, 2);
+        for (int g = 0; g < GROUPS; g++)
+            for (int v = 0; v < VECTORS; v++) sums[g][v] += row[v] * weights[g * weights_stride + i];
+    }
+}
+
+// Multiplies as above with a matrix of `size` columns, a multiple of the vector, and gives each vector
+// of the products to `keep(group, column, vector)`.
+template <int GROUPS, typename T, typename F>
+void each_product(const float* weights, int64_t weights_stride, const T* matrix, int64_t stride,
+                  int64_t count, int64_t size, int64_t ahead, const F& keep) {
+    int64_t at = 0;
+    for (; at + TOGETHER * WIDTH <= size; at += TOGETHER * WIDTH) {
+        Vec sums[GROUPS][TOGETHER] = {};
+        multiply(weights, weights_stride, matrix + at, stride, count, ahead, sums);
+        for (int g = 0; g < GROUPS; g++)
+            for (int v = 0; v < TOGETHER; v++) keep(g, at + v * WIDTH, sums[g][v]);
+    }
+    for (; at < size; at += WIDTH) {
+        Vec sums[GROUPS][1] = {};
+        multiply(weights, weights_stride, matrix + at, stride, count, ahead, sums);
+        for (int g = 0; g < GROUPS; g++) keep(g, at, sums[g][0]);
+    }
+}
+
 // Attends with GROUPS queries of one row and key head to the first `seen` keys but the first
 // `hidden` of them. `query` is already scaled [GROUPS, D], keys are columns [D, L], values are rows
-// [L, D], `out` is [GROUPS, D]. A `cap` other than 0 caps scores softly.
+// [L, D], `out` is [GROUPS, D]. A `cap` other than 0 caps scores softly. Keys and values that are
+// `ahead` numbers further are fetched meanwhile.
 template <typename T, int GROUPS>
 void attend_head(const float* query, const T* keys, const T* values, int64_t length, int64_t hidden,
-                 int64_t seen, int64_t size, float cap, float* scores, T* out) {
+                 int64_t seen, int64_t size, int64_t ahead, float cap, float* scores, T* out) {
     const int64_t padded = (seen + WIDTH - 1) / WIDTH * WIDTH;  // at most `length`
-    for (int64_t at = 0; at < padded; at += WIDTH) {
-        Vec sums[GROUPS] = {};
-        for (int64_t d = 0; d < size; d++) {
-            const Vec key = load(keys + d * length + at);
-            for (int g = 0; g < GROUPS; g++) sums[g] += key * query[g * size + d];
-        }
-        for (int g = 0; g < GROUPS; g++)
-            store(scores + g * padded + at, cap ? tanh(sums[g] / cap) * cap : sums[g]);
-    }
+    const auto keep_score = [&](int g, int64_t at, Vec sum) {
+        store(scores + g * padded + at, cap ? tanh(sum / cap) * cap : sum);
+    };
+    each_product<GROUPS>(query, size, keys, length, size, padded, ahead, keep_score);
     for (int g = 0; g < GROUPS; g++) {
         float* row = scores + g * padded;
         for (int64_t i = 0; i < hidden; i++) row[i] = -std::numeric_limits<float>::infinity();
@@ -265,14 +303,8 @@ void attend_head(const float* query, const T* keys, const T* values, int64_t len
         const float scale = 1.0f / sum(total);
         for (int64_t i = 0; i < padded; i += WIDTH) store(row + i, rounded<T>(load(row + i) * scale));
     }
-    for (int64_t d = 0; d < size; d += WIDTH) {
-        Vec sums[GROUPS] = {};
-        for (int64_t i = 0; i < seen; i++) {
-            const Vec value = load(values + i * size + d);
-            for (int g = 0; g < GROUPS; g++) sums[g] += value * scores[g * padded + i];
-        }
-        for (int g = 0; g < GROUPS; g++) store(out + g * size + d, sums[g]);
-    }
+    const auto keep_value = [&](int g, int64_t d, Vec sum) { store(out + g * size + d, sum); };
+    each_product<GROUPS>(scores, padded, values, size, seen, size, ahead, keep_value);
 }
 
 // Rotates one head [D] by the angles of its position; the first half of the sines is negated.
@@ -318,6 +350,7 @@ void attend_rows(const Tensor& qkv, Tensor& keys, Tensor& values, const Tensor& 
                     query[g * size + d] = (float)turned[d] * (float)scale;
             }
             T* to = outs + row * heads * size + head * groups * size;
+            const int64_t ahead = item + 1 < end ? size * length : 0;  // the next item, if there is one
             for (int64_t g = 0; g < groups;) {
                 const int64_t together = std::min(groups - g, (int64_t)4);
                 const auto head = together == 4   ? attend_head<T, 4>
@@ -325,7 +358,7 @@ void attend_rows(const Tensor& qkv, Tensor& keys, Tensor& values, const Tensor& 
                                   : together == 2 ? attend_head<T, 2>
                                                   : attend_head<T, 1>;
                 head(&query[g * size], key + base, value + base * size, length, hidden, seen, size,
-                     (float)cap, scores.data(), to + g * size);
+                     ahead, (float)cap, scores.data(), to + g * size);
                 g += together;
             }
         }
