@@ -39,6 +39,7 @@ from verdicts import Decision, detectable, text
 from kdhpc.cluster.display import WIDTH, command
 from kdhpc.config import presets
 from kdhpc.errors import InputError
+from kdhpc.experiment.arms import SAMPLE_TRUTH
 from kdhpc.experiment.claims import BEST_OF, BY_MODE, Claim, read_claims
 from kdhpc.science.intervals import SeedMean, equivalence_p_value, holm
 from kdhpc.science.modes import Slope
@@ -159,7 +160,8 @@ def _side_by_side(parts: Sequence[Results], sets: Sequence[Sequence[int]]) -> li
 def _costs(parts: Sequence[Results]) -> dict[str, str]:
     """Return the seconds of all parts together, as analysis/archive.py keeps them.
 
-    What parts took from other runs counts once, and not if one of them has made it.
+    What parts took from other runs counts once, and not if one of them has made it. How many parts
+    sampled the truth is said too.
     """
     own: dict[str, float] = {}
     for part in parts:
@@ -167,7 +169,14 @@ def _costs(parts: Sequence[Results]) -> dict[str, str]:
             own[stage] = round(own.get(stage, 0.0) + seconds, 1)
     taken = [json.loads(part.provenance.get("seconds_reused", "{}")) for part in parts]
     most = max(taken, key=lambda of: sum(of.values())) if all(taken) else {}
-    return {"seconds_by_stage": json.dumps(own), "seconds_reused": json.dumps(most)}
+    made = sum(
+        SAMPLE_TRUTH in json.loads(part.provenance.get("seconds_by_stage", "{}")) for part in parts
+    )
+    return {
+        "seconds_by_stage": json.dumps(own),
+        "seconds_reused": json.dumps(most),
+        "runs_with_own_truth": str(made),
+    }
 
 
 def _difference(first: Results, other: Results) -> str | None:

@@ -25,6 +25,7 @@ from size_verdicts import trainings
 from study import Study, at_equal_precision_smoothly
 from verdicts import Decision, Verdict, capitalised, decide, gain_is_entropy, text
 
+from kdhpc.experiment.arms import teacher_name
 from kdhpc.experiment.claims import Claim, Term
 from kdhpc.science.intervals import SeedMean, holm, over_seeds
 from kdhpc.science.modes import Slope
@@ -84,7 +85,8 @@ def run_facts(study: Study) -> str:
     apart = f", with {claims.replicates(study)}" if claims.replicates(study) else ""
     return (
         f"{len(study.students)} students, {num_seeds} seed{'s' if num_seeds > 1 else ''}{apart}, "
-        f"{own:.2f} core-hours of work{more} (Python {provenance['python']}, {versions})."
+        f"{own:.2f} core-hours{more}, of the attempts that published "
+        f"(Python {provenance['python']}, {versions})."
     )
 
 
@@ -294,18 +296,32 @@ def _means(study: Study, size: str) -> str:
         "Means over seeds, in nats per token; the truth's own samples have "
         f"{text(over_seeds([study.truth_log_prob()]), sign=False)} under it.\n\n"
     ) + table(
-        ("student", "precision", "recall", "entropy", "KL(p''||p*)"),
+        ("model", "precision", "recall", "entropy", "KL(p''||p*)"),
         [
-            (
-                report_rows.student_name(label),
-                *(
-                    text(study.mean(size, label, measure), sign=False)
-                    for measure in (study.precision, study.recall, study.entropy, study.divergence)
-                ),
-            )
-            for label in study.labels(size)
+            *_teacher_means(study),
+            *(
+                (
+                    report_rows.student_name(label),
+                    *(
+                        text(study.mean(size, label, measure), sign=False)
+                        for measure in (
+                            study.precision, study.recall, study.entropy, study.divergence
+                        )
+                    ),
+                )
+                for label in study.labels(size)
+            ),
         ],
-    )
+    )  # fmt: skip
+
+
+def _teacher_means(study: Study) -> Iterator[tuple[str, ...]]:
+    """Yield the mean precision and recall of the teachers at tau 1, if they were scored."""
+    seeds = {student.seed for student in study.students}
+    names = [teacher_name(seed) for seed in sorted(seeds)]
+    if all(study.has_teacher(name, 1.0) for name in names):
+        of_each = zip(*(study.teacher(name, 1.0) for name in names), strict=True)
+        yield ("teacher", *(text(over_seeds(of), sign=False) for of in of_each), "", "")
 
 
 def _costs(study: Study) -> Iterator[str]:

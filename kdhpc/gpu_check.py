@@ -12,6 +12,7 @@ of an environment that has vLLM, which is then timed with the same weights; that
 
 import argparse
 import functools
+import gc
 import json
 import logging
 import os
@@ -56,6 +57,8 @@ from kdhpc.training.loop import Watch, train
 TOY = Shape(layers=2, hidden=64, heads=4, kv_heads=2, ffn=128, init_std=0.2)
 NO_END = Counting(num_prompt=1, eos=-1, count_eos=True)
 """Every token counts and none ends a sequence, so that every row has its full length."""
+VLLM_LIMIT_S = 1800.0
+"""Seconds that vLLM gets to start, compile and sample two batches of one model."""
 CHI_SQUARE_P = 1e-4
 """A draw from the right distribution fails its check once in this many machines."""
 
@@ -476,12 +479,12 @@ def measured(
     Args:
         case: the model and its sizes.
         device: where to measure.
-        about: limits from `describe`.
+        about: limits from `describe`; gains vLLM's version.
         vllm: a Python that has vLLM, to time that too.
     """
     works = {"sampling": _sampling, "scoring": _scoring, "generate": _generating}
     if vllm:
-        works["vllm"] = functools.partial(_vllm, vllm)
+        works["vllm"] = functools.partial(_vllm, vllm, about)
     if case.trains:
         works["training"] = _training
     for what, work in works.items():
@@ -492,6 +495,7 @@ def measured(
             print(f"{case.name} {PEERS.get(what, what)}: not measured: {found}", flush=True)
             continue
         finally:
+            gc.collect()  # samplers are in cycles of references
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         yield Speed(
@@ -559,23 +563,32 @@ def _generating(case: Case, device: torch.device) -> tuple[float, float]:
     return case.rows * (case.length - 1), _seconds(generate, device, 1)
 
 
-def _vllm(python: str, case: Case, device: torch.device) -> tuple[float, float]:
-    """Time vLLM in a process of its own, with the same weights and as many rows."""
+def _vllm(
+    python: str, about: dict[str, Any], case: Case, device: torch.device
+) -> tuple[float, float]:
+    """Time vLLM in a process of its own, with the same weights and as many rows.
+
+    Its version is added to `about`.
+    """
     model = huggingface.new_model(
         case.shape, vocab_size=case.vocab_size, length=case.length, eos=0, seed=0
     )
     # What this process says of its rank is not for vLLM.
     hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    if device.type == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # a vLLM for GPUs would take one
     with tempfile.TemporaryDirectory() as folder:
         model.to(devices.DTYPES[case.dtype]).save_pretrained(folder)
         words = (folder, case.dtype, str(case.rows), str(case.length))
         finished = subprocess.run(
             [python, "-I", str(Path(vllm_speed.__file__)), *words], capture_output=True, text=True,
-            env={name: value for name, value in os.environ.items() if name not in hidden},
+            env=environment, timeout=VLLM_LIMIT_S,
         )  # fmt: skip
     if finished.returncode:
         raise CheckError(finished.stderr.strip()[-200:])
     answer = json.loads(finished.stdout.splitlines()[-1])
+    about["vllm"] = answer["version"]
     return answer["tokens"], answer["seconds"]
 
 

@@ -22,7 +22,7 @@ ENVIRONMENT = {
 
 def main(model: str, dtype: str, rows: str, length: str) -> None:
     """Time one batch, after another that warms up."""
-    draw, version = batches(model, dtype=dtype, rows=int(rows), length=int(length))
+    draw, version = load(model, dtype=dtype, rows=int(rows), length=int(length))
     draw()
     began = time.perf_counter()
     tokens = draw()
@@ -30,10 +30,10 @@ def main(model: str, dtype: str, rows: str, length: str) -> None:
     sys.stdout.write(json.dumps({"tokens": tokens, "seconds": seconds, "version": version}) + "\n")
 
 
-def batches(
+def load(
     model: str, *, dtype: str, rows: int, length: int, first_id: int = 1
 ) -> tuple[Callable[[], int], str]:
-    """Load a model.
+    """Load a model into vLLM.
 
     Args:
         model: folder of a checkpoint as transformers writes it.

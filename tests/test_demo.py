@@ -5,11 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from commands import ROOT, launch
 
 
-@pytest.mark.long
 def test_precision_rises_in_the_demo_and_its_table_has_every_seed_and_their_means(
     tmp_path: Path,
 ) -> None:

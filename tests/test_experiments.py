@@ -293,7 +293,9 @@ def test_the_arithmetic_of_a_run_is_that_of_its_models() -> None:
         "modes",
         "downstream",
         "teacher_training",
+        "teacher_margin",
         "smollm2",
+        "crossover",
     ],
 )
 def test_a_page_says_what_its_scores_say(name: str) -> None:

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kdhpc.config import presets
 from kdhpc.config.language import LanguageConfig
+from kdhpc.experiment.estimates import batches_that_fit
 from kdhpc.pipeline import LANGUAGE
 from kdhpc.plan.shards import ADDED, cut, fields_of, settings_of
 
@@ -79,6 +82,15 @@ def test_rows_of_trained_models_are_not_those_of_the_truth() -> None:
     [student, *_] = [key for key in before if key.startswith("sample-students/")]
     for key in (teacher, student):
         assert after[key].recipe != before[key].recipe
+
+
+@pytest.mark.parametrize("own", [(), ("sampling.trained_batch_rows=64",)])
+def test_rows_that_do_not_fit_name_their_own_setting(own: tuple[str, ...]) -> None:
+    config = tiny("sampling.batch_rows=64", "slurm.mem_gb=0.0001", *own)
+    lines = "\n".join(batches_that_fit(config))
+    named = re.findall(r"sampling (\w+): .* LOWER sampling\.(\w+)", lines)
+    trained = "trained_batch_rows" if own else "batch_rows"
+    assert named == [("truth", "batch_rows"), ("teacher", trained), ("small", trained)]
 
 
 def test_checkpoint_intervals_are_in_no_recipe() -> None:

@@ -12,8 +12,8 @@ def main() -> None:
     """Load the model, then sample one batch per turn."""
     options = turns.peer_options(__doc__)
     answer = turns.begin()
-    batches = runpy.run_path(str(VLLM_SPEED))["batches"]
-    draw, version = batches(
+    load = runpy.run_path(str(VLLM_SPEED))["load"]
+    draw, version = load(
         options.model, dtype=options.dtype, rows=options.rows, length=options.new_tokens + 1,
         first_id=options.prompt_id,
     )  # fmt: skip

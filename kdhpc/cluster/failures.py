@@ -67,8 +67,9 @@ REMEDIES = {
     "GPU_OOM": Remedy(
         means="it ran out of the GPU's memory",
         retry=False,
-        advice="use fewer batch_rows (sampling, scoring) or a smaller "
-        "training.micro_batch_sequences, or ask for a GPU with more memory; then rerun.py RUN",
+        advice="use fewer rows (sampling.batch_rows, sampling.trained_batch_rows, "
+        "scoring.batch_rows) or a smaller training.micro_batch_sequences, or ask for a GPU with "
+        "more memory; then rerun.py RUN",
     ),
     "GPU_BAD": Remedy(
         means="its GPU, the driver, or NCCL's access to the GPU failed",

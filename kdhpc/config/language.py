@@ -177,8 +177,8 @@ class Sampling:
     eval_sequences: Count
     """Number of sequences in every evaluation set."""
     shard_sequences: Count
-    """Number of sequences per shard; a multiple of `batch_rows`. A killed task loses at most the
-    shard it is working on, so choose shards of 2 to 10 minutes."""
+    """Number of sequences per shard; a multiple of both numbers of rows. A killed task loses at
+    most the shard it is working on, so choose shards of 2 to 10 minutes."""
     batch_rows: Count = 64
     """Number of rows that are decoded together. It determines memory, and it is part of the recipe
     because another batch shape rounds differently."""

@@ -137,7 +137,7 @@ def build(config_class: type[T], values: dict[str, Json]) -> T:
 
 
 def _elsewhere(key: str, values: dict[str, Json]) -> str:
-    """Say where else a key has a value: `teacher.training.epochs`, if `teacher.epochs` was given."""
+    """Say where else a key has a value: `teacher.training.epochs` if `teacher.epochs` is given."""
     above, _, name = key.rpartition(".")
     places = [place for place in _places(name, values) if place != key]
     below = [place for place in places if place.startswith(f"{above}.")]

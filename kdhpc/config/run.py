@@ -65,7 +65,7 @@ class Slurm:
     gpus_per_node: Whole = 0
     """Number of GPUs per node, for stages that use a device."""
     gpu_mem_gb: Positive | None = None
-    """Memory of one GPU, in GB; with it, --dry-run prints the `sampling.batch_rows` that fit."""
+    """Memory of one GPU, in GB; with it, --dry-run prints how many rows of sampling fit."""
     pack: Count = 1
     """Number of shards of one rank that a task works on at once, each in a process with
     `cpus_per_task` cores and a GPU of its own. Where whole nodes are allocated or billed, it is

@@ -155,7 +155,7 @@ def estimates(config: LanguageConfig) -> Iterator[str]:
 
 
 def batches_that_fit(config: LanguageConfig) -> Iterator[str]:
-    """Yield for each sampled model what `sampling.batch_rows` takes and how many rows would fit."""
+    """Yield for each sampled model what its rows take and how many would fit."""
     on_gpu = uses_gpus(config)
     memory_gb, key = (
         (config.slurm.gpu_mem_gb, "slurm.gpu_mem_gb")
@@ -163,7 +163,7 @@ def batches_that_fit(config: LanguageConfig) -> Iterator[str]:
         else (config.slurm.mem_gb, "slurm.mem_gb")
     )
     if memory_gb is None:
-        yield f"{key} is not given: cannot check that sampling.batch_rows fits"
+        yield f"{key} is not given: cannot check that the rows of sampling fit"
         return
     students = {f"students.{size}": student for size, student in config.students.items()}
     sampled = [("truth", config.truth.design, config.truth.dtype)]
@@ -186,7 +186,8 @@ def batches_that_fit(config: LanguageConfig) -> Iterator[str]:
         # All components of a mixture are in memory, each with buffers of its own.
         models = max(1, len(config.truth.components)) if name == "truth" else 1
         rows = config.sampling.rows_of(is_truth=name == "truth")
-        setting = "batch_rows" if rows == config.sampling.batch_rows else "trained_batch_rows"
+        own_rows = name != "truth" and config.sampling.trained_batch_rows
+        setting = "trained_batch_rows" if own_rows else "batch_rows"
         needed_gb = models * memory.of(rows) / 1e9
         most = memory.most_rows(OF_MEMORY * 1e9 * memory_gb / models)
         yield (
