@@ -53,18 +53,18 @@ def in_words(study: Study) -> str:
     dollars = gpu_hours * DOLLARS
     price = f"${dollars:.2f}" if dollars >= 0.01 else "less than a cent"
     return (
-        f"{hours:.1f} core-hours, about {_short(hours * WATTS / 1000)} kWh if a busy core takes "
+        f"{hours:.1f} core-hours, about {_short(hours * WATTS / 1000, 1)} kWh if a busy core takes "
         f"{WATTS:g} W at the wall. Its arithmetic, {operations:.1e} operations, takes one H100 "
-        f"{_short(3600 * gpu_hours)} seconds if models so small reach {SHARE:.0%} of its peak: "
+        f"{_short(3600 * gpu_hours, 2)} seconds if models so small reach {SHARE:.0%} of its peak: "
         f"{price} at ${DOLLARS:g} an hour. The paper's sizes (preset `paper`, "
         f"five seeds) are planned with {paper:,.0f} GPU-hours, which is {paper / GPUS / 24:.0f} "
         f"days of {GPUS} H100s and ${paper * DOLLARS:,.0f}. Only the core-hours are measured."
     )
 
 
-def _short(number: float) -> str:
-    """Return a number with one digit or, from 10 on, without a fraction."""
-    return f"{number:,.0f}" if number >= 10 else f"{number:.1g}"
+def _short(number: float, digits: int) -> str:
+    """Return a number with some digits or, from 10 on, without a fraction."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.{digits}g}"
 
 
 def flops(study: Study) -> dict[str, float]:
@@ -102,7 +102,7 @@ def flops(study: Study) -> dict[str, float]:
         if scores is not None and scores.num_characters is not None:
             tokens = int(scores.num_tokens.sum())  # those of a judge with a tokenizer of its own
         total[arms.SCORE] += passes[pair.model[1]] * tokens
-    total[arms.SAMPLE_TRUTH] *= int(study.results.provenance.get("runs_with_own_truth", 1))
+    total[arms.SAMPLE_TRUTH] *= max(1, int(study.results.provenance["runs_with_own_truth"]))
     return total
 
 

@@ -3,7 +3,8 @@
 
     python analysis/experiment.py [temperature|capacity|convergence|real_data|reasoning|
         reasoning_larger|summarisation|post_training|objective|truncation|modes|downstream|
-        teacher_training|teacher_margin|smollm2|crossover ...]
+        teacher_training|teacher_margin|teacher_ahead|smollm2|
+        crossover ...]
 
 Each page has what was predicted, written by hand before the run was scored. Between two marks in it
 this command writes tables, sentences and a figure, from the scores in the folder beside the page;
@@ -213,11 +214,15 @@ PAGES: Mapping[str, Page] = {
     ),
     "teacher_training": Page(
         path="experiments/teacher_training.md", folder="experiments/teacher_training",
-        figure=lambda study: _models(study, study.sizes[0]), sections=page_sections.by_size,
+        figure=lambda study: _models(study, study.sizes[0]), sections=page_sections.by_teacher,
     ),
     "teacher_margin": Page(
         path="experiments/teacher_margin.md", folder="experiments/teacher_margin",
-        figure=lambda study: _models(study, study.sizes[0]), sections=page_sections.by_size,
+        figure=lambda study: _models(study, study.sizes[0]), sections=page_sections.by_teacher,
+    ),
+    "teacher_ahead": Page(
+        path="experiments/teacher_ahead.md", folder="experiments/teacher_ahead",
+        figure=lambda study: _models(study, study.sizes[0]), sections=page_sections.by_teacher,
     ),
     "smollm2": Page(
         path="results/smollm2/README.md", folder="results/smollm2", figure=_crossover,

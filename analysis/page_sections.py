@@ -91,7 +91,7 @@ def run_facts(study: Study) -> str:
 
 
 def temperature(study: Study) -> Iterator[str]:
-    """Yield what a tau changes, where it beats another T, what collapses, and what to choose."""
+    """Yield what tau 1 and each other tau change, where they beat another T, and what to choose."""
     [size] = study.sizes
     collapsed = {
         verdict.name.removeprefix("collapse-"): verdict
@@ -120,6 +120,7 @@ def temperature(study: Study) -> Iterator[str]:
         )
         if controls[0] is not None:
             beats[BEATS[decide([controls[0]], -1)]].append(tau)
+    yield _beside_direct(study, size)
     yield (
         "By tau: the change of the student from tau 1; the part of it in precision that is lower "
         "entropy; the recall that another "
@@ -354,6 +355,33 @@ def answers(study: Study, kind: str) -> Iterator[str]:
         yield f"{capitalised(verdict.decision)}: {verdict.claim}. {verdict.sentence}."
     yield _means(study, size)
     yield from _costs(study)
+
+
+def by_teacher(study: Study) -> Iterator[str]:
+    """Yield how teachers and students of tau 1 differ from direct ones, and what tau 1 changes."""
+    [size] = study.sizes
+    yield _beside_direct(study, size)
+    yield from by_size(study)
+
+
+def _beside_direct(study: Study, size: str) -> str:
+    """Return how teachers and students of tau 1 differ from the direct ones, by seed."""
+    direct, taught = study.of(size, "direct"), study.of(size, "1")
+    changes = {}
+    for seed, student in taught.items():
+        base = (study.precision(direct[seed]), study.recall(direct[seed]))
+        teacher = study.teacher(teacher_name(seed), 1.0)
+        own = (study.precision(student), study.recall(student))
+        changes[seed] = [
+            ours - theirs for of in (teacher, own) for ours, theirs in zip(of, base, strict=True)
+        ]
+    return "At tau 1, against the direct student of the same seed:\n\n" + table(
+        ("seed", "teacher: precision", "recall", "its student: precision", "recall"),
+        [
+            *((str(seed), *(f"{c.value:+.3f}" for c in row)) for seed, row in changes.items()),
+            ("all", *(text(over_seeds(of)) for of in zip(*changes.values(), strict=True))),
+        ],
+    )
 
 
 def by_size(study: Study) -> Iterator[str]:

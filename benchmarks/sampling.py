@@ -63,6 +63,9 @@ def main() -> None:
         work(options)
     from kdhpc.models.devices import set_threads
 
+    # Before the systems start, whose threads would take cores.
+    set_threads(tables.conditions()["cores"])
+    rate, bandwidth = limits.matrix_rate(options.dtype), limits.bandwidth()
     workers, total_rows = {}, options.rows * options.processes
     for name in options.systems:
         if reason := _missing(name):
@@ -76,8 +79,6 @@ def main() -> None:
             workers[label] = turns.Worker(command, env, processes)
     if not workers:
         raise SystemExit(f"no system can be run; expected one of --systems {options.systems}")
-    set_threads(tables.conditions()["cores"])
-    rate, bandwidth = limits.matrix_rate(options.dtype), limits.bandwidth()
     answers = turns.take_turns(workers, options.rounds)
     sizes, vocab_size = limits.sizes_of(options.model)
     num_bytes, flops = limits.decoding(

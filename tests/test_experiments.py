@@ -294,6 +294,7 @@ def test_the_arithmetic_of_a_run_is_that_of_its_models() -> None:
         "downstream",
         "teacher_training",
         "teacher_margin",
+        "teacher_ahead",
         "smollm2",
         "crossover",
     ],
