@@ -39,6 +39,11 @@ def by_stage(study: Study) -> list[tuple[str, str, str]]:
     ]
 
 
+def takes_shards(study: Study) -> bool:
+    """Return whether the run took shards of another one, whose hours are not among its own."""
+    return any(json.loads(study.results.provenance["seconds_reused"]).values())
+
+
 def _seconds(study: Study) -> dict[str, float]:
     own: dict[str, float] = json.loads(study.results.provenance["seconds_by_stage"])
     return own
@@ -51,12 +56,13 @@ def in_words(study: Study) -> str:
     gpu_hours = operations / (SHARE * H100_FLOPS_PER_S) / 3600
     paper = paper_hours()
     dollars = gpu_hours * DOLLARS
+    more = " with that of the shards it took" if takes_shards(study) else ""
     price = f"${dollars:.2f}" if dollars >= 0.01 else "less than a cent"
     return (
         f"{hours:.1f} core-hours, about {_short(hours * WATTS / 1000, 1)} kWh if a busy core takes "
-        f"{WATTS:g} W at the wall. Its arithmetic, {operations:.1e} operations, takes one H100 "
-        f"{_short(3600 * gpu_hours, 2)} seconds if models so small reach {SHARE:.0%} of its peak: "
-        f"{price} at ${DOLLARS:g} an hour. The paper's sizes (preset `paper`, "
+        f"{WATTS:g} W at the wall. Its arithmetic{more}, {operations:.1e} operations, takes one "
+        f"H100 {_short(3600 * gpu_hours, 2)} seconds if models so small reach {SHARE:.0%} of its "
+        f"peak: {price} at ${DOLLARS:g} an hour. The paper's sizes (preset `paper`, "
         f"five seeds) are planned with {paper:,.0f} GPU-hours, which is {paper / GPUS / 24:.0f} "
         f"days of {GPUS} H100s and ${paper * DOLLARS:,.0f}. Only the core-hours are measured."
     )
@@ -64,7 +70,7 @@ def in_words(study: Study) -> str:
 
 def _short(number: float, digits: int) -> str:
     """Return a number with some digits or, from 10 on, without a fraction."""
-    return f"{number:,.0f}" if number >= 10 else f"{number:.{digits}g}"
+    return f"{number:,.0f}" if number >= 9.5 else f"{number:.{digits}g}"
 
 
 def flops(study: Study) -> dict[str, float]:

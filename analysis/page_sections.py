@@ -327,7 +327,12 @@ def _teacher_means(study: Study) -> Iterator[tuple[str, ...]]:
 
 def _costs(study: Study) -> Iterator[str]:
     yield "Cost by stage:\n\n" + table(
-        ("stage", "core-hours", "10^12 operations"), costs.by_stage(study)
+        (
+            "stage",
+            "core-hours",
+            "10^12 operations" + (", with what was taken" if costs.takes_shards(study) else ""),
+        ),
+        costs.by_stage(study),
     )
     yield costs.in_words(study)
 

@@ -81,10 +81,15 @@ def main() -> None:
         raise SystemExit(f"no system can be run; expected one of --systems {options.systems}")
     answers = turns.take_turns(workers, options.rounds)
     sizes, vocab_size = limits.sizes_of(options.model)
-    num_bytes, flops = limits.decoding(
-        sizes, vocab_size, rows=total_rows, new_tokens=options.new_tokens, dtype=options.dtype
-    )
-    limit_s = (num_bytes / bandwidth + flops / rate) * options.new_tokens
+
+    def limit_s(processes: int) -> float:
+        """Return the least seconds of a turn; each process reads the weights."""
+        num_bytes, flops = limits.decoding(
+            sizes, vocab_size, rows=total_rows // processes, new_tokens=options.new_tokens,
+            dtype=options.dtype,
+        )  # fmt: skip
+        return processes * (num_bytes / bandwidth + flops / rate) * options.new_tokens
+
     num_tokens = total_rows * options.new_tokens
     for name, all_turns in answers.items():
         if any(answer["tokens"] != num_tokens for answer in all_turns):
@@ -95,18 +100,19 @@ def main() -> None:
             "system": f"{name} {workers[name].ready.get('version', '')}".strip(),
             "tokens/s": num_tokens / (each := turns.median(all_turns)),
             "the first is faster by": each / base,
-            "of the limit": limit_s / each,
+            "of the limit": limit_s(len(workers[name].processes)) / each,
         }
         for name, all_turns in answers.items()
     ]
-    rows.append(
+    rows += [
         {
-            "system": "limit by sums",
-            "tokens/s": num_tokens / limit_s,
-            "the first is faster by": limit_s / base,
+            "system": "limit by sums" + (f", {processes} processes" if processes > 1 else ""),
+            "tokens/s": num_tokens / limit_s(processes),
+            "the first is faster by": limit_s(processes) / base,
             "of the limit": 1.0,
         }
-    )
+        for processes in sorted({1, options.processes})
+    ]
     cores = tables.conditions()["cores"]
     tables.save(
         f"sampling-{title}-{options.dtype}-{total_rows}-rows-{cores}-cores",

@@ -117,6 +117,35 @@ def test_bfloat16_decoders_agree_with_transformers_to_its_own_rounding(decoder: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("window", "cap"), [(176, 0.0), (40, 0.0), (100, 2.0)])
+@pytest.mark.parametrize("position", [0, 15, 63, 64, 150])
+def test_attention_of_the_extension_is_that_of_a_float64_reference(
+    position: int, window: int, cap: float, dtype: torch.dtype
+) -> None:
+    """Heads of 96 take four vectors and two more; six of them share keys, four and two at once."""
+    need(not native.missing(), f"the extension: {native.missing()}")
+    rows, kv_heads, groups, size, length = 3, 2, 6, 96, 176
+    numbers = torch.Generator().manual_seed(position)
+    keys = torch.randn(rows, kv_heads, size, length, generator=numbers).to(dtype)
+    values = torch.randn(rows, kv_heads, length, size, generator=numbers).to(dtype)
+    mixed = torch.randn(rows, (groups + 2) * kv_heads, size, generator=numbers).to(dtype)
+    still = torch.ones(length, size, dtype=dtype), torch.zeros(length, size, dtype=dtype)
+    out = torch.ops.kdhpc.attend(
+        mixed.flatten(1), keys, values, *still, torch.tensor([position]), groups, 0.1, window, cap
+    )
+    parts = mixed.double().split([groups * kv_heads, kv_heads, kv_heads], 1)
+    assert torch.equal(keys[..., position].double(), parts[1])
+    assert torch.equal(values[:, :, position].double(), parts[2])
+    query = parts[0].view(rows, kv_heads, groups, size)
+    seen = slice(max(0, position + 1 - window), position + 1)
+    scores = 0.1 * query @ keys.double()[..., seen]
+    scores = cap * (scores / cap).tanh() if cap else scores
+    exact = scores.softmax(-1) @ values.double()[:, :, seen]
+    error = (out.double() - exact.flatten(1)).abs().max()
+    assert error < (0.02 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
 def test_activations_of_the_extension_are_those_of_torch_everywhere(
     activation: str, dtype: torch.dtype

@@ -131,17 +131,31 @@ def build(config_class: type[T], values: dict[str, Json]) -> T:
         key = getattr(error, "full_key", None) or _value_that_does_not_fit(config_class, values)
         line = _one_line(error, key)
         if isinstance(error, ConfigKeyError) and "?" not in line:
-            line += _elsewhere(key, values)
+            line += _elsewhere(key, values, config_class)
         raise InputError(line) from error
     return cast(T, built)
 
 
-def _elsewhere(key: str, values: dict[str, Json]) -> str:
+def _elsewhere(key: str, values: dict[str, Json], config_class: type) -> str:
     """Say where else a key has a value: `teacher.training.epochs` if `teacher.epochs` is given."""
     above, _, name = key.rpartition(".")
-    places = [place for place in _places(name, values) if place != key]
+    places = [place for place in _places(name, values) if _is_known(place, config_class)]
     below = [place for place in places if place.startswith(f"{above}.")]
     return f"; did you mean {' or '.join(below or places)}?" if places else ""
+
+
+def _is_known(key: str, config_class: type) -> bool:
+    """Return whether a config has a field at a key, whatever its type."""
+    part: Json = None
+    for name in reversed(key.split(".")):
+        part = {name: part}
+    try:
+        OmegaConf.merge(OmegaConf.structured(config_class), _config(part))
+    except ConfigKeyError:
+        return False
+    except OmegaConfBaseException:
+        return True
+    return True
 
 
 def _places(name: str, values: dict[str, Json], above: str = "") -> Iterator[str]:
