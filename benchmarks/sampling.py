@@ -88,7 +88,8 @@ def main() -> None:
             sizes, vocab_size, rows=total_rows // processes, new_tokens=options.new_tokens,
             dtype=options.dtype,
         )  # fmt: skip
-        return processes * (num_bytes / bandwidth + flops / rate) * options.new_tokens
+        step_s = num_bytes / bandwidth + flops / rate
+        return processes * step_s * int(options.new_tokens)
 
     num_tokens = total_rows * options.new_tokens
     for name, all_turns in answers.items():

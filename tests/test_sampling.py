@@ -133,7 +133,7 @@ def test_attention_of_the_extension_is_that_of_a_float64_reference(
     out = torch.ops.kdhpc.attend(
         mixed.flatten(1), keys, values, *still, torch.tensor([position]), groups, 0.1, window, cap
     )
-    parts = mixed.double().split([groups * kv_heads, kv_heads, kv_heads], 1)
+    parts = torch.split(mixed.double(), [groups * kv_heads, kv_heads, kv_heads], 1)
     assert torch.equal(keys[..., position].double(), parts[1])
     assert torch.equal(values[:, :, position].double(), parts[2])
     query = parts[0].view(rows, kv_heads, groups, size)
