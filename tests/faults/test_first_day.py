@@ -51,7 +51,6 @@ def project(tmp_path: Path) -> Path:
     return tmp_path / "project"
 
 
-@pytest.mark.long
 def test_the_first_day_goes_as_its_page_says(project: Path, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "first-day.md").read_text()
     python = Path(sys.executable).parent
