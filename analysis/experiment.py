@@ -170,6 +170,16 @@ def _answers(name: str, kind: str) -> Page:
     )
 
 
+def _students(name: str, size: str, sections: Callable[[Study], Iterator[str]]) -> Page:
+    """Return the page of an experiment whose figure shows the students of a size."""
+    return Page(
+        path=f"experiments/{name}.md",
+        folder=f"experiments/{name}",
+        figure=lambda study: _models(study, size),
+        sections=sections,
+    )
+
+
 PAGES: Mapping[str, Page] = {
     "temperature": Page(
         path="experiments/temperature.md", folder="experiments/temperature", figure=_crossover,
@@ -190,48 +200,23 @@ PAGES: Mapping[str, Page] = {
     "reasoning": _answers("reasoning", "pass"),
     "reasoning_larger": _answers("reasoning_larger", "pass"),
     "summarisation": _answers("summarisation", "rouge"),
-    "post_training": Page(
-        path="experiments/post_training.md", folder="experiments/post_training",
-        figure=lambda study: _models(study, "tuned"),
-        sections=page_sections.by_size,
-    ),
-    "objective": Page(
-        path="experiments/objective.md", folder="experiments/objective",
-        figure=lambda study: _models(study, "soft"), sections=page_sections.by_size,
-    ),
-    "truncation": Page(
-        path="experiments/truncation.md", folder="experiments/truncation",
-        figure=lambda study: _models(study, "small"), sections=page_sections.by_size,
-    ),
+    "post_training": _students("post_training", "tuned", page_sections.by_size),
+    "objective": _students("objective", "soft", page_sections.by_size),
+    "truncation": _students("truncation", "small", page_sections.by_size),
     "modes": Page(
         path="experiments/modes.md", folder="experiments/modes",
         figure=lambda study: modes.figure(study, DOCS_DIR / "experiments/modes" / modes.GAUSSIANS),
         sections=page_sections.of_modes,
     ),
-    "downstream": Page(
-        path="experiments/downstream.md", folder="experiments/downstream",
-        figure=lambda study: _models(study, study.sizes[0]), sections=page_sections.tasks,
-    ),
-    "teacher_training": Page(
-        path="experiments/teacher_training.md", folder="experiments/teacher_training",
-        figure=lambda study: _models(study, study.sizes[0]), sections=page_sections.by_teacher,
-    ),
-    "teacher_margin": Page(
-        path="experiments/teacher_margin.md", folder="experiments/teacher_margin",
-        figure=lambda study: _models(study, study.sizes[0]), sections=page_sections.by_teacher,
-    ),
-    "teacher_ahead": Page(
-        path="experiments/teacher_ahead.md", folder="experiments/teacher_ahead",
-        figure=lambda study: _models(study, study.sizes[0]), sections=page_sections.by_teacher,
-    ),
+    "downstream": _students("downstream", "small", page_sections.tasks),
+    "teacher_training": _students("teacher_training", "small", page_sections.by_teacher),
+    "teacher_margin": _students("teacher_margin", "small", page_sections.by_teacher),
+    "teacher_ahead": _students("teacher_ahead", "small", page_sections.by_teacher),
     "smollm2": Page(
         path="results/smollm2/README.md", folder="results/smollm2", figure=_crossover,
         sections=page_sections.replication, numbers=True,
     ),
-    "crossover": Page(
-        path="experiments/crossover.md", folder="experiments/crossover",
-        figure=lambda study: _models(study, study.sizes[0]), sections=page_sections.by_size,
-    ),
+    "crossover": _students("crossover", "small", page_sections.by_size),
 }  # fmt: skip
 
 

@@ -293,27 +293,15 @@ def replication(study: Study) -> Iterator[str]:
 
 
 def _means(study: Study, size: str) -> str:
+    measures = (study.precision, study.recall, study.entropy, study.divergence)
+    rows = [*_teacher_means(study)]
+    for label in study.labels(size):
+        means = (text(study.mean(size, label, measure), sign=False) for measure in measures)
+        rows.append((report_rows.student_name(label), *means))
     return (
         "Means over seeds, in nats per token; the truth's own samples have "
         f"{text(over_seeds([study.truth_log_prob()]), sign=False)} under it.\n\n"
-    ) + table(
-        ("model", "precision", "recall", "entropy", "KL(p''||p*)"),
-        [
-            *_teacher_means(study),
-            *(
-                (
-                    report_rows.student_name(label),
-                    *(
-                        text(study.mean(size, label, measure), sign=False)
-                        for measure in (
-                            study.precision, study.recall, study.entropy, study.divergence
-                        )
-                    ),
-                )
-                for label in study.labels(size)
-            ),
-        ],
-    )  # fmt: skip
+    ) + table(("model", "precision", "recall", "entropy", "KL(p''||p*)"), rows)
 
 
 def _teacher_means(study: Study) -> Iterator[tuple[str, ...]]:

@@ -130,7 +130,7 @@ def build(config_class: type[T], values: dict[str, Json]) -> T:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or _value_that_does_not_fit(config_class, values)
         line = _one_line(error, key)
-        if isinstance(error, ConfigKeyError) and "?" not in line:
+        if isinstance(error, ConfigKeyError) and "Did you mean" not in line:
             line += _elsewhere(key, values, config_class)
         raise InputError(line) from error
     return cast(T, built)
@@ -151,10 +151,8 @@ def _is_known(key: str, config_class: type) -> bool:
         part = {name: part}
     try:
         OmegaConf.merge(OmegaConf.structured(config_class), _config(part))
-    except ConfigKeyError:
-        return False
-    except OmegaConfBaseException:
-        return True
+    except OmegaConfBaseException as error:
+        return not isinstance(error, ConfigKeyError)
     return True
 
 
